@@ -1,0 +1,64 @@
+# Everything here needs no more than Python >= 3.10, < 3.14, and a package index.
+# `make PYTHON=python3.12 test` chooses the interpreter for a new environment.
+
+PYTHON ?= python3
+VENV := .venv
+VENV_MIN := .venv-min
+
+# Passed on to the demo and to pytest: make demo DEMO_ARGS="--quick"
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+# SAEBench needs numpy < 2, which has no wheels for Python 3.13; with a compiler at hand
+# `make EXTRAS=bench,test` builds it there.
+EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("bench,test" if sys.version_info < (3, 13) else "test")')
+
+# The lowest sae-lens that pyproject.toml declares, for test-min.
+SAE_LENS_MIN = $(shell sed -n 's/^ *"sae-lens>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+
+.PHONY: help demo test test-min lint clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s%s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed ## Train scaffold SAEs and their plain twins, and compare (DEMO_ARGS=...)
+	$(VENV)/bin/saelens-scaffold demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed ## Run the tests (TEST_ARGS=...)
+	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+test-min: $(VENV_MIN)/.installed ## Run the tests against the lowest sae-lens declared
+	$(VENV_MIN)/bin/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.installed ## Check style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+clean: ## Remove the environments and all that the tools leave behind
+	rm -rf $(VENV) $(VENV_MIN) build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(call create_venv,$(VENV))
+	@echo "Installing saelens-scaffold[$(EXTRAS)] into $(VENV): several GB, and minutes, with PyTorch"
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV_MIN)/.installed: pyproject.toml constraints.txt
+	@$(call create_venv,$(VENV_MIN))
+	@echo "Installing saelens-scaffold[$(EXTRAS)] with sae-lens $(SAE_LENS_MIN) into $(VENV_MIN)"
+	@grep -v '^sae-lens==' constraints.txt > $(VENV_MIN)/constraints.txt
+	$(VENV_MIN)/bin/python -m pip install -q -c $(VENV_MIN)/constraints.txt sae-lens==$(SAE_LENS_MIN) -e '.[$(EXTRAS)]'
+	@touch $@
+
+# Debian's python3 comes without ensurepip, hence without a usable venv module.
+define create_venv
+{ test -x $(1)/bin/python && test -x $(1)/bin/pip; } || { \
+  $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' \
+    || { echo "$(PYTHON) is missing, or not a Python >= 3.10, < 3.14: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }; \
+  $(PYTHON) -m venv $(1) \
+    || $(PYTHON) -m virtualenv -q $(1) \
+    || { echo "$(PYTHON) cannot create a virtual environment. Install its venv module (Debian, Ubuntu: apt install python3-venv) or virtualenv, or choose another interpreter: make PYTHON=..." >&2; exit 1; }; \
+}
+endef

@@ -1,0 +1,32 @@
+"""
+Scaffold SAEs for SAELens: a rank-r linear bottleneck beside a sparse dictionary.
+
+Importing this package registers the architectures `scaffold_batchtopk`,
+`scaffold_matryoshka` (training) and `scaffold_jumprelu` (inference) with SAELens.
+"""
+
+from saelens_scaffold.local_models import register_local_model
+from saelens_scaffold.registration import register_architectures
+from saelens_scaffold.saes import (
+    ScaffoldBatchTopKTrainingSAE,
+    ScaffoldBatchTopKTrainingSAEConfig,
+    ScaffoldJumpReLUSAE,
+    ScaffoldJumpReLUSAEConfig,
+    ScaffoldMatryoshkaTrainingSAE,
+    ScaffoldMatryoshkaTrainingSAEConfig,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ScaffoldBatchTopKTrainingSAE",
+    "ScaffoldBatchTopKTrainingSAEConfig",
+    "ScaffoldJumpReLUSAE",
+    "ScaffoldJumpReLUSAEConfig",
+    "ScaffoldMatryoshkaTrainingSAE",
+    "ScaffoldMatryoshkaTrainingSAEConfig",
+    "register_architectures",
+    "register_local_model",
+]
+
+register_architectures()

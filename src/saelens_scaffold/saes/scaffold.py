@@ -1,0 +1,170 @@
+"""What every scaffold SAE shares: its activation function and its views."""
+
+import copy
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.sae import SAE
+from torch import nn
+
+if TYPE_CHECKING:
+    from saelens_scaffold.saes.scaffold_jumprelu_sae import ScaffoldJumpReLUSAE
+
+
+class ScaffoldActivation(nn.Module):
+    """
+    The identity on the first `rank` latents, `sparse_activation` on the others.
+
+    Scaffold latents are linear coordinates: signed, always on, and no part of the
+    competition for k (arXiv 2606.14040).
+    """
+
+    def __init__(self, rank: int, sparse_activation: nn.Module):
+        super().__init__()
+        self.rank = rank
+        self.sparse_activation = sparse_activation
+
+    def forward(self, hidden_pre: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_pre: Pre-activations, shape (..., d_sae).
+
+        Returns:
+            Activations, shape (..., d_sae).
+        """
+        sparse_acts = self.sparse_activation(hidden_pre[..., self.rank :])
+        return torch.cat([hidden_pre[..., : self.rank], sparse_acts], dim=-1)
+
+
+# a base class only for the type checker, so that the mixin can call SAELens's methods
+_SAE = SAE[Any] if TYPE_CHECKING else object
+
+
+class ScaffoldMixin(_SAE):
+    """
+    The scaffold's part of the reconstruction, and an SAE's views as plain SAELens SAEs.
+
+    For a SAELens SAE class whose first `cfg.scaffold_rank` latents are linear.
+    """
+
+    b_enc: nn.Parameter
+
+    @abstractmethod
+    def to_inference(self) -> "ScaffoldJumpReLUSAE":
+        """This SAE in its inference form, which sees the same activations."""
+
+    def scaffold(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        The scaffold's part of the reconstruction: s = z B with z = (x - b_dec) A.
+
+        A = W_enc[:, :r] and B = W_dec[:r] for r = `cfg.scaffold_rank`. The
+        reconstruction `decode(encode(x))` is s plus the sparse dictionary's part plus
+        `b_dec` (arXiv 2606.14040).
+
+        Args:
+            x: Activations as the SAE takes them, shape (..., d_in), or
+                (..., n_heads, d_head) for `reshape_activations="hook_z"`.
+
+        Returns:
+            s, of the shape and scale of x.
+        """
+        rank = self.cfg.scaffold_rank
+        coordinates = self._scaffold_coordinates(self.process_sae_in(x))
+        s = coordinates @ self.W_dec[:rank]
+        # Run-time normalisation is undone by an affine map, of which s, being one
+        # summand of the reconstruction, takes only the linear part.
+        s, offset = self.run_time_activation_norm_fn_out(
+            torch.stack([s, torch.zeros_like(s)])
+        )
+        return self.reshape_fn_out(s - offset, self.d_head)
+
+    def _scaffold_coordinates(self, sae_in: torch.Tensor) -> torch.Tensor:
+        """z, shape (..., r), from processed input of shape (..., d_in)."""
+        rank = self.cfg.scaffold_rank
+        # The scaffold needs no encoder bias beside b_dec, so this one is not trained.
+        # It is zero, but for whitening folded with apply_b_dec_to_input=False.
+        return sae_in @ self.W_enc[:, :rank] + self.b_enc[:rank].detach()
+
+    def sparse_sae(self) -> JumpReLUSAE:
+        """
+        The sparse dictionary alone, as a plain SAELens `jumprelu` SAE.
+
+        Its d_sae - r latents are this SAE's latents r, r + 1, ..., with the same
+        activations. What it reconstructs lacks the scaffold's part, so use it where
+        single dictionary latents are judged (sparse probing, TPP, absorption,
+        automated interpretation), not where the reconstruction is. The weights are
+        copies.
+        """
+        sae = self.to_inference()
+        rank = sae.cfg.scaffold_rank
+        return _plain_jumprelu(
+            sae,
+            view="sparse",
+            W_enc=sae.W_enc[:, rank:],
+            b_enc=sae.b_enc[rank:],
+            threshold=sae.threshold[rank:],
+            W_dec=sae.W_dec[rank:],
+        )
+
+    def to_jumprelu(self) -> JumpReLUSAE:
+        """
+        The whole SAE as a plain SAELens `jumprelu` SAE, which needs no extra package.
+
+        A linear latent u is a pair of opposite ReLU latents, u = relu(u) - relu(-u),
+        so the reconstruction is the same. It has d_sae + r latents: r scaffold
+        latents, their r opposites, then the sparse dictionary. The weights are copies.
+        """
+        sae = self.to_inference()
+        rank = sae.cfg.scaffold_rank
+
+        def with_opposites(latents: torch.Tensor) -> torch.Tensor:
+            return torch.cat([latents[:rank], -latents[:rank], latents[rank:]])
+
+        sparse_threshold = sae.threshold[rank:]
+        return _plain_jumprelu(
+            sae,
+            view="whole",
+            W_enc=with_opposites(sae.W_enc.T).T,
+            b_enc=with_opposites(sae.b_enc),
+            threshold=torch.cat([sparse_threshold.new_zeros(2 * rank), sparse_threshold]),
+            W_dec=with_opposites(sae.W_dec),
+        )
+
+
+@torch.no_grad()
+def build_sae(
+    sae_class: type[SAE[Any]], cfg: Any, state_dict: dict[str, torch.Tensor]
+) -> Any:
+    """
+    An SAE of `sae_class` that owns copies of the given weights.
+
+    Built as SAELens loads one, on the meta device first, so that no memory, time or
+    random number goes into an initialisation that is thrown away.
+    """
+    cfg = copy.deepcopy(cfg)
+    device, cfg.device = cfg.device, "meta"
+    sae = sae_class(cfg)
+    owned = {name: t.detach().clone().contiguous() for name, t in state_dict.items()}
+    sae.load_state_dict(owned, assign=True)
+    return sae.to(device=device)
+
+
+def _plain_jumprelu(
+    sae: "ScaffoldJumpReLUSAE", view: str, **weights: torch.Tensor
+) -> JumpReLUSAE:
+    cfg = JumpReLUSAEConfig(
+        d_in=sae.cfg.d_in,
+        d_sae=weights["W_dec"].shape[0],
+        dtype=sae.cfg.dtype,
+        device=sae.cfg.device,
+        apply_b_dec_to_input=sae.cfg.apply_b_dec_to_input,
+        normalize_activations=sae.cfg.normalize_activations,
+        reshape_activations=sae.cfg.reshape_activations,
+        metadata=copy.deepcopy(sae.cfg.metadata),
+    )
+    # so that whoever finds the SAE on disk can tell what its latents are
+    cfg.metadata.scaffold_view = view
+    cfg.metadata.scaffold_rank = sae.cfg.scaffold_rank
+    return build_sae(JumpReLUSAE, cfg, {**weights, "b_dec": sae.b_dec})

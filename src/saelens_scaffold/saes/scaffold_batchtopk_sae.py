@@ -1,0 +1,324 @@
+"""BatchTopK SAEs with a scaffold, for training."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from sae_lens.saes.batchtopk_sae import (
+    BatchTopK,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+)
+from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
+from typing_extensions import override
+
+from saelens_scaffold.saes.pca import principal_subspace
+from saelens_scaffold.saes.scaffold import ScaffoldActivation, ScaffoldMixin, build_sae
+from saelens_scaffold.saes.scaffold_jumprelu_sae import (
+    ScaffoldJumpReLUSAE,
+    ScaffoldJumpReLUSAEConfig,
+)
+
+SparseEncoderInput = Literal["residual", "activation"]
+ScaffoldInit = Literal["pca", "random", "zeros"]
+
+
+@dataclass
+class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
+    """
+    Configuration class for training a ScaffoldBatchTopKTrainingSAE.
+
+    A BatchTopK SAE whose first `scaffold_rank` latents are linear: the computational
+    scaffold of [arXiv 2606.14040](https://arxiv.org/abs/2606.14040), a rank-r
+    bottleneck that absorbs the dense part of the activations, so that the sparse
+    dictionary needs no dense latents. After training it is saved as a
+    `scaffold_jumprelu` SAE.
+
+    Args:
+        scaffold_rank (int): Rank r of the scaffold. Its r latents are counted in d_sae,
+            and are not counted in k. 0 gives a plain BatchTopK SAE.
+        sparse_encoder_input (Literal["residual", "activation"]): What the sparse
+            encoder reads: what the scaffold left of the activation, or the whole
+            activation.
+        scaffold_init (Literal["pca", "random", "zeros"]): How the scaffold starts. "pca"
+            spans the top-r principal directions of the first training batch, and starts
+            b_dec at its mean. "random" is SAELens's own initialisation. "zeros" starts
+            with a scaffold that gives zero.
+        k (float): Average number of sparse latents to keep active across the batch,
+            scaffold latents not counted. Inherited from BatchTopKTrainingSAEConfig.
+        topk_threshold_lr (float): Learning rate for updating the global topk threshold.
+            Inherited from BatchTopKTrainingSAEConfig.
+        aux_loss_coefficient (float): Coefficient for the auxiliary loss that encourages
+            dead sparse latents to learn useful features. 0 switches it off. Inherited
+            from TopKTrainingSAEConfig.
+        rescale_acts_by_decoder_norm (bool): Treat the decoder as if it was already
+            normalized. Inherited from TopKTrainingSAEConfig.
+        decoder_init_norm (float | None): Norm to initialize decoder weights to.
+            Inherited from TrainingSAEConfig.
+        d_in (int): Input dimension (dimensionality of the activations being encoded).
+            Inherited from SAEConfig.
+        d_sae (int): Number of latents, those of the scaffold included. Inherited from
+            SAEConfig.
+        dtype (str): Data type for the SAE parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+    """
+
+    scaffold_rank: int = 24
+    sparse_encoder_input: SparseEncoderInput = "residual"
+    scaffold_init: ScaffoldInit = "pca"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "scaffold_batchtopk"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return ScaffoldJumpReLUSAEConfig
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.validate()
+
+    def validate(self) -> None:
+        """
+        Raises:
+            ValueError: If a field has a value that a scaffold SAE cannot be trained with.
+        """
+        max_rank = min(self.d_in, self.d_sae) - 1
+        if not isinstance(self.scaffold_rank, int) or isinstance(
+            self.scaffold_rank, bool
+        ):
+            raise ValueError(f"scaffold_rank must be an int, got {self.scaffold_rank!r}.")
+        if not 0 <= self.scaffold_rank <= max_rank:
+            raise ValueError(
+                f"scaffold_rank must be from 0 to {max_rank} (less than "
+                f"d_in={self.d_in} and d_sae={self.d_sae}), got {self.scaffold_rank}."
+            )
+        n_sparse = self.d_sae - self.scaffold_rank
+        if not 0 < self.k <= n_sparse:
+            raise ValueError(
+                f"k must be above 0 and at most d_sae - scaffold_rank = {n_sparse}, "
+                f"got {self.k}."
+            )
+        for name, choices in (
+            ("sparse_encoder_input", get_args(SparseEncoderInput)),
+            ("scaffold_init", get_args(ScaffoldInit)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, "
+                    f"got {getattr(self, name)!r}."
+                )
+        if (
+            self.normalize_activations in ("layer_norm", "constant_norm_rescale")
+            and self.aux_loss_coefficient != 0
+        ):
+            raise ValueError(
+                "aux_loss_coefficient must be 0 with "
+                f"normalize_activations={self.normalize_activations!r}, got "
+                f"{self.aux_loss_coefficient}: SAELens's auxiliary loss for dead latents "
+                "does not support run-time normalisation, and would stop the training "
+                "when the first latent dies."
+            )
+
+
+class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
+    """
+    BatchTopK Training SAE with a computational scaffold (arXiv 2606.14040).
+
+    With r = scaffold_rank, A = W_enc[:, :r], B = W_dec[:r], and x̄ = x - b_dec:
+
+        z = x̄ A                                 scaffold coordinates, dense, signed
+        h = (x̄ - ρ z B) W_enc[:, r:] + b_enc[r:]
+        f = BatchTopK(ReLU(h))                   k per token, on average over the batch
+        x̂ = z B + f W_dec[r:] + b_dec            = decode(concat[z, f])
+
+    where ρ is 1 for sparse_encoder_input="residual" and 0 for "activation". As the
+    first r latents are linear, `decode(encode(x))` is the whole reconstruction, and
+    SAELens's losses, metrics, folding and checkpoints apply as they stand. The running
+    threshold and the revival of dead latents look at the sparse latents only.
+
+    With scaffold_init="pca" the first training step starts the scaffold on its batch
+    (see `initialize_scaffold`). A buffer records that this is done, so neither
+    resuming nor fine-tuning does it again.
+    """
+
+    cfg: ScaffoldBatchTopKTrainingSAEConfig  # type: ignore[assignment]
+    scaffold_is_initialized: torch.Tensor
+
+    def __init__(
+        self, cfg: ScaffoldBatchTopKTrainingSAEConfig, use_error_term: bool = False
+    ):
+        # again, since runners may change a config after it was made
+        cfg.validate()
+        super().__init__(cfg, use_error_term)
+        self._awaits_pca = cfg.scaffold_init == "pca" and cfg.scaffold_rank > 0
+        self.register_buffer(
+            "scaffold_is_initialized",
+            torch.tensor(not self._awaits_pca, device=self.W_dec.device),
+        )
+        self.register_load_state_dict_post_hook(_read_scaffold_is_initialized)
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        if self.cfg.scaffold_init == "zeros":
+            # The encoder, not the decoder: SAELens divides by the decoder's norms.
+            self.W_enc.data[:, : self.cfg.scaffold_rank] = 0.0
+
+    @override
+    def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return ScaffoldActivation(self.cfg.scaffold_rank, BatchTopK(self.cfg.k))
+
+    @override
+    def encode_with_hidden_pre(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Scaffold coordinates and sparse activations, and their pre-activations.
+
+        Args:
+            x: Activations, shape (..., d_in).
+
+        Returns:
+            feature_acts = concat[z, f] and hidden_pre = concat[z, h], both of shape
+            (..., d_sae), and both times the decoder's norms with
+            rescale_acts_by_decoder_norm.
+        """
+        rank = self.cfg.scaffold_rank
+        sae_in = self.process_sae_in(x)
+        z = self._scaffold_coordinates(sae_in)
+        if self.cfg.sparse_encoder_input == "residual":
+            sae_in = sae_in - z @ self.W_dec[:rank]
+        h = sae_in @ self.W_enc[:, rank:] + self.b_enc[rank:]
+        hidden_pre = self.hook_sae_acts_pre(torch.cat([z, h], dim=-1))
+        if self.cfg.rescale_acts_by_decoder_norm:
+            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if self._awaits_pca:
+            self.initialize_scaffold(step_input.sae_in)
+        output = super().training_forward_pass(self._for_sparse_latents(step_input))
+        sparse_acts = output.feature_acts[..., self.cfg.scaffold_rank :].detach()
+        # evaluated only where the trainer logs
+        output.metrics["l0_sparse"] = lambda: sparse_acts.bool().float().sum(-1).mean()
+        return output
+
+    def _for_sparse_latents(self, step_input: TrainStepInput) -> TrainStepInput:
+        """The step's input with a mask in which only sparse latents can be dead."""
+        mask = step_input.dead_neuron_mask
+        if mask is None or self.cfg.aux_loss_coefficient == 0:
+            return replace(step_input, dead_neuron_mask=None)
+        mask = mask.clone()
+        mask[: self.cfg.scaffold_rank] = False
+        return replace(step_input, dead_neuron_mask=mask)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def initialize_scaffold(self, sae_in: torch.Tensor) -> None:
+        """
+        Start the scaffold on the top-r principal directions of a batch.
+
+        Sets B to the directions and A to their transpose, so that the scaffold is the
+        orthogonal projection onto them, and starts b_dec at the batch's mean (the part
+        of it outside the subspace, if apply_b_dec_to_input is off). Called by the first
+        training step with scaffold_init="pca".
+
+        Which tokens count: those with a non-finite component are left out, and so are
+        massive activations (BOS, attention sinks), here norms above 10 times the
+        median, which would own the first direction and shift the mean. Where the batch
+        does not determine r directions (it has r tokens or fewer, or its rank is less
+        than r), the missing ones are an arbitrary orthonormal completion, which carry
+        nothing at first and are trained like the others; a warning says so.
+
+        Args:
+            sae_in: Activations as the SAE takes them in training, shape (..., d_in).
+
+        Raises:
+            ValueError: If no token of the batch is finite.
+        """
+        rank = self.cfg.scaffold_rank
+        x = self.run_time_activation_norm_fn_in(sae_in.to(self.dtype))
+        mean, directions, n_determined, n_tokens = principal_subspace(x, rank)
+        if self.cfg.normalize_activations == "covariance_whitening":
+            warnings.warn(
+                "scaffold_init='pca' finds no principal directions in activations "
+                "whitened by normalize_activations='covariance_whitening': every "
+                "direction has the same variance, so the scaffold starts arbitrarily."
+            )
+        elif n_determined < rank:
+            warnings.warn(
+                f"The first training batch ({n_tokens} usable tokens) determines only "
+                f"{n_determined} of the scaffold_rank={rank} principal directions; the "
+                "others start arbitrarily. Use a larger batch or a smaller "
+                "scaffold_rank."
+            )
+        if not self.cfg.apply_b_dec_to_input:
+            # z then reads x itself, so that s already holds this part of the mean
+            mean = mean - mean @ directions.T @ directions
+        self.W_enc[:, :rank] = directions.T.to(self.W_enc)
+        self.W_dec[:rank] = directions.to(self.W_dec)
+        self.b_dec.copy_(mean)
+        self.scaffold_is_initialized.fill_(True)
+        self._awaits_pca = False
+
+    @override
+    @torch.no_grad()
+    def update_topk_threshold(self, acts_topk: torch.Tensor) -> None:
+        super().update_topk_threshold(acts_topk[..., self.cfg.scaffold_rank :])
+
+    @override
+    def process_state_dict_for_saving_inference(
+        self, state_dict: dict[str, Any]
+    ) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        del state_dict["scaffold_is_initialized"]
+        rank = self.cfg.scaffold_rank
+        state_dict["threshold"][:rank] = -torch.inf
+        if self.cfg.sparse_encoder_input == "residual":
+            _fold_residual_input(state_dict, rank)
+
+    @override
+    @torch.no_grad()
+    def to_inference(self) -> ScaffoldJumpReLUSAE:
+        """
+        This SAE as `save_inference_model` saves it, without the way over the disk.
+
+        The weights are copies.
+        """
+        state_dict = self.state_dict()
+        self.process_state_dict_for_saving_inference(state_dict)
+        cfg = ScaffoldJumpReLUSAEConfig.from_dict(self.cfg.get_inference_sae_cfg_dict())
+        return build_sae(ScaffoldJumpReLUSAE, cfg, state_dict)
+
+
+def _read_scaffold_is_initialized(
+    sae: ScaffoldBatchTopKTrainingSAE,
+    incompatible_keys: Any,  # noqa: ARG001
+) -> None:
+    # A Python bool, because reading the buffer in each step would wait for the GPU.
+    sae._awaits_pca = not bool(sae.scaffold_is_initialized)
+
+
+def _fold_residual_input(state_dict: dict[str, torch.Tensor], rank: int) -> None:
+    """
+    Make an encoder that reads the residual x̄ - z B one that reads x̄, in place.
+
+    W_enc[:, r:] <- (I - A B) W_enc[:, r:], with the same pre-activations. An encoder
+    bias of the scaffold goes the same way: b_enc[r:] <- b_enc[r:] - b_A B W_enc[:, r:].
+    """
+    W_enc, b_enc = state_dict["W_enc"], state_dict["b_enc"]
+    dtype = torch.promote_types(W_enc.dtype, torch.float32)
+    A, W_sparse = W_enc.to(dtype).split([rank, W_enc.shape[1] - rank], dim=1)
+    read_by_sparse = state_dict["W_dec"][:rank].to(dtype) @ W_sparse
+    W_sparse = W_sparse - A @ read_by_sparse
+    b_sparse = b_enc[rank:].to(dtype) - b_enc[:rank].to(dtype) @ read_by_sparse
+    # new tensors, since those of a state dict share memory with the parameters
+    state_dict["W_enc"] = torch.cat([A, W_sparse], dim=1).to(W_enc.dtype)
+    state_dict["b_enc"] = torch.cat([b_enc[:rank], b_sparse.to(b_enc.dtype)])

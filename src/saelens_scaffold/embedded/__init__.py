@@ -1,0 +1,31 @@
+"""A small language model and its text, for tests and examples that need no download.
+
+The model (`model.py`) reads Python source code; the text (`text.py`) is the standard
+library of the interpreter at hand, of which every file is fixed to one split.
+"""
+
+from saelens_scaffold.embedded.model import (
+    EMBEDDED_MODEL_NAME,
+    embedded_model_path,
+    load_embedded_model,
+    register_embedded_model,
+)
+from saelens_scaffold.embedded.text import (
+    Split,
+    load_stdlib_chunks,
+    load_stdlib_text,
+    probing_labels,
+    write_stdlib_dataset,
+)
+
+__all__ = [
+    "EMBEDDED_MODEL_NAME",
+    "Split",
+    "embedded_model_path",
+    "load_embedded_model",
+    "load_stdlib_chunks",
+    "load_stdlib_text",
+    "probing_labels",
+    "register_embedded_model",
+    "write_stdlib_dataset",
+]

@@ -1,0 +1,275 @@
+"""Local Hugging Face models in TransformerLens, hence in SAELens and SAEBench.
+
+TransformerLens can read the configuration and the weights of a local directory, but
+looks every model up in a fixed list of names first. `register_local_model` puts a
+directory on that list.
+"""
+
+import atexit
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from transformer_lens import loading_from_pretrained as loading
+from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
+WEIGHT_INDEX_FILES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "qwen.tiktoken",
+)
+
+# TransformerLens takes the architecture, the weight loader or the kind of tokenizer from
+# these words wherever they stand in a path: "/home/robert/model" is read as BERT,
+# "/models/Llama-3.2-1B" as a Llama whose config.json it then never opens.
+_ALWAYS_MISREAD = ("llama", "gemma")
+_MISREAD_UNLESS_TRUE = ("bert", "t5", "wav2vec2", "phi")
+
+
+def register_local_model(path: str | os.PathLike[str], name: str | None = None) -> str:
+    """Make a local Hugging Face model directory known to TransformerLens.
+
+    Afterwards `HookedTransformer.from_pretrained_no_processing`, SAELens's runners
+    (`model_name=...`) and SAEBench accept the returned name in this process. Nothing in
+    the directory is changed. Registering twice does no harm.
+
+    Names live in TransformerLens only. What calls transformers itself (SAELens with
+    `model_class_name="AutoModelForCausalLM"`, its pre-tokenizing, SAEBench's RAVEL)
+    takes the path.
+
+    Args:
+        path: Directory with config.json, the weights (safetensors or bin, in one file or
+            in shards) and a tokenizer.
+        name: A short name for the model. Saved SAEs and SAEBench's result files carry
+            the model's name, and a short one means the same on every machine.
+
+    Returns:
+        What to pass as `model_name`: `name` if given, else `path` as it was given.
+
+    Raises:
+        FileNotFoundError: The directory, or a file that a model needs, is missing.
+        ValueError: config.json is not that of a model TransformerLens supports, or the
+            name already means another model.
+    """
+    text = os.fspath(path)
+    directory = Path(text)
+    config = _read_config(directory)
+    _check_weights(directory)
+    _check_tokenizer(directory)
+
+    if name is not None and not name.strip():
+        raise ValueError(f"name is {name!r}; it must not be blank (or leave it out)")
+    official = _readable_path(directory.resolve(), config)
+    aliases = [
+        alias for alias in (text, name) if alias is not None and alias != official
+    ]
+    for alias in (*aliases, official):
+        _check_free(alias, official)
+    _check_supported(text, official)
+
+    if official not in OFFICIAL_MODEL_NAMES:
+        OFFICIAL_MODEL_NAMES.append(official)
+    known_aliases = MODEL_ALIASES.setdefault(official, [])
+    known_aliases.extend(alias for alias in aliases if alias not in known_aliases)
+    return text if name is None else name
+
+
+def register_local_models_in(args: Sequence[str]) -> list[str]:
+    """Register every model directory among a command line's arguments.
+
+    An argument, or the value of `--flag=value`, counts if it is a directory whose
+    config.json is that of a Hugging Face model. Everything else is left alone: other
+    directories (an SAE has a cfg.json), files, names on the Hub. A model directory that
+    cannot be registered (only its tokenizer may be there, and only that be meant) gives
+    a warning that says why, not an error.
+
+    Args:
+        args: The command line, as in `sys.argv[1:]`.
+
+    Returns:
+        The names registered, each exactly as it stands on the command line.
+    """
+    registered: list[str] = []
+    for arg in args:
+        text = arg.partition("=")[2] if arg.startswith("-") and "=" in arg else arg
+        if text in registered or not _is_model_directory(text):
+            continue
+        try:
+            registered.append(register_local_model(text))
+        except (OSError, ValueError) as error:
+            logger.warning("Not registered as a local model: %s", error)
+    return registered
+
+
+def _is_model_directory(text: str) -> bool:
+    # os.path.isfile, unlike Path.is_file, is False for any text at all, however long.
+    if not os.path.isfile(os.path.join(text, CONFIG_NAME)):
+        return False
+    try:
+        _read_config(Path(text))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory; a local model is one")
+    file = directory / CONFIG_NAME
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{directory} has no {CONFIG_NAME}; a local model needs one"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not readable as JSON: {error}") from error
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(model_type, str) or not model_type:
+        raise ValueError(
+            f"{file}: model_type is {model_type!r}; a Hugging Face model has a text such as 'gpt2'"
+        )
+    if not isinstance(architectures, list) or not architectures:
+        raise ValueError(
+            f"{file}: architectures is {architectures!r}; a Hugging Face model has a list "
+            "such as ['GPT2LMHeadModel'] (save_pretrained of a model with its language-model "
+            "head writes it)"
+        )
+    return config
+
+
+def _check_weights(directory: Path) -> None:
+    if any((directory / file).is_file() for file in WEIGHT_FILES):
+        return
+    for index_name in WEIGHT_INDEX_FILES:
+        index = directory / index_name
+        if not index.is_file():
+            continue
+        try:
+            shards = set(
+                json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{index} is not a readable index of weight files: {error}"
+            ) from error
+        missing = sorted(shard for shard in shards if not (directory / shard).is_file())
+        if missing:
+            raise FileNotFoundError(
+                f"{directory} lacks weight files of its index: {missing}"
+            )
+        return
+    raise FileNotFoundError(
+        f"{directory} has no weights; one of these is needed: {WEIGHT_FILES + WEIGHT_INDEX_FILES}"
+    )
+
+
+def _check_tokenizer(directory: Path) -> None:
+    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{directory} has no tokenizer; one of these is needed: {TOKENIZER_FILES} "
+            "(the tokenizer's save_pretrained writes it)"
+        )
+
+
+def _check_free(alias: str, official: str) -> None:
+    # TransformerLens compares names in lower case, and the last one registered wins.
+    holder = loading.make_model_alias_map().get(alias.lower())
+    if holder not in (None, official):
+        raise ValueError(
+            f"the name {alias!r} already means {holder} in TransformerLens; "
+            "choose another name, or write the path differently (./DIR for DIR)"
+        )
+
+
+def _check_supported(text: str, official: str) -> None:
+    try:
+        loading.convert_hf_model_config(official)
+    except Exception as error:  # whatever a config can do wrong, it shall be said now
+        raise ValueError(
+            f"TransformerLens cannot read the model in {text}: {error} "
+            "(SAELens with model_class_name='AutoModelForCausalLM' takes the path of any "
+            "model; Gemma, up to version 3, is known to TransformerLens by its Hub name only)"
+        ) from error
+
+
+def _readable_path(directory: Path, config: dict[str, Any]) -> str:
+    """The path under which TransformerLens reads the model rightly.
+
+    Args:
+        directory: The model's directory, absolute.
+        config: Its config.json.
+
+    Returns:
+        The directory itself, or else that of a view of it.
+    """
+    # TransformerLens reads n_ctx, which transformers no longer writes for GPT-2.
+    lacks_n_ctx = config["model_type"] == "gpt2" and "n_ctx" not in config
+    if lacks_n_ctx:
+        config = {**config, "n_ctx": config.get("n_positions", 1024)}
+    # TransformerLens names the model by what follows the last "/", on Windows too.
+    if lacks_n_ctx or _is_misread(directory.as_posix(), config["model_type"]):
+        return _view(directory, config).as_posix()
+    return directory.as_posix()
+
+
+def _is_misread(path: str, model_type: str) -> bool:
+    path = path.lower()
+    return any(word in path for word in _ALWAYS_MISREAD) or any(
+        word in path and word not in model_type for word in _MISREAD_UNLESS_TRUE
+    )
+
+
+def _view(directory: Path, config: dict[str, Any]) -> Path:
+    """A temporary directory of links to a model's files, with a config of its own."""
+    # A digest has none of the misread words, and is the same in every run: SAEBench names
+    # its stored probes by the last part of this path.
+    view = _views_root() / f"model-{sha256(str(directory).encode()).hexdigest()[:12]}"
+    shutil.rmtree(view, ignore_errors=True)
+    view.mkdir()
+    for file in directory.iterdir():
+        if file.name != CONFIG_NAME:
+            try:
+                (view / file.name).symlink_to(file, target_is_directory=file.is_dir())
+            except OSError:  # Windows allows links to developers only
+                if file.is_file():
+                    shutil.copy2(file, view / file.name)
+    (view / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return view
+
+
+@cache
+def _views_root() -> Path:
+    for _ in range(10):  # the random part of the name may itself contain "t5"
+        root = Path(tempfile.mkdtemp(prefix="saelens-scaffold-")).resolve()
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        if not _is_misread(root.as_posix(), model_type=""):
+            return root
+    raise ValueError(
+        f"TransformerLens misreads any path that contains one of "
+        f"{_ALWAYS_MISREAD + _MISREAD_UNLESS_TRUE}, and the directory for temporary files, "
+        f"{tempfile.gettempdir()}, does; set TMPDIR to another"
+    )

@@ -1,0 +1,319 @@
+"""The command line, in this process where that is enough, and as a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from sae_lens import SAE
+from sae_lens.registry import get_sae_class, get_sae_training_class
+
+import saelens_scaffold
+from saelens_scaffold import ScaffoldJumpReLUSAE
+from saelens_scaffold.embedded import embedded_model_path
+from saelens_scaffold_cli import main
+
+RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> RunCommand:
+    """Runs the installed command in tmp_path."""
+
+    def run(*args: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [str(Path(sys.executable).with_name("saelens-scaffold")), *args],
+            cwd=tmp_path,
+            env={**os.environ, "HF_HOME": str(tmp_path / "hf"), **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """tmp_path as the current directory, in a process that is put right afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def write_module(folder: Path, source: str, name: str = "scaffold_test_module") -> str:
+    (folder / f"{name}.py").write_text(source)
+    return name
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    source = """if True:
+        import sys
+        from saelens_scaffold_cli import main
+        for argv in [], ["--help"], ["run", "--help"], ["--version"], ["nonsense"]:
+            try:
+                main(argv)
+            except SystemExit as exit:
+                assert exit.code == (2 if argv == ["nonsense"] else 0), argv
+        assert not {"torch", "sae_lens", "saelens_scaffold"} & set(sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
+    assert version("saelens-scaffold") in done.stdout
+    assert "saelens-scaffold demo --quick" in done.stdout
+
+
+def test_version_is_the_packages() -> None:
+    assert saelens_scaffold.__version__ == version("saelens-scaffold")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["run"],
+        ["run", "-m"],
+        ["run", "json.tool"],
+        ["run", "-mjson.tool"],
+        ["run", "json.tool", "-m", "json.tool"],
+        ["run", "--verbose", "-m", "json.tool"],
+        ["nonsense"],
+        ["--nonsense"],
+    ],
+)
+def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--help"],
+        ["--version", "-h"],
+        ["-m", "another", "run", "train"],
+        ["--", "-x", "--", "--y=1"],
+        ["", "two words", "-", "ünï", "@file", "--no-such-option"],
+    ],
+)
+def test_run_passes_arguments_on_untouched(
+    args: list[str], workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "import json, sys; print(json.dumps([__name__, __spec__.name, sys.argv]))"
+    module = write_module(workdir, source)
+    assert main(["run", "-m", module, *args]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        "__main__",
+        module,
+        [str(workdir / f"{module}.py"), *args],
+    ]
+
+
+def test_run_runs_a_package(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workdir / "scaffold_test_package").mkdir()
+    write_module(workdir / "scaffold_test_package", "print('ran')", "__main__")
+    assert main(["run", "-m", "scaffold_test_package"]) == 0
+    assert capsys.readouterr().out == "ran\n"
+
+
+@pytest.mark.parametrize("status", [0, 1, 7, "a message"])
+def test_run_passes_the_exit_status_on(status: int | str, workdir: Path) -> None:
+    module = write_module(workdir, f"import sys; sys.exit({status!r})")
+    with pytest.raises(SystemExit) as exit:
+        main(["run", "-m", module])
+    assert exit.value.code == status
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "",
+        "no_such_module",
+        "no_such.module",
+        "json.no_such",
+        "json.tool.x",
+        ".relative",
+    ],
+)
+def test_run_unknown_module(
+    module: str, workdir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-m", module, "--help"]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("saelens-scaffold run: error: ")
+    assert repr(module) in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_run_package_without_main(
+    workdir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-m", "json"]) == 2
+    assert "__main__" in capfd.readouterr().err
+
+
+def test_run_a_file_instead_of_a_module(
+    workdir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-m", "no_such_script.py"]) == 2
+    assert "not its file" in capfd.readouterr().err
+
+
+def test_errors_of_the_module_are_its_own(workdir: Path) -> None:
+    module = write_module(workdir, "import scaffold_test_missing")
+    with pytest.raises(ModuleNotFoundError, match="scaffold_test_missing"):
+        main(["run", "-m", module])
+
+    (workdir / "scaffold_test_broken").mkdir()
+    package = workdir / "scaffold_test_broken"
+    write_module(package, "import scaffold_test_missing", "__init__")
+    write_module(package, "", "module")
+    with pytest.raises(ModuleNotFoundError, match="scaffold_test_missing"):
+        main(["run", "-m", "scaffold_test_broken.module"])
+
+
+def test_run_registers_architectures_and_models(
+    command: RunCommand, tmp_path: Path
+) -> None:
+    source = """if True:
+        import json, sys
+        from transformer_lens.loading_from_pretrained import get_official_model_name
+        from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+        seen = {
+            "training": [*SAE_TRAINING_CLASS_REGISTRY],
+            "inference": [*SAE_CLASS_REGISTRY],
+            "models": [get_official_model_name(name) for name in sys.argv[1:]],
+        }
+        print(json.dumps(seen))
+        sys.exit(7)
+    """
+    module = write_module(tmp_path, source)
+    path = str(embedded_model_path())
+    done = command("run", "-m", module, "py-neox", path)
+    assert done.returncode == 7, done.stderr
+    seen = json.loads(done.stdout)
+    assert {"scaffold_batchtopk", "scaffold_matryoshka"} <= set(seen["training"])
+    assert "scaffold_jumprelu" in seen["inference"]
+    assert len(seen["models"]) == 2
+
+
+def test_run_starts_processes(command: RunCommand, tmp_path: Path) -> None:
+    # A spawned process imports the main module once more, by its name.
+    source = """if True:
+        import multiprocessing
+        import sae_lens.registry
+
+        def square(x):
+            return x * x
+
+        if __name__ == "__main__":
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                print(pool.map(square, [2, 3]))
+    """
+    module = write_module(tmp_path, source)
+    done = command("run", "-m", module)
+    assert (done.returncode, done.stdout) == (0, "[4, 9]\n"), done.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11")
+def test_run_honours_safe_path(command: RunCommand, tmp_path: Path) -> None:
+    module = write_module(tmp_path, "")
+    done = command("run", "-m", module, PYTHONSAFEPATH="1")
+    assert done.returncode == 2
+    assert "there is no module" in done.stderr
+
+
+def test_python_m(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "saelens_scaffold", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"saelens-scaffold {version('saelens-scaffold')}\n"
+
+
+@pytest.mark.parametrize("architecture", ["scaffold_batchtopk", "scaffold_matryoshka"])
+def test_train_help(architecture: str, command: RunCommand) -> None:
+    done = command("train", "--architecture", architecture, "--help")
+    assert done.returncode == 0, done.stderr
+    for option in "--scaffold_rank", "--sparse_encoder_input", "--scaffold_init":
+        assert option in done.stdout
+    # a module that SAELens imports and that then runs is no cause for a warning
+    assert "RuntimeWarning" not in done.stderr
+
+
+def test_train_end_to_end(command: RunCommand, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    source = Path(main.__code__.co_filename).read_text()
+    records = [{"text": source[i:]} for i in range(64)]
+    (tmp_path / "text" / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    options = {
+        "architecture": "scaffold_batchtopk",
+        "scaffold_rank": 4,
+        "k": 8,
+        "d_in": 256,
+        "d_sae": 512,
+        "model_name": "py-neox",
+        "hook_name": "blocks.1.hook_resid_post",
+        "dataset_path": "./text",
+        "is_dataset_tokenized": False,
+        "streaming": False,
+        "context_size": 64,
+        "training_tokens": 4096,
+        "train_batch_size_tokens": 256,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 16,
+        "log_to_wandb": False,
+        "device": "cpu",
+        "output_path": "sae",
+    }
+    args = [f"--{name}={value}" for name, value in options.items()]
+    # one thread: with tensors this small, more get in each other's way
+    done = command("train", *args, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+
+    sae = SAE.load_from_disk(tmp_path / "sae")
+    assert isinstance(sae, ScaffoldJumpReLUSAE)
+    assert sae.cfg.scaffold_rank == 4
+    assert sae.cfg.metadata.model_name == "py-neox"
+
+
+def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[Namespace] = []
+    demo = ModuleType("saelens_scaffold.demo")
+
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("--seeds", type=int)
+
+    def run(namespace: Namespace) -> int:
+        received.append(namespace)
+        return 3
+
+    vars(demo).update(add_arguments=add_arguments, run=run)
+    monkeypatch.setitem(sys.modules, demo.__name__, demo)
+    monkeypatch.setattr(saelens_scaffold, "demo", demo, raising=False)
+    assert main(["demo", "--seeds", "5"]) == 3
+    assert received[0].seeds == 5
+
+
+def test_entry_points_are_what_saelens_registers() -> None:
+    training = entry_points(group="sae_lens.training_saes")
+    inference = entry_points(group="sae_lens.saes")
+    assert {"scaffold_batchtopk", "scaffold_matryoshka"} <= training.names
+    assert "scaffold_jumprelu" in inference.names
+    for entry_point in training:
+        assert entry_point.load() == get_sae_training_class(entry_point.name)
+    for entry_point in inference:
+        assert entry_point.load() == get_sae_class(entry_point.name)

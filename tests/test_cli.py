@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -11,8 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from sae_lens import SAE
 from sae_lens.registry import get_sae_class, get_sae_training_class
+from safetensors.torch import load_file
 
 import saelens_scaffold
 from saelens_scaffold import ScaffoldJumpReLUSAE
@@ -253,13 +257,13 @@ def test_train_help(architecture: str, command: RunCommand) -> None:
     assert "RuntimeWarning" not in done.stderr
 
 
-def test_train_end_to_end(command: RunCommand, tmp_path: Path) -> None:
-    (tmp_path / "text").mkdir()
+def training_options(folder: Path, **changes: object) -> list[str]:
+    """For a small SAE on the embedded model and text that is written into the folder."""
+    (folder / "text").mkdir(exist_ok=True)
     source = Path(main.__code__.co_filename).read_text()
     records = [{"text": source[i:]} for i in range(64)]
-    (tmp_path / "text" / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
-
-    options = {
+    (folder / "text" / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    options: dict[str, object] = {
         "architecture": "scaffold_batchtopk",
         "scaffold_rank": 4,
         "k": 8,
@@ -278,16 +282,64 @@ def test_train_end_to_end(command: RunCommand, tmp_path: Path) -> None:
         "log_to_wandb": False,
         "device": "cpu",
         "output_path": "sae",
+        **changes,
     }
-    args = [f"--{name}={value}" for name, value in options.items()]
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def test_train_end_to_end(command: RunCommand, tmp_path: Path) -> None:
     # one thread: with tensors this small, more get in each other's way
-    done = command("train", *args, OMP_NUM_THREADS="1")
+    done = command("train", *training_options(tmp_path), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
 
     sae = SAE.load_from_disk(tmp_path / "sae")
     assert isinstance(sae, ScaffoldJumpReLUSAE)
     assert sae.cfg.scaffold_rank == 4
     assert sae.cfg.metadata.model_name == "py-neox"
+
+
+def test_interrupted_training_says_how_to_resume_and_resumes(
+    command: RunCommand, tmp_path: Path
+) -> None:
+    options = training_options(tmp_path, training_tokens=10**8, d_sae=64)
+    with subprocess.Popen(
+        [str(Path(sys.executable).with_name("saelens-scaffold")), "train", *options],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr is not None
+        errors = b""
+        while b"100|" not in errors:  # the progress bar at step 100
+            chunk = process.stderr.read1(4096)  # type: ignore[attr-defined]
+            assert chunk, errors.decode()
+            errors += chunk
+        process.send_signal(signal.SIGTERM)
+        errors = process.stderr.read()
+    assert process.returncode == 130
+    hint = re.search(r"--resume_from_checkpoint (\S+)", errors.decode())
+    assert hint is not None, errors.decode()
+    checkpoint = tmp_path / hint[1]
+    state = torch.load(checkpoint / "trainer_state.pt")
+    assert state["n_training_steps"] >= 100
+
+    done = command(
+        "train",
+        *training_options(
+            tmp_path,
+            training_tokens=state["n_training_samples"] + 256,
+            d_sae=64,
+            resume_from_checkpoint=checkpoint,
+        ),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    weights = load_file(checkpoint / "sae_weights.safetensors")
+    sae = SAE.load_from_disk(tmp_path / "sae")
+    # one more step moves the scaffold a little; a new start would move it a lot
+    B = torch.nn.functional.normalize(weights["W_dec"][:4], dim=1)
+    assert (sae.W_dec[:4] * B).sum(1).min() > 0.99
 
 
 def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

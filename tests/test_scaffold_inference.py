@@ -10,7 +10,7 @@ import pytest
 import torch
 from sae_lens import SAE, JumpReLUSAE
 
-from helpers import D_IN, D_SAE, RANK, activations, scaffold_sae, train
+from helpers import D_IN, D_SAE, activations, scaffold_sae, train
 from saelens_scaffold import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
 
 ARCHITECTURES = ["scaffold_batchtopk", "scaffold_matryoshka"]

@@ -18,8 +18,6 @@ from sae_lens import (
 )
 from sae_lens.saes.sae import TrainStepInput
 
-from saelens_scaffold import ScaffoldBatchTopKTrainingSAE
-
 from helpers import (
     D_IN,
     D_SAE,
@@ -33,6 +31,7 @@ from helpers import (
     train,
     trainer_for,
 )
+from saelens_scaffold import ScaffoldBatchTopKTrainingSAE
 
 ARCHITECTURES = ["scaffold_batchtopk", "scaffold_matryoshka"]
 
@@ -57,9 +56,7 @@ def reference_training_forward(
     x_bar = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
     z = x_bar @ A
     h = (x_bar - rho * z @ B) @ sae.W_enc[:, r:] + sae.b_enc[r:]
-    scale = (
-        sae.W_dec[r:].norm(dim=1) if sae.cfg.rescale_acts_by_decoder_norm else 1.0
-    )
+    scale = sae.W_dec[r:].norm(dim=1) if sae.cfg.rescale_acts_by_decoder_norm else 1.0
     competing = (h * scale).relu()
     n_kept = int(sae.cfg.k * len(x))
     cut = competing.flatten().sort(descending=True).values[n_kept - 1]
@@ -189,7 +186,9 @@ def test_non_finite_tokens_are_left_out_of_the_initialisation():
     x = activations(1000)
     clean = scaffold_sae()
     clean.initialize_scaffold(x)
-    broken = torch.cat([x, torch.full((3, D_IN), torch.nan), torch.full((1, D_IN), torch.inf)])
+    broken = torch.cat(
+        [x, torch.full((3, D_IN), torch.nan), torch.full((1, D_IN), torch.inf)]
+    )
     sae = scaffold_sae()
     sae.initialize_scaffold(broken)
     assert torch.equal(sae.W_dec, clean.W_dec)
@@ -217,9 +216,7 @@ def test_an_undetermined_subspace_is_completed_with_a_warning(x: torch.Tensor):
     B = sae.W_dec[:RANK].detach()
     torch.testing.assert_close(B @ B.T, torch.eye(RANK), atol=1e-5, rtol=0)
     centred = x - x.mean(0)
-    torch.testing.assert_close(
-        sae.scaffold(x).detach(), centred, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(sae.scaffold(x).detach(), centred, atol=1e-4, rtol=1e-4)
 
 
 def test_whitened_activations_have_no_principal_directions_and_a_warning_says_so():
@@ -326,7 +323,10 @@ def test_the_scaffold_has_no_trained_encoder_bias():
     [
         {"normalize_activations": "expected_average_only_in"},
         {"normalize_activations": "covariance_whitening"},
-        {"normalize_activations": "covariance_whitening", "apply_b_dec_to_input": False},
+        {
+            "normalize_activations": "covariance_whitening",
+            "apply_b_dec_to_input": False,
+        },
         {"decoder_init_norm": None},
         {"use_sparse_activations": True},
         {"dtype": "bfloat16"},

@@ -15,10 +15,12 @@ from saelens_scaffold.saes import (
     ScaffoldMatryoshkaTrainingSAE,
     ScaffoldMatryoshkaTrainingSAEConfig,
 )
+from saelens_scaffold.training_runner import ResumableTrainingRunner
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ResumableTrainingRunner",
     "ScaffoldBatchTopKTrainingSAE",
     "ScaffoldBatchTopKTrainingSAEConfig",
     "ScaffoldJumpReLUSAE",

@@ -7,21 +7,46 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.training._interruption import InterruptedException
+
 from saelens_scaffold.embedded import register_embedded_model
 from saelens_scaffold.local_models import register_local_models_in
+from saelens_scaffold.training_runner import ResumableTrainingRunner
 
 
 def train(args: Sequence[str]) -> int:
     """
     Run SAELens's training command line, which offers the scaffold architectures.
 
+    The embedded model, and all model directories among the arguments, can be used in it
+    by name. An interruption (Ctrl-C, SIGTERM) saves a checkpoint, and says how to resume.
+
     Args:
-        args: What to pass on to it.
+        args: What SAELens parses.
 
     Returns:
-        The exit status 0; see `run_module` for the others.
+        The exit status: 0 after the training, 130 after an interruption.
+
+    Raises:
+        SystemExit: Help has been printed, or SAELens cannot parse the arguments.
     """
-    return run_module("sae_lens.llm_sae_training_runner", args)
+    register_embedded_model()
+    register_local_models_in(args)
+    sys.argv = ["saelens-scaffold train", *args]  # the name that SAELens's help shows
+    runner = ResumableTrainingRunner(_parse_cfg_args(args))
+    try:
+        runner.run()
+    except (KeyboardInterrupt, InterruptedException):
+        print("\nsaelens-scaffold train: interrupted.", file=sys.stderr)
+        if runner.interruption_checkpoint is not None:
+            print(
+                "To go on, repeat the command with "
+                f"--resume_from_checkpoint {runner.interruption_checkpoint}",
+                file=sys.stderr,
+            )
+        return 130
+    return 0
 
 
 def run_module(module: str, args: Sequence[str]) -> int:

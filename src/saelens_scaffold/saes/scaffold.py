@@ -128,7 +128,9 @@ class ScaffoldMixin(_SAE):
             view="whole",
             W_enc=with_opposites(sae.W_enc.T).T,
             b_enc=with_opposites(sae.b_enc),
-            threshold=torch.cat([sparse_threshold.new_zeros(2 * rank), sparse_threshold]),
+            threshold=torch.cat(
+                [sparse_threshold.new_zeros(2 * rank), sparse_threshold]
+            ),
             W_dec=with_opposites(sae.W_dec),
         )
 

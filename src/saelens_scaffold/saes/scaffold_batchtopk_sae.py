@@ -92,7 +92,9 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         if not isinstance(self.scaffold_rank, int) or isinstance(
             self.scaffold_rank, bool
         ):
-            raise ValueError(f"scaffold_rank must be an int, got {self.scaffold_rank!r}.")
+            raise ValueError(
+                f"scaffold_rank must be an int, got {self.scaffold_rank!r}."
+            )
         if not 0 <= self.scaffold_rank <= max_rank:
             raise ValueError(
                 f"scaffold_rank must be from 0 to {max_rank} (less than "
@@ -219,7 +221,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         mask[: self.cfg.scaffold_rank] = False
         return replace(step_input, dead_neuron_mask=mask)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     @torch.no_grad()
     def initialize_scaffold(self, sae_in: torch.Tensor) -> None:
         """

@@ -23,7 +23,7 @@ from saelens_scaffold.demo.language_model import (
     train_on_language_model,
 )
 from saelens_scaffold.demo.measures import Measured
-from saelens_scaffold.demo.report import Part, table
+from saelens_scaffold.demo.report import Part, print_part
 
 
 def run(settings: LanguageModelSettings, seed: int) -> list[Measured]:
@@ -56,7 +56,7 @@ def main() -> None:
         settings = LanguageModelSettings(k=k)
         results = [r for seed in range(options.seeds) for r in run(settings, seed)]
         title = f"k {k:g} of {settings.d_sae} latents ({k / settings.d_sae:.2%})"
-        Console(width=TABLE_WIDTH).print(table(Part(title, results)))
+        print_part(Part(title, results), Console(width=TABLE_WIDTH))
 
 
 if __name__ == "__main__":

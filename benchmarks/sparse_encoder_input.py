@@ -22,7 +22,7 @@ from saelens_scaffold.demo.planted import (
     PlantedSettings,
     train_on_planted,
 )
-from saelens_scaffold.demo.report import Part, table
+from saelens_scaffold.demo.report import Part, print_part
 
 SETTINGS = PlantedSettings(structured=False, k=12, steps=800, batch_size=2048)
 
@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     results = [result for seed in range(options.seeds) for result in run(seed)]
-    Console(width=TABLE_WIDTH).print(table(Part(str(SETTINGS), results)))
+    print_part(Part(str(SETTINGS), results), Console(width=TABLE_WIDTH))
 
 
 if __name__ == "__main__":

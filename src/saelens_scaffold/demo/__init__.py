@@ -30,9 +30,10 @@ from saelens_scaffold.demo.planted import (
     train_on_planted,
 )
 from saelens_scaffold.demo.report import (
+    COLUMNS,
     Part,
     dense_latent_summary,
-    table,
+    print_part,
     write_picture,
 )
 
@@ -123,13 +124,13 @@ def run(options: argparse.Namespace) -> int:
         },
     )
     write_picture(parts, options.out / "demo.png")
-    # as wide as the table, also where the output goes into a file
-    console = Console(width=TABLE_WIDTH)
+    # as wide as the tables, also where the output goes into a file
+    console = Console(width=TABLE_WIDTH, highlight=False)
     for part in parts:
-        console.print()
-        console.print(table(part))
+        print_part(part, console)
         for sentence in dense_latent_summary(part):
             console.print(sentence)
+    console.print(f"\n{COLUMNS}")
     console.print(f"\nWritten to {options.out}: demo.json, demo.png, and the SAEs.")
     return 0
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import MARKDOWN
+from rich.console import Console
 from rich.table import Table
 
 from saelens_scaffold.demo.architectures import TWINS
@@ -36,19 +37,33 @@ class Part(NamedTuple):
         return grouped
 
 
-def table(part: Part) -> Table:
+COLUMNS = """\
+> 10%, > 20%, > 50%: sparse latents that fire on more of the tokens; alive: that fire at
+all; l0_sparse, l0_total: latents that fire per token, without and with the scaffold's;
+expl. var.: explained variance; CE score: SAELens's ce_loss_score; cosine: mean best
+cosine of living latents with the planted features; overlap: of the scaffold with the
+planted dense subspace, or with the top-r PCA subspace."""
+
+
+def print_part(part: Part, console: Console) -> None:
+    """Print a part's title and table."""
+    console.print(f"\n{part.title}", style="bold")
+    console.print(_table(part))
+
+
+def _table(part: Part) -> Table:
     """One row an SAE: the value of one seed, or mean ± standard deviation of several."""
-    grid = Table(title=part.title, title_justify="left", box=MARKDOWN)
+    grid = Table(box=MARKDOWN)
     grid.add_column("SAE", no_wrap=True)
     columns = [
-        *(f"dense > {threshold:.0%}" for threshold in DENSE_THRESHOLDS),
+        *(f"> {threshold:.0%}" for threshold in DENSE_THRESHOLDS),
         "alive",
         "l0_sparse",
         "l0_total",
-        "explained variance",
-        "CE-loss score",
-        "feature cosine",
-        "scaffold overlap",
+        "expl. var.",
+        "CE score",
+        "cosine",
+        "overlap",
     ]
     rows = {
         name: [
@@ -69,7 +84,7 @@ def table(part: Part) -> Table:
     # a column that no SAE of this part has a value for is left out
     used = [i for i in range(len(columns)) if any(row[i] for row in rows.values())]
     for i in used:
-        grid.add_column(columns[i], justify="right")
+        grid.add_column(columns[i], justify="right", no_wrap=True)
     for name, row in rows.items():
         grid.add_row(name, *(row[i] or "-" for i in used))
     return grid

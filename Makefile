@@ -7,7 +7,7 @@ VENV_MIN := .venv-min
 
 # Passed on to the demo and to pytest: make demo DEMO_ARGS="--quick"
 DEMO_ARGS ?=
-TEST_ARGS ?=
+TEST_ARGS ?= -n 2
 
 # SAEBench needs numpy < 2, which has no wheels for Python 3.13; with a compiler at hand
 # `make EXTRAS=bench,test` builds it there.

@@ -15,13 +15,14 @@ from pathlib import Path
 from rich.console import Console
 
 from saelens_scaffold import ScaffoldBatchTopKTrainingSAEConfig
-from saelens_scaffold.demo import TABLE_WIDTH, language_model_configs, quiet
 from saelens_scaffold.demo.language_model import (
     CENTRED,
     EmbeddedActivations,
     LanguageModelSettings,
+    language_model_configs,
     train_on_language_model,
 )
+from saelens_scaffold.demo.main import TABLE_WIDTH, quiet
 from saelens_scaffold.demo.measures import Measured
 from saelens_scaffold.demo.report import Part, print_part
 

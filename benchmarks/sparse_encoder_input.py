@@ -15,11 +15,12 @@ from pathlib import Path
 from rich.console import Console
 
 from saelens_scaffold import ScaffoldBatchTopKTrainingSAEConfig
-from saelens_scaffold.demo import TABLE_WIDTH, planted_configs, quiet
+from saelens_scaffold.demo.main import TABLE_WIDTH, quiet
 from saelens_scaffold.demo.measures import Measured
 from saelens_scaffold.demo.planted import (
     PlantedActivations,
     PlantedSettings,
+    planted_configs,
     train_on_planted,
 )
 from saelens_scaffold.demo.report import Part, print_part

@@ -26,8 +26,8 @@ from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from saelens_scaffold.embedded.files import new_directory
 from saelens_scaffold.embedded.text import load_stdlib_text
+from saelens_scaffold.files import new_directory
 from saelens_scaffold.local_models import register_local_model
 
 END_OF_TEXT = "<|endoftext|>"

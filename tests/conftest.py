@@ -4,9 +4,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-
-import torch
-
-# The tests' tensors are small: threads cost more than they bring, and pytest-xdist
-# uses the other cores.
-torch.set_num_threads(1)
+# The tests' tensors are small: threads cost more than they bring, and pytest-xdist uses
+# the other cores. Set before torch is imported, and inherited by subprocesses.
+os.environ["OMP_NUM_THREADS"] = "1"

@@ -11,13 +11,14 @@ import torch
 from sae_lens import SAE
 
 from helpers import overlap
-from saelens_scaffold import demo
+from saelens_scaffold.demo import main as demo
 from saelens_scaffold.demo.architectures import twin_configs
 from saelens_scaffold.demo.language_model import LanguageModelSettings
 from saelens_scaffold.demo.measures import subspace_overlap
 from saelens_scaffold.demo.planted import (
     PlantedActivations,
     PlantedSettings,
+    planted_configs,
     train_on_planted,
 )
 
@@ -25,7 +26,7 @@ from saelens_scaffold.demo.planted import (
 def test_scaffolds_find_the_planted_truth(tmp_path: Path):
     # one seed of benchmarks/sparse_encoder_input.py
     settings = PlantedSettings(structured=False, k=12, steps=800, batch_size=2048)
-    twins = demo.planted_configs(settings)
+    twins = planted_configs(settings)
     saes = {name: twins[name] for name in ("BatchTopK", "ScaffoldBatchTopK")}
     planted = PlantedActivations(settings, seed=0)
     plain, scaffold = train_on_planted(planted, saes, 0, tmp_path)

@@ -21,7 +21,6 @@ from saelens_scaffold.embedded import (
     register_embedded_model,
     write_stdlib_dataset,
 )
-from saelens_scaffold.embedded.files import new_directory
 from saelens_scaffold.embedded.text import (
     PROBING_TEST_FRACTION,
     TEXT_TEST_FRACTION,
@@ -29,6 +28,7 @@ from saelens_scaffold.embedded.text import (
     label_of,
     read_stdlib,
 )
+from saelens_scaffold.files import new_directory
 
 
 @pytest.fixture(scope="module")

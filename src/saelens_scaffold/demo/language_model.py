@@ -21,6 +21,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
+from saelens_scaffold.demo.architectures import twin_configs
 from saelens_scaffold.demo.measures import Measured, measured
 from saelens_scaffold.embedded import (
     EMBEDDED_MODEL_NAME,
@@ -71,6 +72,21 @@ class LanguageModelSettings:
     eval_contexts: int = 256
     eval_contexts_ce: int = 96
     pca_contexts: int = 256
+
+
+def language_model_configs(
+    settings: LanguageModelSettings,
+) -> dict[str, TrainingSAEConfig]:
+    """The SAEs that are compared on the embedded model."""
+    return twin_configs(
+        d_in=settings.d_in,
+        d_sae=settings.d_sae,
+        k=settings.k,
+        scaffold_rank=settings.scaffold_rank,
+        matryoshka_widths=settings.matryoshka_widths,
+        topk_threshold_lr=settings.topk_threshold_lr,
+        normalize_activations="expected_average_only_in",
+    )
 
 
 class EmbeddedActivations:

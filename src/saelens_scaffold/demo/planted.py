@@ -20,6 +20,7 @@ from sae_lens.synthetic import (
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from tqdm.auto import tqdm
 
+from saelens_scaffold.demo.architectures import twin_configs
 from saelens_scaffold.demo.measures import Measured, measured, scaffold_rank
 
 # MultiSAETrainer routes activations by hook point; planted ones have but this
@@ -62,6 +63,18 @@ class PlantedSettings:
     lr: float = 1e-3
     topk_threshold_lr: float = 0.05
     eval_samples: int = 16_384
+
+
+def planted_configs(settings: PlantedSettings) -> dict[str, TrainingSAEConfig]:
+    """The SAEs that are compared on planted data."""
+    return twin_configs(
+        d_in=settings.d_in,
+        d_sae=settings.d_sae,
+        k=settings.k,
+        scaffold_rank=settings.dense_rank,
+        matryoshka_widths=settings.matryoshka_widths,
+        topk_threshold_lr=settings.topk_threshold_lr,
+    )
 
 
 class PlantedActivations:

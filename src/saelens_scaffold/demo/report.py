@@ -15,6 +15,7 @@ from rich.table import Table
 from saelens_scaffold.demo.architectures import TWINS
 from saelens_scaffold.demo.language_model import CENTRED
 from saelens_scaffold.demo.measures import DENSE_THRESHOLDS, Measured
+from saelens_scaffold.files import new_file
 
 
 class Part(NamedTuple):
@@ -130,9 +131,8 @@ def write_picture(parts: Sequence[Part], path: Path) -> None:
     axes = figure.subplots(1, len(parts), squeeze=False)[0]
     for axis, part in zip(axes, parts, strict=True):
         _draw_firing_frequencies(axis, part)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _draw_firing_frequencies(axis: Axes, part: Part) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from datasets import Dataset
 
-from saelens_scaffold.embedded.files import new_directory
+from saelens_scaffold.files import new_directory
 
 Split = Literal["train", "test"]
 

@@ -358,7 +358,7 @@ def test_run_time_normalisation_trains_without_the_auxiliary_loss(normalize: str
     x = activations(300, seed=3)
     inference = sae.to_inference()
     reconstruction = inference(x)
-    assert float((reconstruction - x).norm() / (x - x.mean(0)).norm()) < 0.8
+    assert (reconstruction - x).norm() / (x - x.mean(0)).norm() < 0.8
     # s is one summand of the reconstruction, in the units of x
     acts = inference.encode(x)
     without_scaffold = acts.clone()

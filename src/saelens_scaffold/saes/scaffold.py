@@ -34,8 +34,11 @@ class ScaffoldActivation(nn.Module):
         Returns:
             Activations, shape (..., d_sae).
         """
-        sparse_acts = self.sparse_activation(hidden_pre[..., self.rank :])
-        return torch.cat([hidden_pre[..., : self.rank], sparse_acts], dim=-1)
+        # One split, as the gradient of each slice would be a tensor of hidden_pre's size.
+        scaffold, sparse = hidden_pre.split(
+            [self.rank, hidden_pre.shape[-1] - self.rank], dim=-1
+        )
+        return torch.cat([scaffold, self.sparse_activation(sparse)], dim=-1)
 
 
 # a base class only for the type checker, so that the mixin can call SAELens's methods

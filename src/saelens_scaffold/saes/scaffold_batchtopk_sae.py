@@ -191,16 +191,21 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             (..., d_sae), and both times the decoder's norms with
             rescale_acts_by_decoder_norm.
         """
-        rank = self.cfg.scaffold_rank
-        sae_in = self.process_sae_in(x)
-        z = self._scaffold_coordinates(sae_in)
-        if self.cfg.sparse_encoder_input == "residual":
-            sae_in = sae_in - z @ self.W_dec[:rank]
-        h = sae_in @ self.W_enc[:, rank:] + self.b_enc[rank:]
-        hidden_pre = self.hook_sae_acts_pre(torch.cat([z, h], dim=-1))
+        W_enc, b_enc = self._encoder()
+        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ W_enc + b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
         return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
+
+    def _encoder(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The encoder's weights and bias, as of one that reads x̄ in all its latents."""
+        rank = self.cfg.scaffold_rank
+        b_enc = torch.cat([self.b_enc[:rank].detach(), self.b_enc[rank:]])
+        if self.cfg.sparse_encoder_input == "activation":
+            return self.W_enc, b_enc
+        # Cheaper than subtracting z B from a batch, which is larger than the weights,
+        # and joining z and h, which are much larger.
+        return _fold_residual_input(self.W_enc, b_enc, self.W_dec[:rank])
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -284,7 +289,13 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         rank = self.cfg.scaffold_rank
         state_dict["threshold"][:rank] = -torch.inf
         if self.cfg.sparse_encoder_input == "residual":
-            _fold_residual_input(state_dict, rank)
+            weights = (state_dict["W_enc"], state_dict["b_enc"], state_dict["W_dec"])
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            W_enc, b_enc, W_dec = (weight.to(dtype) for weight in weights)
+            W_enc, b_enc = _fold_residual_input(W_enc, b_enc, W_dec[:rank])
+            # new tensors, since those of a state dict share memory with the parameters
+            state_dict["W_enc"] = W_enc.to(self.dtype)
+            state_dict["b_enc"] = b_enc.to(self.dtype)
 
     @override
     @torch.no_grad()
@@ -308,19 +319,28 @@ def _read_scaffold_is_initialized(
     sae._awaits_pca = not bool(sae.scaffold_is_initialized)
 
 
-def _fold_residual_input(state_dict: dict[str, torch.Tensor], rank: int) -> None:
+def _fold_residual_input(
+    W_enc: torch.Tensor, b_enc: torch.Tensor, B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Make an encoder that reads the residual x̄ - z B one that reads x̄, in place.
+    Turn an encoder that reads the residual x̄ - z B into the same that reads x̄.
 
     W_enc[:, r:] <- (I - A B) W_enc[:, r:], with the same pre-activations. An encoder
     bias of the scaffold goes the same way: b_enc[r:] <- b_enc[r:] - b_A B W_enc[:, r:].
+
+    Args:
+        W_enc: Encoder weights, shape (d_in, d_sae).
+        b_enc: Encoder bias, shape (d_sae,).
+        B: The scaffold's decoder rows, shape (r, d_in).
+
+    Returns:
+        The weights and the bias, of the same shapes.
     """
-    W_enc, b_enc = state_dict["W_enc"], state_dict["b_enc"]
-    dtype = torch.promote_types(W_enc.dtype, torch.float32)
-    A, W_sparse = W_enc.to(dtype).split([rank, W_enc.shape[1] - rank], dim=1)
-    read_by_sparse = state_dict["W_dec"][:rank].to(dtype) @ W_sparse
-    W_sparse = W_sparse - A @ read_by_sparse
-    b_sparse = b_enc[rank:].to(dtype) - b_enc[:rank].to(dtype) @ read_by_sparse
-    # new tensors, since those of a state dict share memory with the parameters
-    state_dict["W_enc"] = torch.cat([A, W_sparse], dim=1).to(W_enc.dtype)
-    state_dict["b_enc"] = torch.cat([b_enc[:rank], b_sparse.to(b_enc.dtype)])
+    widths = [len(B), len(b_enc) - len(B)]
+    A, W_sparse = W_enc.split(widths, dim=1)
+    b_scaffold, b_sparse = b_enc.split(widths)
+    read_by_sparse = B @ W_sparse
+    return (
+        torch.cat([A, W_sparse - A @ read_by_sparse], dim=1),
+        torch.cat([b_scaffold, b_sparse - b_scaffold @ read_by_sparse]),
+    )

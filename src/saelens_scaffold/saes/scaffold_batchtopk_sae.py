@@ -204,8 +204,10 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         if self.cfg.sparse_encoder_input == "activation":
             return self.W_enc, b_enc
         # Cheaper than subtracting z B from a batch, which is larger than the weights,
-        # and joining z and h, which are much larger.
-        return _fold_residual_input(self.W_enc, b_enc, self.W_dec[:rank])
+        # and joining z and h, which are much larger. Not in autocast's bfloat16, for
+        # the folded weights are small differences where A dominates.
+        with torch.autocast(self.W_enc.device.type, enabled=False):
+            return _fold_residual_input(self.W_enc, b_enc, self.W_dec[:rank])
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

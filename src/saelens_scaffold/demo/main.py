@@ -80,10 +80,10 @@ def run(options: argparse.Namespace) -> int:
     quiet()
     planted, language_model = PlantedSettings(), LanguageModelSettings()
     if options.quick:
-        planted = replace(planted, steps=200, eval_samples=4096)
+        planted = replace(planted, steps=150, eval_samples=4096)
         language_model = replace(
             language_model,
-            training_tokens=81_920,
+            training_tokens=61_440,
             eval_contexts=32,
             eval_contexts_ce=16,
             pca_contexts=64,

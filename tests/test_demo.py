@@ -153,11 +153,8 @@ def test_the_demo_writes_what_it_prints(
     # again: nothing is trained, the same is printed
     assert demo.run(options("--out", str(out), "--seeds", "2")) == 0
     second = capsys.readouterr()
-    assert (
-        second.out
-        == first.out.replace("Loaded pretrained model py-neox", "").lstrip("\n")
-        or second.out.splitlines()[-20:] == first.out.splitlines()[-20:]
-    )
+    tables = first.out[first.out.index("Known truth") :]
+    assert second.out.endswith(tables)
     assert second.err.count("finished before") == 4
 
 

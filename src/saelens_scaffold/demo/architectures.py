@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from sae_lens import BatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig
+import torch
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    TrainingSAE,
+)
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from saelens_scaffold.saes import (
@@ -45,3 +50,14 @@ def twin_configs(
             **scaffold, matryoshka_widths=list(matryoshka_widths)
         ),
     }
+
+
+def initial_saes(
+    configs: dict[str, TrainingSAEConfig], seed: int
+) -> dict[str, TrainingSAE[Any]]:
+    """Untrained SAEs, by name, of which twins start with the same random numbers."""
+    saes: dict[str, TrainingSAE[Any]] = {}
+    for name, cfg in configs.items():
+        torch.manual_seed(seed)
+        saes[name] = TrainingSAE.from_dict(cfg.to_dict())
+    return saes

@@ -13,7 +13,6 @@ from sae_lens import (
     LoggingConfig,
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
-    TrainingSAE,
 )
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -21,7 +20,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-from saelens_scaffold.demo.architectures import twin_configs
+from saelens_scaffold.demo.architectures import initial_saes, twin_configs
 from saelens_scaffold.demo.measures import Measured, measured
 from saelens_scaffold.embedded import (
     EMBEDDED_MODEL_NAME,
@@ -145,11 +144,15 @@ def train_on_language_model(
     Returns:
         What was measured of each SAE, in the same order.
     """
+    training_saes = initial_saes(saes, seed)
+    for name, sae in training_saes.items():
+        if name.endswith(CENTRED):
+            sae.b_dec.data.copy_(activations.mean)
     runner = MultiSAETrainingRunner(
         _runner_config(activations.settings, saes, seed, output_path),
         override_dataset=activations.train_text,
         override_model=activations.model,
-        override_saes=_initial_saes(activations, saes, seed),
+        override_saes=training_saes,
     )
     torch.manual_seed(seed)
     runner.run()
@@ -169,19 +172,6 @@ def with_centred(saes: dict[str, TrainingSAEConfig]) -> dict[str, TrainingSAECon
         if not hasattr(cfg, "scaffold_rank"):
             result[name + CENTRED] = copy.deepcopy(cfg)
     return result
-
-
-def _initial_saes(
-    activations: EmbeddedActivations, saes: dict[str, TrainingSAEConfig], seed: int
-) -> dict[str, Any]:
-    initial: dict[str, Any] = {}
-    for name, cfg in saes.items():
-        torch.manual_seed(seed)  # twins start alike
-        sae = TrainingSAE.from_dict(cfg.to_dict())
-        if name.endswith(CENTRED):
-            sae.b_dec.data.copy_(activations.mean)
-        initial[name] = sae
-    return initial
 
 
 def _runner_config(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.synthetic import (
@@ -20,7 +20,7 @@ from sae_lens.synthetic import (
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from tqdm.auto import tqdm
 
-from saelens_scaffold.demo.architectures import twin_configs
+from saelens_scaffold.demo.architectures import initial_saes, twin_configs
 from saelens_scaffold.demo.measures import Measured, measured, scaffold_rank
 
 # MultiSAETrainer routes activations by hook point; planted ones have but this
@@ -171,10 +171,7 @@ def train_on_planted(
         What was measured of each SAE, in the same order.
     """
     settings = planted.settings
-    training_saes: dict[str, TrainingSAE[Any]] = {}
-    for name, cfg in saes.items():
-        torch.manual_seed(seed)  # twins start alike
-        training_saes[name] = TrainingSAE.from_dict(cfg.to_dict())
+    training_saes = initial_saes(saes, seed)
     torch.manual_seed(seed)
     MultiSAETrainer(
         cfg=_trainer_config(settings),

@@ -1,0 +1,242 @@
+"""The language model of an evaluation, cut in two at the SAEs' hook point."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from sae_bench.sae_bench_utils import general_utils
+from transformer_lens import HookedTransformer
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+from saelens_scaffold.embedded import EMBEDDED_MODEL_NAME, register_embedded_model
+from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.local_models import register_local_model
+
+
+def load_language_model(
+    model_name: str, device: str, dtype: str = "float32"
+) -> HookedTransformer:
+    """
+    Load a model as SAEBench does, its weights unprocessed.
+
+    Args:
+        model_name: Of TransformerLens, "py-neox" for the embedded model, or the directory
+            of a local model.
+        device: Where to put it.
+        dtype: As in "float32".
+
+    Raises:
+        ValueError: TransformerLens knows no such model.
+        FileNotFoundError: A local model lacks a file.
+    """
+    name = known_model_name(model_name)
+    return HookedTransformer.from_pretrained_no_processing(
+        name, device=device, dtype=general_utils.str_to_dtype(dtype)
+    )
+
+
+def known_model_name(model_name: str) -> str:
+    """
+    Make a model known to TransformerLens, if it is local or the embedded one.
+
+    Returns:
+        Its name, without a slash if it is local: SAEBench makes file names of it.
+
+    Raises:
+        ValueError: No model is named, or the directory cannot be registered.
+        FileNotFoundError: A local model lacks a file.
+    """
+    if not model_name:
+        raise ValueError(
+            "model_name is empty; give a model of TransformerLens, the directory of a "
+            f"local model, or {EMBEDDED_MODEL_NAME!r}"
+        )
+    if model_name == EMBEDDED_MODEL_NAME:
+        return register_embedded_model()
+    if Path(model_name).is_dir():
+        return register_local_model(model_name, name=_slashless_name(model_name))
+    return model_name
+
+
+def _slashless_name(directory: str) -> str:
+    name = Path(directory).resolve().name
+    known = {official.lower() for official in OFFICIAL_MODEL_NAMES}
+    short = {official.rpartition("/")[2] for official in known}
+    # a copy of a model that TransformerLens knows must not take its name
+    return f"{name}-local" if name.lower() in known | short else name
+
+
+class HookedModel:
+    """
+    A language model at one hook point.
+
+    Args:
+        model: The language model.
+        hook_name: The hook point, as in "blocks.12.hook_resid_post".
+
+    Raises:
+        ValueError: The model has no such hook point, or it is in no layer.
+    """
+
+    def __init__(self, model: HookedTransformer, hook_name: str):
+        layer = re.match(r"blocks\.(\d+)\.", hook_name)
+        if hook_name not in model.hook_dict or layer is None:
+            examples = [n for n in model.hook_dict if n.endswith("hook_resid_post")]
+            raise ValueError(
+                f"the model {model.cfg.model_name} has no hook point {hook_name!r}; it has, "
+                f"for instance, {examples[0]} to {examples[-1]}"
+            )
+        self.model = model
+        self.hook_name = hook_name
+        self.is_residual_post = hook_name.endswith(".hook_resid_post")
+        # What the rerun of a batch starts with: the output of a layer is the next one's
+        # input, any other hook point is met on the way through its own layer.
+        self._start_layer = int(layer[1]) + self.is_residual_post
+        self.special_tokens = special_token_ids(model)
+
+    @torch.no_grad()
+    def below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Run the layers up to the hook point, once for a batch.
+
+        Args:
+            tokens: Shape (batch, seq).
+
+        Returns:
+            Activations at the hook point, shape (batch, seq, d_in), heads flattened; and
+            the residual stream that `above` goes on from, shape (batch, seq, d_model).
+        """
+        caught: list[torch.Tensor] = []
+        stop = self._start_layer + (not self.is_residual_post)
+        starts: list[torch.Tensor] = []
+        hooks = [(self.hook_name, lambda x, hook: caught.append(x))]
+        if not self.is_residual_post:
+            hooks.append(
+                (
+                    f"blocks.{self._start_layer}.hook_resid_pre",
+                    lambda x, hook: starts.append(x),
+                )
+            )
+        self.model.run_with_hooks(tokens, stop_at_layer=stop, fwd_hooks=hooks)
+        x = caught[0]
+        return x.flatten(2), (starts[0] if starts else x)
+
+    @torch.no_grad()
+    def above(
+        self,
+        start: torch.Tensor,
+        x: torch.Tensor,
+        stop_at_layer: int | None = None,
+    ) -> torch.Tensor:
+        """
+        Run the layers above the hook point from other activations there.
+
+        Args:
+            start: What `below` returned second.
+            x: The activations to go on with, shape (batch, seq, d_in).
+            stop_at_layer: As in TransformerLens: the residual stream before that layer,
+                instead of the logits.
+
+        Returns:
+            Logits, shape (batch, seq, d_vocab), or the residual stream.
+        """
+        if self.is_residual_post:
+            return self.model(
+                x, start_at_layer=self._start_layer, stop_at_layer=stop_at_layer
+            )
+        return self.model.run_with_hooks(
+            start,
+            start_at_layer=self._start_layer,
+            stop_at_layer=stop_at_layer,
+            fwd_hooks=[
+                (self.hook_name, partial(_replace, replacement=x)),
+            ],
+        )
+
+    def is_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mask of what is neither BOS, EOS nor padding, of the shape of tokens."""
+        special = torch.tensor(self.special_tokens, device=tokens.device)
+        return ~torch.isin(tokens, special)
+
+
+def special_token_ids(model: HookedTransformer) -> list[int]:
+    """The ids of BOS, EOS and padding, those that the tokenizer has."""
+    tokenizer = model.tokenizer
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)  # type: ignore[union-attr]
+    return sorted({token for token in ids if token is not None})
+
+
+def by_hook_point(
+    model: HookedTransformer, saes: Sequence[SelectedSAE]
+) -> list[tuple[HookedModel, list[SelectedSAE]]]:
+    """
+    Group SAEs by hook point, and see that each fits the model there.
+
+    Raises:
+        ValueError: A hook point does not exist, an SAE's d_in is not the width of the
+            model there, or what the model computes there is not finite.
+    """
+    groups: dict[str, list[SelectedSAE]] = {}
+    for sae in saes:
+        groups.setdefault(sae.hook_name, []).append(sae)
+    hooked: list[tuple[HookedModel, list[SelectedSAE]]] = []
+    for hook_name, group in groups.items():
+        try:
+            at = HookedModel(model, hook_name)
+        except ValueError as error:
+            raise ValueError(f"SAE {group[0].label!r}: {error}") from error
+        # any token does: this is about shapes
+        width = at.below(torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device))[
+            0
+        ].shape[-1]
+        for sae in group:
+            if sae.sae.cfg.d_in != width:
+                raise ValueError(
+                    f"SAE {sae.label!r} has d_in {sae.sae.cfg.d_in}, but "
+                    f"{model.cfg.model_name} has width {width} at {hook_name}; "
+                    "it was trained on another model or hook point"
+                )
+            if sae.sae.cfg.reshape_activations == "hook_z":
+                sae.sae.turn_off_forward_pass_hook_z_reshaping()
+        hooked.append((at, group))
+    return hooked
+
+
+def check_finite(x: torch.Tensor, hook_name: str) -> None:
+    """
+    Raises:
+        ValueError: Activations are NaN or infinite.
+    """
+    if not x.isfinite().all():
+        raise ValueError(
+            f"the language model's activations at {hook_name} are NaN or infinite on this "
+            "text; check its weights, and its dtype (float16 overflows in some models: "
+            "try llm_dtype float32 or bfloat16)"
+        )
+
+
+def common_setting(saes: Sequence[SelectedSAE], field: str, default: int | bool):
+    """
+    What the SAEs' metadata say of how they were trained, if they agree.
+
+    Args:
+        saes: The SAEs.
+        field: Of the metadata, as "context_size".
+        default: What counts where the metadata say nothing.
+
+    Raises:
+        ValueError: They do not agree.
+    """
+    values = {sae.label: getattr(sae.sae.cfg.metadata, field) for sae in saes}
+    values = {k: default if v is None else v for k, v in values.items()}
+    if len(set(values.values())) > 1:
+        raise ValueError(
+            f"the SAEs were trained with different {field}: {values}; set {field}"
+        )
+    return next(iter(values.values()))
+
+
+def _replace(x: torch.Tensor, hook: object, replacement: torch.Tensor) -> torch.Tensor:
+    return replacement.reshape(x.shape)

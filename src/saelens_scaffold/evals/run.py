@@ -1,0 +1,156 @@
+"""What `run_eval` does in every evaluation: skip what is there, write what is new."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+from sae_bench.evals.base_eval_output import BaseEvalConfig, BaseEvalOutput
+from sae_bench.sae_bench_utils import (
+    get_eval_uuid,
+    get_sae_bench_version,
+    get_sae_lens_version,
+)
+
+from saelens_scaffold.evals.selected_saes import (
+    SelectedSAE,
+    SelectedSAEs,
+    View,
+    resolve_saes,
+)
+from saelens_scaffold.files import new_file
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=BaseEvalConfig)
+
+Result = dict[str, Any]
+"""The fields of an eval output that are the evaluation's own: `eval_result_metrics`,
+`eval_result_details`, `eval_result_unstructured`, and what its class adds."""
+
+Measure = Callable[
+    [Config, list[SelectedSAE], str], Iterator[tuple[SelectedSAE, Result]]
+]
+"""The evaluation itself: of a config, SAEs and a device, the SAEs' results, one by one."""
+
+# Changing these does not change what is measured.
+_SPEED_ONLY = ("llm_batch_size", "sae_batch_size", "lower_vram_usage")
+
+
+def run_evaluation(
+    measure: "Measure[Config]",
+    output_class: type[BaseEvalOutput[Any, Any, Any]],
+    config: Config,
+    selected_saes: SelectedSAEs,
+    device: str,
+    output_path: str | os.PathLike[str],
+    force_rerun: bool,
+    view: View = "whole",
+) -> dict[str, dict[str, Any]]:
+    """
+    Evaluate the SAEs that have no result yet, and write one JSON file for each.
+
+    Args:
+        measure: The evaluation. It is called once, with all SAEs that need it, and each
+            result is written as soon as it is yielded.
+        output_class: What the results are made into.
+        config: The evaluation's configuration.
+        selected_saes: (release, sae_id) or (name, SAE object) pairs, as in SAEBench.
+        device: Where to compute.
+        output_path: Folder for the results.
+        force_rerun: Whether to evaluate SAEs again that have a result.
+        view: The form of a scaffold SAE that is judged.
+
+    Returns:
+        The results as dictionaries, those that were there already included, under the
+        names that SAEBench gives them.
+
+    Raises:
+        ValueError: An SAE cannot be evaluated, or has a result of another configuration
+            or of other weights in that folder and force_rerun is False.
+    """
+    saes = resolve_saes(selected_saes, device, getattr(config, "llm_dtype", ""), view)
+    done = {} if force_rerun else _existing(saes, config, output_path)
+    missing = [sae for sae in saes if sae.key not in done]
+    for key in done:
+        logger.info("Skipping %s, whose result is in %s", key, output_path)
+
+    results: dict[str, dict[str, Any]] = {}
+    if missing:
+        Path(output_path).mkdir(parents=True, exist_ok=True)
+        about_this_run = {
+            "eval_config": config,
+            "eval_id": get_eval_uuid(),
+            "sae_bench_commit_hash": get_sae_bench_version(),
+            "sae_lens_version": get_sae_lens_version(),
+        }
+        for sae, result in measure(config, missing, device):
+            output = output_class(
+                **about_this_run,
+                datetime_epoch_millis=int(datetime.now().timestamp() * 1000),
+                sae_lens_id=sae.sae_id,
+                sae_lens_release_id=sae.release,
+                sae_cfg_dict=sae.sae.cfg.to_dict(),
+                **result,
+            )
+            with new_file(sae.result_path(output_path)) as file:
+                output.to_json_file(os.fspath(file))
+            results[sae.key] = asdict(output)
+    return {sae.key: done.get(sae.key) or results[sae.key] for sae in saes}
+
+
+def check_result(
+    file: Path, config: Any, sae: SelectedSAE, ignore: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """
+    Read a result, and see that it is of this configuration and of this SAE.
+
+    Args:
+        file: The result.
+        config: The configuration that is wanted.
+        sae: The SAE that is wanted.
+        ignore: Fields of the configuration that may differ.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: It is of another configuration or of other weights, or unreadable.
+    """
+    advice = "run again with force_rerun (--force_rerun), or into another folder"
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        stored, stored_sae = result["eval_config"], result["sae_cfg_dict"]
+        stored_weights = stored_sae.get("metadata", {}).get("weights_sha256")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{file} is there already, but is not a result of SAEBench ({error}); {advice}"
+        ) from error
+    if stored_weights not in (None, sae.sae.cfg.metadata.weights_sha256):
+        raise ValueError(
+            f"{file} is the result of another SAE of the same name; {advice}"
+        )
+    wanted = TypeAdapter(type(config)).dump_python(config, mode="json")
+    different = [
+        f"{name} {stored.get(name)!r} (now {value!r})"
+        for name, value in wanted.items()
+        if name not in (*_SPEED_ONLY, *ignore) and stored.get(name) != value
+    ]
+    if different:
+        raise ValueError(f"{file} was measured with {', '.join(different)}; {advice}")
+    return result
+
+
+def _existing(
+    saes: list[SelectedSAE], config: Any, output_path: str | os.PathLike[str]
+) -> dict[str, dict[str, Any]]:
+    return {
+        sae.key: check_result(sae.result_path(output_path), config, sae)
+        for sae in saes
+        if sae.result_path(output_path).exists()
+    }

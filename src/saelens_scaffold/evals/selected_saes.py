@@ -1,0 +1,227 @@
+"""The SAEs that an evaluation is run on: where they come from, and what is judged."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sae_bench.sae_bench_utils import general_utils
+from sae_lens import SAE
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+
+from saelens_scaffold.saes import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
+from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
+
+View = Literal["whole", "sparse"]
+
+SelectedSAEs = Sequence[tuple[str, Any]]
+"""What SAEBench calls `selected_saes`: (release, sae_id) or (name, SAE object) pairs."""
+
+
+@dataclass
+class SelectedSAE:
+    """
+    One SAE of an evaluation.
+
+    Attributes:
+        release: Its SAELens release, or the name it was given.
+        sae_id: Its id in the release, or "custom_sae", as in SAEBench.
+        sae: The SAE.
+    """
+
+    release: str
+    sae_id: str
+    sae: SAE[Any]
+
+    @property
+    def key(self) -> str:
+        """What SAEBench's `run_eval` calls it in what it returns."""
+        return f"{self.release}_{self.sae_id}"
+
+    @property
+    def label(self) -> str:
+        """What a table calls it."""
+        is_object = self.sae_id == "custom_sae"
+        return self.release if is_object else f"{self.release}/{self.sae_id}"
+
+    @property
+    def rank(self) -> int:
+        """Rank of its scaffold, 0 for a plain SAE."""
+        return scaffold_rank(self.sae)
+
+    @property
+    def hook_name(self) -> str:
+        """The hook point it was trained at."""
+        return str(self.sae.cfg.metadata.hook_name)
+
+    def result_path(self, output_path: str | os.PathLike[str]) -> Path:
+        """Where SAEBench keeps this SAE's result."""
+        return Path(
+            general_utils.get_results_filepath(
+                os.fspath(output_path), self.release, self.sae_id
+            )
+        )
+
+
+def scaffold_rank(sae: SAE[Any]) -> int:
+    """Number of linear latents of any SAELens SAE."""
+    return int(getattr(sae.cfg, "scaffold_rank", 0))
+
+
+def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[Any]]]:
+    """
+    Load SAEs from their directories, each under a name of its own.
+
+    Args:
+        paths: Directories that SAELens's `save_model` or `save_inference_model` wrote.
+
+    Returns:
+        `selected_saes` for any `run_eval` of SAEBench or of this package. A name is the
+        last part of the path, and as many more as tell the SAEs apart: "BatchTopK", or
+        "seed-0/BatchTopK" and "seed-1/BatchTopK".
+
+    Raises:
+        FileNotFoundError: A directory, or its configuration or weights, are missing.
+        ValueError: A directory is named twice, or holds no SAE that SAELens can read.
+    """
+    directories = [Path(path) for path in paths]
+    for directory in directories:
+        missing = [
+            file
+            for file in ("cfg.json", "sae_weights.safetensors")
+            if not (directory / file).is_file()
+        ]
+        if missing:
+            raise FileNotFoundError(
+                f"{directory} is not an SAE's directory: it has no {' and no '.join(missing)} "
+                "(SAELens's save_model and save_inference_model write both)"
+            )
+    selected: list[tuple[str, SAE[Any]]] = []
+    for directory, name in zip(directories, _names(directories), strict=True):
+        try:
+            selected.append((name, SAE.load_from_disk(directory)))
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{directory}: SAELens cannot load this SAE: {type(error).__name__}: {error}"
+            ) from error
+    return selected
+
+
+def resolve_saes(
+    selected_saes: SelectedSAEs, device: str, dtype: str, view: View = "whole"
+) -> list[SelectedSAE]:
+    """
+    Load what is named, and bring every SAE into the form that is judged.
+
+    Args:
+        selected_saes: (release, sae_id) or (name, SAE object) pairs, as in SAEBench.
+        device: Where the SAEs are wanted.
+        dtype: Their dtype, as in "float32". SAEBench's evaluations use that of the
+            language model.
+        view: "sparse" for `sparse_sae()` of scaffold SAEs, "whole" for the SAEs
+            themselves. Plain SAEs are the same in both.
+
+    Returns:
+        The SAEs, in order. `cfg.metadata.weights_sha256` of each tells its weights.
+
+    Raises:
+        ValueError: There is none, two have the same name, or one lacks a hook point.
+    """
+    if not selected_saes:
+        raise ValueError("selected_saes is empty; name at least one SAE")
+    resolved: list[SelectedSAE] = []
+    for release, sae_or_id in selected_saes:
+        if not isinstance(sae_or_id, str):
+            sae_or_id = _inference_form(sae_or_id)
+            if view == "sparse" and isinstance(sae_or_id, ScaffoldMixin):
+                sae_or_id = sae_or_id.sparse_sae()
+        try:
+            loaded = general_utils.load_and_format_sae(release, sae_or_id, device)
+        except ValueError as error:
+            # SAEBench reads the hook point and the model from the SAE's metadata
+            raise ValueError(f"SAE {release!r}: {error}") from error
+        assert loaded is not None
+        sae_id, sae, _ = loaded
+        sae = sae.to(device=device, dtype=general_utils.str_to_dtype(dtype))
+        # The weights are the SAE, and SAEBench's results carry the metadata.
+        sae.cfg.metadata.weights_sha256 = weights_sha256(sae)
+        resolved.append(SelectedSAE(release, sae_id, sae))
+
+    files = [sae.result_path("") for sae in resolved]
+    twice = sorted({file.name for file in files if files.count(file) > 1})
+    if twice:
+        raise ValueError(
+            f"two SAEs have the same name, and so would their results: {twice}; "
+            "give each a name of its own"
+        )
+    return resolved
+
+
+def weights_sha256(sae: SAE[Any]) -> str:
+    """Digest of an SAE's weights, the same on every device."""
+    digest = sha256()
+    for name, weights in sorted(sae.state_dict().items()):
+        digest.update(f"{name}{tuple(weights.shape)}{weights.dtype}".encode())
+        weights = weights.detach().cpu().contiguous().view(torch.uint8)
+        digest.update(weights.numpy().data)
+    return digest.hexdigest()
+
+
+def _inference_form(sae: SAE[Any]) -> SAE[Any]:
+    if isinstance(sae, ScaffoldMixin):
+        return sae.to_inference()
+    metadata = sae.cfg.metadata
+    if isinstance(sae, JumpReLUSAE) and metadata.scaffold_view == "whole":
+        return _scaffold_of_plain_form(sae, int(metadata.scaffold_rank))
+    return sae
+
+
+def _scaffold_of_plain_form(sae: JumpReLUSAE, rank: int) -> ScaffoldJumpReLUSAE:
+    """Undo `to_jumprelu`: its first 2 r latents are r linear ones and their opposites."""
+    cfg = ScaffoldJumpReLUSAEConfig(
+        **{
+            name: getattr(sae.cfg, name)
+            for name in ("d_in", "dtype", "device", "apply_b_dec_to_input")
+        },
+        d_sae=sae.cfg.d_sae - rank,
+        scaffold_rank=rank,
+        normalize_activations=sae.cfg.normalize_activations,
+        reshape_activations=sae.cfg.reshape_activations,
+        metadata=sae.cfg.metadata,
+    )
+
+    def without_opposites(latents: torch.Tensor) -> torch.Tensor:
+        return torch.cat([latents[:rank], latents[2 * rank :]])
+
+    threshold = without_opposites(sae.threshold).detach().clone()
+    threshold[:rank] = -torch.inf
+    return build_sae(
+        ScaffoldJumpReLUSAE,
+        cfg,
+        {
+            "W_enc": without_opposites(sae.W_enc.T).T,
+            "b_enc": without_opposites(sae.b_enc),
+            "threshold": threshold,
+            "W_dec": without_opposites(sae.W_dec),
+            "b_dec": sae.b_dec,
+        },
+    )
+
+
+def _names(directories: list[Path]) -> list[str]:
+    """The shortest ends of the paths, one directory or more, that tell them apart."""
+    parts = [directory.resolve().parts for directory in directories]
+    if len(set(parts)) < len(parts):
+        twice = sorted({str(d) for d in directories if directories.count(d) > 1})
+        raise ValueError(f"the same SAE is named twice: {twice or directories}")
+    return [
+        next(
+            "/".join(own[-length:])
+            for length in range(1, len(own) + 1)
+            if sum(other[-length:] == own[-length:] for other in parts) == 1
+        )
+        for own in parts
+    ]

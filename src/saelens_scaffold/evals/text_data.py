@@ -1,0 +1,197 @@
+"""Text to evaluate on: from the Hub, from a local file or folder, or the embedded one."""
+
+import os
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from transformer_lens import HookedTransformer
+
+from saelens_scaffold.embedded import load_stdlib_chunks, load_stdlib_text
+
+EMBEDDED_DATASET_NAME = "python-stdlib"
+"""The standard library of the running Python, as a dataset for any evaluation."""
+
+_BUILDERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+}
+
+AnyDataset = Dataset | IterableDataset
+
+
+def open_dataset(
+    name: str, split: str, subset: str | None = None, *, chunked: bool = False
+) -> AnyDataset:
+    """
+    Open one split of a dataset.
+
+    Args:
+        name: "python-stdlib" for the embedded text; a directory that `save_to_disk` of
+            the datasets library wrote, or one of data files; a .parquet, .jsonl, .json or
+            .csv file; else a dataset's name on the Hub, which is streamed.
+        split: The split. A single file has none, and is all of any split.
+        subset: The dataset's configuration on the Hub, as "all" of "cais/mmlu".
+        chunked: Whether the embedded text is wanted in short labelled pieces.
+
+    Raises:
+        ValueError: There is no such dataset, or no such split in it.
+    """
+    if name == EMBEDDED_DATASET_NAME:
+        if split not in ("train", "test"):
+            raise ValueError(f"{name} has the splits 'train' and 'test', not {split!r}")
+        return (load_stdlib_chunks if chunked else load_stdlib_text)(split)
+    path = Path(name)
+    try:
+        if path.is_file():
+            return _open_file(path)
+        if path.is_dir():
+            return _open_directory(path, split)
+        if path.suffix in _BUILDERS or path.is_absolute() or name.startswith("."):
+            raise ValueError(f"dataset {name!r}: there is no such file or directory")
+        return _split_of(load_dataset(name, subset, streaming=True), name, split)
+    except ValueError:
+        raise
+    except Exception as error:  # the datasets library's own, and those of the network
+        raise ValueError(
+            f"dataset {name!r} cannot be read: {type(error).__name__}: {error} "
+            f"(allowed: a name on the Hub, a local directory or file, "
+            f"{EMBEDDED_DATASET_NAME!r})"
+        ) from error
+
+
+def _open_file(path: Path) -> AnyDataset:
+    if path.suffix not in _BUILDERS:
+        raise ValueError(
+            f"dataset {os.fspath(path)!r} is a {path.suffix or 'nameless kind of'} file; "
+            f"allowed are {', '.join(_BUILDERS)}"
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"dataset {os.fspath(path)!r} is empty")
+    dataset = load_dataset(
+        _BUILDERS[path.suffix], data_files=os.fspath(path), split="train"
+    )
+    assert isinstance(dataset, Dataset)
+    return dataset
+
+
+def _open_directory(path: Path, split: str) -> AnyDataset:
+    saved_by_datasets = (path / "dataset_info.json").is_file() or (
+        path / "dataset_dict.json"
+    ).is_file()
+    loaded = (
+        load_from_disk(os.fspath(path))
+        if saved_by_datasets
+        else load_dataset(os.fspath(path))
+    )
+    return _split_of(loaded, os.fspath(path), split)
+
+
+def _split_of(loaded: Any, name: str, split: str) -> AnyDataset:
+    if not isinstance(loaded, (DatasetDict, IterableDatasetDict)):
+        return loaded
+    if split not in loaded:
+        raise ValueError(
+            f"dataset {name!r} has no split {split!r}; it has {sorted(map(str, loaded))}"
+        )
+    return loaded[split]
+
+
+def has_split(name: str, split: str) -> bool:
+    """Whether a local directory, or the embedded text, has a split of that name."""
+    if name == EMBEDDED_DATASET_NAME:
+        return split in ("train", "test")
+    if not Path(name).is_dir():
+        return False
+    try:
+        _open_directory(Path(name), split)
+    except ValueError:
+        return False
+    return True
+
+
+def rows_with(
+    dataset: AnyDataset, name: str, *columns: str
+) -> Iterator[tuple[Any, ...]]:
+    """
+    The given columns of every row.
+
+    Raises:
+        ValueError: The dataset is empty, or lacks a column. Raised when called, not later.
+    """
+    rows = iter(dataset)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"dataset {name!r} is empty")
+    missing = [column for column in columns if column not in first]
+    if missing:
+        raise ValueError(
+            f"dataset {name!r} has no column {', '.join(map(repr, missing))}; "
+            f"it has {sorted(first)}"
+        )
+    return (tuple(row[column] for column in columns) for row in chain([first], rows))
+
+
+def token_sequences(
+    dataset: str,
+    split: str,
+    text_column: str,
+    model: HookedTransformer,
+    context_size: int,
+    prepend_bos: bool,
+) -> Iterator[torch.Tensor]:
+    """
+    Text as the language model reads it while an SAE is trained: texts are joined, with
+    BOS between them, and cut into sequences of equal length.
+
+    Args:
+        dataset: As for `open_dataset`.
+        split: Its split.
+        text_column: The column with the text.
+        model: The language model, for its tokenizer.
+        context_size: Tokens per sequence, BOS included.
+        prepend_bos: Whether each sequence begins with BOS.
+
+    Returns:
+        An iterator over tensors of shape (context_size,), on the CPU. It ends when the
+        text does; the last, incomplete sequence is left out.
+
+    Raises:
+        ValueError: The text cannot be read, or is shorter than one sequence. Raised when
+            called, not later.
+    """
+    rows = rows_with(open_dataset(dataset, split), dataset, text_column)
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    sequences = concat_and_batch_sequences(
+        (
+            model.to_tokens(
+                text, prepend_bos=False, truncate=False, move_to_device=False
+            ).squeeze(0)
+            for (text,) in rows
+            if text
+        ),
+        context_size=context_size,
+        begin_batch_token_id=tokenizer.bos_token_id if prepend_bos else None,
+        sequence_separator_token_id=tokenizer.bos_token_id,
+    )
+    first = next(sequences, None)
+    if first is None:
+        raise ValueError(
+            f"dataset {dataset!r} ({split}) has no text of {context_size} tokens; "
+            "give a longer text, or a smaller context_size"
+        )
+    return chain([first], sequences)

@@ -96,15 +96,15 @@ def _open_file(path: Path) -> AnyDataset:
 
 
 def _open_directory(path: Path, split: str) -> AnyDataset:
+    return _split_of(_load_directory(path), os.fspath(path), split)
+
+
+def _load_directory(path: Path) -> Any:
     saved_by_datasets = (path / "dataset_info.json").is_file() or (
         path / "dataset_dict.json"
     ).is_file()
-    loaded = (
-        load_from_disk(os.fspath(path))
-        if saved_by_datasets
-        else load_dataset(os.fspath(path))
-    )
-    return _split_of(loaded, os.fspath(path), split)
+    load = load_from_disk if saved_by_datasets else load_dataset
+    return load(os.fspath(path))
 
 
 def _split_of(loaded: Any, name: str, split: str) -> AnyDataset:
@@ -117,17 +117,39 @@ def _split_of(loaded: Any, name: str, split: str) -> AnyDataset:
     return loaded[split]
 
 
+def split_names(name: str, subset: str | None = None) -> list[str]:
+    """
+    The splits of a dataset that `open_dataset` opens.
+
+    Args:
+        name: As for `open_dataset`.
+        subset: The dataset's configuration on the Hub.
+
+    Returns:
+        Their names. None for a dataset that is not split: all of it is any split.
+    """
+    if name == EMBEDDED_DATASET_NAME:
+        return ["train", "test"]
+    path = Path(name)
+    if path.is_file():
+        return []
+    loaded = (
+        _load_directory(path)
+        if path.is_dir()
+        else load_dataset(name, subset, streaming=True)
+    )
+    is_split = isinstance(loaded, (DatasetDict, IterableDatasetDict))
+    return [str(split) for split in loaded] if is_split else []
+
+
 def has_split(name: str, split: str) -> bool:
     """Whether a local directory, or the embedded text, has a split of that name."""
-    if name == EMBEDDED_DATASET_NAME:
-        return split in ("train", "test")
-    if not Path(name).is_dir():
+    if name != EMBEDDED_DATASET_NAME and not Path(name).is_dir():
         return False
     try:
-        _open_directory(Path(name), split)
-    except ValueError:
+        return split in split_names(name)
+    except Exception:  # whatever it is, opening the dataset says it better
         return False
-    return True
 
 
 def rows_with(
@@ -204,64 +226,94 @@ def token_sequences(
     return chain([first], sequences)
 
 
-def token_batches(
-    config: TextEvalConfig, model: HookedTransformer, saes: Sequence[SelectedSAE]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+class TokenStream:
     """
-    The text of an evaluation, batch by batch, with a progress bar.
-
-    Whole sequences are taken until config.n_tokens tokens count, or the text ends.
+    The text of an evaluation, in batches of whole sequences.
 
     Args:
-        config: Which text, and how much of it.
+        config: Which text.
         model: The language model.
         saes: What config leaves open is taken from how these were trained.
 
-    Yields:
-        Tokens, shape (batch, context_size), on the model's device, and the mask of those
-        that count: neither BOS, EOS nor padding.
-
     Raises:
-        ValueError: The text cannot be read, is too short, or the SAEs disagree on what
-            config leaves open.
+        ValueError: The text cannot be read, is shorter than one sequence, or the SAEs
+            disagree on what config leaves open.
     """
-    context_size = config.context_size or common_setting(saes, "context_size", 128)
-    prepend_bos = (
-        common_setting(saes, "prepend_bos", True)
-        if config.prepend_bos is None
-        else config.prepend_bos
-    )
-    if context_size > model.cfg.n_ctx:
-        raise ValueError(
-            f"context_size is {context_size}; {model.cfg.model_name} has room for "
-            f"{model.cfg.n_ctx} tokens"
+
+    def __init__(
+        self,
+        config: TextEvalConfig,
+        model: HookedTransformer,
+        saes: Sequence[SelectedSAE],
+    ):
+        context_size = config.context_size or common_setting(saes, "context_size", 128)
+        prepend_bos = (
+            common_setting(saes, "prepend_bos", True)
+            if config.prepend_bos is None
+            else config.prepend_bos
         )
-    sequences = token_sequences(
-        config.dataset,
-        config.dataset_split,
-        config.text_column,
-        model,
-        context_size,
-        bool(prepend_bos),
-    )
-    special = torch.tensor(special_token_ids(model), device=model.cfg.device)
-    counted = 0
-    with tqdm(total=config.n_tokens, unit="tok", unit_scale=True) as bar:
-        while counted < config.n_tokens:
-            batch = list(islice(sequences, config.llm_batch_size))
-            if not batch:
-                logger.warning(
-                    "dataset %r ended after %s of n_tokens = %s tokens",
-                    config.dataset,
-                    f"{counted:,}",
-                    f"{config.n_tokens:,}",
-                )
-                return
-            tokens = torch.stack(batch).to(model.cfg.device)
-            counts = ~torch.isin(tokens, special)
-            in_batch = counts.sum(dim=1).cumsum(0)
-            needed = int((in_batch < config.n_tokens - counted).sum()) + 1
-            tokens, counts = tokens[:needed], counts[:needed]
-            counted += int(counts.sum())
-            yield tokens, counts
-            bar.update(int(counts.sum()))
+        if context_size > model.cfg.n_ctx:
+            raise ValueError(
+                f"context_size is {context_size}; {model.cfg.model_name} has room for "
+                f"{model.cfg.n_ctx} tokens"
+            )
+        self.context_size = int(context_size)
+        self.prepend_bos = bool(prepend_bos)
+        self._config = config
+        self._device = model.cfg.device
+        self._special = torch.tensor(special_token_ids(model), device=self._device)
+        self._sequences = token_sequences(
+            config.dataset,
+            config.dataset_split,
+            config.text_column,
+            model,
+            self.context_size,
+            self.prepend_bos,
+        )
+
+    def batches(
+        self, n_tokens: int, desc: str
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        The next sequences, with a progress bar, until n_tokens count or the text ends.
+
+        Args:
+            n_tokens: How many tokens shall count.
+            desc: What the progress bar says.
+
+        Yields:
+            Tokens, shape (batch, context_size), on the model's device, and the mask of
+            those that count: neither BOS, EOS nor padding.
+
+        Raises:
+            ValueError: There is no text left.
+        """
+        counted = 0
+        with tqdm(total=n_tokens, desc=desc, unit="tok", unit_scale=True) as bar:
+            while counted < n_tokens:
+                batch = list(islice(self._sequences, self._config.llm_batch_size))
+                if not batch:
+                    break
+                tokens = torch.stack(batch).to(self._device)
+                counts = ~torch.isin(tokens, self._special)
+                in_batch = counts.sum(dim=1).cumsum(0)
+                needed = int((in_batch < n_tokens - counted).sum()) + 1
+                tokens, counts = tokens[:needed], counts[:needed]
+                self._sequences = chain(batch[needed:], self._sequences)
+                if counts.any():
+                    yield tokens, counts
+                counted += int(counts.sum())
+                bar.update(int(counts.sum()))
+        if counted == 0:
+            raise ValueError(
+                f"dataset {self._config.dataset!r} has no text left for {desc!r}; give a "
+                "longer text, or evaluate on fewer tokens"
+            )
+        if counted < n_tokens:
+            logger.warning(
+                "%s: dataset %r ended after %s of %s tokens",
+                desc,
+                self._config.dataset,
+                f"{counted:,}",
+                f"{n_tokens:,}",
+            )

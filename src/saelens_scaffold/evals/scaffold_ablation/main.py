@@ -117,11 +117,11 @@ def _measure(
             for sae in group
         }
         losses = _losses(config, hooked, group, stream, changes)
-        probes = TopicProbes(config, hooked, texts) if texts else None
+        topics = (
+            TopicProbes(config, hooked, texts).accuracies(of, changes) if texts else {}
+        )
         for sae in group:
-            accuracies = (
-                probes.accuracies(of[sae.key], changes[sae.key]) if probes else []
-            )
+            accuracies = topics.get(sae.key, [])
             geometry_metrics, angles = geometry(fit, sae, ranks[sae.key])
             details = _details(config, losses, sae, changes[sae.key])
             yield (

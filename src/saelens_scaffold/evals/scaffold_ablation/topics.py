@@ -1,5 +1,6 @@
 """Whether the topic of a text can be read with the scaffold, without it, or without latents."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,6 @@ from saelens_scaffold.evals.scaffold_ablation.eval_config import (
 from saelens_scaffold.evals.scaffold_ablation.eval_output import TopicAccuracy
 from saelens_scaffold.evals.scaffold_ablation.fit import SAEFit
 from saelens_scaffold.evals.scaffold_ablation.interventions import (
-    Change,
     Intervention,
     SAEBatch,
     without_latents,
@@ -104,6 +104,10 @@ def load_topic_texts(
     )
 
 
+_Features = dict[str, torch.Tensor]
+"""For each place, the mean activations of all texts, shape (n_texts, d)."""
+
+
 class TopicProbes:
     """
     Linear probes for the topic of a text, at the hook point and after the last layer
@@ -129,71 +133,84 @@ class TopicProbes:
         self._weights = SequenceBootstrap(config.n_bootstrap, config.random_seed).draw(
             len(texts.tokens) - texts.n_train
         )
-        self._features_of_model: dict[tuple[str, int | None], _Features] = {}
-        self._clean = self._features("clean", None)
+        collected = _Collected(len(texts.tokens))
+        for run in self._runs("Topics"):
+            collected.add("clean", run, run.x)
+        self._clean = collected.features["clean"]
         self._probes = {
             place: _probe(features, texts) for place, features in self._clean.items()
         }
 
     def accuracies(
-        self, fit: SAEFit, interventions: list[Intervention]
-    ) -> list[TopicAccuracy]:
+        self, fits: dict[str, SAEFit], interventions: dict[str, list[Intervention]]
+    ) -> dict[str, list[TopicAccuracy]]:
         """
         Args:
-            fit: Of the SAE.
-            interventions: Those of the SAE; the ones in `INTERVENTIONS` are used.
+            fits: Of the SAEs, by their keys.
+            interventions: On each SAE; the ones in `INTERVENTIONS` are used.
 
         Returns:
-            One entry for each intervention and each place where the topic is read, clean
-            first.
+            For each SAE, one entry for each intervention and each place where the topic
+            is read, clean first.
         """
-        latents = self._topic_latents(fit)
-        changes = [i for i in interventions if i.name in INTERVENTIONS]
-        changes.append(
-            Intervention(
-                "topic_latents_ablated",
-                "dictionary",
-                "the sparse latents most aligned with the topics' mean activations set to zero",
-                [without_latents(fit, latents)],
-                size=len(latents),
-            )
-        )
-        found = [
-            self._accuracy("clean", "nothing taken away", None, place, features)
-            for place, features in self._clean.items()
-        ]
-        for change in changes:
-            features_at = self._features_after(change, fit)
-            found += [
-                self._accuracy(
-                    change.name, change.description, change.size, place, features
+        changes = {
+            key: [i for i in of_sae if i.name in INTERVENTIONS]
+            + [self._topic_latents_ablated(fits[key])]
+            for key, of_sae in interventions.items()
+        }
+        collected = _Collected(len(self._texts.tokens))
+        for run in self._runs("Topics, ablating"):
+            done: set[str] = set()
+            for key, of_sae in changes.items():
+                batch = SAEBatch(run.x, fits[key].sae.sae)
+                for change in of_sae:
+                    name = self._feature_name(key, change)
+                    if name not in done:
+                        collected.add(name, run, change.changes[0](batch))
+                        done.add(name)
+        clean = self._accuracies_of("clean", "nothing taken away", None, self._clean)
+        return {
+            key: clean
+            + [
+                accuracy
+                for change in of_sae
+                for accuracy in self._accuracies_of(
+                    change.name,
+                    change.description,
+                    change.size,
+                    collected.features[self._feature_name(key, change)],
                 )
-                for place, features in features_at.items()
             ]
-        return found
+            for key, of_sae in changes.items()
+        }
 
-    def _accuracy(
-        self,
-        name: str,
-        description: str,
-        size: int | None,
-        place: str,
-        features: torch.Tensor,
-    ) -> TopicAccuracy:
-        accuracy = self._interval(self._probes[place], features)
-        retrained = self._interval(_probe(features, self._texts), features)
-        return TopicAccuracy(
-            intervention=name,
-            description=description,
-            read_at=place,
-            size=size,
-            accuracy=accuracy.estimate,
-            accuracy_ci_low=accuracy.low,
-            accuracy_ci_high=accuracy.high,
-            accuracy_retrained=retrained.estimate,
-            accuracy_retrained_ci_low=retrained.low,
-            accuracy_retrained_ci_high=retrained.high,
-        )
+    @staticmethod
+    def _feature_name(key: str, change: Intervention) -> str:
+        shared = f"{change.name} {change.size}"
+        return shared if change.of_model else f"{key} {shared}"
+
+    def _accuracies_of(
+        self, name: str, description: str, size: int | None, features_at: _Features
+    ) -> list[TopicAccuracy]:
+        found: list[TopicAccuracy] = []
+        for place, features in features_at.items():
+            accuracy = self._interval(self._probes[place], features)
+            retrained = self._interval(_probe(features, self._texts), features)
+            found.append(
+                TopicAccuracy(
+                    intervention=name,
+                    description=description,
+                    read_at=place,
+                    size=size,
+                    accuracy=accuracy.estimate,
+                    accuracy_ci_low=accuracy.low,
+                    accuracy_ci_high=accuracy.high,
+                    accuracy_retrained=retrained.estimate,
+                    accuracy_retrained_ci_low=retrained.low,
+                    accuracy_retrained_ci_high=retrained.high,
+                )
+            )
+        return found
 
     def _interval(self, probe: Pipeline, features: torch.Tensor) -> Interval:
         n_train, labels = self._texts.n_train, self._texts.labels
@@ -202,8 +219,8 @@ class TopicProbes:
         replicates = (self._weights @ correct) / self._weights.sum(dim=1)
         return interval(replicates, self._config.confidence)
 
-    def _topic_latents(self, fit: SAEFit) -> torch.Tensor:
-        """The alive latents that lie most in the span of the topics' mean activations."""
+    def _topic_latents_ablated(self, fit: SAEFit) -> Intervention:
+        """Of the alive latents, those that lie most in the span of the topics' means."""
         n_train = self._texts.n_train
         features = self._clean["hook_point"][:n_train].double()
         labels = self._texts.labels[:n_train]
@@ -213,55 +230,75 @@ class TopicProbes:
         basis = orthonormal_basis(means - means.mean(dim=0))
         decoder = fit.sae.sae.W_dec[fit.sae.rank :].detach()
         aligned, _ = most_aligned(decoder, fit.fired > 0, basis)
-        return aligned[: self._config.n_topic_latents]
-
-    def _features_after(self, change: Intervention, fit: SAEFit) -> "_Features":
-        key = (change.name, change.size)
-        if not change.of_model:
-            return self._features(change.name, change.changes[0], fit)
-        if key not in self._features_of_model:
-            self._features_of_model[key] = self._features(
-                change.name, change.changes[0], fit
-            )
-        return self._features_of_model[key]
+        latents = aligned[: self._config.n_topic_latents]
+        return Intervention(
+            "topic_latents_ablated",
+            "dictionary",
+            "the sparse latents most aligned with the topics' mean activations set to zero",
+            [without_latents(fit, latents)],
+            size=len(latents),
+        )
 
     @torch.no_grad()
-    def _features(
-        self, name: str, change: Change | None, fit: SAEFit | None = None
-    ) -> "_Features":
-        """Mean activation of each text at the hook point and after the last layer."""
-        hooked, texts = self._hooked, self._texts
-        model = hooked.model
-        special = torch.tensor(special_token_ids(model))
-        means: dict[str, list[torch.Tensor]] = {"hook_point": [], "last_layer": []}
+    def _runs(self, desc: str) -> Iterator["_TopicRun"]:
+        """The texts, run up to the hook point once."""
         # Texts of like length together, since padding is computed and thrown away. It
         # stands to the right, where no token of the text can see it.
-        order = sorted(range(len(texts.tokens)), key=lambda i: len(texts.tokens[i]))
+        tokens = self._texts.tokens
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         size = self._config.llm_batch_size
-        for start in tqdm(
-            range(0, len(order), size), desc=f"Topics, {name}", leave=False
-        ):
-            batch = [texts.tokens[i] for i in order[start : start + size]]
-            tokens = torch.nn.utils.rnn.pad_sequence(
-                batch, batch_first=True, padding_value=int(special[0])
-            )
-            counts = (~torch.isin(tokens, special)).to(model.cfg.device)
-            x, below = hooked.below(tokens.to(model.cfg.device))
-            if change is not None:
-                assert fit is not None
-                x = x.clone()
-                x[counts] = change(SAEBatch(x[counts], fit.sae.sae)).to(x.dtype)
-            last = hooked.above(below, x, stop_at_layer=model.cfg.n_layers)
-            n_tokens = counts.sum(dim=1, keepdim=True).clamp_min(1)
-            for place, acts in (("hook_point", x), ("last_layer", last)):
-                sums = (acts.float() * counts[..., None]).sum(dim=1)
-                means[place] += list((sums / n_tokens).cpu())
-        back = torch.tensor(order).argsort()
-        return {place: torch.stack(found)[back] for place, found in means.items()}
+        for start in tqdm(range(0, len(order), size), desc=desc, unit="batch"):
+            indices = order[start : start + size]
+            yield _TopicRun(self._hooked, indices, [tokens[i] for i in indices])
 
 
-_Features = dict[str, torch.Tensor]
-"""For each place, the mean activations of all texts, shape (n_texts, d)."""
+class _TopicRun:
+    """A batch of texts: run once up to the hook point, and on from there at will."""
+
+    def __init__(
+        self, hooked: HookedModel, indices: list[int], texts: list[torch.Tensor]
+    ):
+        special = torch.tensor(special_token_ids(hooked.model))
+        tokens = torch.nn.utils.rnn.pad_sequence(
+            texts, batch_first=True, padding_value=int(special[0])
+        )
+        device = hooked.model.cfg.device
+        self.indices = torch.tensor(indices)
+        self._hooked = hooked
+        self._counts = (~torch.isin(tokens, special)).to(device)
+        self._full, self._below = hooked.below(tokens.to(device))
+        self.x = self._full[self._counts]
+
+    def mean_activations(self, x: torch.Tensor) -> _Features:
+        """Of each text, with other activations of the tokens that count."""
+        full = self._full.clone()
+        full[self._counts] = x.to(full.dtype)
+        last = self._hooked.above(
+            self._below, full, stop_at_layer=self._hooked.model.cfg.n_layers
+        )
+        n_tokens = self._counts.sum(dim=1, keepdim=True).clamp_min(1)
+
+        def mean(acts: torch.Tensor) -> torch.Tensor:
+            sums = (acts.float() * self._counts[..., None]).sum(dim=1)
+            return (sums / n_tokens).cpu()
+
+        return {"hook_point": mean(full), "last_layer": mean(last)}
+
+
+class _Collected:
+    """Features of all texts, by the name of the intervention, filled batch by batch."""
+
+    def __init__(self, n_texts: int):
+        self._n_texts = n_texts
+        self.features: dict[str, _Features] = {}
+
+    @torch.no_grad()
+    def add(self, name: str, run: _TopicRun, x: torch.Tensor) -> None:
+        found = self.features.setdefault(name, {})
+        for place, means in run.mean_activations(x).items():
+            if place not in found:
+                found[place] = torch.zeros(self._n_texts, means.shape[1])
+            found[place][run.indices] = means
 
 
 def _probe(features: torch.Tensor, texts: TopicTexts) -> Pipeline:

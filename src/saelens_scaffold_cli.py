@@ -282,7 +282,8 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument(
         "--labelled_dataset",
         metavar="DATASET",
-        help="dataset of the probing evaluations (default: --dataset)",
+        help="text with labels, for the probing evaluations (default: --dataset) and for "
+        "the topics of scaffold_ablation (default: --dataset if that is python-stdlib)",
     )
     config.add_argument("--text_column", metavar="COLUMN", help="column with the text")
     config.add_argument("--label_column", metavar="COLUMN", help="column with labels")

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -106,6 +107,8 @@ def run(options: argparse.Namespace) -> int:
         The exit status: 0, 1 if an evaluation failed, 2 if nothing was run because the
         command line makes no sense.
     """
+    # true of many SAEs, which SAEBench and this package give no heed to
+    warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
     try:
         plan = make_plan(options)
     except BAD_INPUT as error:
@@ -142,7 +145,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     selected_saes = select_saes(options)
     # in a copy, since an evaluation may ask for another dtype or view
     saes = resolve_saes(copy.deepcopy(selected_saes), "cpu", "float32")
-    _check_dataset(options)
+    _check_dataset(options, evaluations)
     api_key = _api_key(options) if "autointerp" in settings else None
     device = choose_device(options.device)
     used: set[str] = set()
@@ -211,10 +214,17 @@ def _cell(result: dict[str, Any], metric: Metric) -> str:
     if value is None:
         return "-"
     shown = f"{value:.{metric.digits}f}"
-    ends = [_value(result, metric.path + end) for end in ("_ci_low", "_ci_high")]
-    if any(end is None or math.isnan(end) for end in ends):
+    ends = [_end(result, metric.path, end) for end in ("ci_low", "ci_high")]
+    known = [end for end in ends if end is not None and not math.isnan(end)]
+    if len(known) < len(ends):
         return shown
-    return f"{shown} [{', '.join(f'{end:.{metric.digits}f}' for end in ends)}]"
+    return f"{shown} [{', '.join(f'{end:.{metric.digits}f}' for end in known)}]"
+
+
+def _end(result: dict[str, Any], path: str, end: str) -> float | None:
+    """An end of a metric's interval: beside it, or with what is said over seeds."""
+    over_seeds = result.get("metrics_over_seeds", {}).get(path.rpartition(".")[2], {})
+    return over_seeds.get(end, _value(result, f"{path}_{end}"))
 
 
 def _value(result: dict[str, Any], path: str) -> float | None:
@@ -291,6 +301,14 @@ def _values(
         flag = "dataset" if options.labelled_dataset is None else "labelled_dataset"
         dataset = getattr(options, flag)
         take(flag, evaluation.data_field, None if dataset is None else [dataset])
+    if "topic_dataset" in fields:
+        # any text will do for the rest of it, but topics need labels
+        embedded = options.dataset == EMBEDDED_DATASET_NAME
+        labelled = options.labelled_dataset or (options.dataset if embedded else None)
+        take("labelled_dataset", "topic_dataset", labelled)
+        if labelled is not None:
+            take("text_column", "topic_text_column", options.text_column)
+            take("label_column", "topic_label_column", options.label_column)
     if evaluation.name == "core":
         values["context_size"] = common_setting(saes, "context_size", 128)
     if evaluation.name == "autointerp":
@@ -315,14 +333,17 @@ def _check_used(
         raise ValueError(f"--{unused[0]} means nothing to {names}")
 
 
-def _check_dataset(options: argparse.Namespace) -> None:
+def _check_dataset(
+    options: argparse.Namespace, evaluations: Sequence[Evaluation]
+) -> None:
     """See that a text that is on this machine can be read."""
     for name in {options.dataset, options.labelled_dataset} - {None}:
         path = Path(name)
         looks_local = path.is_absolute() or name.startswith(".")
         if looks_local and not path.exists():
             raise FileNotFoundError(f"there is no dataset {name}")
-    if options.dataset is not None and Path(options.dataset).exists():
+    is_read = any(evaluation.data == "text" for evaluation in evaluations)
+    if is_read and options.dataset is not None and Path(options.dataset).exists():
         split = _dataset_split(options) or "train"
         rows = open_dataset(options.dataset, split)
         rows_with(rows, options.dataset, options.text_column or "text")

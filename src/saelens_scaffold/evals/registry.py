@@ -170,7 +170,24 @@ EVALUATIONS: dict[str, Evaluation] = {
             "scaffold_ablation",
             "saelens_scaffold.evals.scaffold_ablation",
             "whole",
-            (),
+            (
+                # cross-entropy as a multiple of the clean one
+                Metric(
+                    "CE x, no scaffold", "cross_entropy.ce_ratio_scaffold_subtracted", 2
+                ),
+                Metric("CE x, no PCA", "cross_entropy.ce_ratio_pca_projected_out", 2),
+                Metric(
+                    "CE x, no aligned latents",
+                    "cross_entropy.ce_ratio_aligned_latents",
+                    2,
+                ),
+                Metric(
+                    "topic accuracy, no scaffold",
+                    "topics.accuracy_scaffold_subtracted",
+                    2,
+                ),
+                Metric("overlap with PCA", "geometry.overlap_with_pca", 2),
+            ),
             data="text",
         ),
         Evaluation(

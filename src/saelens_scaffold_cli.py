@@ -266,6 +266,7 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument(
         "--model",
         "--model_name",
+        dest="model_name",
         metavar="MODEL",
         help="language model: a name of TransformerLens, the directory of a local model, "
         "or py-neox (default: what the SAEs were trained on)",

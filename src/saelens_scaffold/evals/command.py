@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
 
     Returns:
         The exit status: 0, 1 if an evaluation failed, 2 if nothing was run because the
-        command line makes no sense.
+        command line makes no sense, 130 after an interruption.
     """
     # true of many SAEs, which SAEBench and this package give no heed to
     warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
@@ -114,13 +114,18 @@ def run(options: argparse.Namespace) -> int:
     except BAD_INPUT as error:
         print(f"saelens-scaffold eval: error: {one_line(error)}", file=sys.stderr)
         return 2
-    outcomes = [_run_job(job, plan.selected_saes) for job in plan.jobs]
+    try:
+        outcomes = [_run_job(job, plan.selected_saes) for job in plan.jobs]
+    except KeyboardInterrupt:
+        print(
+            f"\nsaelens-scaffold eval: interrupted. What is finished is in "
+            f"{options.output_folder}; repeat the command to go on.",
+            file=sys.stderr,
+        )
+        return 130
 
-    # as wide as the table, also where the output goes into a file
-    console = Console(width=10_000, highlight=False)
-    console.print(make_table(plan.saes, outcomes))
-    for line in _judged(outcomes):
-        console.print(line)
+    print(_markdown(make_table(plan.saes, outcomes)))
+    print(*_judged(outcomes), sep="\n")
 
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
@@ -190,8 +195,9 @@ def make_table(saes: Sequence[SelectedSAE], outcomes: Sequence[Outcome]) -> Tabl
             if not outcome.results
             or any(_value(r, metric.path) is not None for r in outcome.results.values())
         ]
-        for metric in metrics or [Metric("", "")]:
-            title = f"{name}: {metric.title}" if metric.title else name
+        for i, metric in enumerate(metrics or [Metric("done", "")]):
+            # the name stands before the first of its columns, which makes many narrower
+            title = f"{name}: {metric.title}" if i == 0 else metric.title
             table.add_column(escape(title), justify="right", no_wrap=True)
             columns.append(_column(outcome, metric))
     for sae in saes:
@@ -199,12 +205,21 @@ def make_table(saes: Sequence[SelectedSAE], outcomes: Sequence[Outcome]) -> Tabl
     return table
 
 
+def _markdown(table: Table) -> str:
+    # as wide as the table, also where the output goes into a file
+    console = Console(width=10_000, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    lines = (line.rstrip() for line in capture.get().splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
 def _column(outcome: Outcome, metric: Metric) -> Callable[[SelectedSAE], str]:
     def cell(sae: SelectedSAE) -> str:
         result = outcome.results.get(sae.key)
         if result is None:
             return FAILED
-        return escape(_cell(result, metric)) if metric.path else "done"
+        return escape(_cell(result, metric)) if metric.path else "yes"
 
     return cell
 
@@ -288,7 +303,7 @@ def _values(
 
     for flag in _FIELDS:
         take(flag, flag, getattr(options, flag))
-    take("model", "model_name", options.model)
+    take("model_name", "model_name", options.model_name)
     if options.random_seeds and "random_seeds" not in fields:
         take("random_seeds", "random_seed", options.random_seeds[0])
     take("llm_batch_size", "batch_size_prompts", options.llm_batch_size)  # core's name

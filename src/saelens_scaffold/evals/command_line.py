@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from sae_bench.sae_bench_utils import general_utils, sae_selection_utils
@@ -106,12 +107,26 @@ def select_saes(options: argparse.Namespace) -> list[tuple[str, Any]]:
             "no SAE is named; give --sae_path DIR..., or --sae_regex_pattern and "
             "--sae_block_pattern"
         )
+    # SAEBench loads no SAE that does not name its model.
+    model_name = getattr(options, "model_name", None)
+    for _, sae in selected:
+        if model_name and not isinstance(sae, str) and not sae.cfg.metadata.model_name:
+            sae.cfg.metadata.model_name = model_name
     return selected
 
 
 def choose_device(device: str | None) -> str:
-    """The device that was asked for, else the one that SAEBench chooses."""
+    """
+    The device that was asked for, else the one that SAEBench chooses.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
     if device is not None:
+        try:
+            torch.zeros(1, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device {device!r} cannot be used: {error}") from error
         return device
     with redirect_stdout(sys.stderr):
         return general_utils.setup_environment()
@@ -187,6 +202,8 @@ def _example(module: str, fields: dict[str, FieldInfo]) -> str:
         flags.append("--dataset python-stdlib --dataset_split test")
     elif "dataset_names" in fields:
         flags.append("--dataset_names python-stdlib")
+    if "topic_dataset" in fields:
+        flags.append("--topic_dataset python-stdlib")
     lines = [f"  {module}", *flags]
     return "example, offline, after `saelens-scaffold demo`:\n" + " \\\n      ".join(
         lines

@@ -162,7 +162,10 @@ EVALUATIONS: dict[str, Evaluation] = {
                 Metric("alive", "sparsity.alive_latents", 0),
                 Metric("l0_sparse", "sparsity.l0_sparse", 1),
                 Metric("l0_total", "sparsity.l0_total", 1),
-                Metric("expl. var.", "reconstruction_quality.explained_variance"),
+                Metric(
+                    "whole SAE's expl. var.",
+                    "reconstruction_quality.explained_variance",
+                ),
             ),
             data="text",
         ),

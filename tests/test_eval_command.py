@@ -511,7 +511,8 @@ def test_wrong_flags(
 def test_schemas_are_current() -> None:
     for output_class, path in json_schemas.output_classes():
         json_schemas.generate_json_schema(output_class, "schema.json")
-        assert path.read_text() == Path("schema.json").read_text(), (
+        current = Path("schema.json").read_text()
+        assert path.is_file() and path.read_text() == current, (
             f"{path} is out of date; run python -m saelens_scaffold.evals.json_schemas"
         )
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -123,7 +123,7 @@ calls: list[dict[str, Any]] = []
 
 
 @pytest.fixture(autouse=True)
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Registers the evaluations `fake` and `other`, and works in tmp_path."""
     monkeypatch.chdir(tmp_path)
     config = ModuleType("fake_eval.eval_config")
@@ -143,6 +143,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         )
         monkeypatch.setitem(registry.EVALUATIONS, name, evaluation)
     calls.clear()
+    with torch.enable_grad():
+        yield
 
 
 @pytest.fixture(scope="session")

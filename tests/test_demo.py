@@ -14,7 +14,6 @@ from helpers import overlap
 from saelens_scaffold.demo import main as demo
 from saelens_scaffold.demo.architectures import twin_configs
 from saelens_scaffold.demo.language_model import LanguageModelSettings
-from saelens_scaffold.demo.measures import subspace_overlap
 from saelens_scaffold.demo.planted import (
     PlantedActivations,
     PlantedSettings,
@@ -77,16 +76,6 @@ def test_twins_start_alike_and_have_the_same_parameters():
     twins = twin_configs(16, 64, 4, 3, (8, 64))
     assert {cfg.d_sae for cfg in twins.values()} == {64}
     assert {cfg.k for cfg in twins.values()} == {4}  # type: ignore[attr-defined]
-
-
-def test_subspace_overlap():
-    a = torch.eye(10)[:3]
-    assert subspace_overlap(a, torch.eye(10)[:5]) == pytest.approx(1)
-    assert subspace_overlap(a, torch.eye(10)[5:]) == pytest.approx(0)
-    generator = torch.Generator().manual_seed(0)
-    b = torch.randn(4, 10, generator=generator)
-    c = torch.randn(4, 10, generator=generator)
-    assert subspace_overlap(b, c) == pytest.approx(overlap(b, c))
 
 
 @pytest.fixture

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from saelens_scaffold.saes.scaffold import scaffold_rank
+from saelens_scaffold.subspaces import orthonormal_basis, subspace_overlap
+
 DENSE_THRESHOLDS = (0.1, 0.2, 0.5)
 
 
@@ -48,11 +51,6 @@ class Measured:
     firing_frequencies: list[float] = field(default_factory=list, repr=False)
 
 
-def scaffold_rank(sae: SAE[Any]) -> int:
-    """Number of linear latents of any SAELens SAE."""
-    return getattr(sae.cfg, "scaffold_rank", 0)
-
-
 def measured(
     sae: SAE[Any],
     name: str,
@@ -87,22 +85,13 @@ def measured(
         l0_total=l0_sparse + rank,
         explained_variance=explained_variance,
         scaffold_overlap=(
-            subspace_overlap(sae.W_dec[:rank], dense_subspace[:rank]) if rank else None
+            subspace_overlap(
+                orthonormal_basis(sae.W_dec[:rank].detach()),
+                orthonormal_basis(dense_subspace[:rank]),
+            )
+            if rank
+            else None
         ),
         firing_frequencies=[round(f, 6) for f in sparse.tolist()],
         **others,
     )
-
-
-@torch.no_grad()
-def subspace_overlap(rows_a: torch.Tensor, rows_b: torch.Tensor) -> float:
-    """
-    Mean squared cosine of the principal angles between two row spaces: 1 if one holds
-    the other, n / d_in in expectation for a random subspace of dimension n.
-
-    Args:
-        rows_a: Shape (n, d_in), linearly independent.
-        rows_b: Shape (m, d_in), linearly independent.
-    """
-    a, b = (torch.linalg.qr(rows.double().T).Q for rows in (rows_a, rows_b))
-    return float((a.T @ b).pow(2).sum() / min(len(rows_a), len(rows_b)))

@@ -21,7 +21,8 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from tqdm.auto import tqdm
 
 from saelens_scaffold.demo.architectures import initial_saes, twin_configs
-from saelens_scaffold.demo.measures import Measured, measured, scaffold_rank
+from saelens_scaffold.demo.measures import Measured, measured
+from saelens_scaffold.saes.scaffold import scaffold_rank
 
 # MultiSAETrainer routes activations by hook point; planted ones have but this
 HOOK_NAME = "planted"

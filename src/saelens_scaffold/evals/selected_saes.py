@@ -13,7 +13,11 @@ from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
-from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
+from saelens_scaffold.saes.scaffold import (
+    ScaffoldMixin,
+    build_sae,
+    scaffold_rank,
+)
 
 View = Literal["whole", "sparse"]
 
@@ -67,11 +71,6 @@ class SelectedSAE:
                 os.fspath(output_path), self.release, self.sae_id
             )
         )
-
-
-def scaffold_rank(sae: SAE[Any]) -> int:
-    """Number of linear latents of any SAELens SAE."""
-    return int(getattr(sae.cfg, "scaffold_rank", 0))
 
 
 def subspace_rank(sae: SelectedSAE, saes: Sequence[SelectedSAE]) -> int:

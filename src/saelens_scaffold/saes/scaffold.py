@@ -138,6 +138,11 @@ class ScaffoldMixin(_SAE):
         )
 
 
+def scaffold_rank(sae: SAE[Any]) -> int:
+    """Number of linear latents of any SAELens SAE, 0 for one without a scaffold."""
+    return int(getattr(sae.cfg, "scaffold_rank", 0))
+
+
 @torch.no_grad()
 def build_sae(
     sae_class: type[SAE[Any]], cfg: Any, state_dict: dict[str, torch.Tensor]

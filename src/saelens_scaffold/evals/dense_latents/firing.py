@@ -7,7 +7,7 @@ from sae_lens import SAE
 
 from saelens_scaffold.evals.active_latents import ActiveLatents
 from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.subspaces import ActivationMoments
+from saelens_scaffold.subspaces import ActivationMoments
 
 # Activations of so many tokens at once that they stay in a CPU's cache, and are small
 # beside the weights on a GPU.

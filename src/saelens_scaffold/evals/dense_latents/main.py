@@ -41,11 +41,11 @@ from saelens_scaffold.evals.selected_saes import (
     SelectedSAEs,
     subspace_rank,
 )
-from saelens_scaffold.evals.subspaces import (
+from saelens_scaffold.evals.text_data import TokenStream
+from saelens_scaffold.subspaces import (
     orthonormal_basis,
     share_in_subspace,
 )
-from saelens_scaffold.evals.text_data import TokenStream
 
 HISTOGRAM_LOG10_EDGES = [-7 + i / 4 for i in range(29)]
 

@@ -6,8 +6,8 @@ import torch
 
 from saelens_scaffold.evals.dense_latents.firing import FiringStatistics
 from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.subspaces import ActivationMoments
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
+from saelens_scaffold.subspaces import ActivationMoments
 
 
 class SAEFit:

@@ -8,7 +8,7 @@ from saelens_scaffold.evals.scaffold_ablation.eval_output import (
 )
 from saelens_scaffold.evals.scaffold_ablation.fit import ModelFit
 from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.subspaces import (
+from saelens_scaffold.subspaces import (
     orthonormal_basis,
     principal_angle_cosines,
 )

@@ -17,8 +17,8 @@ from saelens_scaffold.evals.scaffold_ablation.latents import (
     matched_frequency,
     most_aligned,
 )
-from saelens_scaffold.evals.subspaces import orthonormal_basis
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
+from saelens_scaffold.subspaces import orthonormal_basis
 
 
 class SAEBatch:

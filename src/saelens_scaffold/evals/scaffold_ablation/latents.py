@@ -2,7 +2,7 @@
 
 import torch
 
-from saelens_scaffold.evals.subspaces import share_in_subspace
+from saelens_scaffold.subspaces import share_in_subspace
 
 
 def most_aligned(

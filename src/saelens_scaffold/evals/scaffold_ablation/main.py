@@ -48,8 +48,8 @@ from saelens_scaffold.evals.selected_saes import (
     SelectedSAEs,
     subspace_rank,
 )
-from saelens_scaffold.evals.subspaces import ActivationMoments
 from saelens_scaffold.evals.text_data import TokenStream
+from saelens_scaffold.subspaces import ActivationMoments
 
 PAPER_ALIGNED_LATENTS = 787
 """How many aligned latents the paper (arXiv 2606.14040) ablates for its headline."""

@@ -24,7 +24,7 @@ from saelens_scaffold.evals.scaffold_ablation.interventions import (
     without_latents,
 )
 from saelens_scaffold.evals.scaffold_ablation.latents import most_aligned
-from saelens_scaffold.evals.subspaces import orthonormal_basis
+from saelens_scaffold.subspaces import orthonormal_basis
 
 MMLU = "cais/mmlu"
 

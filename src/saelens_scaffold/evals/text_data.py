@@ -89,15 +89,15 @@ def _open_file(path: Path) -> AnyDataset:
 
 
 def _open_directory(path: Path, split: str) -> AnyDataset:
+    return _split_of(_load_directory(path), os.fspath(path), split)
+
+
+def _load_directory(path: Path) -> Any:
     saved_by_datasets = (path / "dataset_info.json").is_file() or (
         path / "dataset_dict.json"
     ).is_file()
-    loaded = (
-        load_from_disk(os.fspath(path))
-        if saved_by_datasets
-        else load_dataset(os.fspath(path))
-    )
-    return _split_of(loaded, os.fspath(path), split)
+    load = load_from_disk if saved_by_datasets else load_dataset
+    return load(os.fspath(path))
 
 
 def _split_of(loaded: Any, name: str, split: str) -> AnyDataset:
@@ -110,17 +110,39 @@ def _split_of(loaded: Any, name: str, split: str) -> AnyDataset:
     return loaded[split]
 
 
+def split_names(name: str, subset: str | None = None) -> list[str]:
+    """
+    The splits of a dataset that `open_dataset` opens.
+
+    Args:
+        name: As for `open_dataset`.
+        subset: The dataset's configuration on the Hub.
+
+    Returns:
+        Their names. None for a dataset that is not split: all of it is any split.
+    """
+    if name == EMBEDDED_DATASET_NAME:
+        return ["train", "test"]
+    path = Path(name)
+    if path.is_file():
+        return []
+    loaded = (
+        _load_directory(path)
+        if path.is_dir()
+        else load_dataset(name, subset, streaming=True)
+    )
+    is_split = isinstance(loaded, (DatasetDict, IterableDatasetDict))
+    return [str(split) for split in loaded] if is_split else []
+
+
 def has_split(name: str, split: str) -> bool:
     """Whether a local directory, or the embedded text, has a split of that name."""
-    if name == EMBEDDED_DATASET_NAME:
-        return split in ("train", "test")
-    if not Path(name).is_dir():
+    if name != EMBEDDED_DATASET_NAME and not Path(name).is_dir():
         return False
     try:
-        _open_directory(Path(name), split)
-    except ValueError:
+        return split in split_names(name)
+    except Exception:  # whatever it is, opening the dataset says it better
         return False
-    return True
 
 
 def rows_with(

@@ -1,0 +1,214 @@
+"""Labelled text for probes: from anywhere, and made known to SAEBench."""
+
+import random
+from hashlib import sha256
+from itertools import islice
+from typing import NamedTuple
+
+from datasets import IterableDataset
+
+from saelens_scaffold.evals.text_data import open_dataset, rows_with, split_names
+
+MAX_CLASSES = 5
+"""Default number of classes: no class set of SAEBench has more."""
+
+MAX_STREAMED_ROWS = 200_000
+"""How much is read of a split that is streamed from the Hub."""
+
+TextsByLabel = dict[str, list[str]]
+
+
+class LabelledText(NamedTuple):
+    """
+    The texts of a dataset's classes, most frequent class first.
+
+    Attributes:
+        name: Of the dataset.
+        train: The texts of each class in the train split, or in all of the dataset.
+        test: Those in the test split; None if the dataset is not split.
+    """
+
+    name: str
+    train: TextsByLabel
+    test: TextsByLabel | None
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes."""
+        return list(self.train)
+
+    def sample(
+        self, train_size: int, test_size: int, seed: int
+    ) -> tuple[TextsByLabel, TextsByLabel]:
+        """
+        Draw as many texts of each class, without replacement.
+
+        Args:
+            train_size: Texts of each class to train on.
+            test_size: Texts of each class to test on. Of a dataset that is not split,
+                none is among those to train on.
+            seed: Of the draw.
+
+        Returns:
+            The texts to train on and those to test on.
+
+        Raises:
+            ValueError: A class has fewer.
+        """
+        self._check_sizes(train_size, test_size)
+        train: TextsByLabel = {}
+        test: TextsByLabel = {}
+        for label in self.train:
+            # a generator for each class, so that its draw depends on no other class
+            rng = random.Random(f"{seed} {label}")
+            if self.test is None:
+                drawn = rng.sample(self.train[label], train_size + test_size)
+                train[label], test[label] = drawn[:train_size], drawn[train_size:]
+            else:
+                train[label] = rng.sample(self.train[label], train_size)
+                test[label] = rng.sample(self.test[label], test_size)
+        return train, test
+
+    def _check_sizes(self, train_size: int, test_size: int) -> None:
+        for field, size in (("train_size", train_size), ("test_size", test_size)):
+            if size < 1:
+                raise ValueError(f"{field} is {size}; it must be at least 1")
+        if self.test is None:
+            self._check_rows("rows", self.train, train_size + test_size)
+        else:
+            self._check_rows("train rows", self.train, train_size)
+            self._check_rows("test rows", self.test, test_size)
+
+    def _check_rows(self, kind: str, texts: TextsByLabel, needed: int) -> None:
+        short = {label: len(t) for label, t in texts.items() if len(t) < needed}
+        if short:
+            raise ValueError(
+                f"dataset {self.name!r} has fewer than the {needed} {kind} needed of each "
+                f"class: {short}; allowed are smaller sizes, or fewer classes (max_classes)"
+            )
+
+    def digest(self) -> str:
+        """Digest of all its texts and labels."""
+        digest = sha256()
+        for part in (self.train, self.test or {}):
+            for label, texts in part.items():
+                digest.update(repr((label, texts)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+def load_labelled_data(
+    dataset: str,
+    text_column: str,
+    label_column: str,
+    train_size: int,
+    test_size: int,
+    seed: int,
+    subset: str | None = None,
+    split: str | None = None,
+    max_classes: int = MAX_CLASSES,
+) -> tuple[TextsByLabel, TextsByLabel]:
+    """
+    Texts of the most frequent classes of a dataset, as many of each class.
+
+    Args:
+        dataset: As for `text_data.open_dataset`: "python-stdlib" for labelled pieces of
+            the embedded text, a local directory or file, else a name on the Hub.
+        text_column: The column with the text.
+        label_column: The column with the label; its values are made strings.
+        train_size: Texts of each class to train on.
+        test_size: Texts of each class to test on.
+        seed: Of the draw. The same seed draws the same texts.
+        subset: The dataset's configuration on the Hub.
+        split: Take both from this split. By default the splits "train" and "test" are
+            taken if the dataset has both, else "train" for both.
+        max_classes: How many classes are taken at most.
+
+    Returns:
+        The texts to train on and those to test on, by class, most frequent class first.
+
+    Raises:
+        ValueError: The dataset cannot be read, is empty, lacks a column, or has fewer
+            than two classes or fewer rows of a class than are needed.
+    """
+    text = read_labelled_text(
+        dataset, text_column, label_column, subset, split, max_classes
+    )
+    return text.sample(train_size, test_size, seed)
+
+
+def read_labelled_text(
+    dataset: str,
+    text_column: str,
+    label_column: str,
+    subset: str | None = None,
+    split: str | None = None,
+    max_classes: int = MAX_CLASSES,
+) -> LabelledText:
+    """
+    Read a dataset's most frequent classes, to draw from with several seeds.
+
+    Of a split that is streamed from the Hub the first 200,000 rows are read. A class is as
+    frequent as it is in the smaller of the splits.
+
+    Args:
+        dataset: As for `load_labelled_data`, and so are the others.
+        text_column: The column with the text.
+        label_column: The column with the label.
+        subset: The dataset's configuration on the Hub.
+        split: The only split to read.
+        max_classes: How many classes are taken at most.
+
+    Raises:
+        ValueError: The dataset cannot be read, is empty, lacks a column, or has fewer
+            than two classes.
+    """
+    if max_classes < 2:
+        raise ValueError(f"max_classes is {max_classes}; it must be at least 2")
+
+    def read(split: str) -> TextsByLabel:
+        return _texts_by_label(dataset, text_column, label_column, subset, split)
+
+    train = read(split or "train")
+    test = None
+    if split is None and {"train", "test"} <= set(split_names(dataset, subset)):
+        test = read("test")
+    counts = {
+        label: min(len(texts), len(texts if test is None else test.get(label, [])))
+        for label, texts in train.items()
+    }
+    labels = sorted(
+        (label for label, count in counts.items() if count),
+        key=lambda label: (-counts[label], label),
+    )[:max_classes]
+    if len(labels) < 2:
+        both = "" if test is None else " in both its train and its test split"
+        raise ValueError(
+            f"dataset {dataset!r} has {len(labels)} class(es) of text{both} in column "
+            f"{label_column!r}: {labels}; a probe needs at least 2"
+        )
+    return LabelledText(
+        dataset,
+        {label: train[label] for label in labels},
+        None if test is None else {label: test[label] for label in labels},
+    )
+
+
+def _texts_by_label(
+    dataset: str, text_column: str, label_column: str, subset: str | None, split: str
+) -> TextsByLabel:
+    opened = open_dataset(dataset, split, subset, chunked=True)
+    rows = rows_with(opened, dataset, text_column, label_column)
+    if isinstance(opened, IterableDataset):
+        rows = islice(rows, MAX_STREAMED_ROWS)
+    texts: TextsByLabel = {}
+    for text, label in rows:
+        if text is None or label is None:
+            continue
+        if not isinstance(text, str):
+            raise ValueError(
+                f"dataset {dataset!r}: column {text_column!r} holds "
+                f"{type(text).__name__}, not text; name another text_column"
+            )
+        if text.strip():
+            texts.setdefault(str(label), []).append(text)
+    return texts

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from sae_bench.sae_bench_utils import general_utils
@@ -94,7 +95,6 @@ class HookedModel:
         # What the rerun of a batch starts with: the output of a layer is the next one's
         # input, any other hook point is met on the way through its own layer.
         self._start_layer = int(layer[1]) + self.is_residual_post
-        self.special_tokens = special_token_ids(model)
 
     @torch.no_grad()
     def below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,20 +108,16 @@ class HookedModel:
             Activations at the hook point, shape (batch, seq, d_in), heads flattened; and
             the residual stream that `above` goes on from, shape (batch, seq, d_model).
         """
-        caught: list[torch.Tensor] = []
-        stop = self._start_layer + (not self.is_residual_post)
-        starts: list[torch.Tensor] = []
-        hooks = [(self.hook_name, lambda x, hook: caught.append(x))]
-        if not self.is_residual_post:
-            hooks.append(
-                (
-                    f"blocks.{self._start_layer}.hook_resid_pre",
-                    lambda x, hook: starts.append(x),
-                )
-            )
-        self.model.run_with_hooks(tokens, stop_at_layer=stop, fwd_hooks=hooks)
-        x = caught[0]
-        return x.flatten(2), (starts[0] if starts else x)
+        if self.is_residual_post:
+            x = self.model(tokens, stop_at_layer=self._start_layer)
+            return x, x
+        start = f"blocks.{self._start_layer}.hook_resid_pre"
+        _, cache = self.model.run_with_cache(
+            tokens,
+            stop_at_layer=self._start_layer + 1,
+            names_filter=[self.hook_name, start],
+        )
+        return cache[self.hook_name].flatten(2), cache[start]
 
     @torch.no_grad()
     def above(
@@ -155,16 +151,33 @@ class HookedModel:
             ],
         )
 
-    def is_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mask of what is neither BOS, EOS nor padding, of the shape of tokens."""
-        special = torch.tensor(self.special_tokens, device=tokens.device)
-        return ~torch.isin(tokens, special)
+
+@torch.no_grad()
+def activations_at(
+    model: HookedTransformer, tokens: torch.Tensor, hook_names: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """
+    Activations at hook points, from one run of the layers below the last of them.
+
+    Args:
+        model: The language model.
+        tokens: Shape (batch, seq).
+        hook_names: Hook points in layers, as in "blocks.12.hook_resid_post".
+
+    Returns:
+        Shape (batch, seq, d_in) for each hook point, heads flattened.
+    """
+    layers = [int(hook_name.split(".")[1]) for hook_name in hook_names]
+    _, cache = model.run_with_cache(
+        tokens, stop_at_layer=max(layers) + 1, names_filter=list(hook_names)
+    )
+    return {hook_name: cache[hook_name].flatten(2) for hook_name in hook_names}
 
 
 def special_token_ids(model: HookedTransformer) -> list[int]:
     """The ids of BOS, EOS and padding, those that the tokenizer has."""
-    tokenizer = model.tokenizer
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)  # type: ignore[union-attr]
+    tokenizer: Any = model.tokenizer
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return sorted({token for token in ids if token is not None})
 
 
@@ -238,5 +251,5 @@ def common_setting(saes: Sequence[SelectedSAE], field: str, default: int | bool)
     return next(iter(values.values()))
 
 
-def _replace(x: torch.Tensor, hook: object, replacement: torch.Tensor) -> torch.Tensor:
+def _replace(x: torch.Tensor, hook: Any, replacement: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
     return replacement.reshape(x.shape)

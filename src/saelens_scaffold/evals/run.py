@@ -90,14 +90,15 @@ def run_evaluation(
             "sae_lens_version": get_sae_lens_version(),
         }
         for sae, result in measure(config, missing, device):
-            output = output_class(
+            fields = {
                 **about_this_run,
-                datetime_epoch_millis=int(datetime.now().timestamp() * 1000),
-                sae_lens_id=sae.sae_id,
-                sae_lens_release_id=sae.release,
-                sae_cfg_dict=sae.sae.cfg.to_dict(),
+                "datetime_epoch_millis": int(datetime.now().timestamp() * 1000),
+                "sae_lens_id": sae.sae_id,
+                "sae_lens_release_id": sae.release,
+                "sae_cfg_dict": sae.sae.cfg.to_dict(),
                 **result,
-            )
+            }
+            output = output_class(**fields)
             with new_file(sae.result_path(output_path)) as file:
                 output.to_json_file(os.fspath(file))
             results[sae.key] = asdict(output)

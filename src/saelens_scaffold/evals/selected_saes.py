@@ -17,6 +17,9 @@ from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
 
 View = Literal["whole", "sparse"]
 
+PAPER_RANK = 24
+"""Rank of the scaffold in arXiv 2606.14040, for Gemma-2-2B layer 12."""
+
 SelectedSAEs = Sequence[tuple[str, Any]]
 """What SAEBench calls `selected_saes`: (release, sae_id) or (name, SAE object) pairs."""
 
@@ -69,6 +72,21 @@ class SelectedSAE:
 def scaffold_rank(sae: SAE[Any]) -> int:
     """Number of linear latents of any SAELens SAE."""
     return int(getattr(sae.cfg, "scaffold_rank", 0))
+
+
+def subspace_rank(sae: SelectedSAE, saes: Sequence[SelectedSAE]) -> int:
+    """
+    Rank of the subspaces (PCA, random) that an SAE's scaffold is compared with.
+
+    Args:
+        sae: The SAE.
+        saes: All SAEs of the call.
+
+    Returns:
+        The rank of its scaffold; for a plain SAE the largest in the call, so that tables
+        line up, else 24, the paper's.
+    """
+    return sae.rank or max(other.rank for other in saes) or PAPER_RANK
 
 
 def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[Any]]]:

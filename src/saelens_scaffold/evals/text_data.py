@@ -1,8 +1,9 @@
 """Text to evaluate on: from the Hub, from a local file or folder, or the embedded one."""
 
+import logging
 import os
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,15 @@ from datasets import (
     load_from_disk,
 )
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from saelens_scaffold.embedded import load_stdlib_chunks, load_stdlib_text
+from saelens_scaffold.evals.language_model import common_setting, special_token_ids
+from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.text_eval_config import TextEvalConfig
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_DATASET_NAME = "python-stdlib"
 """The standard library of the running Python, as a dataset for any evaluation."""
@@ -196,8 +203,8 @@ def token_sequences(
             called, not later.
     """
     rows = rows_with(open_dataset(dataset, split), dataset, text_column)
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
+    tokenizer: Any = model.tokenizer
+    bos_token_id = tokenizer.bos_token_id
     sequences = concat_and_batch_sequences(
         (
             model.to_tokens(
@@ -207,8 +214,8 @@ def token_sequences(
             if text
         ),
         context_size=context_size,
-        begin_batch_token_id=tokenizer.bos_token_id if prepend_bos else None,
-        sequence_separator_token_id=tokenizer.bos_token_id,
+        begin_batch_token_id=bos_token_id if prepend_bos else None,
+        sequence_separator_token_id=bos_token_id,
     )
     first = next(sequences, None)
     if first is None:
@@ -217,3 +224,66 @@ def token_sequences(
             "give a longer text, or a smaller context_size"
         )
     return chain([first], sequences)
+
+
+def token_batches(
+    config: TextEvalConfig, model: HookedTransformer, saes: Sequence[SelectedSAE]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    The text of an evaluation, batch by batch, with a progress bar.
+
+    Whole sequences are taken until config.n_tokens tokens count, or the text ends.
+
+    Args:
+        config: Which text, and how much of it.
+        model: The language model.
+        saes: What config leaves open is taken from how these were trained.
+
+    Yields:
+        Tokens, shape (batch, context_size), on the model's device, and the mask of those
+        that count: neither BOS, EOS nor padding.
+
+    Raises:
+        ValueError: The text cannot be read, is too short, or the SAEs disagree on what
+            config leaves open.
+    """
+    context_size = config.context_size or common_setting(saes, "context_size", 128)
+    prepend_bos = (
+        common_setting(saes, "prepend_bos", True)
+        if config.prepend_bos is None
+        else config.prepend_bos
+    )
+    if context_size > model.cfg.n_ctx:
+        raise ValueError(
+            f"context_size is {context_size}; {model.cfg.model_name} has room for "
+            f"{model.cfg.n_ctx} tokens"
+        )
+    sequences = token_sequences(
+        config.dataset,
+        config.dataset_split,
+        config.text_column,
+        model,
+        context_size,
+        bool(prepend_bos),
+    )
+    special = torch.tensor(special_token_ids(model), device=model.cfg.device)
+    counted = 0
+    with tqdm(total=config.n_tokens, unit="tok", unit_scale=True) as bar:
+        while counted < config.n_tokens:
+            batch = list(islice(sequences, config.llm_batch_size))
+            if not batch:
+                logger.warning(
+                    "dataset %r ended after %s of n_tokens = %s tokens",
+                    config.dataset,
+                    f"{counted:,}",
+                    f"{config.n_tokens:,}",
+                )
+                return
+            tokens = torch.stack(batch).to(model.cfg.device)
+            counts = ~torch.isin(tokens, special)
+            in_batch = counts.sum(dim=1).cumsum(0)
+            needed = int((in_batch < config.n_tokens - counted).sum()) + 1
+            tokens, counts = tokens[:needed], counts[:needed]
+            counted += int(counts.sum())
+            yield tokens, counts
+            bar.update(int(counts.sum()))

@@ -1,0 +1,122 @@
+"""Sums over tokens, and replicates of them over sequences."""
+
+from typing import Any
+
+import torch
+from sae_lens import SAE
+
+from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.subspaces import ActivationMoments
+
+# Activations of so many tokens at once that they stay in a CPU's cache, and are small
+# beside the weights on a GPU.
+_ACTIVATIONS_AT_ONCE = {"cpu": 2**21, "other": 2**26}
+
+
+class FiringStatistics:
+    """
+    How often the sparse latents of one SAE fire, and how well it reconstructs.
+
+    The size of these sums does not depend on the number of tokens.
+
+    Attributes:
+        fired: Tokens on which each sparse latent fired, shape (n_sparse,), int64.
+        activation_sums: Sum of its activations, shape (n_sparse,), float64.
+        replicate_fired: The same count in every bootstrap replicate, shape
+            (1 + n_replicates, n_sparse), the sample itself first.
+        squared_errors: Sum of |x - x̂|² in every replicate, shape (1 + n_replicates,).
+    """
+
+    def __init__(self, selected: SelectedSAE, n_replicates: int):
+        self.sae: SAE[Any] = selected.sae
+        self.rank = selected.rank
+        device = self.sae.W_dec.device
+        n_sparse = self.sae.cfg.d_sae - self.rank
+        # float64 does not exist on MPS, where float32 has to do
+        double = torch.float32 if device.type == "mps" else torch.float64
+        self.fired = torch.zeros(n_sparse, dtype=torch.int64, device=device)
+        self.activation_sums = torch.zeros(n_sparse, dtype=double, device=device)
+        self.replicate_fired = torch.zeros(1 + n_replicates, n_sparse, device=device)
+        self.squared_errors = torch.zeros(1 + n_replicates, dtype=double, device=device)
+
+    @torch.no_grad()
+    def update(
+        self, x: torch.Tensor, sequence: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """
+        Args:
+            x: Activations of the tokens that count, shape (n_tokens, d_in).
+            sequence: Which sequence of the batch each token is from, shape (n_tokens,).
+            weights: How often each replicate counts each sequence, shape
+                (1 + n_replicates, n_sequences).
+        """
+        n_sequences, n_sparse = weights.shape[1], len(self.fired)
+        counts = torch.zeros(n_sequences * n_sparse, device=x.device)
+        errors = torch.zeros(n_sequences, device=x.device)
+        at_once = _ACTIVATIONS_AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
+        tokens_at_once = max(1, at_once // self.sae.cfg.d_sae)
+        for part, of in zip(
+            x.split(tokens_at_once), sequence.split(tokens_at_once), strict=True
+        ):
+            acts = self.sae.encode(part)
+            token, latent = acts[:, self.rank :].nonzero(as_tuple=True)
+            values = acts[token, latent + self.rank]
+            counts += torch.bincount(
+                of[token] * n_sparse + latent, minlength=len(counts)
+            )
+            self.fired += torch.bincount(latent, minlength=n_sparse)
+            self.activation_sums.index_add_(
+                0, latent, values.to(self.activation_sums.dtype)
+            )
+            error = (part - self.sae.decode(acts)).float().pow(2).sum(dim=1)
+            errors.index_add_(0, of, error)
+        weights = weights.to(x.device)
+        self.replicate_fired += weights @ counts.view(n_sequences, n_sparse)
+        self.squared_errors += (weights @ errors).to(self.squared_errors.dtype)
+
+
+class TextStatistics:
+    """
+    Sums over the tokens that the SAEs of one hook point share.
+
+    Attributes:
+        moments: Mean and covariance of the activations.
+        n_sequences: Number of sequences so far.
+        replicate_tokens: Number of tokens in every replicate, shape (1 + n_replicates,),
+            the sample itself first.
+    """
+
+    def __init__(self, d_in: int, n_replicates: int, device: torch.device | str):
+        self.moments = ActivationMoments(d_in, device)
+        self.n_sequences = 0
+        self.replicate_tokens = torch.zeros(1 + n_replicates, dtype=torch.float64)
+        self._shift: torch.Tensor | None = None
+        self._sums = torch.zeros(1 + n_replicates, d_in, dtype=torch.float64)
+        self._squares = torch.zeros(1 + n_replicates, dtype=torch.float64)
+
+    def update(
+        self, x: torch.Tensor, sequence: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """As of `FiringStatistics`."""
+        self.moments.update(x)
+        if self._shift is None:
+            self._shift = x.float().mean(
+                dim=0
+            )  # for precision, as in ActivationMoments
+        shifted = x.float() - self._shift
+        n_sequences = weights.shape[1]
+        sums = torch.zeros(n_sequences, x.shape[1], device=x.device)
+        sums.index_add_(0, sequence, shifted)
+        squares = torch.zeros(n_sequences, device=x.device)
+        squares.index_add_(0, sequence, shifted.pow(2).sum(dim=1))
+        tokens = torch.bincount(sequence, minlength=n_sequences)
+        self.n_sequences += n_sequences
+        double = weights.double()
+        self.replicate_tokens += double @ tokens.cpu().double()
+        self._sums += double @ sums.cpu().double()
+        self._squares += double @ squares.cpu().double()
+
+    @property
+    def replicate_variances(self) -> torch.Tensor:
+        """Sum of |x - E[x]|² in every replicate, shape (1 + n_replicates,)."""
+        return self._squares - self._sums.pow(2).sum(dim=1) / self.replicate_tokens

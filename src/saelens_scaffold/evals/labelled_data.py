@@ -1,11 +1,16 @@
 """Labelled text for probes: from anywhere, and made known to SAEBench."""
 
 import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from itertools import islice
 from typing import NamedTuple
+from unittest.mock import patch
 
 from datasets import IterableDataset
+from sae_bench.evals.scr_and_tpp import main as scr_and_tpp
+from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
 from saelens_scaffold.evals.text_data import open_dataset, rows_with, split_names
 
@@ -212,3 +217,76 @@ def _texts_by_label(
         if text.strip():
             texts.setdefault(str(label), []).append(text)
     return texts
+
+
+def is_known_to_sae_bench(dataset: str) -> bool:
+    """Whether a dataset is one of SAEBench's own, by the name SAEBench has for it."""
+    return dataset in dataset_info.chosen_classes_per_dataset
+
+
+@contextmanager
+def known_to_sae_bench(texts: Sequence[LabelledText]) -> Iterator[None]:
+    """
+    Let SAEBench's sparse probing and TPP read other text, for as long as this lasts.
+
+    SAEBench knows its datasets by name, in four places: a table of classes, a function
+    that loads them, a table of second labels that TPP looks into (and does not use), and
+    another function, which calls the first. Its own datasets work as before.
+
+    Args:
+        texts: The text. SAEBench's name for each is its `name`.
+    """
+    by_name = {text.name: text for text in texts}
+    own = dataset_utils.get_multi_label_train_test_data
+
+    def get_multi_label_train_test_data(
+        dataset_name: str, train_set_size: int, test_set_size: int, random_seed: int
+    ) -> tuple[TextsByLabel, TextsByLabel]:
+        if dataset_name not in by_name:
+            return own(dataset_name, train_set_size, test_set_size, random_seed)
+        sizes = rows_per_class(train_set_size, test_set_size)
+        return by_name[dataset_name].sample(*sizes, random_seed)
+
+    with (
+        patch.object(
+            dataset_utils,
+            "get_multi_label_train_test_data",
+            get_multi_label_train_test_data,
+        ),
+        patch.dict(
+            dataset_info.chosen_classes_per_dataset,
+            {text.name: text.labels for text in texts},
+        ),
+        patch.dict(scr_and_tpp.COLUMN2_VALS_LOOKUP, dict.fromkeys(by_name)),
+    ):
+        yield
+
+
+def rows_per_class(train_set_size: int, test_set_size: int) -> tuple[int, int]:
+    """What SAEBench's set sizes take of each class: they are those of a binary task, half
+    of whose rows are of the other classes."""
+    return train_set_size // 2, test_set_size // 2
+
+
+def check_set_sizes(
+    text: LabelledText, train: tuple[str, int], test: tuple[str, int]
+) -> None:
+    """
+    See that a dataset has the rows that SAEBench will draw.
+
+    Args:
+        text: The dataset.
+        train: SAEBench's field, as "probe_train_set_size", and its value.
+        test: The same for the test set.
+
+    Raises:
+        ValueError: It has not.
+    """
+    sizes = rows_per_class(train[1], test[1])
+    try:
+        text.sample(*sizes, seed=0)
+    except ValueError as error:
+        raise ValueError(
+            f"{train[0]} {train[1]} and {test[0]} {test[1]} take {sizes[0]} train rows and "
+            f"{sizes[1]} test rows of each class: {error}"
+        ) from error

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ import torch
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from sae_bench.evals.base_eval_output import BaseEvalConfig
-from sae_bench.sae_bench_utils import general_utils, get_sae_bench_version
+from sae_bench.sae_bench_utils import general_utils
 from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
@@ -168,22 +169,26 @@ class SeedRun(NamedTuple):
     One call of SAEBench: one seed, one hook point.
 
     Attributes:
-        config: The configuration, of SAEBench's class.
+        config: The configuration of all seeds.
+        seed_config: That of this seed, of SAEBench's class.
         selected_saes: (name, SAE object) pairs, as for SAEBench.
         device: Where to compute.
         results: Folder for SAEBench's results.
         activations: Folder for what SAEBench stores beside them.
         save_activations: As for SAEBench.
+        force_rerun: Whether what was computed before must not be used.
         texts: The text that SAEBench does not know.
         model: The language model.
     """
 
     config: Any
+    seed_config: Any
     selected_saes: list[tuple[str, Any]]
     device: str
     results: Path
     activations: Path
     save_activations: bool
+    force_rerun: bool
     texts: list[LabelledText]
     model: HookedTransformer
 
@@ -203,6 +208,8 @@ class SaeBenchEvaluator(NamedTuple):
         results_folder: Where SAEBench puts results, below the folder that it is given.
         extra_fields: Fields of its output that are averaged beside metrics and details.
         knows: Whether a dataset is one of SAEBench's own.
+        activations_depend_on_seed: Whether each seed reads other text, as those do that
+            draw their rows first.
     """
 
     eval_type_id: str
@@ -210,10 +217,11 @@ class SaeBenchEvaluator(NamedTuple):
     output_class: type[Any]
     check: Callable[[Any, LabelledText], None]
     run: Callable[[SeedRun], None]
-    check_sae: Callable[[Any, SelectedSAE], None] = lambda config, sae: None
+    check_sae: Callable[[Any, SelectedSAE], None] | None = None
     results_folder: str = ""
     extra_fields: tuple[str, ...] = ()
     knows: Callable[[str], bool] = is_known_to_sae_bench
+    activations_depend_on_seed: bool = True
 
 
 def run_over_seeds(
@@ -254,7 +262,10 @@ def run_over_seeds(
             why.
     """
     inside = Path(output_path).resolve()
-    if inside in (Path(artifacts_path).resolve(), *Path(artifacts_path).resolve().parents):
+    if inside in (
+        Path(artifacts_path).resolve(),
+        *Path(artifacts_path).resolve().parents,
+    ):
         raise ValueError(
             f"artifacts_path {artifacts_path!r} lies in output_path {output_path!r}, where "
             "SAEBench's tools would find the results of single seeds; choose another"
@@ -310,8 +321,9 @@ def _measure(
     save_activations: bool,
 ) -> Iterator[tuple[SelectedSAE, Result]]:
     model_name = known_model_name(config.model_name)
-    for sae in saes:
-        evaluator.check_sae(config, sae)
+    if evaluator.check_sae is not None:
+        for sae in saes:
+            evaluator.check_sae(config, sae)
     texts = _read_texts(evaluator, config)
     model = load_language_model(
         config.model_name, device, getattr(config, "llm_dtype", "float32")
@@ -319,25 +331,32 @@ def _measure(
     groups = by_hook_point(model, saes)
     raw: dict[str, list[Any]] = {sae.key: [] for sae in saes}
     for seed in tqdm(config.random_seeds, desc="Seeds"):
-        seed_config = _seed_config(evaluator, config, seed, model_name)
         for at, group in groups:
-            key = _digest(evaluator, config, seed_config, at, texts)
-            folder = artifacts / model_name / f"{at.hook_name}-seed-{seed}-{key}"
+            of_all_seeds = artifacts / model_name / _digest(config, at, texts)
+            of_seed = of_all_seeds / f"seed-{seed}"
+            activations = (
+                of_seed if evaluator.activations_depend_on_seed else of_all_seeds
+            ) / "activations"
             seed_run = SeedRun(
-                seed_config,
-                [],
-                device,
-                folder / "results",
-                folder / "activations",
-                save_activations,
-                texts,
-                model,
+                config,
+                _seed_config(evaluator, config, seed, model_name),
+                selected_saes=[],
+                device=device,
+                results=of_seed / "results",
+                activations=activations,
+                save_activations=save_activations,
+                force_rerun=force_rerun,
+                texts=texts,
+                model=model,
             )
-            results = _run_missing(evaluator, seed_run, group, force_rerun)
+            results = _run_missing(evaluator, seed_run, group)
             for sae in group:
                 raw[sae.key].append(results[sae.key])
-            if clean_up_activations:
-                shutil.rmtree(seed_run.activations, ignore_errors=True)
+            is_last = seed == config.random_seeds[-1]
+            if clean_up_activations and (
+                is_last or evaluator.activations_depend_on_seed
+            ):
+                shutil.rmtree(activations, ignore_errors=True)
     for sae in saes:
         yield sae, _over_seeds(evaluator, config, sae, raw[sae.key])
 
@@ -375,17 +394,18 @@ def _seed_config(
 def _digest(
     evaluator: SaeBenchEvaluator,
     config: Any,
-    seed_config: Any,
     at: HookedModel,
     texts: list[LabelledText],
 ) -> str:
-    """Of all that the activations depend on, and the results but for the SAE."""
-    values = TypeAdapter(evaluator.config_class).dump_python(seed_config, mode="json")
+    """Of all that activations and results depend on but the SAE and the seed."""
+    values = TypeAdapter(type(config)).dump_python(config, mode="json")
+    for name in (*SPEED_ONLY, "random_seed", "random_seeds", "confidence"):
+        values.pop(name, None)
     directory = Path(config.model_name)
     files = sorted(directory.iterdir()) if directory.is_dir() else []
     return _digest_of(
-        get_sae_bench_version(),
-        {name: value for name, value in values.items() if name not in SPEED_ONLY},
+        version("sae-bench"),
+        values,
         at.hook_name,
         os.fspath(directory.resolve()) if files else config.model_name,
         [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
@@ -399,25 +419,23 @@ def _digest_of(*parts: Any) -> str:
 
 
 def _run_missing(
-    evaluator: SaeBenchEvaluator,
-    seed_run: SeedRun,
-    saes: list[SelectedSAE],
-    force_rerun: bool,
+    evaluator: SaeBenchEvaluator, seed_run: SeedRun, saes: list[SelectedSAE]
 ) -> dict[str, Any]:
     """SAEBench's results of the SAEs; those that are there are read, not run."""
     names = {
-        sae.key: f"{sae.label}-{_digest_of(sae.sae.cfg.to_dict())}" for sae in saes
+        sae.key: f"{sae.label}-{_digest_of(sae.sae.cfg.to_dict())}".replace("/", "_")
+        for sae in saes
     }
     folder = seed_run.results / evaluator.results_folder
     files = {
         key: Path(general_utils.get_results_filepath(str(folder), name, "custom_sae"))
         for key, name in names.items()
     }
-    if force_rerun:
+    if seed_run.force_rerun:
         for file in files.values():
             file.unlink(missing_ok=True)
     missing = [sae for sae in saes if _read(files[sae.key]) is None]
-    if not any(folder.glob("*.json")):
+    if evaluator.activations_depend_on_seed and not any(folder.glob("*.json")):
         # SAEBench writes the first result once all activations are stored. Without one,
         # a call may have been interrupted while they were.
         shutil.rmtree(seed_run.activations, ignore_errors=True)

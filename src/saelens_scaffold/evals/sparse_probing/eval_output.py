@@ -17,4 +17,4 @@ class SparseProbingEvalOutput(
     SAEBench's sparse probing over several seeds: how well a few latents of the sparse dictionary, picked for each concept, let a linear probe tell the concept. Metrics are means over the seeds.
     """
 
-    eval_config: SparseProbingEvalConfig
+    eval_config: SparseProbingEvalConfig  # pyright: ignore[reportGeneralTypeIssues]

@@ -37,7 +37,7 @@ def _check(config: SparseProbingEvalConfig, text: LabelledText) -> None:
 def _run(seed_run: SeedRun) -> None:
     with known_to_sae_bench(seed_run.texts), lent_model(seed_run.model, sae_bench_main):
         sae_bench_main.run_eval(
-            seed_run.config,
+            seed_run.seed_config,
             seed_run.selected_saes,
             seed_run.device,
             str(seed_run.results),

@@ -21,7 +21,7 @@ class TppEvalOutput(OverSeedsEvalOutput, sae_bench_output.TppEvalOutput):
     SAEBench's targeted probe perturbation over several seeds: how far ablating the latents that matter to one class's probe harms that probe, and that one alone. Metrics are means over the seeds.
     """
 
-    eval_config: TppEvalConfig
+    eval_config: TppEvalConfig  # pyright: ignore[reportGeneralTypeIssues]
     caveat: str = Field(
         default=CAVEAT,
         title="Caveat",

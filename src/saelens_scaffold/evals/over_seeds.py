@@ -392,7 +392,6 @@ def _seed_config(
 
 
 def _digest(
-    evaluator: SaeBenchEvaluator,
     config: Any,
     at: HookedModel,
     texts: list[LabelledText],

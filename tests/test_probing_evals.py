@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from sae_bench.evals.sparse_probing_sae_probes import (
 )
 from sae_bench.evals.sparse_probing_sae_probes import main as sae_bench_sae_probes
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, graphing_utils
+from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_probes import utils_data
@@ -35,6 +38,7 @@ from saelens_scaffold.evals.labelled_data import (
     load_labelled_data,
     read_labelled_text,
 )
+from saelens_scaffold.evals.selected_saes import View, resolve_saes
 from saelens_scaffold.evals.sparse_probing import (
     SparseProbingEvalConfig,
     SparseProbingEvalOutput,
@@ -362,7 +366,7 @@ def test_several_seeds(name: str, texts: Path, scaffold: Any, tmp_path: Path):
     place = tmp_path / name / "scaffold_eval_results.json"
     place.parent.mkdir()
     place.write_text(Path(file).read_text())
-    loaded = graphing_utils.get_eval_results([str(place).replace("tpp0", "")])
+    loaded = graphing_utils.get_eval_results([str(place)])
     (loaded_metrics,) = loaded.values()
     assert loaded_metrics["sae_class"] == "jumprelu"
     stored = json.loads(Path(file).read_text())
@@ -518,6 +522,44 @@ def test_other_refusals(texts: Path, tmp_path: Path):
             str(tmp_path),
             artifacts_path=str(tmp_path / "artifacts"),
         )
+
+
+def test_every_field_can_be_a_flag():
+    for _, make_config, _ in EVALUATIONS.values():
+        for field in type(make_config("x")).__pydantic_fields__.values():
+            assert field.title
+            assert field.description
+
+
+def test_a_scaffold_sae_of_a_release_is_judged_by_its_sparse_part(
+    scaffold: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        SAE,
+        "from_pretrained_with_cfg_and_sparsity",
+        lambda **_: (scaffold, {}, None),
+    )
+    widths: dict[View, int] = {"sparse": D_SAE - 4, "whole": D_SAE}
+    for view, d_sae in widths.items():
+        (selected,) = resolve_saes([("release", "id")], "cpu", "", view)
+        assert selected.key == "release_id"
+        assert selected.sae.cfg.d_sae == d_sae
+        assert selected.hook_name == HOOK
+
+
+def test_a_local_model_of_any_path(texts: Path, tmp_path: Path):
+    directory = tmp_path / "models" / "my-model"
+    shutil.copytree(
+        Path(str(files("saelens_scaffold") / "embedded/py-neox")), directory
+    )
+    before = sorted(directory.rglob("*"))
+    data = texts / "data.csv"
+    for main, make in ((sparse_probing, sp_config), (sae_probes, sae_probes_config)):
+        config = make(data, model_name=str(directory))
+        folder = tmp_path / str(main.__name__)
+        (ours,) = run(main, config, [("plain", plain())], folder).values()
+        assert ours["eval_config"]["model_name"] == str(directory)
+        assert sorted(directory.rglob("*")) == before
 
 
 def test_random_seed_alone_is_the_only_seed():

@@ -44,6 +44,12 @@ logger = logging.getLogger(__name__)
 _DEFAULT_SEED = 42  # SAEBench's
 
 
+DATASETS_DESCRIPTION = (
+    "SAEBench's names of its datasets, or any other labelled text: a dataset on the Hub, a "
+    "local directory or file (.parquet, .jsonl, .csv), or python-stdlib for the embedded text."
+)
+
+
 @dataclass
 class OverSeedsEvalConfig(BaseEvalConfig):
     """What is added to a configuration of SAEBench: seeds, and text of the user's own."""
@@ -321,8 +327,13 @@ def _measure(
     save_activations: bool,
 ) -> Iterator[tuple[SelectedSAE, Result]]:
     model_name = known_model_name(config.model_name)
-    if evaluator.check_sae is not None:
-        for sae in saes:
+    for sae in saes:
+        if sae.sae.cfg.reshape_activations == "hook_z":
+            raise ValueError(
+                f"SAE {sae.label!r} was trained at {sae.hook_name}, whose activations have "
+                "a dimension for heads; SAEBench's probes read hook points without one"
+            )
+        if evaluator.check_sae is not None:
             evaluator.check_sae(config, sae)
     texts = _read_texts(evaluator, config)
     model = load_language_model(

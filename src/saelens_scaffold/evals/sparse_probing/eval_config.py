@@ -2,7 +2,11 @@ from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 from sae_bench.evals.sparse_probing import eval_config as sae_bench_config
 
-from saelens_scaffold.evals.over_seeds import OverSeedsEvalConfig, check_counts
+from saelens_scaffold.evals.over_seeds import (
+    DATASETS_DESCRIPTION,
+    OverSeedsEvalConfig,
+    check_counts,
+)
 
 K_VALUES = (1, 2, 5, 10, 20, 50, 100)
 """Numbers of latents that SAEBench's output has a metric for."""
@@ -14,6 +18,13 @@ class SparseProbingEvalConfig(
 ):
     """SAEBench's configuration of sparse probing, with seeds and text of one's own."""
 
+    dataset_names: list[str] = Field(
+        default_factory=lambda: (
+            sae_bench_config.SparseProbingEvalConfig().dataset_names
+        ),
+        title="Dataset Names",
+        description=DATASETS_DESCRIPTION,
+    )
     model_name: str = Field(
         default="",
         title="Model Name",

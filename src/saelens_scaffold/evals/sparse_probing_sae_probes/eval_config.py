@@ -2,7 +2,11 @@ from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 from sae_bench.evals.sparse_probing_sae_probes import eval_config as sae_bench_config
 
-from saelens_scaffold.evals.over_seeds import OverSeedsEvalConfig, check_counts
+from saelens_scaffold.evals.over_seeds import (
+    DATASETS_DESCRIPTION,
+    OverSeedsEvalConfig,
+    check_counts,
+)
 from saelens_scaffold.evals.sparse_probing.eval_config import K_VALUES
 
 MIN_TASK_SIZE = 200
@@ -15,6 +19,13 @@ class SparseProbingSaeProbesEvalConfig(
     """SAEBench's configuration of sparse probing by sae-probes, with seeds and text of
     one's own."""
 
+    dataset_names: list[str] = Field(
+        default_factory=lambda: (
+            sae_bench_config.SparseProbingSaeProbesEvalConfig().dataset_names
+        ),
+        title="Dataset Names",
+        description=DATASETS_DESCRIPTION.replace("SAEBench", "sae-probes"),
+    )
     model_name: str = Field(
         default="",
         title="Model Name",

@@ -2,7 +2,11 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
-from saelens_scaffold.evals.over_seeds import OverSeedsEvalConfig, check_counts
+from saelens_scaffold.evals.over_seeds import (
+    DATASETS_DESCRIPTION,
+    OverSeedsEvalConfig,
+    check_counts,
+)
 
 N_VALUES = (2, 5, 10, 20, 50, 100, 500)
 """Numbers of ablated latents that SAEBench's output has a metric for."""
@@ -16,6 +20,11 @@ class TppEvalConfig(OverSeedsEvalConfig, ScrAndTppEvalConfig):
         default=False,
         title="Perform Spurious Correlation Removal",
         description="Always False here: this is TPP. SCR is SAEBench's own.",
+    )
+    dataset_names: list[str] = Field(
+        default_factory=lambda: ScrAndTppEvalConfig().dataset_names,
+        title="Dataset Names",
+        description=DATASETS_DESCRIPTION,
     )
     model_name: str = Field(
         default="",

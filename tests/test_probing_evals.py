@@ -15,7 +15,7 @@ from scipy import stats
 
 pytest.importorskip("sae_bench")
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from pydantic import TypeAdapter
 from sae_bench.evals.scr_and_tpp import main as sae_bench_tpp
 from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
@@ -158,6 +158,7 @@ def sae_probes_config(
         "task_size": 200,
         "ks": [1, 2],
         "reg_type": "l2",
+        "include_llm_baseline": False,
         **overrides,
     }
     return SparseProbingSaeProbesEvalConfig(**kwargs)
@@ -268,7 +269,7 @@ def test_tpp_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: Path):
 
 def test_sae_probes_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: Path):
     dataset = texts / "data.csv"
-    config = sae_probes_config(dataset)
+    config = sae_probes_config(dataset, include_llm_baseline=True)
     ours = run(
         sae_probes, config, [("plain", plain()), ("scaffold", scaffold)], tmp_path
     )
@@ -418,6 +419,23 @@ def test_the_most_frequent_classes(tmp_path: Path):
         str(tmp_path / "data.jsonl"), "body", "kind", max_classes=3
     )
     assert text.labels == ["often", "7", "x"]
+
+
+def test_text_from_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch):
+    dataset = Dataset.from_list(rows()).to_iterable_dataset()
+    opened: list[Any] = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> IterableDatasetDict:
+        opened.append((args, kwargs))
+        return IterableDatasetDict({"train": dataset, "test": dataset.take(60)})
+
+    monkeypatch.setattr("saelens_scaffold.evals.text_data.load_dataset", load_dataset)
+    monkeypatch.setattr("saelens_scaffold.evals.labelled_data.MAX_STREAMED_ROWS", 200)
+    text = read_labelled_text("user/name", "text", "label", subset="en")
+    assert sum(map(len, text.train.values())) == 200
+    assert text.test is not None
+    assert sum(map(len, text.test.values())) == 60
+    assert all(call == (("user/name", "en"), {"streaming": True}) for call in opened)
 
 
 def test_embedded_text():

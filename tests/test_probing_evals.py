@@ -507,6 +507,8 @@ def test_unusable_text_is_refused_before_anything_is_run(
             lambda: sp_config("x", random_seeds=[1, 2], random_seed=3),
             "random_seed is 3",
         ),
+        (lambda: sp_config("x", llm_dtype="int8"), "must be one of float32"),
+        (lambda: tpp_config("x", llm_batch_size=0), "at least 1"),
         (lambda: sp_config("x", k_values=[3]), "1, 2, 5, 10"),
         (lambda: sp_config("x", confidence=1.0), "between 0 and 1"),
         (lambda: tpp_config("x", n_values=[1]), "2, 5, 10"),
@@ -522,6 +524,10 @@ def test_unusable_configurations(make: Callable[[], Any], message: str):
 
 
 def test_other_refusals(texts: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="a dimension for heads"):
+        of_heads = plain()
+        of_heads.cfg.reshape_activations = "hook_z"
+        run(sparse_probing, sp_config("x"), [("heads", of_heads)], tmp_path)
     saes = [("plain", plain())]
     data = texts / "data.csv"
     with pytest.raises(ValueError, match="dataset_names is empty"):

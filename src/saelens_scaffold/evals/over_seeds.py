@@ -99,6 +99,23 @@ class OverSeedsEvalConfig(BaseEvalConfig):
             raise ValueError("must lie between 0 and 1, as in 0.95")
         return value
 
+    @field_validator(
+        "llm_batch_size", "sae_batch_size", "context_length", check_fields=False
+    )
+    @classmethod
+    def ensure_positive(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+    @field_validator("llm_dtype", check_fields=False)
+    @classmethod
+    def ensure_dtype(cls, value: str) -> str:
+        allowed = ("float32", "float64", "float16", "bfloat16")
+        if value not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value
+
     @field_validator("max_classes")
     @classmethod
     def ensure_classes(cls, value: int) -> int:
@@ -297,22 +314,13 @@ def run_over_seeds(
 
 
 @contextmanager
-def lent_model(model: HookedTransformer, *modules: ModuleType) -> Iterator[None]:
+def lent_model(model: HookedTransformer, module: ModuleType) -> Iterator[None]:
     """
-    Let modules that load a `HookedTransformer` have this one, for as long as this lasts:
+    Let a module that loads a `HookedTransformer` have this one, for as long as this lasts:
     it is loaded, and seen to fit the SAEs, once for all seeds.
     """
     loader = SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
-    with _patched(modules, "HookedTransformer", loader):
-        yield
-
-
-@contextmanager
-def _patched(modules: Sequence[ModuleType], name: str, value: Any) -> Iterator[None]:
-    if not modules:
-        yield
-        return
-    with patch.object(modules[0], name, value), _patched(modules[1:], name, value):
+    with patch.object(module, "HookedTransformer", loader):
         yield
 
 

@@ -30,7 +30,7 @@ class SparseProbingEvalConfig(
         title="Model Name",
         description="Model of TransformerLens, directory of a local model, or py-neox for the embedded one.",
     )
-    llm_batch_size: int | None = Field(
+    llm_batch_size: int = Field(
         default=32,
         title="LLM Batch Size",
         description="LLM batch size, in texts.",

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 
 _EPILOG = """\
 examples:
@@ -20,7 +21,9 @@ examples:
         --d_in 768 --d_sae 16384 --model_name ./my-model --dataset_path ./my-dataset \\
         --hook_name blocks.6.hook_resid_post --training_tokens 100000000 \\
         --output_path ./my-sae
-  run an evaluation of SAEBench on scaffold SAEs
+  evaluate SAEs with evaluations of this package and of SAEBench, in one table
+    saelens-scaffold eval core,dense_latents --sae_path ./my-sae --dataset python-stdlib
+  run any other command line with scaffold SAEs
     saelens-scaffold run -m sae_bench.evals.core.main --help
 """
 
@@ -42,6 +45,49 @@ model, offline, and compare them in one table and one picture.
 _DEMO_EPILOG = """\
 example: three seeds, with mean and spread
   saelens-scaffold demo --seeds 3
+"""
+
+# The registry knows them too, but knows SAELens as well, which takes seconds to import.
+EVALUATIONS = {
+    "of this package": (
+        "dense_latents",
+        "scaffold_ablation",
+        "sparse_probing",
+        "sparse_probing_sae_probes",
+        "tpp",
+    ),
+    "of SAEBench": (
+        "absorption",
+        "autointerp",
+        "core",
+        "mdl",
+        "meta_structure",
+        "ravel",
+        "scr",
+        "unlearning",
+    ),
+}
+"""What `saelens-scaffold eval` can be asked for."""
+
+_EVAL = """\
+Run evaluations of this package and of SAEBench on SAEs, and print one table: SAEs as
+rows, headline metrics as columns. Each SAE's result is a JSON file of SAEBench's kind in
+OUTPUT_FOLDER/NAME; a result that is there already is not computed again. The table alone
+goes to the standard output. An evaluation that fails is reported as failed and makes the
+exit status 1; the others are kept.
+"""
+_EVAL_EPILOG = """\
+evaluations:
+{names}
+
+Where an evaluation asks about single dictionary latents, the sparse part of a scaffold
+SAE is judged; where it needs the reconstruction, all of it.
+
+example, offline, after `saelens-scaffold demo`:
+  saelens-scaffold eval core,dense_latents --dataset python-stdlib \\
+      --sae_path demo-output/saes/language_model/seed-0/*BatchTopK \\
+      --set core.n_eval_reconstruction_batches=10 \\
+      --set core.n_eval_sparsity_variance_batches=10
 """
 
 
@@ -72,6 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.run_module(argv[2], argv[3:])
 
     parser, demo_parser = _build_parsers()
+    if argv[:1] == ["eval"]:
+        options = parser.parse_args(argv)
+        if find_spec("sae_bench") is None:
+            parser.exit(
+                2,
+                "saelens-scaffold eval: error: SAEBench is not installed; "
+                'pip install "saelens-scaffold[bench]"\n',
+            )
+        from saelens_scaffold.evals import command
+
+        return command.run(options)
     if argv[:1] == ["demo"]:
         from saelens_scaffold import demo
 
@@ -110,6 +167,20 @@ def _build_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     commands.add_parser(
         "train", help="SAELens's training command line, with the scaffold architectures"
     )
+    _add_eval_arguments(
+        commands.add_parser(
+            "eval",
+            help="evaluate SAEs, with one table of the results",
+            description=_EVAL,
+            epilog=_EVAL_EPILOG.format(
+                names="\n".join(
+                    f"  {whose}: {', '.join(names)}"
+                    for whose, names in EVALUATIONS.items()
+                )
+            ),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     demo = commands.add_parser(
         "demo",
         help="train scaffold SAEs and their plain twins, and compare",
@@ -118,6 +189,141 @@ def _build_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser, demo
+
+
+def add_evaluation_arguments(
+    parser: argparse.ArgumentParser, output_folder: str
+) -> None:
+    """
+    Add what every evaluation is told: which SAEs, and where and how to run.
+
+    Args:
+        parser: The parser of a command that runs evaluations.
+        output_folder: Where results go if nothing else is said.
+    """
+    saes = parser.add_argument_group("SAEs")
+    saes.add_argument(
+        "--sae_path",
+        nargs="+",
+        metavar="DIR",
+        help="directories of SAEs on disk; a name in the table is as much of the path's "
+        "end as tells them apart",
+    )
+    saes.add_argument(
+        "--sae_regex_pattern",
+        metavar="REGEX",
+        help="SAELens releases to take SAEs from; needs --sae_block_pattern",
+    )
+    saes.add_argument(
+        "--sae_block_pattern", metavar="REGEX", help="ids of the SAEs in these releases"
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--output_folder",
+        default=output_folder,
+        metavar="DIR",
+        help="folder for the results (default: %(default)s)",
+    )
+    run.add_argument(
+        "--artifacts_path",
+        default="artifacts",
+        metavar="DIR",
+        help="folder for stored activations, probes and texts (default: %(default)s)",
+    )
+    run.add_argument(
+        "--force_rerun",
+        action="store_true",
+        help="evaluate again, and replace what is in the output folder",
+    )
+    run.add_argument(
+        "--clean_up_activations",
+        action="store_true",
+        help="remove stored activations afterwards",
+    )
+    # As in SAEBench, whose flag of this name switches off what is on without it.
+    run.add_argument(
+        "--save_activations",
+        action="store_false",
+        help="do NOT store the language model's activations (SAEBench's flag, and its "
+        "meaning: they are stored without it)",
+    )
+    run.add_argument(
+        "--device",
+        help="device to compute on (default: a GPU where there is one)",
+    )
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names",
+        metavar="NAME[,NAME...]",
+        help="the evaluations; an unknown name lists them",
+    )
+    add_evaluation_arguments(parser, output_folder="eval_results")
+    config = parser.add_argument_group(
+        "configuration", "What is left out has the evaluation's own default."
+    )
+    config.add_argument(
+        "--model",
+        "--model_name",
+        dest="model_name",
+        metavar="MODEL",
+        help="language model: a name of TransformerLens, the directory of a local model, "
+        "or py-neox (default: what the SAEs were trained on)",
+    )
+    config.add_argument(
+        "--dataset",
+        help="text: a dataset on the Hub, a local file or directory, or python-stdlib",
+    )
+    config.add_argument(
+        "--dataset_split",
+        metavar="SPLIT",
+        help="its split (default: test of python-stdlib, else the evaluation's own)",
+    )
+    config.add_argument(
+        "--labelled_dataset",
+        metavar="DATASET",
+        help="text with labels, for the probing evaluations (default: --dataset) and for "
+        "the topics of scaffold_ablation (default: --dataset if that is python-stdlib)",
+    )
+    config.add_argument("--text_column", metavar="COLUMN", help="column with the text")
+    config.add_argument("--label_column", metavar="COLUMN", help="column with labels")
+    config.add_argument(
+        "--random_seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help="seeds; an evaluation that has only one takes the first",
+    )
+    config.add_argument("--llm_batch_size", type=int, metavar="N")
+    config.add_argument(
+        "--llm_dtype",
+        choices=["float32", "float64", "float16", "bfloat16"],
+        help="dtype of the language model and of the SAEs",
+    )
+    config.add_argument("--sae_batch_size", type=int, metavar="N")
+    config.add_argument(
+        "--baseline",
+        metavar="SAE",
+        help="name of the SAE that dense_latents compares the others with",
+    )
+    config.add_argument(
+        "--api_key_file",
+        metavar="FILE",
+        help="file with the OpenAI key of autointerp (default: $OPENAI_API_KEY)",
+    )
+    config.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="NAME.FIELD=VALUE",
+        help="any other field of an evaluation's configuration, its value as JSON or "
+        "text; an unknown field lists them; can be given several times",
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show the tracebacks of what failed"
+    )
 
 
 if __name__ == "__main__":

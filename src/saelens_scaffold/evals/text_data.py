@@ -226,64 +226,94 @@ def token_sequences(
     return chain([first], sequences)
 
 
-def token_batches(
-    config: TextEvalConfig, model: HookedTransformer, saes: Sequence[SelectedSAE]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+class TokenStream:
     """
-    The text of an evaluation, batch by batch, with a progress bar.
-
-    Whole sequences are taken until config.n_tokens tokens count, or the text ends.
+    The text of an evaluation, in batches of whole sequences.
 
     Args:
-        config: Which text, and how much of it.
+        config: Which text.
         model: The language model.
         saes: What config leaves open is taken from how these were trained.
 
-    Yields:
-        Tokens, shape (batch, context_size), on the model's device, and the mask of those
-        that count: neither BOS, EOS nor padding.
-
     Raises:
-        ValueError: The text cannot be read, is too short, or the SAEs disagree on what
-            config leaves open.
+        ValueError: The text cannot be read, is shorter than one sequence, or the SAEs
+            disagree on what config leaves open.
     """
-    context_size = config.context_size or common_setting(saes, "context_size", 128)
-    prepend_bos = (
-        common_setting(saes, "prepend_bos", True)
-        if config.prepend_bos is None
-        else config.prepend_bos
-    )
-    if context_size > model.cfg.n_ctx:
-        raise ValueError(
-            f"context_size is {context_size}; {model.cfg.model_name} has room for "
-            f"{model.cfg.n_ctx} tokens"
+
+    def __init__(
+        self,
+        config: TextEvalConfig,
+        model: HookedTransformer,
+        saes: Sequence[SelectedSAE],
+    ):
+        context_size = config.context_size or common_setting(saes, "context_size", 128)
+        prepend_bos = (
+            common_setting(saes, "prepend_bos", True)
+            if config.prepend_bos is None
+            else config.prepend_bos
         )
-    sequences = token_sequences(
-        config.dataset,
-        config.dataset_split,
-        config.text_column,
-        model,
-        context_size,
-        bool(prepend_bos),
-    )
-    special = torch.tensor(special_token_ids(model), device=model.cfg.device)
-    counted = 0
-    with tqdm(total=config.n_tokens, unit="tok", unit_scale=True) as bar:
-        while counted < config.n_tokens:
-            batch = list(islice(sequences, config.llm_batch_size))
-            if not batch:
-                logger.warning(
-                    "dataset %r ended after %s of n_tokens = %s tokens",
-                    config.dataset,
-                    f"{counted:,}",
-                    f"{config.n_tokens:,}",
-                )
-                return
-            tokens = torch.stack(batch).to(model.cfg.device)
-            counts = ~torch.isin(tokens, special)
-            in_batch = counts.sum(dim=1).cumsum(0)
-            needed = int((in_batch < config.n_tokens - counted).sum()) + 1
-            tokens, counts = tokens[:needed], counts[:needed]
-            counted += int(counts.sum())
-            yield tokens, counts
-            bar.update(int(counts.sum()))
+        if context_size > model.cfg.n_ctx:
+            raise ValueError(
+                f"context_size is {context_size}; {model.cfg.model_name} has room for "
+                f"{model.cfg.n_ctx} tokens"
+            )
+        self.context_size = int(context_size)
+        self.prepend_bos = bool(prepend_bos)
+        self._config = config
+        self._device = model.cfg.device
+        self._special = torch.tensor(special_token_ids(model), device=self._device)
+        self._sequences = token_sequences(
+            config.dataset,
+            config.dataset_split,
+            config.text_column,
+            model,
+            self.context_size,
+            self.prepend_bos,
+        )
+
+    def batches(
+        self, n_tokens: int, desc: str
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        The next sequences, with a progress bar, until n_tokens count or the text ends.
+
+        Args:
+            n_tokens: How many tokens shall count.
+            desc: What the progress bar says.
+
+        Yields:
+            Tokens, shape (batch, context_size), on the model's device, and the mask of
+            those that count: neither BOS, EOS nor padding.
+
+        Raises:
+            ValueError: There is no text left.
+        """
+        counted = 0
+        with tqdm(total=n_tokens, desc=desc, unit="tok", unit_scale=True) as bar:
+            while counted < n_tokens:
+                batch = list(islice(self._sequences, self._config.llm_batch_size))
+                if not batch:
+                    break
+                tokens = torch.stack(batch).to(self._device)
+                counts = ~torch.isin(tokens, self._special)
+                in_batch = counts.sum(dim=1).cumsum(0)
+                needed = int((in_batch < n_tokens - counted).sum()) + 1
+                tokens, counts = tokens[:needed], counts[:needed]
+                self._sequences = chain(batch[needed:], self._sequences)
+                if counts.any():
+                    yield tokens, counts
+                counted += int(counts.sum())
+                bar.update(int(counts.sum()))
+        if counted == 0:
+            raise ValueError(
+                f"dataset {self._config.dataset!r} has no text left for {desc!r}; give a "
+                "longer text, or evaluate on fewer tokens"
+            )
+        if counted < n_tokens:
+            logger.warning(
+                "%s: dataset %r ended after %s of %s tokens",
+                desc,
+                self._config.dataset,
+                f"{counted:,}",
+                f"{n_tokens:,}",
+            )

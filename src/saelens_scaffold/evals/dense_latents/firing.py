@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from saelens_scaffold.evals.active_latents import ActiveLatents
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.subspaces import ActivationMoments
 
@@ -58,9 +59,14 @@ class FiringStatistics:
         for part, of in zip(
             x.split(tokens_at_once), sequence.split(tokens_at_once), strict=True
         ):
-            acts = self.sae.encode(part)
-            token, latent = acts[:, self.rank :].nonzero(as_tuple=True)
-            values = acts[token, latent + self.rank]
+            active = ActiveLatents(self.sae.encode(part))
+            error = (part - active.decode(self.sae)).float().pow(2).sum(dim=1)
+            errors.index_add_(0, of, error)
+
+            in_dictionary = active.latent >= self.rank
+            token = active.token[in_dictionary]
+            latent = active.latent[in_dictionary] - self.rank
+            values = active.values[in_dictionary]
             counts += torch.bincount(
                 of[token] * n_sparse + latent, minlength=len(counts)
             )
@@ -68,8 +74,6 @@ class FiringStatistics:
             self.activation_sums.index_add_(
                 0, latent, values.to(self.activation_sums.dtype)
             )
-            error = (part - self.sae.decode(acts)).float().pow(2).sum(dim=1)
-            errors.index_add_(0, of, error)
         weights = weights.to(x.device)
         self.replicate_fired += weights @ counts.view(n_sequences, n_sparse)
         self.squared_errors += (weights @ errors).to(self.squared_errors.dtype)

@@ -45,7 +45,7 @@ from saelens_scaffold.evals.subspaces import (
     orthonormal_basis,
     share_in_subspace,
 )
-from saelens_scaffold.evals.text_data import token_batches
+from saelens_scaffold.evals.text_data import TokenStream
 
 HISTOGRAM_LOG10_EDGES = [-7 + i / 4 for i in range(29)]
 
@@ -113,7 +113,8 @@ def _measure(
         for hook_name, group in groups.items()
     }
     bootstrap = SequenceBootstrap(config.n_bootstrap, config.random_seed)
-    for tokens, counts in token_batches(config, model, saes):
+    stream = TokenStream(config, model, saes)
+    for tokens, counts in stream.batches(config.n_tokens, "Counting dense latents"):
         weights = bootstrap.draw(len(tokens))
         sequence = counts.nonzero()[:, 0]
         activations = activations_at(model, tokens, list(groups))

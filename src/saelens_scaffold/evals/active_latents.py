@@ -1,0 +1,53 @@
+"""The activations of an SAE that are not zero, which are few."""
+
+from typing import Any
+
+import torch
+from sae_lens import SAE
+
+# Share of active latents below which a sparse product is the faster one.
+_SPARSE_BELOW = 0.05
+
+
+class ActiveLatents:
+    """
+    The activations of a batch that are not zero.
+
+    Args:
+        acts: Activations, shape (n_tokens, d_sae).
+
+    Attributes:
+        token: Index of the token of each, shape (n_active,).
+        latent: Index of the latent of each, shape (n_active,).
+        values: Their values, shape (n_active,).
+    """
+
+    def __init__(self, acts: torch.Tensor):
+        self._acts = acts
+        self.token, self.latent = acts.nonzero(as_tuple=True)
+        self.values = acts[self.token, self.latent]
+
+    def decode(self, sae: SAE[Any], kept: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The SAE's `decode`, of sparse activations where that is faster.
+
+        Args:
+            sae: The SAE whose activations these are.
+            kept: The latents to decode, a mask of shape (d_sae,). By default all.
+
+        Returns:
+            Shape (n_tokens, d_in).
+        """
+        acts = self._acts
+        may_be_sparse = acts.device.type in ("cpu", "cuda")
+        if may_be_sparse and len(self.values) < _SPARSE_BELOW * acts.numel():
+            indices, values = torch.stack([self.token, self.latent]), self.values
+            if kept is not None:
+                of_kept = kept[self.latent]
+                indices, values = indices[:, of_kept], values[of_kept]
+            acts = torch.sparse_coo_tensor(
+                indices, values, acts.shape, is_coalesced=True, check_invariants=False
+            )
+        elif kept is not None:
+            acts = acts * kept
+        return sae.decode(acts)

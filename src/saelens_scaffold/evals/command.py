@@ -1,0 +1,79 @@
+"""`saelens-scaffold eval`: several evaluations of several SAEs, and one table."""
+
+import argparse
+import copy
+import sys
+import traceback
+import warnings
+from contextlib import redirect_stdout
+
+import torch
+
+from saelens_scaffold.evals.command_line import BAD_INPUT, one_line
+from saelens_scaffold.evals.plan import Job, make_plan
+from saelens_scaffold.evals.selected_saes import SelectedSAEs
+from saelens_scaffold.evals.table import FAILED, Outcome, judged_views, results_table
+
+
+def run(options: argparse.Namespace) -> int:
+    """
+    Run the command.
+
+    Args:
+        options: What the command line's parser made of it.
+
+    Returns:
+        The exit status: 0, 1 if an evaluation failed, 2 if nothing was run because the
+        command line makes no sense, 130 after an interruption.
+    """
+    # true of many SAEs, which SAEBench and this package give no heed to
+    warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
+    try:
+        plan = make_plan(options)
+    except BAD_INPUT as error:
+        print(f"saelens-scaffold eval: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    try:
+        outcomes = [_run_job(job, plan.selected_saes) for job in plan.jobs]
+    except KeyboardInterrupt:
+        print(
+            f"\nsaelens-scaffold eval: interrupted. What is finished is in "
+            f"{options.output_folder}; repeat the command to go on.",
+            file=sys.stderr,
+        )
+        return 130
+
+    print(results_table(plan.saes, outcomes))
+    print(*judged_views(outcomes), sep="\n")
+
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    for outcome in failed:
+        if options.debug:
+            traceback.print_exception(outcome.error, file=sys.stderr)
+        print(
+            f"{outcome.evaluation.name} {FAILED}: {_reason(outcome)}", file=sys.stderr
+        )
+    return 1 if failed else 0
+
+
+def _run_job(job: Job, selected_saes: SelectedSAEs) -> Outcome:
+    evaluation = job.evaluation
+    print(f"{evaluation.name}: {len(selected_saes)} SAEs", file=sys.stderr)
+    try:
+        # Some of SAEBench's evaluations switch gradients off or on, and leave it so.
+        with torch.enable_grad(), redirect_stdout(sys.stderr):
+            # Each has SAEs of its own: it may change their device, dtype and form.
+            results = evaluation.run(
+                job.config, copy.deepcopy(selected_saes), job.settings
+            )
+    except Exception as error:
+        return Outcome(evaluation, getattr(error, "results", {}), error)
+    return Outcome(evaluation, results, None)
+
+
+def _reason(outcome: Outcome) -> str:
+    error = outcome.error
+    assert error is not None
+    # an error with results tells the SAEs and the reason itself
+    kind = "" if hasattr(error, "results") else f"{type(error).__name__}: "
+    return kind + one_line(error)

@@ -1,0 +1,328 @@
+"""Every evaluation that can be run by name: this package's own, and SAEBench's."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from saelens_scaffold.evals.configs import validating
+from saelens_scaffold.evals.selected_saes import SelectedSAEs, View
+
+
+class Metric(NamedTuple):
+    """
+    A column of a table.
+
+    Attributes:
+        title: Its head.
+        path: Where it is in `eval_result_metrics`, as in "sparsity.l0". `PATH_ci_low` and
+            `PATH_ci_high` are the ends of its interval, where it has one.
+        digits: How many to show after the point.
+    """
+
+    title: str
+    path: str
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """
+    What an evaluation is told beside its configuration.
+
+    Attributes:
+        device: Where to compute.
+        output_path: Folder for the results of this evaluation.
+        artifacts_path: Folder for what SAEBench stores to compute it once.
+        force_rerun: Whether to evaluate SAEs again that have a result.
+        clean_up_activations: Whether to remove stored activations afterwards.
+        save_activations: Whether to store activations.
+        dataset_split: Split of a local dataset, for SAEBench, whose configurations name
+            none.
+        text_column: Its column, likewise.
+        api_key: Of OpenAI.
+    """
+
+    device: str
+    output_path: Path
+    artifacts_path: Path = Path("artifacts")
+    force_rerun: bool = False
+    clean_up_activations: bool = False
+    save_activations: bool = True
+    dataset_split: str = "train"
+    text_column: str = "text"
+    api_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    An evaluation, which is imported only when it is used.
+
+    Attributes:
+        name: What it is called on the command line.
+        package: Where its `eval_config` and `main` are.
+        view: The form of a scaffold SAE that it judges: "sparse" if it asks about single
+            dictionary latents, "whole" if it needs the reconstruction.
+        metrics: Its headline metrics.
+        data: What kind of dataset it takes, if it takes any.
+        data_field: The field of its configuration with the dataset.
+        defaults: Values that differ from its configuration's defaults.
+        batch_divisor: How much smaller its batches are than those that SAEBench names for
+            a language model.
+    """
+
+    name: str
+    package: str
+    view: View
+    metrics: tuple[Metric, ...]
+    data: Literal["text", "labelled", None] = None
+    data_field: str = "dataset"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    batch_divisor: int = 1
+
+    @property
+    def is_sae_benchs(self) -> bool:
+        """Whether SAEBench has it, and not this package."""
+        return self.package.startswith("sae_bench.")
+
+    def config_class(self) -> type:
+        """The class of its configuration, which checks its fields."""
+        module = importlib.import_module(f"{self.package}.eval_config")
+        (found,) = (
+            value
+            for name, value in vars(module).items()
+            if name.endswith("EvalConfig") and value.__module__ == module.__name__
+        )
+        return validating(found)
+
+    def run(
+        self, config: Any, selected_saes: SelectedSAEs, settings: RunSettings
+    ) -> dict[str, dict[str, Any]]:
+        """
+        Run it.
+
+        Args:
+            config: Of its `config_class`.
+            selected_saes: (release, sae_id) or (name, SAE object) pairs. The objects may
+                be changed.
+            settings: What else it needs to know.
+
+        Returns:
+            The results as dictionaries, under the names that SAEBench gives the SAEs.
+        """
+        if self.is_sae_benchs:
+            from saelens_scaffold.evals import sae_bench_evals
+
+            return sae_bench_evals.run_eval(self, config, selected_saes, settings)
+        main = importlib.import_module(f"{self.package}.main")
+        return main.run_eval(
+            config,
+            selected_saes,
+            settings.device,
+            str(settings.output_path),
+            force_rerun=settings.force_rerun,
+            clean_up_activations=settings.clean_up_activations,
+            save_activations=settings.save_activations,
+            artifacts_path=str(settings.artifacts_path),
+        )
+
+
+def evaluations_named(names: str) -> list[Evaluation]:
+    """
+    The evaluations that a list of names means, each once.
+
+    Args:
+        names: With commas between them.
+
+    Raises:
+        ValueError: There is no evaluation of such a name.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in EVALUATIONS]
+    if unknown or not wanted:
+        said = ", ".join(map(repr, unknown)) or repr(names)
+        raise ValueError(
+            f"there is no evaluation {said}; there are {', '.join(sorted(EVALUATIONS))}"
+        )
+    return [EVALUATIONS[name] for name in dict.fromkeys(wanted)]
+
+
+EVALUATIONS: dict[str, Evaluation] = {
+    evaluation.name: evaluation
+    for evaluation in (
+        Evaluation(
+            "dense_latents",
+            "saelens_scaffold.evals.dense_latents",
+            "sparse",
+            (
+                Metric("dense", "dense_latents.dense_latents", 0),
+                Metric("reduction", "dense_latents.reduction", 2),
+                Metric("alive", "sparsity.alive_latents", 0),
+                Metric("l0_sparse", "sparsity.l0_sparse", 1),
+                Metric("l0_total", "sparsity.l0_total", 1),
+                Metric(
+                    "whole SAE's expl. var.",
+                    "reconstruction_quality.explained_variance",
+                ),
+            ),
+            data="text",
+        ),
+        Evaluation(
+            "scaffold_ablation",
+            "saelens_scaffold.evals.scaffold_ablation",
+            "whole",
+            (
+                # cross-entropy as a multiple of the clean one
+                Metric(
+                    "CE x, no scaffold", "cross_entropy.ce_ratio_scaffold_subtracted", 2
+                ),
+                Metric("CE x, no PCA", "cross_entropy.ce_ratio_pca_projected_out", 2),
+                Metric(
+                    "CE x, no aligned latents",
+                    "cross_entropy.ce_ratio_aligned_latents",
+                    2,
+                ),
+                Metric(
+                    "topic accuracy, no scaffold",
+                    "topics.accuracy_scaffold_subtracted",
+                    2,
+                ),
+                Metric("overlap with PCA", "geometry.overlap_with_pca", 2),
+            ),
+            data="text",
+        ),
+        Evaluation(
+            "sparse_probing",
+            "saelens_scaffold.evals.sparse_probing",
+            "sparse",
+            (
+                Metric("top-1 accuracy", "sae.sae_top_1_test_accuracy"),
+                Metric("top-5 accuracy", "sae.sae_top_5_test_accuracy"),
+            ),
+            data="labelled",
+            data_field="dataset_names",
+        ),
+        Evaluation(
+            "sparse_probing_sae_probes",
+            "saelens_scaffold.evals.sparse_probing_sae_probes",
+            "sparse",
+            (
+                Metric("top-1 AUC", "sae.sae_top_1_test_auc"),
+                Metric("top-5 AUC", "sae.sae_top_5_test_auc"),
+            ),
+            data="labelled",
+            data_field="dataset_names",
+        ),
+        Evaluation(
+            "tpp",
+            "saelens_scaffold.evals.tpp",
+            "sparse",
+            (
+                Metric("top 10", "tpp_metrics.tpp_threshold_10_total_metric"),
+                Metric("top 20", "tpp_metrics.tpp_threshold_20_total_metric"),
+            ),
+            data="labelled",
+            data_field="dataset_names",
+        ),
+        Evaluation(
+            "absorption",
+            "sae_bench.evals.absorption",
+            "sparse",
+            (
+                Metric("absorbed", "mean.mean_absorption_fraction_score"),
+                Metric("full absorption", "mean.mean_full_absorption_score"),
+                Metric("split features", "mean.mean_num_split_features", 2),
+            ),
+        ),
+        Evaluation(
+            "autointerp",
+            "sae_bench.evals.autointerp",
+            "sparse",
+            (Metric("score", "autointerp.autointerp_score"),),
+            data="text",
+            data_field="dataset_name",
+        ),
+        Evaluation(
+            "core",
+            "sae_bench.evals.core",
+            "whole",
+            (
+                Metric("l0", "sparsity.l0", 1),
+                # SAEBench 0.6.0's `explained_variance` subtracts a squared second moment
+                # where the squared mean belongs.
+                Metric(
+                    "expl. var.", "reconstruction_quality.explained_variance_legacy"
+                ),
+                Metric("CE score", "model_performance_preservation.ce_loss_score"),
+                Metric("KL score", "model_behavior_preservation.kl_div_score"),
+            ),
+            data="text",
+            # SAEBench's core computes everything whatever it is told. By default it does
+            # most of it on a single batch; its published results are of 200 batches and
+            # 2000. These are 100,000 tokens where a context has 128.
+            defaults={
+                "n_eval_reconstruction_batches": 50,
+                "n_eval_sparsity_variance_batches": 50,
+                "exclude_special_tokens_from_reconstruction": True,
+                "compute_kl": True,
+                "compute_ce_loss": True,
+                "compute_l2_norms": True,
+                "compute_sparsity_metrics": True,
+                "compute_variance_metrics": True,
+                "compute_featurewise_density_statistics": True,
+                "compute_featurewise_weight_based_metrics": True,
+            },
+        ),
+        Evaluation(
+            "mdl",
+            "sae_bench.evals.mdl",
+            # A description that leaves the scaffold out describes something else.
+            "whole",
+            (),
+            data="text",
+            data_field="dataset_name",
+        ),
+        Evaluation(
+            "meta_structure",
+            "sae_bench.evals.meta_structure",
+            # It asks whether decoder rows of single latents are made of fewer directions.
+            "sparse",
+            (
+                Metric(
+                    "decoder expl. var.",
+                    "meta_structure.decoder_fraction_variance_explained",
+                ),
+            ),
+        ),
+        Evaluation(
+            "ravel",
+            "sae_bench.evals.ravel",
+            "whole",
+            (
+                Metric("disentanglement", "ravel.disentanglement_score"),
+                Metric("cause", "ravel.cause_score"),
+                Metric("isolation", "ravel.isolation_score"),
+            ),
+            batch_divisor=4,
+        ),
+        Evaluation(
+            "scr",
+            "sae_bench.evals.scr_and_tpp",
+            "sparse",
+            (
+                Metric("top 10", "scr_metrics.scr_metric_threshold_10"),
+                Metric("top 20", "scr_metrics.scr_metric_threshold_20"),
+            ),
+            defaults={"perform_scr": True},
+        ),
+        Evaluation(
+            "unlearning",
+            "sae_bench.evals.unlearning",
+            "whole",
+            (Metric("score", "unlearning.unlearning_score"),),
+            batch_divisor=8,
+        ),
+    )
+}

@@ -1,0 +1,15 @@
+"""What the language model loses without the scaffold, and without what might replace it."""
+
+from saelens_scaffold.evals.scaffold_ablation.eval_config import (
+    ScaffoldAblationEvalConfig,
+)
+from saelens_scaffold.evals.scaffold_ablation.eval_output import (
+    EVAL_TYPE_ID_SCAFFOLD_ABLATION,
+    ScaffoldAblationEvalOutput,
+)
+
+__all__ = [
+    "EVAL_TYPE_ID_SCAFFOLD_ABLATION",
+    "ScaffoldAblationEvalConfig",
+    "ScaffoldAblationEvalOutput",
+]

@@ -1,0 +1,137 @@
+from pydantic import Field, field_validator
+from pydantic.dataclasses import dataclass
+
+from saelens_scaffold.evals.text_eval_config import TextEvalConfig
+
+
+@dataclass
+class ScaffoldAblationEvalConfig(TextEvalConfig):
+    """Configuration of the scaffold ablation. Defaults with a source are the paper's
+    (arXiv 2606.14040)."""
+
+    n_tokens: int = Field(
+        default=100_000,
+        title="Number of Tokens",
+        description="Tokens to evaluate on. BOS, EOS and padding do not count, and are left as they are.",
+    )
+    n_fit_tokens: int = Field(
+        default=100_000,
+        title="Number of Tokens to Fit On",
+        description="Tokens before those, from which means, principal directions, outlier dimensions and firing frequencies are taken.",
+    )
+    llm_batch_size: int = Field(
+        default=16,
+        title="LLM Batch Size",
+        description="LLM batch size, in sequences. Two sets of logits of a batch are held at once.",
+    )
+    pca_rank: int | None = Field(
+        default=None,
+        title="PCA Rank",
+        description="Number of principal directions, random directions and outlier dimensions removed. If None, the scaffold's own rank; for a plain SAE the largest rank in the call, else 24.",
+    )
+    n_random_draws: int = Field(
+        default=3,
+        title="Random Draws",
+        description="Draws of random directions, and of random latents, that are averaged.",
+    )
+    n_aligned_latents: list[int] = Field(
+        default_factory=lambda: [24, 100, 787, 2048],
+        title="Numbers of Aligned Latents",
+        description="How many of the alive sparse latents most aligned with the scaffold are ablated. The paper names 787. More than are alive means all of them.",
+    )
+    aligned_cosine: float = Field(
+        default=0.3,
+        title="Aligned Cosine",
+        description="All sparse latents with a larger cosine between decoder direction and scaffold subspace are ablated, too.",
+    )
+    topics: bool = Field(
+        default=True,
+        title="Topics",
+        description="Whether to classify the topic of texts with and without the scaffold.",
+    )
+    topic_dataset: str = Field(
+        default="cais/mmlu",
+        title="Topic Dataset",
+        description="Labelled text: a dataset on the Hub, a local directory or file, or python-stdlib.",
+    )
+    topic_subset: str | None = Field(
+        default=None,
+        title="Topic Subset",
+        description="Its configuration on the Hub. If None, 'all' for cais/mmlu.",
+    )
+    topic_split: str | None = Field(
+        default=None,
+        title="Topic Split",
+        description="Its split, divided into train and test texts. If None, 'test' for cais/mmlu, else the dataset's own train and test splits.",
+    )
+    topic_text_column: str | None = Field(
+        default=None,
+        title="Topic Text Column",
+        description="Its column with the text. If None, 'question' for cais/mmlu, else 'text'.",
+    )
+    topic_label_column: str | None = Field(
+        default=None,
+        title="Topic Label Column",
+        description="Its column with the topic. If None, 'subject' for cais/mmlu, else 'label'.",
+    )
+    max_topics: int = Field(
+        default=57,
+        title="Most Topics",
+        description="How many topics are taken at most, the most frequent first. MMLU has 57.",
+    )
+    topic_train_size: int = Field(
+        default=70,
+        title="Topic Train Set Size",
+        description="Texts of each topic to train the probes on. MMLU has 100 of the rarest subject.",
+    )
+    topic_test_size: int = Field(
+        default=30,
+        title="Topic Test Set Size",
+        description="Texts of each topic to test the probes on.",
+    )
+    n_topic_latents: int = Field(
+        default=2048,
+        title="Number of Topic-Aligned Latents",
+        description="How many of the alive sparse latents most aligned with the topics are ablated. More than are alive means all of them.",
+    )
+
+    @field_validator("n_aligned_latents")
+    @classmethod
+    def ensure_numbers_of_latents(cls, values: list[int]) -> list[int]:
+        if not values or min(values) < 1 or len(set(values)) < len(values):
+            raise ValueError("must be different numbers of latents, each at least 1")
+        return sorted(values)
+
+    @field_validator(
+        "n_fit_tokens",
+        "n_random_draws",
+        "topic_train_size",
+        "topic_test_size",
+        "n_topic_latents",
+    )
+    @classmethod
+    def ensure_at_least_one(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+    @field_validator("max_topics")
+    @classmethod
+    def ensure_two_topics(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError("must be at least 2")
+        return value
+
+    @field_validator("pca_rank")
+    @classmethod
+    def ensure_positive_rank(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError("must be at least 1, or None")
+        return value
+
+    @field_validator("aligned_cosine")
+    @classmethod
+    def ensure_cosine(cls, value: float) -> float:
+        if not 0 <= value < 1:
+            raise ValueError("must be a cosine from 0 to below 1")
+        return value

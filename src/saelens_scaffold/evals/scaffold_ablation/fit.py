@@ -1,0 +1,79 @@
+"""What interventions need to know of the activations: means, directions, frequencies."""
+
+from dataclasses import dataclass
+
+import torch
+
+from saelens_scaffold.evals.dense_latents.firing import FiringStatistics
+from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.subspaces import ActivationMoments
+from saelens_scaffold.saes.scaffold import ScaffoldMixin
+
+
+class SAEFit:
+    """
+    What is learnt of one SAE from the text to fit on.
+
+    Attributes:
+        sae: The SAE.
+        fired: Tokens on which each sparse latent fired, shape (n_sparse,).
+    """
+
+    def __init__(self, sae: SelectedSAE):
+        self.sae = sae
+        self._firing = FiringStatistics(sae, n_replicates=0)
+        self._scaffold_sum = torch.zeros(sae.sae.cfg.d_in, dtype=torch.float64)
+        self._n = 0
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor) -> None:
+        """
+        Args:
+            x: Activations of the tokens that count, shape (n_tokens, d_in).
+        """
+        one_sequence = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        self._firing.update(x, one_sequence, torch.ones(1, 1))
+        self._n += len(x)
+        if isinstance(self.sae.sae, ScaffoldMixin):
+            s = self.sae.sae.scaffold(x)
+            self._scaffold_sum += s.sum(dim=0, dtype=torch.float32).double().cpu()
+
+    @property
+    def fired(self) -> torch.Tensor:
+        return self._firing.fired
+
+    @property
+    def scaffold_mean(self) -> torch.Tensor:
+        """E[s], shape (d_in,), float64."""
+        return self._scaffold_sum / self._n
+
+
+@dataclass
+class ModelFit:
+    """
+    What is learnt of the activations at one hook point.
+
+    Attributes:
+        mean: E[x], shape (d_in,), float64.
+        moments: Mean and covariance.
+        directions: Orthonormal principal directions, largest variance first, shape
+            (d_in, d_in), float64.
+        outliers: Dimensions of the residual stream, largest root mean square first,
+            shape (d_in,).
+    """
+
+    mean: torch.Tensor
+    moments: ActivationMoments
+    directions: torch.Tensor
+    outliers: torch.Tensor
+
+    @classmethod
+    def of(cls, moments: ActivationMoments) -> "ModelFit":
+        _, directions = moments.principal_directions()
+        mean_squares = moments.covariance.diagonal() + moments.mean.pow(2)
+        return cls(
+            mean=moments.mean,
+            moments=moments,
+            directions=directions,
+            outliers=mean_squares.argsort(descending=True, stable=True),
+        )

@@ -1,0 +1,295 @@
+"""Changes to the activations at the hook point, each under the name it is reported by."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from sae_lens import SAE
+
+from saelens_scaffold.evals.active_latents import ActiveLatents
+from saelens_scaffold.evals.scaffold_ablation.eval_config import (
+    ScaffoldAblationEvalConfig,
+)
+from saelens_scaffold.evals.scaffold_ablation.fit import ModelFit, SAEFit
+from saelens_scaffold.evals.scaffold_ablation.latents import (
+    matched_frequency,
+    most_aligned,
+)
+from saelens_scaffold.evals.subspaces import orthonormal_basis
+from saelens_scaffold.saes.scaffold import ScaffoldMixin
+
+
+class SAEBatch:
+    """
+    The activations of a batch, and what one SAE makes of them, computed once.
+
+    Args:
+        x: Activations of the tokens that count, shape (n_tokens, d_in).
+        sae: The SAE.
+    """
+
+    def __init__(self, x: torch.Tensor, sae: SAE[Any]):
+        self.x = x
+        self._sae = sae
+
+    @cached_property
+    def reconstruction(self) -> torch.Tensor:
+        """x̂, shape (n_tokens, d_in)."""
+        return self._active.decode(self._sae)
+
+    @cached_property
+    def scaffold(self) -> torch.Tensor:
+        """s(x), shape (n_tokens, d_in)."""
+        assert isinstance(self._sae, ScaffoldMixin)
+        return self._sae.scaffold(self.x)
+
+    def part_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        What some latents add to the reconstruction.
+
+        Args:
+            latents: Mask, shape (d_sae,).
+
+        Returns:
+            Shape (n_tokens, d_in).
+        """
+        return self._active.decode(self._sae, latents) - self._nothing
+
+    @cached_property
+    def _active(self) -> ActiveLatents:
+        return ActiveLatents(self._sae.encode(self.x))
+
+    @cached_property
+    def _nothing(self) -> torch.Tensor:
+        # what the decoder adds by itself; with run-time normalisation it differs by token
+        return self._active.decode(
+            self._sae,
+            torch.zeros(self._sae.cfg.d_sae, dtype=torch.bool, device=self.x.device),
+        )
+
+
+Change = Callable[[SAEBatch], torch.Tensor]
+
+
+@dataclass
+class Intervention:
+    """
+    One change, in as many draws as it needs.
+
+    Attributes:
+        name: What it is reported by.
+        kind: "reference", "scaffold", "geometry" or "dictionary".
+        description: What it does, in words.
+        changes: From the activations to the changed ones, one for each draw.
+        size: Number of dimensions or latents that are removed, if that says something.
+        of_model: Whether it is the same for all SAEs, given its name and size.
+    """
+
+    name: str
+    kind: str
+    description: str
+    changes: list[Change]
+    size: int | None = None
+    of_model: bool = False
+
+
+def interventions(
+    config: ScaffoldAblationEvalConfig, fit: ModelFit, of: SAEFit, rank: int
+) -> list[Intervention]:
+    """
+    All interventions on one SAE's hook point.
+
+    Args:
+        config: Which ones.
+        fit: Of the activations.
+        of: Of the SAE.
+        rank: How many dimensions the geometric ones remove.
+    """
+    sae = of.sae.sae
+    dtype, device = sae.dtype, sae.device
+
+    def like_x(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=device, dtype=dtype)
+
+    generator = torch.Generator().manual_seed(config.random_seed)
+    found = [*_references(like_x(fit.mean))]
+    if isinstance(sae, ScaffoldMixin) and of.sae.rank:
+        basis = orthonormal_basis(sae.W_dec[: of.sae.rank].detach().cpu())
+        found += _of_scaffold(like_x(of.scaffold_mean), like_x(basis), of.sae.rank)
+    found += _of_geometry(config, fit, rank, like_x, generator)
+    if isinstance(sae, ScaffoldMixin) and of.sae.rank:
+        found += _of_dictionary(config, of, basis, generator)
+    return found
+
+
+def _references(mean: torch.Tensor) -> Iterator[Intervention]:
+    yield Intervention(
+        "sae_reconstruction",
+        "reference",
+        "the SAE's reconstruction in place of the activations",
+        [lambda batch: batch.reconstruction],
+    )
+    yield Intervention(
+        "zero_ablation",
+        "reference",
+        "zeros in place of the activations",
+        [lambda batch: torch.zeros_like(batch.x)],
+        of_model=True,
+    )
+    yield Intervention(
+        "mean_ablation",
+        "reference",
+        "their mean in place of the activations",
+        [lambda batch: mean.expand_as(batch.x)],
+        of_model=True,
+    )
+
+
+def _of_scaffold(
+    scaffold_mean: torch.Tensor, basis: torch.Tensor, rank: int
+) -> Iterator[Intervention]:
+    yield Intervention(
+        "scaffold_subtracted",
+        "scaffold",
+        "x - s(x): the scaffold's part of the reconstruction taken away",
+        [lambda batch: batch.x - batch.scaffold],
+        size=rank,
+    )
+    yield Intervention(
+        "scaffold_mean_ablated",
+        "scaffold",
+        "x - s(x) + E[s]: the scaffold's part replaced by its mean",
+        [lambda batch: batch.x - batch.scaffold + scaffold_mean],
+        size=rank,
+    )
+    yield Intervention(
+        "scaffold_projected_out",
+        "scaffold",
+        "the span of the scaffold's decoder rows projected out of x",
+        [_projection(basis)],
+        size=rank,
+    )
+
+
+def _of_geometry(
+    config: ScaffoldAblationEvalConfig,
+    fit: ModelFit,
+    rank: int,
+    like_x: Callable[[torch.Tensor], torch.Tensor],
+    generator: torch.Generator,
+) -> Iterator[Intervention]:
+    top = like_x(fit.directions[:rank])
+    yield Intervention(
+        "pca_projected_out",
+        "geometry",
+        "the top principal directions projected out of x",
+        [_projection(top)],
+        size=rank,
+        of_model=True,
+    )
+    yield Intervention(
+        "pca_mean_ablated",
+        "geometry",
+        "the coordinates along the top principal directions replaced by their mean",
+        [_projection(top, like_x(fit.mean))],
+        size=rank,
+        of_model=True,
+    )
+    d_in = len(fit.mean)
+    yield Intervention(
+        "random_projected_out",
+        "geometry",
+        "as many random directions projected out of x",
+        [
+            _projection(
+                like_x(orthonormal_basis(torch.randn(rank, d_in, generator=generator)))
+            )
+            for _ in range(config.n_random_draws)
+        ],
+        size=rank,
+        of_model=True,
+    )
+    yield Intervention(
+        "outlier_dimensions_zeroed",
+        "geometry",
+        "the dimensions of the residual stream with the largest root mean square set to zero",
+        [_projection(like_x(torch.eye(d_in)[fit.outliers[:rank].cpu()]))],
+        size=rank,
+        of_model=True,
+    )
+
+
+def _of_dictionary(
+    config: ScaffoldAblationEvalConfig,
+    of: SAEFit,
+    basis: torch.Tensor,
+    generator: torch.Generator,
+) -> Iterator[Intervention]:
+    decoder = of.sae.sae.W_dec[of.sae.rank :].detach()
+    aligned, cosines = most_aligned(decoder, of.fired > 0, basis)
+    above = int((cosines > config.aligned_cosine).sum())
+    sizes = {
+        f"aligned_{n}": aligned[:n]
+        for n in config.n_aligned_latents
+        # the next number is the same set again
+        if n <= len(aligned)
+        or n == _first_above(config.n_aligned_latents, len(aligned))
+    }
+    sizes[f"aligned_above_{config.aligned_cosine:g}"] = aligned[:above]
+    for name, latents in sizes.items():
+        yield Intervention(
+            f"{name}_latents",
+            "dictionary",
+            "the sparse latents most aligned with the scaffold's subspace set to zero"
+            if "above" not in name
+            else f"all sparse latents whose cosine with it is above {config.aligned_cosine:g} set to zero",
+            [without_latents(of, latents)],
+            size=len(latents),
+        )
+        draws = [
+            matched_frequency(of.fired, latents, generator)
+            for _ in range(config.n_random_draws)
+        ]
+        matched = [draw for draw in draws if draw is not None]
+        if matched and len(latents):
+            yield Intervention(
+                f"{name.replace('aligned', 'matched')}_latents",
+                "dictionary",
+                "as many other latents that fire as often set to zero",
+                [without_latents(of, draw) for draw in matched],
+                size=len(latents),
+            )
+
+
+def _first_above(values: list[int], bound: int) -> int | None:
+    return next((value for value in sorted(values) if value > bound), None)
+
+
+def _projection(basis: torch.Tensor, keep: torch.Tensor | None = None) -> Change:
+    """Take the coordinates along orthonormal rows away, or replace them by a point's."""
+
+    def change(batch: SAEBatch) -> torch.Tensor:
+        x = batch.x if keep is None else batch.x - keep
+        return batch.x - (x @ basis.T) @ basis
+
+    return change
+
+
+def without_latents(of: SAEFit, latents: torch.Tensor) -> Change:
+    """
+    Take away what some sparse latents add; the reconstruction error stays in.
+
+    Args:
+        of: Of the SAE.
+        latents: Indices among its sparse latents.
+    """
+    sae = of.sae.sae
+    mask = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
+    mask[of.sae.rank + latents.to(sae.device)] = True
+
+    def change(batch: SAEBatch) -> torch.Tensor:
+        return batch.x - batch.part_of(mask)
+
+    return change

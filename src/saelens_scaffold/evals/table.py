@@ -1,0 +1,110 @@
+"""The table of `saelens-scaffold eval`, in Markdown."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from saelens_scaffold.evals.registry import Evaluation, Metric
+from saelens_scaffold.evals.selected_saes import SelectedSAE
+
+FAILED = "failed"
+
+
+class Outcome(NamedTuple):
+    """
+    What has come of a job.
+
+    Attributes:
+        evaluation: The evaluation.
+        results: The SAEs' results, as far as there are any, under SAEBench's names.
+        error: Why they are not all there.
+    """
+
+    evaluation: Evaluation
+    results: dict[str, dict[str, Any]]
+    error: Exception | None
+
+
+def results_table(saes: Sequence[SelectedSAE], outcomes: Sequence[Outcome]) -> str:
+    """The headline metrics: SAEs as rows, with the intervals where there are any."""
+    table = Table(box=MARKDOWN)
+    table.add_column("SAE", no_wrap=True)
+    columns: list[Callable[[SelectedSAE], str]] = []
+    for outcome in outcomes:
+        name = outcome.evaluation.name
+        metrics = [
+            metric
+            for metric in outcome.evaluation.metrics
+            # that no SAE has a value for it is nothing to show, but a failure is
+            if not outcome.results
+            or any(_value(r, metric.path) is not None for r in outcome.results.values())
+        ]
+        for i, metric in enumerate(metrics or [Metric("done", "")]):
+            # the name stands before the first of its columns, which makes many narrower
+            title = f"{name}: {metric.title}" if i == 0 else metric.title
+            table.add_column(escape(title), justify="right", no_wrap=True)
+            columns.append(_column(outcome, metric))
+    for sae in saes:
+        table.add_row(escape(sae.label), *(cell(sae) for cell in columns))
+    return _markdown(table)
+
+
+def _markdown(table: Table) -> str:
+    # as wide as the table, also where the output goes into a file
+    console = Console(width=10_000, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    lines = (line.rstrip() for line in capture.get().splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _column(outcome: Outcome, metric: Metric) -> Callable[[SelectedSAE], str]:
+    def cell(sae: SelectedSAE) -> str:
+        result = outcome.results.get(sae.key)
+        if result is None:
+            return FAILED
+        return escape(_cell(result, metric)) if metric.path else "yes"
+
+    return cell
+
+
+def _cell(result: dict[str, Any], metric: Metric) -> str:
+    value = _value(result, metric.path)
+    if value is None:
+        return "-"
+    shown = f"{value:.{metric.digits}f}"
+    ends = [_end(result, metric.path, end) for end in ("ci_low", "ci_high")]
+    known = [end for end in ends if end is not None and not math.isnan(end)]
+    if len(known) < len(ends):
+        return shown
+    return f"{shown} [{', '.join(f'{end:.{metric.digits}f}' for end in known)}]"
+
+
+def _end(result: dict[str, Any], path: str, end: str) -> float | None:
+    """An end of a metric's interval: beside it, or with what is said over seeds."""
+    over_seeds = result.get("metrics_over_seeds", {}).get(path.rpartition(".")[2], {})
+    return over_seeds.get(end, _value(result, f"{path}_{end}"))
+
+
+def _value(result: dict[str, Any], path: str) -> float | None:
+    value: Any = result.get("eval_result_metrics", {})
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def judged_views(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each view of scaffold SAEs: which evaluations judged it."""
+    names: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        names.setdefault(outcome.evaluation.view, []).append(outcome.evaluation.name)
+    said = {
+        "whole": "judged the whole SAE",
+        "sparse": "judged the sparse dictionary alone (`sparse_sae()` of scaffold SAEs)",
+    }
+    return [f"{', '.join(names[view])}: {said[view]}" for view in said if view in names]

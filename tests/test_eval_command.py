@@ -1,0 +1,561 @@
+"""`saelens-scaffold eval`, the flags of single evaluations, schemas and graphs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import scaffold_sae, train
+from saelens_scaffold_cli import EVALUATIONS as NAMES
+from saelens_scaffold_cli import main
+
+pytest.importorskip("sae_bench")
+
+from pydantic import Field  # noqa: E402
+from pydantic.dataclasses import dataclass  # noqa: E402
+from sae_bench.evals.base_eval_output import (  # noqa: E402
+    BaseEvalConfig,
+    BaseEvalOutput,
+    BaseMetricCategories,
+    BaseMetrics,
+    BaseResultDetail,
+)
+
+from saelens_scaffold.evals import command_line, json_schemas, registry  # noqa: E402
+from saelens_scaffold.evals.registry import Evaluation, Metric  # noqa: E402
+from saelens_scaffold.evals.run import run_evaluation  # noqa: E402
+from saelens_scaffold.evals.selected_saes import load_saes  # noqa: E402
+
+QUICK_CORE = [
+    "--dataset=python-stdlib",
+    "--set=core.n_eval_reconstruction_batches=1",
+    "--set=core.n_eval_sparsity_variance_batches=1",
+    "--llm_batch_size=2",
+]
+
+
+# ---- a small evaluation, in the shape of this package's own
+
+
+@dataclass
+class FakeEvalConfig(BaseEvalConfig):
+    model_name: str = Field(default="", title="Model", description="The model.")
+    dataset: str = Field(default="text", title="Dataset", description="A text.")
+    random_seed: int = Field(default=42, title="Seed", description="100 % random")
+    llm_batch_size: int = Field(default=7, title="Batch", description="Batch size")
+    llm_dtype: str = Field(default="float32", title="dtype", description="dtype")
+    sizes: list[int] = Field(default_factory=lambda: [1], description="Sizes")
+    pairs: dict[str, list[int]] = Field(default_factory=dict, description="Pairs")
+    limit: int | None = Field(default=None, description="None for no limit")
+    careful: bool = Field(default=False, description="Whether to be careful")
+    baseline: str | None = Field(default=None, description="Name of an SAE")
+
+
+@dataclass
+class FakeMetrics(BaseMetrics):
+    count: int = Field(title="Count")
+    count_ci_low: float = Field(title="Count (low)")
+    count_ci_high: float = Field(title="Count (high)")
+    empty: float | None = Field(default=None, title="Empty")
+
+
+@dataclass
+class FakeMetricCategories(BaseMetricCategories):
+    fake: FakeMetrics = Field(title="Fake")
+
+
+@dataclass
+class FakeEvalOutput(
+    BaseEvalOutput[FakeEvalConfig, FakeMetricCategories, BaseResultDetail]
+):
+    eval_config: FakeEvalConfig
+    eval_id: str
+    datetime_epoch_millis: int
+    eval_result_metrics: FakeMetricCategories
+    eval_type_id: str = Field(default="dense_latents")
+
+
+def measure(config: FakeEvalConfig, saes: list[Any], device: str) -> Any:
+    if config.careful:
+        raise RuntimeError("too [careful]\nto work")
+    for sae in saes:
+        metrics = FakeMetrics(
+            count=sae.sae.cfg.d_sae, count_ci_low=10, count_ci_high=14
+        )
+        yield sae, {"eval_result_metrics": FakeMetricCategories(fake=metrics)}
+
+
+def run_eval(
+    config: FakeEvalConfig,
+    selected_saes: Any,
+    device: str,
+    output_path: str,
+    force_rerun: bool = False,
+    clean_up_activations: bool = False,
+    save_activations: bool = True,
+    artifacts_path: str = "artifacts",
+) -> dict[str, dict[str, Any]]:
+    print("chatter")
+    calls.append({**locals(), "grad": torch.is_grad_enabled()})
+    torch.set_grad_enabled(False)  # as some of SAEBench's do
+    for _, sae in selected_saes:
+        sae.W_dec.data.zero_()
+    return run_evaluation(
+        measure,
+        FakeEvalOutput,
+        config,
+        selected_saes,
+        device,
+        output_path,
+        force_rerun,
+        "sparse",
+    )
+
+
+calls: list[dict[str, Any]] = []
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Registers the evaluations `fake` and `other`, and works in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    config = ModuleType("fake_eval.eval_config")
+    config.FakeEvalConfig = FakeEvalConfig  # type: ignore[attr-defined]
+    monkeypatch.setattr(FakeEvalConfig, "__module__", config.__name__)
+    main_module = ModuleType("fake_eval.main")
+    main_module.run_eval = run_eval  # type: ignore[attr-defined]
+    for module in config, main_module:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in "fake", "other":
+        evaluation = Evaluation(
+            name,
+            "fake_eval",
+            "sparse",
+            (Metric("count", "fake.count", 0), Metric("empty", "fake.empty")),
+            data="text",
+        )
+        monkeypatch.setitem(registry.EVALUATIONS, name, evaluation)
+    calls.clear()
+    with torch.enable_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def saes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Directories of a plain and a scaffold SAE at a hook point of py-neox."""
+    folder = tmp_path_factory.mktemp("saes")
+    sae = train(scaffold_sae(d_in=256, d_sae=256), steps=3).to_inference()
+    sae.cfg.metadata.model_name = "py-neox"
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    sae.cfg.metadata.prepend_bos = True
+    sae.cfg.metadata.context_size = 32
+    sae.save_model(folder / "scaffold")
+    sae.sparse_sae().save_model(folder / "plain")
+    return {name: str(folder / name) for name in ("plain", "scaffold")}
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process: exit status, output, errors."""
+
+    def run_command(*args: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = main(["eval", "--device=cpu", *args])
+        captured = capfd.readouterr()
+        return status, captured.out, captured.err
+
+    return run_command
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    """The cells of each row of a table, under its first."""
+    cells = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in table.splitlines()
+        if line.startswith("|")
+    ]
+    return {first: rest for first, *rest in cells}
+
+
+# ---- the command
+
+
+def test_help_imports_nothing_heavy_and_names_all_evaluations() -> None:
+    source = """if True:
+        import sys
+        from saelens_scaffold_cli import main
+        try:
+            main(["eval", "--help"])
+        except SystemExit as exit:
+            assert exit.code == 0
+        assert not {"torch", "sae_lens", "saelens_scaffold"} & set(sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
+    named = {name for names in NAMES.values() for name in names}
+    assert named == set(registry.EVALUATIONS) - {"fake", "other"}
+    assert all(name in done.stdout for name in named)
+
+
+def test_without_sae_bench_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("saelens_scaffold_cli.find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", "core", "--sae_path", "x"])
+    assert exit.value.code == 2
+    assert 'pip install "saelens-scaffold[bench]"' in capsys.readouterr().err
+
+
+def test_core_and_a_failing_evaluation(run: Any, saes: dict[str, str]) -> None:
+    arguments = [
+        "other,core,fake",
+        "--sae_path",
+        *saes.values(),
+        *QUICK_CORE,
+        "--set=other.careful=true",
+    ]
+    status, output, errors = run(*arguments)
+    assert status == 1
+    assert "other failed: RuntimeError: too [careful] to work\n" in errors
+    assert "Traceback" not in errors
+    assert "chatter" not in output
+    table = rows(output)
+    assert table["SAE"] == [
+        *("other: count", "empty"),
+        *("core: l0", "expl. var.", "CE score", "KL score"),
+        "fake: count",
+    ]
+    file = Path("eval_results/core/{}_custom_sae_eval_results.json")
+    for name in saes:
+        core = json.loads(Path(str(file).format(name)).read_text())
+        metrics = core["eval_result_metrics"]
+        assert core["eval_config"]["model_name"] == "py-neox"
+        assert core["eval_config"]["context_size"] == 32
+        assert table[name][:2] == ["failed", "failed"]
+        assert table[name][2] == f"{metrics['sparsity']['l0']:.1f}"
+        variance = metrics["reconstruction_quality"]["explained_variance_legacy"]
+        assert table[name][3] == f"{variance:.3f}"
+    # core judges the whole SAE, the other its sparse part
+    assert float(table["scaffold"][2]) == pytest.approx(3 + float(table["plain"][2]))
+    assert table["scaffold"][-1] == table["plain"][-1] == "253 [10, 14]"
+    assert "core: judged the whole SAE\n" in output
+    assert "other, fake: judged the sparse dictionary alone" in output
+    assert torch.is_grad_enabled() and all(call["grad"] for call in calls)
+
+    # a second run shows the same and computes nothing; --debug shows where it failed
+    written = {f: f.stat().st_mtime_ns for f in Path("eval_results").glob("*/*")}
+    status, again, errors = run(*arguments, "--debug")
+    assert (status, again) == (1, output)
+    assert "in measure" in errors
+    assert written == {f: f.stat().st_mtime_ns for f in written}
+
+
+def test_results_of_other_saes_and_configurations_are_refused(
+    run: Any, saes: dict[str, str]
+) -> None:
+    shutil.copytree(saes["plain"], "a/sae")
+    shutil.copytree(saes["scaffold"], "b/sae")
+    core = ["core", *QUICK_CORE, "--sae_path"]
+    assert run(*core, "a/sae")[0] == 0
+    status, output, errors = run(*core, "b/sae")
+    assert (status, rows(output)["sae"][0]) == (1, "failed")
+    assert "is the result of another SAE of the same name" in errors
+    status, output, errors = run(*core, "a/sae", "--llm_batch_size=3")
+    assert status == 1
+    assert "was measured with batch_size_prompts 2 (now 3)" in errors
+
+
+def test_what_core_logs_is_reported_and_what_is_there_is_kept(
+    run: Any, saes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_bench.evals.core import main as core_main
+
+    core = ["core", *QUICK_CORE, "--sae_path"]
+    first, first_table, _ = run(*core, saes["plain"])
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("CE is broken")
+
+    monkeypatch.setattr(core_main, "get_recons_loss", broken)
+    status, output, errors = run(*core, *saes.values())
+    assert (first, status) == (0, 1)
+    assert "core failed: scaffold: RuntimeError: CE is broken\n" in errors
+    assert rows(output)["plain"] == rows(first_table)["plain"]
+    assert set(rows(output)["scaffold"]) == {"failed"}
+    # an old result is no result of a new run
+    status, output, errors = run(*core, saes["plain"], "--force_rerun", "--debug")
+    assert (status, set(rows(output)["plain"])) == (1, {"failed"})
+    assert "in broken" in errors
+
+
+def test_missing_result_without_an_error(
+    run: Any, saes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_bench.evals.meta_structure import main as meta_structure
+
+    monkeypatch.setattr(meta_structure, "run_eval", lambda *_: print("Too few.\n"))
+    status, _, errors = run("meta_structure", "--sae_path", saes["plain"])
+    assert status == 1
+    assert "plain: SAEBench wrote no result, and said last: Too few." in errors
+
+
+def test_an_interruption_leaves_what_is_finished(
+    run: Any, saes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["fake_eval.main"], "run_eval", interrupt)
+    arguments = ["meta_structure,fake", "--set=meta_structure.train_steps=1"]
+    status, output, errors = run(*arguments, "--sae_path", saes["plain"])
+    assert (status, output) == (130, "")
+    assert "repeat the command to go on" in errors
+    assert list(Path("eval_results/meta_structure").iterdir())
+
+
+def test_meta_structure(run: Any, saes: dict[str, str]) -> None:
+    arguments = ["meta_structure", "--sae_path", *saes.values()]
+    arguments += ["--set=meta_structure.train_steps=3"]
+    status, output, _ = run(*arguments, "--set=meta_structure.width_ratio=0.1")
+    assert status == 0
+    # the two have the same sparse dictionary
+    table = rows(output)
+    assert table["plain"] == table["scaffold"]
+
+
+def test_local_text_of_another_column(run: Any, saes: dict[str, str]) -> None:
+    texts = [{"body": f"def f_{i}():\n    return {i}\n" * 40} for i in range(40)]
+    Path("text.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    arguments = ["core", "--sae_path", saes["plain"], *QUICK_CORE[1:]]
+    arguments += ["--dataset=text.jsonl", "--text_column=body"]
+    assert run(*arguments)[0] == 0
+    status, output, errors = run(*arguments)
+    assert status == 0, errors  # of the same text, which has the same name
+    with Path("text.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"body": "x = 1\n"}))
+    status, output, errors = run(*arguments)
+    assert status == 1
+    assert "was measured with dataset" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope,fake"], "no evaluation 'nope'; there are absorption, autointerp, core"),
+        ([","], "there are absorption"),
+        (["fake", "--set=fake.nope=1"], "no field 'nope'; it has model_name, dataset"),
+        (["fake", "--set=core.verbose=1"], "'core' is none of the evaluations to run"),
+        (["fake", "--set=fake.limit"], "write --set NAME.FIELD=VALUE"),
+        (["fake", "--set=limit=1"], "write --set NAME.FIELD=VALUE"),
+        (["fake", "--set=fake.limit=many"], "fake: limit is 'many': Input should be"),
+        (["fake", "--label_column=x"], "--label_column means nothing to fake"),
+        (["core", "--baseline=x"], "--baseline means nothing to core"),
+        (["fake", "--model=nope"], "there is no language model 'nope'"),
+        (["fake", "--model=./nope"], "there is no language model './nope'"),
+        (["fake", "--device=nope"], "device 'nope' cannot be used"),
+        (["fake", "--dataset=./nope.jsonl"], "there is no dataset ./nope.jsonl"),
+        (["fake", "--sae_regex_pattern=.*"], "go together"),
+        (["autointerp"], "give --api_key_file FILE, or set OPENAI_API_KEY"),
+        (["autointerp", "--api_key_file=nope"], "nope"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(
+    arguments: list[str],
+    message: str,
+    run: Any,
+    saes: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    status, output, errors = run(*arguments, "--sae_path", *saes.values())
+    assert (status, output, calls) == (2, "", [])
+    last = errors.splitlines()[-1]
+    assert last.startswith("saelens-scaffold eval: error: ")
+    assert message in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no SAE is named"),
+        (["--sae_path", "nope"], "nope is not an SAE's directory"),
+        (["--sae_path", "sae", "sae"], "named twice"),
+        (
+            ["--sae_regex_pattern=(", "--sae_block_pattern=x"],
+            "not a regular expression",
+        ),
+        (["--sae_regex_pattern=x", "--sae_block_pattern=x"], "no SAE of SAELens's"),
+    ],
+)
+def test_wrong_saes(
+    arguments: list[str], message: str, run: Any, saes: dict[str, str]
+) -> None:
+    shutil.copytree(saes["plain"], "sae")
+    status, _, errors = run("fake", *arguments)
+    assert status == 2
+    assert message in errors.splitlines()[-1]
+
+
+def test_flags_reach_the_configuration(run: Any, saes: dict[str, str]) -> None:
+    status, output, errors = run(
+        *("fake,fake", "--sae_path", saes["plain"], "--dataset=python-stdlib"),
+        *("--model=py-neox", "--random_seeds", "3", "4", "--llm_dtype=float64"),
+        *("--set=fake.sizes=[2, 3]", '--set=fake.pairs={"a": [1]}'),
+        *("--set=fake.limit=null", "--output_folder=out", "--save_activations"),
+        *("--artifacts_path=kept", "--clean_up_activations", "--baseline=plain"),
+    )
+    assert status == 0, errors
+    (call,) = calls
+    assert call["config"] == FakeEvalConfig(
+        model_name="py-neox",
+        dataset="python-stdlib",
+        random_seed=3,
+        llm_batch_size=7,
+        llm_dtype="float64",
+        sizes=[2, 3],
+        pairs={"a": [1]},
+        baseline="plain",
+    )
+    assert Path(call["output_path"]) == Path("out/fake")
+    assert not call["save_activations"] and call["clean_up_activations"]
+    assert call["artifacts_path"] == "kept"
+
+
+def test_models_of_the_saes(run: Any, saes: dict[str, str]) -> None:
+    shutil.copytree(saes["plain"], "sae")
+    cfg = json.loads(Path("sae/cfg.json").read_text())
+    cfg["metadata"]["model_name"] = "gpt2"
+    Path("sae/cfg.json").write_text(json.dumps(cfg))
+    status, _, errors = run("fake", "--sae_path", saes["plain"], "sae")
+    assert status == 2
+    assert "trained on different language models" in errors
+
+    cfg["metadata"]["model_name"] = None
+    Path("sae/cfg.json").write_text(json.dumps(cfg))
+    assert run("fake", "--sae_path", "sae")[0] == 2
+    assert run("fake", "--sae_path", "sae", "--model=py-neox")[0] == 0
+
+
+# ---- the flags of a single evaluation
+
+
+@pytest.fixture
+def flags(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs `fake`'s own command line: exit status and output."""
+
+    def run_flags(*args: str) -> tuple[int, str]:
+        status = 0
+        try:
+            command_line.main(run_eval, FakeEvalConfig, "fake", [*args, "--device=cpu"])
+        except SystemExit as exit:
+            assert isinstance(exit.code, int)
+            status = exit.code
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run_flags
+
+
+def test_every_field_is_a_flag(flags: Any, saes: dict[str, str]) -> None:
+    status, output = flags(
+        *("--sae_path", *saes.values(), "--sizes", "4", "5", "--pairs", '{"b": [2]}'),
+        *("--careful", "false", "--limit", "6", "--llm_batch_size", "1"),
+    )
+    assert status == 0, output
+    assert "2 results are in eval_results/fake" in output
+    (call,) = calls
+    assert call["config"] == FakeEvalConfig(
+        model_name="py-neox", sizes=[4, 5], pairs={"b": [2]}, limit=6, llm_batch_size=1
+    )
+    assert call["save_activations"] and not call["force_rerun"]
+
+
+def test_the_flags_explain_themselves(flags: Any) -> None:
+    status, output = flags("--help")
+    output = " ".join(output.split())
+    assert status == 0
+    assert "100 % random (default: 42)" in output
+    assert "None for no limit " in output
+    assert "--sizes VALUE [VALUE ...]" in output
+    assert "python -m saelens_scaffold.evals.fake.main" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "many"], "limit is 'many': Input should be a valid integer"),
+        (["--sizes", "1", "x"], "sizes.1 is 'x'"),
+        (["--pairs", "{"], "not JSON: '{'"),
+        (["--careful", "perhaps"], "careful is 'perhaps'"),
+        (["--sae_path", "nope"], "nope is not an SAE's directory"),
+    ],
+)
+def test_wrong_flags(
+    arguments: list[str], message: str, flags: Any, saes: dict[str, str]
+) -> None:
+    status, output = flags("--sae_path", saes["plain"], *arguments)
+    assert (status, calls) == (2, [])
+    assert message in output.splitlines()[-1]
+
+
+# ---- schemas and graphs
+
+
+def test_schemas_are_current() -> None:
+    for output_class, path in json_schemas.output_classes():
+        json_schemas.generate_json_schema(output_class, "schema.json")
+        current = Path("schema.json").read_text()
+        assert path.is_file() and path.read_text() == current, (
+            f"{path} is out of date; run python -m saelens_scaffold.evals.json_schemas"
+        )
+
+
+def test_graphs(run: Any, saes: dict[str, str]) -> None:
+    source = "import sys, saelens_scaffold.evals.graphing as g; " + (
+        "assert not {'plotly', 'seaborn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True)
+
+    from sae_bench.sae_bench_utils import graphing_utils
+
+    from saelens_scaffold.evals.graphing import register_with_graphing_utils
+
+    names = "get_eval_results", "get_custom_metric_key_and_name"
+    native = {name: getattr(graphing_utils, name) for name in names}
+    try:
+        register_with_graphing_utils()
+        ours = graphing_utils.get_eval_results
+        register_with_graphing_utils()
+        assert graphing_utils.get_eval_results is ours
+
+        run("fake,core", "--sae_path", saes["scaffold"], *QUICK_CORE)
+        # a word by which SAEBench would know it
+        shutil.copytree("eval_results", "core_results")
+        files = graphing_utils.find_eval_results_files(["core_results/fake"])
+        (loaded,) = graphing_utils.get_eval_results(files).values()
+        assert loaded["count"] == 253
+        assert loaded["eval_config"]["dataset"] == "python-stdlib"
+        assert {"sae_class", "d_sae", "train_tokens"} <= set(loaded)
+        headline = graphing_utils.get_custom_metric_key_and_name
+        assert headline(files[0]) == ("dense_latents", "Dense Latents")
+        assert headline("x/scaffold_ablation")[0] == "ce_ratio_scaffold_subtracted"
+        assert headline("x/tpp", 10)[0] == "tpp_threshold_10_total_metric"
+        files = graphing_utils.find_eval_results_files(["core_results/core"])
+        (loaded,) = graphing_utils.get_eval_results(files).values()
+        assert loaded["ce_loss_score"] <= 1
+    finally:
+        for name, function in native.items():
+            setattr(graphing_utils, name, function)
+
+
+def test_load_saes_names_are_those_of_the_table(saes: dict[str, str]) -> None:
+    assert [name for name, _ in load_saes(list(saes.values()))] == list(saes)

@@ -136,8 +136,8 @@ def resolve_saes(
     Args:
         selected_saes: (release, sae_id) or (name, SAE object) pairs, as in SAEBench.
         device: Where the SAEs are wanted.
-        dtype: Their dtype, as in "float32". SAEBench's evaluations use that of the
-            language model.
+        dtype: Their dtype, as in "float32", or "" for that which they have. SAEBench's
+            evaluations use that of the language model.
         view: "sparse" for `sparse_sae()` of scaffold SAEs, "whole" for the SAEs
             themselves. Plain SAEs are the same in both.
 
@@ -151,18 +151,14 @@ def resolve_saes(
         raise ValueError("selected_saes is empty; name at least one SAE")
     resolved: list[SelectedSAE] = []
     for release, sae_or_id in selected_saes:
-        if not isinstance(sae_or_id, str):
-            sae_or_id = _inference_form(sae_or_id)
-            if view == "sparse" and isinstance(sae_or_id, ScaffoldMixin):
-                sae_or_id = sae_or_id.sparse_sae()
         try:
-            loaded = general_utils.load_and_format_sae(release, sae_or_id, device)
+            sae_id, sae = _formatted(release, sae_or_id, device, view)
         except ValueError as error:
             # SAEBench reads the hook point and the model from the SAE's metadata
             raise ValueError(f"SAE {release!r}: {error}") from error
-        assert loaded is not None
-        sae_id, sae, _ = loaded
-        sae = sae.to(device=device, dtype=general_utils.str_to_dtype(dtype))
+        sae = sae.to(
+            device=device, dtype=general_utils.str_to_dtype(dtype) if dtype else None
+        )
         # The weights are the SAE, and SAEBench's results carry the metadata.
         sae.cfg.metadata.weights_sha256 = weights_sha256(sae)
         resolved.append(SelectedSAE(release, sae_id, sae))
@@ -185,6 +181,23 @@ def weights_sha256(sae: SAE[Any]) -> str:
         weights = weights.detach().cpu().contiguous().view(torch.uint8)
         digest.update(weights.numpy().data)
     return digest.hexdigest()
+
+
+def _formatted(
+    release: str, sae_or_id: Any, device: str, view: View
+) -> tuple[str, SAE[Any]]:
+    """SAEBench's id of an SAE, and the SAE in the form that is judged."""
+    sae_id, sae = "custom_sae", sae_or_id
+    if isinstance(sae_or_id, str):
+        loaded = general_utils.load_and_format_sae(release, sae_or_id, device)
+        assert loaded is not None
+        sae_id, sae, _ = loaded
+    judged = _inference_form(sae)
+    if view == "sparse" and isinstance(judged, ScaffoldMixin):
+        judged = judged.sparse_sae()
+    if judged is not sae or not isinstance(sae_or_id, str):
+        general_utils.load_and_format_sae(release, judged, device)
+    return sae_id, judged
 
 
 def _inference_form(sae: SAE[Any]) -> SAE[Any]:

@@ -286,7 +286,13 @@ def check_set_sizes(
     try:
         text.sample(*sizes, seed=0)
     except ValueError as error:
+        has = min(len(texts) for texts in text.train.values())
+        most = f"together at most {2 * has}"
+        if text.test is not None:
+            has_test = min(len(texts) for texts in text.test.values())
+            most = f"at most {2 * has} and {2 * has_test}"
         raise ValueError(
             f"{train[0]} {train[1]} and {test[0]} {test[1]} take {sizes[0]} train rows and "
-            f"{sizes[1]} test rows of each class: {error}"
+            f"{sizes[1]} test rows of each class; with these classes they may be {most}: "
+            f"{error}"
         ) from error

@@ -159,7 +159,6 @@ EVALUATIONS: dict[str, Evaluation] = {
             (
                 Metric("dense", "dense_latents.dense_latents", 0),
                 Metric("reduction", "dense_latents.reduction", 2),
-                Metric("alive", "sparsity.alive_latents", 0),
                 Metric("l0_sparse", "sparsity.l0_sparse", 1),
                 Metric("l0_total", "sparsity.l0_total", 1),
                 Metric(
@@ -189,7 +188,6 @@ EVALUATIONS: dict[str, Evaluation] = {
                     "topics.accuracy_scaffold_subtracted",
                     2,
                 ),
-                Metric("overlap with PCA", "geometry.overlap_with_pca", 2),
             ),
             data="text",
         ),
@@ -219,10 +217,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "tpp",
             "saelens_scaffold.evals.tpp",
             "sparse",
-            (
-                Metric("top 10", "tpp_metrics.tpp_threshold_10_total_metric"),
-                Metric("top 20", "tpp_metrics.tpp_threshold_20_total_metric"),
-            ),
+            (Metric("top 10", "tpp_metrics.tpp_threshold_10_total_metric"),),
             data="labelled",
             data_field="dataset_names",
         ),

@@ -183,6 +183,7 @@ EVALUATIONS: dict[str, Evaluation] = {
                     "cross_entropy.ce_ratio_aligned_latents",
                     2,
                 ),
+                Metric("topic accuracy", "topics.accuracy_clean", 2),
                 Metric(
                     "topic accuracy, no scaffold",
                     "topics.accuracy_scaffold_subtracted",

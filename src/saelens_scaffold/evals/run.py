@@ -133,10 +133,6 @@ def check_result(
         raise ValueError(
             f"{file} is there already, but is not a result of SAEBench ({error}); {advice}"
         ) from error
-    if stored_weights not in (None, sae.sae.cfg.metadata.weights_sha256):
-        raise ValueError(
-            f"{file} is the result of another SAE of the same name; {advice}"
-        )
     wanted = TypeAdapter(type(config)).dump_python(config, mode="json")
     different = [
         f"{name} {stored.get(name)!r} (now {value!r})"
@@ -145,6 +141,10 @@ def check_result(
     ]
     if different:
         raise ValueError(f"{file} was measured with {', '.join(different)}; {advice}")
+    if stored_weights not in (None, sae.sae.cfg.metadata.weights_sha256):
+        raise ValueError(
+            f"{file} is the result of another SAE of the same name; {advice}"
+        )
     return result
 
 

@@ -457,3 +457,15 @@ def test_interval_covers_a_known_mean() -> None:
         _, low, high = interval((weights @ values) / weights.sum(dim=1), 0.95)
         covered += low < 0.5 < high
     assert 180 <= covered <= 200  # 95 % of 200, give or take
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    saes = {"sae": eval_sae(rank=4)}
+    full = evaluate(tmp_path / "full", saes)["sae"]["eval_result_metrics"]
+    half = evaluate(tmp_path / "half", saes, llm_dtype="bfloat16")["sae"]
+    for path in ("sparsity.l0_sparse", "reconstruction_quality.explained_variance"):
+        category, name = path.split(".")
+        expected = full[category][name]
+        assert half["eval_result_metrics"][category][name] == pytest.approx(
+            expected, rel=0.05
+        )

@@ -448,3 +448,15 @@ def test_bad_input_gets_one_clear_line(
 def test_config_names_the_field(field: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(field))):
         config(**field)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """Large models are evaluated in bfloat16; the figures are those of float32, roughly."""
+    saes = {"scaffold": eval_sae(rank=RANK)}
+    kwargs = {"n_random_draws": 1, "n_aligned_latents": [5]}
+    full = by_name(evaluate(tmp_path / "full", saes, **kwargs)["scaffold"])
+    half = by_name(
+        evaluate(tmp_path / "half", saes, llm_dtype="bfloat16", **kwargs)["scaffold"]
+    )
+    for name in full:
+        assert half[name]["ce_ratio"] == pytest.approx(full[name]["ce_ratio"], rel=0.1)

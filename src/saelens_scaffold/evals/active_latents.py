@@ -7,6 +7,7 @@ from sae_lens import SAE
 
 # Share of active latents below which a sparse product is the faster one.
 _SPARSE_BELOW = 0.05
+_SPARSE_DTYPES = (torch.float32, torch.float64)
 
 
 class ActiveLatents:
@@ -39,7 +40,8 @@ class ActiveLatents:
             Shape (n_tokens, d_in).
         """
         acts = self._acts
-        may_be_sparse = acts.device.type in ("cpu", "cuda")
+        # sparse products do not exist on MPS, nor everywhere in half precision
+        may_be_sparse = acts.device.type != "mps" and acts.dtype in _SPARSE_DTYPES
         if may_be_sparse and len(self.values) < _SPARSE_BELOW * acts.numel():
             indices, values = torch.stack([self.token, self.latent]), self.values
             if kept is not None:

@@ -1,5 +1,6 @@
 """Sums over tokens, and replicates of them over sequences."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -119,6 +120,11 @@ class TextStatistics:
         self.replicate_tokens += double @ tokens.cpu().double()
         self._sums += double @ sums.cpu().double()
         self._squares += double @ squares.cpu().double()
+
+    @cached_property
+    def principal_directions(self) -> torch.Tensor:
+        """Orthonormal rows, largest variance first, shape (d_in, d_in), when all is seen."""
+        return self.moments.principal_directions()[1].cpu()
 
     @property
     def replicate_variances(self) -> torch.Tensor:

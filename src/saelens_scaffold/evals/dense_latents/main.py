@@ -282,8 +282,8 @@ def _dense_latents(
     rank, weights = sae.rank, sae.sae
     decoder = weights.W_dec[rank:].detach()
     antipodality, antipode = _antipodality(weights.W_enc[:, rank:].T, decoder, dense)
-    _, directions = text.moments.principal_directions()
-    in_pca = share_in_subspace(decoder[dense].cpu(), directions[:pca_rank].cpu())
+    pca = text.principal_directions[:pca_rank]
+    in_pca = share_in_subspace(decoder[dense].cpu(), pca)
     in_scaffold = (
         share_in_subspace(
             decoder[dense].cpu(), orthonormal_basis(weights.W_dec[:rank].cpu())

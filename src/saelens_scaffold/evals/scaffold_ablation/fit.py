@@ -36,7 +36,7 @@ class SAEFit:
         self._n += len(x)
         if isinstance(self.sae.sae, ScaffoldMixin):
             s = self.sae.sae.scaffold(x)
-            self._scaffold_sum += s.sum(dim=0, dtype=torch.float32).double().cpu()
+            self._scaffold_sum += s.sum(dim=0, dtype=torch.float32).cpu().double()
 
     @property
     def fired(self) -> torch.Tensor:

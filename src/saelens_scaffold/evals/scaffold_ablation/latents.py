@@ -21,8 +21,9 @@ def most_aligned(
         Their indices, and the cosines of their decoder directions with the subspace,
         both of shape (n_alive,).
     """
-    indices = alive.nonzero()[:, 0]
-    cosines = share_in_subspace(decoder[indices], basis.to(decoder.device)).sqrt()
+    # on the CPU, since MPS has no double precision
+    indices = alive.cpu().nonzero()[:, 0]
+    cosines = share_in_subspace(decoder.cpu()[indices], basis.cpu()).sqrt()
     order = cosines.argsort(descending=True, stable=True)
     return indices[order], cosines[order]
 

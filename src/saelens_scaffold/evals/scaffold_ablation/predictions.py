@@ -49,7 +49,7 @@ class CleanPredictions:
         self._targets = tokens.roll(-1, dims=1).flatten()
         follows = counts.roll(-1, dims=1)
         follows[:, -1] = False
-        self._counts = (counts & follows).double().cpu()
+        self._counts = (counts & follows).cpu().double()
         self._probabilities = torch.empty_like(logits, dtype=torch.float32).flatten(
             0, 1
         )
@@ -95,7 +95,7 @@ class CleanPredictions:
         return torch.cat(surprises), torch.cat(expectations)
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        return (values.double().cpu().view(self._shape) * self._counts).sum(dim=1)
+        return (values.cpu().double().view(self._shape) * self._counts).sum(dim=1)
 
 
 def _log_softmax_in_parts(

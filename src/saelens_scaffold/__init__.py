@@ -5,6 +5,7 @@ Importing this package registers the architectures `scaffold_batchtopk`,
 `scaffold_matryoshka` (training) and `scaffold_jumprelu` (inference) with SAELens.
 """
 
+from saelens_scaffold.hookspecs import hookimpl
 from saelens_scaffold.local_models import register_local_model
 from saelens_scaffold.registration import register_architectures
 from saelens_scaffold.saes import (
@@ -27,6 +28,7 @@ __all__ = [
     "ScaffoldJumpReLUSAEConfig",
     "ScaffoldMatryoshkaTrainingSAE",
     "ScaffoldMatryoshkaTrainingSAEConfig",
+    "hookimpl",
     "register_architectures",
     "register_local_model",
 ]

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from saelens_scaffold.evals.configs import validating
 from saelens_scaffold.evals.selected_saes import SelectedSAEs, View
+from saelens_scaffold.plugins import evaluation_plugins
 
 
 class Metric(NamedTuple):
@@ -140,13 +141,32 @@ def evaluations_named(names: str) -> list[Evaluation]:
         ValueError: There is no evaluation of such a name.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in EVALUATIONS]
+    known = known_evaluations()
+    unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         said = ", ".join(map(repr, unknown)) or repr(names)
         raise ValueError(
-            f"there is no evaluation {said}; there are {', '.join(sorted(EVALUATIONS))}"
+            f"there is no evaluation {said}; there are {', '.join(sorted(known))}"
         )
-    return [EVALUATIONS[name] for name in dict.fromkeys(wanted)]
+    return [known[name] for name in dict.fromkeys(wanted)]
+
+
+def known_evaluations() -> dict[str, Evaluation]:
+    """
+    Every evaluation by name, those of installed plugins included.
+
+    Raises:
+        ValueError: A plugin's evaluation has the name of another.
+    """
+    known = dict(EVALUATIONS)
+    for offered in evaluation_plugins().hook.evaluations():
+        for evaluation in offered:
+            if evaluation.name in known:
+                raise ValueError(
+                    f"a plugin offers an evaluation {evaluation.name!r}, which there is already"
+                )
+            known[evaluation.name] = evaluation
+    return known
 
 
 EVALUATIONS: dict[str, Evaluation] = {

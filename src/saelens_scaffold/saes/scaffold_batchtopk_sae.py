@@ -3,9 +3,11 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from sae_lens.config import dict_field
 from sae_lens.saes.batchtopk_sae import (
     BatchTopK,
     BatchTopKTrainingSAE,
@@ -14,6 +16,8 @@ from sae_lens.saes.batchtopk_sae import (
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
+from saelens_scaffold import plugins
+from saelens_scaffold.hookspecs import ScaffoldStart
 from saelens_scaffold.saes.pca import principal_subspace
 from saelens_scaffold.saes.scaffold import ScaffoldActivation, ScaffoldMixin, build_sae
 from saelens_scaffold.saes.scaffold_jumprelu_sae import (
@@ -46,6 +50,8 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             spans the top-r principal directions of the first training batch, and starts
             b_dec at its mean. "random" is SAELens's own initialisation. "zeros" starts
             with a scaffold that gives zero.
+        scaffold_plugins (dict[str, dict[str, Any]]): Names of plugins, each with its
+            options, as in {"live_metrics": {"window": 200}}. See docs/plugins.md.
         k (float): Average number of sparse latents to keep active across the batch,
             scaffold latents not counted. Inherited from BatchTopKTrainingSAEConfig.
         topk_threshold_lr (float): Learning rate for updating the global topk threshold.
@@ -68,6 +74,7 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     scaffold_rank: int = 24
     sparse_encoder_input: SparseEncoderInput = "residual"
     scaffold_init: ScaffoldInit = "pca"
+    scaffold_plugins: dict[str, dict[str, Any]] = dict_field(default={})
 
     @override
     @classmethod
@@ -126,6 +133,15 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
                 "does not support run-time normalisation, and would stop the training "
                 "when the first latent dies."
             )
+        if not isinstance(self.scaffold_plugins, dict) or not all(
+            isinstance(options, dict) for options in self.scaffold_plugins.values()
+        ):
+            raise ValueError(
+                "scaffold_plugins must map the names of plugins to dictionaries of their "
+                f'options, as in {{"live_metrics": {{}}}}, got {self.scaffold_plugins!r}.'
+            )
+        if self.scaffold_plugins:
+            plugins.make_plugins(self.scaffold_plugins)
 
 
 class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
@@ -158,10 +174,12 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         # again, since runners may change a config after it was made
         cfg.validate()
         super().__init__(cfg, use_error_term)
-        self._awaits_pca = cfg.scaffold_init == "pca" and cfg.scaffold_rank > 0
+        self._awaits_start = cfg.scaffold_rank > 0 and (
+            cfg.scaffold_init == "pca" or self._plugins_initialize()
+        )
         self.register_buffer(
             "scaffold_is_initialized",
-            torch.tensor(not self._awaits_pca, device=self.W_dec.device),
+            torch.tensor(not self._awaits_start, device=self.W_dec.device),
         )
         self.register_load_state_dict_post_hook(_read_scaffold_is_initialized)
 
@@ -211,12 +229,17 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if self._awaits_pca:
+        if self._awaits_start:
             self.initialize_scaffold(step_input.sae_in)
+        has_plugins = plugins.has_plugins(self)
+        if has_plugins:
+            plugins.before_forward(self, step_input)
         output = super().training_forward_pass(self._for_sparse_latents(step_input))
         sparse_acts = output.feature_acts[..., self.cfg.scaffold_rank :].detach()
         # evaluated only where the trainer logs
         output.metrics["l0_sparse"] = lambda: sparse_acts.bool().float().sum(-1).mean()
+        if has_plugins:
+            plugins.after_forward(self, step_input, output)
         return output
 
     def _for_sparse_latents(self, step_input: TrainStepInput) -> TrainStepInput:
@@ -228,30 +251,51 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         mask[: self.cfg.scaffold_rank] = False
         return replace(step_input, dead_neuron_mask=mask)
 
+    def _plugins_initialize(self) -> bool:
+        if not self.cfg.scaffold_plugins:
+            return False
+        hook = plugins.plugins_of(self).hook.initialize_scaffold
+        return bool(hook.get_hookimpls())
+
     @torch.compiler.disable()
     @torch.no_grad()
     def initialize_scaffold(self, sae_in: torch.Tensor) -> None:
         """
-        Start the scaffold on the top-r principal directions of a batch.
+        Start the scaffold from a batch; the first training step calls this.
 
-        Sets B to the directions and A to their transpose, so that the scaffold is the
-        orthogonal projection onto them, and starts b_dec at the batch's mean (the part
-        of it outside the subspace, if apply_b_dec_to_input is off). Called by the first
-        training step with scaffold_init="pca".
+        A plugin's `initialize_scaffold` decides if there is one that gives a start; else,
+        with scaffold_init="pca", the scaffold starts on the top-r principal directions
+        of the batch: B is set to the directions and A to their transpose, so that the
+        scaffold is the orthogonal projection onto them, and b_dec to the batch's mean
+        (the part of it outside the subspace, if apply_b_dec_to_input is off).
 
-        Which tokens count: those with a non-finite component are left out, and so are
-        massive activations (BOS, attention sinks), here norms above 10 times the
-        median, which would own the first direction and shift the mean. Where the batch
-        does not determine r directions (it has r tokens or fewer, or its rank is less
-        than r), the missing ones are an arbitrary orthonormal completion, which carry
-        nothing at first and are trained like the others; a warning says so.
+        Which tokens count for the directions: those with a non-finite component are left
+        out, and so are massive activations (BOS, attention sinks), here norms above 10
+        times the median, which would own the first direction and shift the mean. Where
+        the batch does not determine r directions (it has r tokens or fewer, or its rank
+        is less than r), the missing ones are an arbitrary orthonormal completion, which
+        carry nothing at first and are trained like the others; a warning says so.
 
         Args:
             sae_in: Activations as the SAE takes them in training, shape (..., d_in).
 
         Raises:
-            ValueError: If no token of the batch is finite.
+            ValueError: If no token of the batch is finite, or a plugin's start has not
+                the scaffold's shape.
         """
+        start = plugins.start_of(self, sae_in) if plugins.has_plugins(self) else None
+        if start is None and self.cfg.scaffold_init == "pca":
+            start = self._principal_start(sae_in)
+        if start is not None:
+            rank = self.cfg.scaffold_rank
+            self.W_enc[:, :rank] = start.A.to(self.W_enc)
+            self.W_dec[:rank] = start.B.to(self.W_dec)
+            if start.b_dec is not None:
+                self.b_dec.copy_(start.b_dec)
+        self.scaffold_is_initialized.fill_(True)
+        self._awaits_start = False
+
+    def _principal_start(self, sae_in: torch.Tensor) -> ScaffoldStart:
         rank = self.cfg.scaffold_rank
         x = self.run_time_activation_norm_fn_in(sae_in.to(self.dtype))
         mean, directions, n_determined, n_tokens = principal_subspace(x, rank)
@@ -271,11 +315,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         if not self.cfg.apply_b_dec_to_input:
             # z then reads x itself, so that s already holds this part of the mean
             mean = mean - mean @ directions.T @ directions
-        self.W_enc[:, :rank] = directions.T.to(self.W_enc)
-        self.W_dec[:rank] = directions.to(self.W_dec)
-        self.b_dec.copy_(mean)
-        self.scaffold_is_initialized.fill_(True)
-        self._awaits_pca = False
+        return ScaffoldStart(A=directions.T, B=directions, b_dec=mean)
 
     @override
     @torch.no_grad()
@@ -283,9 +323,26 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         super().update_topk_threshold(acts_topk[..., self.cfg.scaffold_rank :])
 
     @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        plugins.end_training(self)
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        plugins.end_training(self)
+        super().fold_activation_whitening(*args, **kwargs)
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        plugins.end_training(self)
+        return super().save_inference_model(path)
+
+    @override
     def process_state_dict_for_saving_inference(
         self, state_dict: dict[str, Any]
     ) -> None:
+        if plugins.has_plugins(self):
+            plugins.before_saving_inference(self, state_dict)
         super().process_state_dict_for_saving_inference(state_dict)
         del state_dict["scaffold_is_initialized"]
         rank = self.cfg.scaffold_rank
@@ -307,6 +364,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
         The weights are copies.
         """
+        plugins.end_training(self)
         state_dict = self.state_dict()
         self.process_state_dict_for_saving_inference(state_dict)
         cfg = ScaffoldJumpReLUSAEConfig.from_dict(self.cfg.get_inference_sae_cfg_dict())
@@ -318,7 +376,7 @@ def _read_scaffold_is_initialized(
     incompatible_keys: Any,  # noqa: ARG001
 ) -> None:
     # A Python bool, because reading the buffer in each step would wait for the GPU.
-    sae._awaits_pca = not bool(sae.scaffold_is_initialized)
+    sae._awaits_start = not bool(sae.scaffold_is_initialized)
 
 
 def _fold_residual_input(

@@ -1,0 +1,43 @@
+"""A loss that keeps the dictionary from writing what the scaffold writes."""
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+
+from saelens_scaffold.hookspecs import hookimpl
+from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
+
+
+class Decorrelation:
+    """
+    Add `coefficient` times the correlation between what the scaffold and the dictionary
+    write, as the loss "scaffold_decorrelation".
+
+    With the centred parts of the reconstruction S (scaffold) and D (dictionary) over a
+    batch, both of shape (n_tokens, d_in), it is the squared RV coefficient's numerator
+    over what bounds it, ‖SᵀD‖² / (‖SᵀS‖ ‖DᵀD‖), from 0 to 1 (Robert and Escoufier, 1976).
+
+    Args:
+        coefficient: Weight of the loss. The mean squared error it is added to is a sum
+            over d_in.
+    """
+
+    def __init__(self, coefficient: float):
+        if coefficient <= 0:
+            raise ValueError(f"coefficient is {coefficient}; it must be above 0")
+        self.coefficient = coefficient
+
+    @hookimpl
+    def training_losses(
+        self,
+        sae: ScaffoldBatchTopKTrainingSAE,
+        step_input: TrainStepInput,
+        output: TrainStepOutput,
+    ) -> dict[str, torch.Tensor]:
+        with torch.autocast(output.sae_out.device.type, enabled=False):
+            scaffold = sae.scaffold(step_input.sae_in).flatten(0, -2).float()
+            # what the SAE writes but the scaffold does not; the bias falls to centring
+            dictionary = output.sae_out.flatten(0, -2).float() - scaffold
+            S, D = (part - part.mean(dim=0) for part in (scaffold, dictionary))
+            bound = (S.T @ S).norm() * (D.T @ D).norm()
+            correlation = (S.T @ D).pow(2).sum() / bound.clamp_min(1e-12)
+        return {"scaffold_decorrelation": self.coefficient * correlation}

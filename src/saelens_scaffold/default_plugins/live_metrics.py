@@ -1,0 +1,96 @@
+"""What a scaffold does, as it is trained."""
+
+from collections.abc import Callable
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+
+from saelens_scaffold.hookspecs import hookimpl
+from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
+from saelens_scaffold.subspaces import (
+    ActivationMoments,
+    orthonormal_basis,
+    subspace_overlap,
+)
+
+DENSE_THRESHOLD = 0.1
+
+
+class LiveMetrics:
+    """
+    Metrics of the scaffold in SAELens's logs, computed in the steps that are logged.
+
+    - scaffold_explained_variance: share of the batch's variance that x - s(x) lacks
+    - scaffold_pca_overlap: mean squared cosine of the principal angles between the
+      scaffold's decoder rows and the batch's top-r principal directions
+    - scaffold_effective_rank: exp of the entropy of the normalised variances of s along
+      its principal axes (Roy and Vetterli, 2007), from 1 to r
+    - dense_latents: sparse latents that fire on more than 10 % of the tokens
+
+    Args:
+        window: Steps over which firing frequencies are averaged, exponentially.
+    """
+
+    def __init__(self, window: int = 100):
+        if window < 1:
+            raise ValueError(f"window is {window}; it must be at least 1")
+        self.window = window
+        self._frequencies: torch.Tensor | None = None
+        self._n_steps = 0
+
+    @hookimpl
+    def training_metrics(
+        self,
+        sae: ScaffoldBatchTopKTrainingSAE,
+        step_input: TrainStepInput,
+        output: TrainStepOutput,
+    ) -> dict[str, Callable[[], float]]:
+        rank = sae.cfg.scaffold_rank
+        self._count(output.feature_acts.detach().flatten(0, -2)[:, rank:])
+        if rank == 0:
+            return {"dense_latents": self._dense_latents}
+        # The scaffold of this step: when metrics are asked for, the weights have changed.
+        with torch.no_grad():
+            s = sae.scaffold(step_input.sae_in).flatten(0, -2).float()
+            basis = orthonormal_basis(sae.W_dec[:rank].cpu())
+        x = step_input.sae_in.detach().flatten(0, -2).float()
+        return {
+            "scaffold_explained_variance": lambda: _explained_variance(x, s),
+            "scaffold_pca_overlap": lambda: _pca_overlap(x, basis),
+            "scaffold_effective_rank": lambda: _effective_rank(s, basis),
+            "dense_latents": self._dense_latents,
+        }
+
+    def _count(self, sparse_acts: torch.Tensor) -> None:
+        frequencies = (sparse_acts != 0).float().mean(dim=0)
+        self._n_steps += 1
+        if self._frequencies is None:
+            self._frequencies = frequencies
+        else:
+            # a plain mean until the window is full
+            weight = 1 / min(self._n_steps, self.window)
+            self._frequencies.lerp_(frequencies, weight)
+
+    def _dense_latents(self) -> float:
+        assert self._frequencies is not None
+        return float((self._frequencies > DENSE_THRESHOLD).sum())
+
+
+def _explained_variance(x: torch.Tensor, s: torch.Tensor) -> float:
+    return float(1 - (x - s).var(dim=0).sum() / x.var(dim=0).sum())
+
+
+def _pca_overlap(x: torch.Tensor, basis: torch.Tensor) -> float:
+    moments = ActivationMoments(x.shape[1], x.device)
+    moments.update(x)
+    _, directions = moments.principal_directions()
+    return subspace_overlap(basis, directions[: len(basis)].cpu())
+
+
+def _effective_rank(s: torch.Tensor, basis: torch.Tensor) -> float:
+    # s lies in the span of the scaffold's decoder rows, so r coordinates are all of it
+    coordinates = (s - s.mean(dim=0)).cpu().double() @ basis.T
+    variances = torch.linalg.svdvals(coordinates).pow(2)
+    shares = variances / variances.sum()
+    shares = shares[shares > 0]
+    return float((-(shares * shares.log()).sum()).exp())

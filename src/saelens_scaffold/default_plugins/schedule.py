@@ -1,0 +1,77 @@
+"""When the scaffold is trained, and how fast."""
+
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+
+from saelens_scaffold.hookspecs import hookimpl
+
+
+class ScaffoldSchedule:
+    """
+    Train the scaffold alone at first, freeze it later, or at a pace of its own.
+
+    Args:
+        alone_until: Steps in which the scaffold is trained alone: no sparse latent fires,
+            and none is trained.
+        frozen_from: Step from which the scaffold's encoder and decoder stay as they are.
+            None never freezes it.
+        lr_factor: The scaffold's learning rate as a multiple of the SAE's.
+    """
+
+    def __init__(
+        self,
+        alone_until: int = 0,
+        frozen_from: int | None = None,
+        lr_factor: float = 1.0,
+    ):
+        if alone_until < 0:
+            raise ValueError(f"alone_until is {alone_until}; it must be at least 0")
+        if frozen_from is not None and frozen_from < alone_until:
+            raise ValueError(
+                f"frozen_from is {frozen_from}; it must be at least alone_until, "
+                f"{alone_until}, or None"
+            )
+        if lr_factor < 0:
+            raise ValueError(f"lr_factor is {lr_factor}; it must be at least 0")
+        self.alone_until = alone_until
+        self.frozen_from = frozen_from
+        self.lr_factor = lr_factor
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @hookimpl
+    def before_training_forward_pass(
+        self, sae: Any, step_input: TrainStepInput
+    ) -> None:
+        alone = step_input.n_training_steps < self.alone_until
+        # set in every step, so that a resumed run is where it would have been
+        sae.activation_fn.sparse_activation.k = 0 if alone else sae.cfg.k
+
+    @hookimpl
+    def before_optimizer_step(self, sae: TrainingSAE, n_training_steps: int) -> None:
+        if self._factor(n_training_steps) != 1:
+            self._before = tuple(part.detach().clone() for part in _scaffold(sae))  # type: ignore[assignment]
+
+    @hookimpl
+    def after_optimizer_step(self, sae: TrainingSAE, n_training_steps: int) -> None:
+        if self._before is None:
+            return
+        # The step itself is scaled: Adam's steps do not depend on the gradient's scale.
+        factor = self._factor(n_training_steps)
+        for before, now in zip(self._before, _scaffold(sae), strict=True):
+            now.copy_(torch.lerp(before, now, factor))
+        self._before = None
+
+    @hookimpl
+    def training_ended(self, sae: Any) -> None:
+        sae.activation_fn.sparse_activation.k = sae.cfg.k
+
+    def _factor(self, n_training_steps: int) -> float:
+        frozen = self.frozen_from is not None and n_training_steps >= self.frozen_from
+        return 0.0 if frozen else self.lr_factor
+
+
+def _scaffold(sae: TrainingSAE) -> tuple[torch.Tensor, torch.Tensor]:
+    rank = sae.cfg.scaffold_rank
+    return sae.W_enc[:, :rank], sae.W_dec[:rank]

@@ -1,0 +1,509 @@
+"""Plugins: they fire from the SAE, in any training loop, and do what they say."""
+
+import copy
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+
+from helpers import (
+    D_IN,
+    RANK,
+    K,
+    activations,
+    batches,
+    overlap,
+    scaffold_config,
+    scaffold_sae,
+    train,
+    trainer_for,
+)
+from saelens_scaffold import plugins
+from saelens_scaffold.hookspecs import ScaffoldStart, hookimpl
+
+
+class Recorder:
+    """Notes every call of every hook."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.steps: list[int] = []
+
+    @hookimpl
+    def initialize_scaffold(self) -> None:
+        self.calls.append("initialize")
+
+    @hookimpl
+    def before_training_forward_pass(self, step_input: TrainStepInput) -> None:
+        self.calls.append("before_forward")
+        self.steps.append(step_input.n_training_steps)
+
+    @hookimpl
+    def training_losses(self, output: Any) -> dict[str, torch.Tensor]:
+        self.calls.append("losses")
+        return {"own_loss": 0.5 * output.sae_out.pow(2).mean()}
+
+    @hookimpl
+    def training_metrics(self) -> dict[str, Any]:
+        self.calls.append("metrics")
+        return {"own_metric": lambda: 7.0}
+
+    @hookimpl
+    def before_optimizer_step(self, sae: Any, n_training_steps: int) -> None:
+        assert sae.W_dec.grad is not None
+        assert n_training_steps == self.steps[-1]
+        self.calls.append("before_step")
+
+    @hookimpl
+    def after_optimizer_step(self, n_training_steps: int) -> None:
+        assert not torch.is_grad_enabled()
+        assert n_training_steps == self.steps[-1]
+        self.calls.append("after_step")
+
+    @hookimpl
+    def training_ended(self) -> None:
+        self.calls.append("ended")
+
+    @hookimpl
+    def before_saving_inference(self, state_dict: dict[str, torch.Tensor]) -> None:
+        assert "scaffold_is_initialized" in state_dict
+        self.calls.append("saving")
+
+
+STEP = ["before_forward", "losses", "metrics", "before_step", "after_step"]
+
+
+def recorded(sae: Any) -> Recorder:
+    recorder = Recorder()
+    plugins.plugins_of(sae).register(recorder)
+    return recorder
+
+
+def test_hooks_fire_in_saelenss_trainer(tmp_path: Path) -> None:
+    sae = scaffold_sae(normalize_activations="expected_average_only_in")
+    recorder = recorded(sae)
+    trained = train(sae, steps=3)  # folds the normalisation in at its end
+    trained.save_inference_model(tmp_path)
+    assert recorder.calls == ["initialize", *STEP * 3, "ended", "saving"]
+    assert recorder.steps == [0, 1, 2]
+
+
+def test_hooks_fire_in_a_loop_of_ones_own() -> None:
+    sae, other = scaffold_sae(), scaffold_sae(seed=1)
+    recorder, of_other = recorded(sae), recorded(other)
+    optimizer = torch.optim.SGD(sae.parameters(), lr=1e-3)
+    for step in range(2):
+        both = [
+            s.training_forward_pass(
+                TrainStepInput(activations(32), {}, None, step, is_logging_step=True)
+            )
+            for s in (sae, other)
+        ]
+        both[0].loss.backward()
+        optimizer.step()
+    sae.to_inference()
+    assert recorder.calls == ["initialize", *STEP * 2, "ended", "saving"]
+    # another SAE's optimizer never stepped
+    assert "before_step" not in of_other.calls
+
+
+def test_losses_and_metrics_reach_saelenss_log() -> None:
+    sae = scaffold_sae()
+    recorded(sae)
+    trainer = trainer_for(sae, 1, batches())
+    output = trainer.step(next(batches()))
+    own = 0.5 * output.sae_out.pow(2).mean()
+    assert torch.allclose(output.losses["own_loss"], own)
+    assert torch.allclose(output.loss, sum(output.losses.values()))  # type: ignore[arg-type]
+    logged = trainer.build_train_step_log_dict(output, n_training_samples=1)
+    assert logged["losses/own_loss"] == pytest.approx(own.item())
+    assert logged["metrics/own_metric"] == 7.0
+
+
+def test_name_that_is_taken() -> None:
+    sae = scaffold_sae()
+    recorded(sae)
+    recorded(sae)
+    with pytest.raises(ValueError, match="adds a loss 'own_loss', which there is"):
+        train(sae, steps=1)
+
+
+def test_plugin_starts_the_scaffold(tmp_path: Path) -> None:
+    start = ScaffoldStart(
+        A=torch.full((D_IN, RANK), 0.1), B=torch.eye(RANK, D_IN), b_dec=torch.ones(D_IN)
+    )
+    calls: list[torch.Tensor] = []
+
+    class Start:
+        @hookimpl
+        def initialize_scaffold(self, sae_in: torch.Tensor) -> ScaffoldStart:
+            calls.append(sae_in)
+            return start
+
+    sae = scaffold_sae()
+    plugins.plugins_of(sae).register(Start())
+    train(sae, steps=2, lr=0.0, lr_end=0.0)
+    assert torch.equal(sae.W_enc[:, :RANK], start.A)
+    assert torch.equal(sae.W_dec[:RANK], start.B)
+    assert start.b_dec is not None and torch.equal(sae.b_dec, start.b_dec)
+    assert len(calls) == 1
+    assert torch.equal(calls[0], next(batches()))
+
+    start = ScaffoldStart(A=torch.zeros(2, 2), B=torch.eye(RANK, D_IN))
+    sae = scaffold_sae()
+    plugins.plugins_of(sae).register(Start())
+    with pytest.raises(ValueError, match=r"gave A of shape \(2, 2\).*\(16, 3\)"):
+        train(sae, steps=1)
+
+
+def test_copy_has_plugins_of_its_own() -> None:
+    sae = scaffold_sae(scaffold_plugins={"live_metrics": {}})
+    train(sae, steps=1)
+    twin = copy.deepcopy(sae)
+    (mine,) = plugins.plugins_of(sae).get_plugins()
+    (its,) = plugins.plugins_of(twin).get_plugins()
+    assert mine is not its
+
+
+# ---- choosing them
+
+
+def test_configuration_is_saved_with_the_sae(tmp_path: Path) -> None:
+    chosen = {"live_metrics": {"window": 7}, "schedule": {"frozen_from": 3}}
+    sae = scaffold_sae(scaffold_plugins=chosen)
+    sae.save_model(tmp_path)
+    loaded = TrainingSAE.load_from_disk(tmp_path)
+    assert loaded.cfg.scaffold_plugins == chosen  # type: ignore[attr-defined]
+    manager: Any = plugins.plugins_of(loaded)  # type: ignore[arg-type]
+    assert manager.get_plugin("live_metrics").window == 7
+    assert manager.get_plugin("schedule").frozen_from == 3
+    assert "scaffold_plugins" not in sae.to_inference().cfg.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"nonsense": {}}, "no scaffold plugin 'nonsense'; there are .*live_metrics"),
+        ({"live_metrics": {"wind": 3}}, "'live_metrics' does not take .*'wind'"),
+        ({"live_metrics": {"window": 0}}, "window is 0"),
+        ({"schedule": {"alone_until": -1}}, "alone_until is -1"),
+        ({"schedule": {"alone_until": 5, "frozen_from": 3}}, "frozen_from is 3"),
+        ({"schedule": {"lr_factor": -1}}, "lr_factor is -1"),
+        ({"decorrelation": {}}, "'decorrelation' does not take"),
+        ({"decorrelation": {"coefficient": 0}}, "coefficient is 0"),
+        (["live_metrics"], "must map the names"),
+        ({"live_metrics": None}, "must map the names"),
+    ],
+)
+def test_wrong_choice(chosen: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scaffold_config(scaffold_plugins=chosen)
+
+
+def test_hook_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Misspelt:
+        @hookimpl
+        def training_loses(self) -> None: ...
+
+    monkeypatch.setattr(plugins, "load_plugin", lambda _: Misspelt)
+    with pytest.raises(ValueError, match="training_loses"):
+        scaffold_config(scaffold_plugins={"misspelt": {}})
+
+
+# ---- the plugins that come with the package
+
+
+def state(sae: Any) -> dict[str, torch.Tensor]:
+    r = sae.cfg.scaffold_rank
+    return {
+        name: part.detach().clone()
+        for name, part in {
+            "A": sae.W_enc[:, :r],
+            "B": sae.W_dec[:r],
+            "W_enc": sae.W_enc[:, r:],
+            "W_dec": sae.W_dec[r:],
+            "b_enc": sae.b_enc[r:],
+        }.items()
+    }
+
+
+@pytest.mark.parametrize("architecture", ["scaffold_batchtopk", "scaffold_matryoshka"])
+def test_schedule_trains_the_scaffold_alone_and_then_freezes_it(
+    architecture: str,
+) -> None:
+    schedule = {"alone_until": 2, "frozen_from": 4}
+    sae = scaffold_sae(architecture, scaffold_plugins={"schedule": schedule})
+    trainer, data = trainer_for(sae, 6, batches()), batches()
+    states = []
+    for _ in range(6):
+        output = trainer.step(next(data))
+        trainer.n_training_steps += 1
+        states.append(state(sae))
+        n_sparse = float((output.feature_acts[:, RANK:] != 0).sum(dim=1).float().mean())
+        assert n_sparse == (0 if len(states) <= 2 else pytest.approx(K))
+
+    def changed(step: int, name: str) -> bool:
+        return not torch.equal(states[step - 1][name], states[step][name])
+
+    for name in ("A", "B"):
+        assert [changed(step, name) for step in range(1, 6)] == [1, 1, 1, 0, 0]
+    for name in ("W_enc", "W_dec"):
+        assert [changed(step, name) for step in range(1, 6)] == [0, 1, 1, 1, 1]
+    sae.to_inference()
+    assert sae.activation_fn.sparse_activation.k == K
+
+
+def test_learning_rate_factor_scales_the_step() -> None:
+    def step_of(factor: float | None) -> dict[str, torch.Tensor]:
+        chosen = {} if factor is None else {"schedule": {"lr_factor": factor}}
+        # a start that does not depend on the first step
+        sae = scaffold_sae(scaffold_init="random", scaffold_plugins=chosen)
+        before = state(sae)
+        trainer_for(sae, 1, batches()).step(next(batches()))
+        return {name: part - before[name] for name, part in state(sae).items()}
+
+    plain, half, none = step_of(None), step_of(0.5), step_of(0.0)
+    for name in ("A", "B"):
+        assert plain[name].abs().max() > 0
+        assert torch.allclose(half[name], 0.5 * plain[name], atol=1e-7)
+        assert torch.equal(none[name], torch.zeros_like(none[name]))
+    for name in ("W_enc", "W_dec", "b_enc"):
+        assert torch.equal(half[name], plain[name])
+
+
+def test_orthonormal_decoder() -> None:
+    sae = scaffold_sae(
+        scaffold_init="random", scaffold_plugins={"orthonormal_decoder": {}}
+    )
+    train(sae, steps=5)
+    B = sae.W_dec[:RANK].detach()
+    assert torch.allclose(B @ B.T, torch.eye(RANK), atol=1e-5)
+
+    # what the scaffold writes is kept, where the rows were not orthonormal
+    other = scaffold_sae(scaffold_init="random")
+    other.W_dec.data[:RANK] *= torch.tensor([[0.5], [1.0], [3.0]])
+    before = (other.W_enc[:, :RANK] @ other.W_dec[:RANK]).detach()
+    from saelens_scaffold.default_plugins.orthonormal_decoder import OrthonormalDecoder
+
+    with torch.no_grad():
+        OrthonormalDecoder().after_optimizer_step(other)
+    after = (other.W_enc[:, :RANK] @ other.W_dec[:RANK]).detach()
+    assert torch.allclose(before, after, atol=1e-5)
+
+
+def test_decorrelation() -> None:
+    def correlation(sae: Any) -> float:
+        x = activations(500, seed=99)
+        with torch.no_grad():
+            S = sae.scaffold(x)
+            D = sae.decode(sae.encode(x)) - S
+        S, D = S - S.mean(dim=0), D - D.mean(dim=0)
+        return float((S.T @ D).norm() ** 2 / (S.T @ S).norm() / (D.T @ D).norm())
+
+    kwargs: dict[str, Any] = {
+        "scaffold_init": "random",
+        "sparse_encoder_input": "activation",
+    }
+    plain = train(scaffold_sae(**kwargs), steps=60)
+    chosen = {"decorrelation": {"coefficient": 100.0}}
+    sae = scaffold_sae(**kwargs, scaffold_plugins=chosen)
+    output = trainer_for(sae, 1, batches()).step(next(batches()))
+    assert 0 < output.losses["scaffold_decorrelation"].item() <= 100
+    train(sae, steps=60)
+    assert correlation(sae) < 0.5 * correlation(plain)
+
+    # the loss is the quantity that the docstring names
+    fresh = scaffold_sae(**kwargs, scaffold_plugins=chosen)
+    x = next(batches())
+    fresh.initialize_scaffold(x)
+    with torch.no_grad():
+        S, out = fresh.scaffold(x), fresh.decode(fresh.encode(x))
+    S, D = S - S.mean(dim=0), (out - S) - (out - S).mean(dim=0)
+    expected = 100 * (S.T @ D).norm() ** 2 / (S.T @ S).norm() / (D.T @ D).norm()
+    output = fresh.training_forward_pass(TrainStepInput(x, {}, None, 0, False))
+    assert torch.allclose(output.losses["scaffold_decorrelation"], expected, rtol=1e-4)
+
+
+def test_live_metrics() -> None:
+    sae = scaffold_sae(scaffold_plugins={"live_metrics": {"window": 4}})
+    trainer, data = trainer_for(sae, 20, batches()), batches()
+    steps = [trainer.step(next(data)) for _ in range(3)]
+    x = next(data)
+    with torch.no_grad():
+        s, B = sae.scaffold(x), sae.W_dec[:RANK].clone()
+    output = trainer.step(x)
+    fired = [
+        (of.feature_acts[:, RANK:] != 0).float().mean(dim=0) for of in (*steps, output)
+    ]
+    metrics: dict[str, Any] = {
+        name: float(value() if callable(value) else value)
+        for name, value in output.metrics.items()
+    }
+    share = 1 - (x - s).var(dim=0).sum() / x.var(dim=0).sum()
+    assert metrics["scaffold_explained_variance"] == pytest.approx(
+        float(share), abs=1e-5
+    )
+    pca = torch.linalg.eigh(torch.cov(x.double().T)).eigenvectors[:, -RANK:].T
+    assert metrics["scaffold_pca_overlap"] == pytest.approx(overlap(B, pca), abs=1e-4)
+    variances = torch.linalg.eigvalsh(torch.cov(s.double().T))[-RANK:]
+    shares = variances / variances.sum()
+    rank = float((-(shares * shares.log()).sum()).exp())
+    assert metrics["scaffold_effective_rank"] == pytest.approx(rank, rel=1e-3)
+    frequency = torch.stack(fired).mean(
+        dim=0
+    )  # a plain mean, as the window is not full
+    assert metrics["dense_latents"] == float((frequency > 0.1).sum())
+    logged = trainer.build_train_step_log_dict(output, n_training_samples=1)
+    assert logged["metrics/scaffold_pca_overlap"] == pytest.approx(
+        metrics["scaffold_pca_overlap"]
+    )
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"live_metrics": {}}, {"schedule": {}}],
+    ids=["none", "live_metrics", "idle schedule"],
+)
+def test_what_only_watches_changes_nothing(chosen: dict[str, Any]) -> None:
+    plain = train(scaffold_sae(), steps=10)
+    watched = train(scaffold_sae(scaffold_plugins=chosen), steps=10)
+    for name, weights in plain.state_dict().items():
+        assert torch.equal(weights, watched.state_dict()[name]), name
+
+
+def test_all_of_them_at_once_with_rank_0() -> None:
+    chosen = {
+        "live_metrics": {},
+        "schedule": {"frozen_from": 1},
+        "orthonormal_decoder": {},
+        "decorrelation": {"coefficient": 1.0},
+    }
+    sae = scaffold_sae(scaffold_rank=0, scaffold_plugins=chosen)
+    train(sae, steps=3)
+    assert all(weights.isfinite().all() for weights in sae.state_dict().values())
+
+
+# ---- a plugin of somebody else's
+
+ROOT = Path(__file__).parents[1]
+
+
+def code_blocks(page: Path) -> dict[str, str]:
+    """The files that a page shows: blocks whose first line is a comment with a path."""
+    blocks = page.read_text(encoding="utf-8").split("```")[1::2]
+    named = (block.partition("\n")[2].partition("\n") for block in blocks)
+    return {
+        first.removeprefix("# "): rest
+        for first, _, rest in named
+        if first.startswith("# ") and "." in first
+    }
+
+
+def test_the_package_of_the_documentation_works_in_a_fresh_environment(
+    tmp_path: Path,
+) -> None:
+    files = code_blocks(ROOT / "docs" / "plugins.md")
+    package = [files["pyproject.toml"], files["shrink_scaffold.py"]]
+    lines = [line for file in package for line in file.splitlines() if line.strip()]
+    assert len(lines) < 30
+    source = tmp_path / "package"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(package[0])
+    (source / "shrink_scaffold.py").write_text(package[1])
+
+    venv.create(tmp_path / "env", with_pip=True)
+    python = next((tmp_path / "env").glob("[bS]*/python*"))
+    # It has this package and those it needs as they are here; the plugin is its own.
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    site = next((tmp_path / "env").rglob("site-packages"))
+    (site / "here.pth").write_text("\n".join([*here, str(ROOT / "src")]))
+    install = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    subprocess.run([*install, "--no-build-isolation", source], check=True)
+
+    (tmp_path / "run.py").write_text(files["run.py"])
+    done = subprocess.run(
+        [python, "run.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "scaffold_size" in done.stderr  # in SAELens's progress bar
+
+
+def test_broken_plugin_is_named_and_breaks_nothing_else(tmp_path: Path) -> None:
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n"
+    )
+    (info / "entry_points.txt").write_text("[saelens_scaffold]\nbad = broken:Bad\n")
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no luck')\n")
+    source = """
+import sys; sys.path.insert(0, sys.argv[1])
+import sae_lens, saelens_scaffold
+from saelens_scaffold import ScaffoldBatchTopKTrainingSAEConfig as Config, plugins
+assert "broken" not in sys.modules
+Config(d_in=8, d_sae=16, k=2, scaffold_rank=2)
+assert "bad" in plugins.available_plugins()
+try:
+    Config(d_in=8, d_sae=16, k=2, scaffold_rank=2, scaffold_plugins={"bad": {}})
+except ValueError as error:
+    print(error)
+print(plugins.evaluation_plugins().get_plugins())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = "'bad' (broken:Bad) cannot be imported: RuntimeError: no luck"
+    assert expected in done.stdout
+    assert "set()" in done.stdout
+    assert expected in done.stderr  # a warning where all plugins are asked
+
+
+def test_plugin_offers_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sae_bench")
+    from saelens_scaffold.evals import registry
+
+    own = registry.Evaluation("own_eval", "own_package", "whole", ())
+
+    class Own:
+        @hookimpl
+        def evaluations(self) -> list[Any]:
+            return [own]
+
+    def install(plugin: Callable[[], Any]) -> None:
+        monkeypatch.setattr(plugins, "available_plugins", lambda: {"own": None})
+        monkeypatch.setattr(plugins, "load_plugin", lambda _: plugin)
+
+    install(Own)
+    assert registry.evaluations_named("own_eval,core")[0] is own
+    monkeypatch.setitem(registry.EVALUATIONS, "own_eval", own)
+    with pytest.raises(ValueError, match="offers an evaluation 'own_eval'"):
+        registry.evaluations_named("core")
+
+
+def test_chosen_on_saelenss_command_line() -> None:
+    from sae_lens.llm_sae_training_runner import _parse_cfg_args
+
+    cfg = _parse_cfg_args(
+        [
+            "--architecture=scaffold_batchtopk",
+            "--d_in=16",
+            "--d_sae=64",
+            "--k=4",
+            "--scaffold_rank=3",
+            "--scaffold_plugins",
+            '{"live_metrics": {"window": 7}, "orthonormal_decoder": {}}',
+        ]
+    )
+    assert cfg.sae.scaffold_plugins == {  # type: ignore[attr-defined]
+        "live_metrics": {"window": 7},
+        "orthonormal_decoder": {},
+    }

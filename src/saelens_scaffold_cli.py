@@ -38,6 +38,20 @@ example: evaluate an SAE with SAELens's own evaluator
   saelens-scaffold run -m sae_lens.evals --help
 """
 
+_RANK = """\
+Read a language model's activations and suggest a scaffold's rank, with reasons: the PCA
+spectrum's knee, its participation ratio, parallel analysis (Horn 1965), and the dense
+latents that a plain SAE already has. Prints a table, and draws the spectrum.
+"""
+_RANK_EPILOG = """\
+example, offline:
+  saelens-scaffold rank --model py-neox --hook_name blocks.2.hook_resid_post \\
+      --dataset python-stdlib
+and after `saelens-scaffold demo`, with the dense latents of a plain SAE:
+  saelens-scaffold rank --dataset python-stdlib \\
+      --sae_path demo-output/saes/language_model/seed-0/BatchTopK
+"""
+
 _DEMO = """\
 Train scaffold SAEs and their plain twins on planted data and on the embedded language
 model, offline, and compare them in one table and one picture.
@@ -120,15 +134,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, demo_parser = _build_parsers()
     if argv[:1] == ["eval"]:
         options = parser.parse_args(argv)
-        if find_spec("sae_bench") is None:
-            parser.exit(
-                2,
-                "saelens-scaffold eval: error: SAEBench is not installed; "
-                'pip install "saelens-scaffold[bench]"\n',
-            )
+        _need_sae_bench(parser, "eval")
         from saelens_scaffold.evals import command
 
         return command.run(options)
+    if argv[:1] == ["rank"]:
+        options = parser.parse_args(argv)
+        _need_sae_bench(parser, "rank")
+        from saelens_scaffold.rank import command as rank_command
+
+        return rank_command.run(options)
     if argv[:1] == ["demo"]:
         from saelens_scaffold import demo
 
@@ -141,6 +156,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("write `run -m MODULE`, in two words and before everything else")
     parser.parse_args(argv or ["--help"])
     return 0
+
+
+def _need_sae_bench(parser: argparse.ArgumentParser, command: str) -> None:
+    if find_spec("sae_bench") is None:
+        parser.exit(
+            2,
+            f"saelens-scaffold {command}: error: SAEBench is not installed; "
+            'pip install "saelens-scaffold[bench]"\n',
+        )
 
 
 def _build_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -178,6 +202,15 @@ def _build_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
                     for whose, names in EVALUATIONS.items()
                 )
             ),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_rank_arguments(
+        commands.add_parser(
+            "rank",
+            help="suggest a scaffold's rank, from activations",
+            description=_RANK,
+            epilog=_RANK_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
@@ -250,6 +283,55 @@ def add_evaluation_arguments(
     run.add_argument(
         "--device",
         help="device to compute on (default: a GPU where there is one)",
+    )
+
+
+def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        "--model_name",
+        dest="model_name",
+        metavar="MODEL",
+        help="language model: a name of TransformerLens, the directory of a local model, "
+        "or py-neox (default: what the SAE was trained on)",
+    )
+    parser.add_argument(
+        "--hook_name",
+        metavar="HOOK",
+        help="hook point, as blocks.12.hook_resid_post (default: that of the SAE)",
+    )
+    parser.add_argument(
+        "--sae_path",
+        metavar="DIR",
+        help="a plain SAE that was trained there, whose dense latents count",
+    )
+    parser.add_argument(
+        "--dataset",
+        default="Skylion007/openwebtext",
+        help="text: a dataset on the Hub, a local file or directory, or python-stdlib "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dataset_split",
+        metavar="SPLIT",
+        help="its split (default: test of python-stdlib, else train)",
+    )
+    parser.add_argument("--text_column", default="text", metavar="COLUMN")
+    parser.add_argument("--n_tokens", type=int, default=100_000, metavar="N")
+    parser.add_argument("--context_size", type=int, metavar="N")
+    parser.add_argument("--llm_batch_size", type=int, default=32, metavar="N")
+    parser.add_argument(
+        "--llm_dtype",
+        default="float32",
+        choices=["float32", "float64", "float16", "bfloat16"],
+        help="dtype of the language model and of the SAE",
+    )
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument(
+        "--out",
+        default="rank-output",
+        metavar="DIR",
+        help="folder for rank.json and rank.png (default: %(default)s)",
     )
 
 

@@ -242,6 +242,8 @@ def common_setting(saes: Sequence[SelectedSAE], field: str, default: int | bool)
     Raises:
         ValueError: They do not agree.
     """
+    if not saes:
+        return default
     values = {sae.label: getattr(sae.sae.cfg.metadata, field) for sae in saes}
     values = {k: default if v is None else v for k, v in values.items()}
     if len(set(values.values())) > 1:

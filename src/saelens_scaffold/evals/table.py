@@ -51,10 +51,11 @@ def results_table(saes: Sequence[SelectedSAE], outcomes: Sequence[Outcome]) -> s
             columns.append(_column(outcome, metric))
     for sae in saes:
         table.add_row(escape(sae.label), *(cell(sae) for cell in columns))
-    return _markdown(table)
+    return markdown(table)
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
+    """A table as lines of Markdown, each as wide as it needs."""
     # as wide as the table, also where the output goes into a file
     console = Console(width=10_000, highlight=False)
     with console.capture() as capture:

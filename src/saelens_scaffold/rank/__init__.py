@@ -1,0 +1,1 @@
+"""`saelens-scaffold rank`: which rank a scaffold might have, and why."""

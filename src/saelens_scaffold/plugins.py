@@ -163,12 +163,8 @@ def plugins_of(sae: "ScaffoldBatchTopKTrainingSAE") -> pluggy.PluginManager:
     """
     if sae not in _PLUGINS:
         _PLUGINS[sae] = make_plugins(sae.cfg.scaffold_plugins)
+        sae.has_plugins = True
     return _PLUGINS[sae]
-
-
-def has_plugins(sae: "ScaffoldBatchTopKTrainingSAE") -> bool:
-    """Whether an SAE has any, cheaply."""
-    return bool(sae.cfg.scaffold_plugins) or sae in _PLUGINS
 
 
 # ---- where the architecture calls them

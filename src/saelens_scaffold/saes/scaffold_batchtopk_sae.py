@@ -174,6 +174,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         # again, since runners may change a config after it was made
         cfg.validate()
         super().__init__(cfg, use_error_term)
+        # a plain attribute, which costs a step nothing and does not stop torch.compile
+        self.has_plugins = bool(cfg.scaffold_plugins)
         self._awaits_start = cfg.scaffold_rank > 0 and (
             cfg.scaffold_init == "pca" or self._plugins_initialize()
         )
@@ -231,14 +233,13 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if self._awaits_start:
             self.initialize_scaffold(step_input.sae_in)
-        has_plugins = plugins.has_plugins(self)
-        if has_plugins:
+        if self.has_plugins:
             plugins.before_forward(self, step_input)
         output = super().training_forward_pass(self._for_sparse_latents(step_input))
         sparse_acts = output.feature_acts[..., self.cfg.scaffold_rank :].detach()
         # evaluated only where the trainer logs
         output.metrics["l0_sparse"] = lambda: sparse_acts.bool().float().sum(-1).mean()
-        if has_plugins:
+        if self.has_plugins:
             plugins.after_forward(self, step_input, output)
         return output
 
@@ -283,7 +284,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             ValueError: If no token of the batch is finite, or a plugin's start has not
                 the scaffold's shape.
         """
-        start = plugins.start_of(self, sae_in) if plugins.has_plugins(self) else None
+        start = plugins.start_of(self, sae_in) if self.has_plugins else None
         if start is None and self.cfg.scaffold_init == "pca":
             start = self._principal_start(sae_in)
         if start is not None:
@@ -341,7 +342,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     def process_state_dict_for_saving_inference(
         self, state_dict: dict[str, Any]
     ) -> None:
-        if plugins.has_plugins(self):
+        if self.has_plugins:
             plugins.before_saving_inference(self, state_dict)
         super().process_state_dict_for_saving_inference(state_dict)
         del state_dict["scaffold_is_initialized"]

@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens import (
+    LoggingConfig,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 
 from helpers import (
@@ -25,6 +30,7 @@ from helpers import (
     trainer_for,
 )
 from saelens_scaffold import plugins
+from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
 from saelens_scaffold.hookspecs import ScaffoldStart, hookimpl
 
 
@@ -111,6 +117,49 @@ def test_hooks_fire_in_a_loop_of_ones_own() -> None:
     assert recorder.calls == ["initialize", *STEP * 2, "ended", "saving"]
     # another SAE's optimizer never stepped
     assert "before_step" not in of_other.calls
+
+
+def test_hooks_fire_in_saelenss_runner_of_many_saes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each SAE has a plugin of its own, which hears of its own steps only."""
+    made: list[Recorder] = []
+
+    def make() -> Recorder:
+        made.append(Recorder())
+        return made[-1]
+
+    monkeypatch.setattr(plugins, "load_plugin", lambda _: make)
+    kwargs: dict[str, Any] = {
+        "d_in": 256,
+        "d_sae": 64,
+        "scaffold_plugins": {"recorder": {}},
+    }
+    runner = MultiSAETrainingRunner(
+        MultiSAETrainingRunnerConfig(
+            saes={
+                "a": scaffold_config(**kwargs),
+                "b": scaffold_config("scaffold_matryoshka", **kwargs),
+            },
+            model_name="py-neox",
+            hook_names="blocks.0.hook_resid_post",
+            checkpoint_path=None,
+            output_path=None,
+            logger=LoggingConfig(log_to_wandb=False),
+            streaming=False,
+            context_size=64,
+            n_batches_in_buffer=4,
+            store_batch_size_prompts=8,
+            training_tokens=3 * 256,
+            train_batch_size_tokens=256,
+        ),
+        override_dataset=load_stdlib_text("test"),
+        override_model=load_embedded_model(),
+    )
+    runner.run()
+    # configurations are checked by making plugins, too; those are never called
+    called = [recorder.calls for recorder in made if recorder.calls]
+    assert called == [["initialize", *STEP * 3]] * 2
 
 
 def test_losses_and_metrics_reach_saelenss_log() -> None:

@@ -31,6 +31,7 @@ from saelens_scaffold.evals.dense_latents import (
     DenseLatentsEvalOutput,
 )
 from saelens_scaffold.evals.dense_latents.main import run_eval
+from saelens_scaffold.evals.text_data import TokenStream
 
 CONTEXT = 64
 
@@ -268,6 +269,47 @@ def test_reduction_against_a_baseline(tmp_path: Path) -> None:
         float(reductions[1:].quantile(0.025))
     )
     assert results["base"]["eval_result_metrics"]["dense_latents"]["reduction"] is None
+
+
+def test_baseline_of_a_release_is_found_where_sae_bench_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens import SAE
+
+    loaded = {"layer_0": eval_sae(), "layer_1": eval_sae(rank=4, seed=1)}
+
+    def from_hub(
+        release: str, sae_id: str, **_: Any
+    ) -> tuple[Any, dict[str, Any], None]:
+        return copy.deepcopy(loaded[sae_id]), {}, None
+
+    monkeypatch.setattr(SAE, "from_pretrained_with_cfg_and_sparsity", from_hub)
+    pairs = [("release", sae_id) for sae_id in loaded]
+    cfg = config(baseline="release/layer_0")
+    run_eval(cfg, pairs[:1], "cpu", str(tmp_path))
+    results = run_eval(cfg, pairs, "cpu", str(tmp_path))
+    metrics = results["release_layer_1"]["eval_result_metrics"]["dense_latents"]
+    assert metrics["reduction"] is not None
+
+
+def test_batches_end_where_they_should_and_go_on_there(tmp_path: Path) -> None:
+    """Two calls on one stream see every sequence once, whatever the batch size."""
+    model = load_embedded_model()
+
+    def seen(batch_size: int) -> torch.Tensor:
+        stream = TokenStream(
+            config(llm_batch_size=batch_size, context_size=16, prepend_bos=True),
+            model,
+            [],
+        )
+        parts = [t for n in (500, 300) for t, _ in stream.batches(n, "test")]
+        return torch.cat(parts)
+
+    # one sequence at a time, with no call nested into another for each batch
+    reference = seen(1)
+    assert torch.equal(seen(7), reference)
+    assert torch.equal(seen(1000), reference)
+    assert len(reference.unique(dim=0)) > 50
 
 
 def test_result_is_written_once_and_guarded(tmp_path: Path) -> None:

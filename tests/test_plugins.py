@@ -379,9 +379,14 @@ def test_decorrelation() -> None:
     assert torch.allclose(output.losses["scaffold_decorrelation"], expected, rtol=1e-4)
 
 
-def test_live_metrics() -> None:
+def test_live_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     sae = scaffold_sae(scaffold_plugins={"live_metrics": {"window": 4}})
     trainer, data = trainer_for(sae, 20, batches()), batches()
+    # as with W&B; else there is nobody to compute them for
+    assert "dense_latents" not in trainer.step(next(batches())).metrics
+    sae = scaffold_sae(scaffold_plugins={"live_metrics": {"window": 4}})
+    trainer = trainer_for(sae, 20, batches())
+    monkeypatch.setattr(trainer, "_is_logging_step", lambda: True)
     steps = [trainer.step(next(data)) for _ in range(3)]
     x = next(data)
     with torch.no_grad():

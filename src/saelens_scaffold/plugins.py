@@ -159,7 +159,8 @@ def plugins_of(sae: "ScaffoldBatchTopKTrainingSAE") -> pluggy.PluginManager:
     The plugin manager of an SAE, with the plugins that its configuration chooses.
 
     More can be registered there while the SAE lives, as in a notebook; what is to be in
-    its checkpoints belongs into the configuration.
+    its checkpoints, or to start a scaffold whose scaffold_init is not "pca", belongs into
+    the configuration.
     """
     if sae not in _PLUGINS:
         _PLUGINS[sae] = make_plugins(sae.cfg.scaffold_plugins)

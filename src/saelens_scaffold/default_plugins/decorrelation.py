@@ -13,8 +13,8 @@ class Decorrelation:
     write, as the loss "scaffold_decorrelation".
 
     With the centred parts of the reconstruction S (scaffold) and D (dictionary) over a
-    batch, both of shape (n_tokens, d_in), it is the squared RV coefficient's numerator
-    over what bounds it, ‖SᵀD‖² / (‖SᵀS‖ ‖DᵀD‖), from 0 to 1 (Robert and Escoufier, 1976).
+    batch, both of shape (n_tokens, d_in), it is their RV coefficient (Robert and
+    Escoufier, 1976), ‖SᵀD‖² / (‖SᵀS‖ ‖DᵀD‖) with Frobenius norms, from 0 to 1.
 
     Args:
         coefficient: Weight of the loss. The mean squared error it is added to is a sum

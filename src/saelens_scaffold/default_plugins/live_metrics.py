@@ -1,7 +1,5 @@
 """What a scaffold does, as it is trained."""
 
-from collections.abc import Callable
-
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
@@ -44,22 +42,23 @@ class LiveMetrics:
         sae: ScaffoldBatchTopKTrainingSAE,
         step_input: TrainStepInput,
         output: TrainStepOutput,
-    ) -> dict[str, Callable[[], float]]:
+    ) -> dict[str, float]:
         rank = sae.cfg.scaffold_rank
         self._count(output.feature_acts.detach().flatten(0, -2)[:, rank:])
-        if rank == 0:
-            return {"dense_latents": self._dense_latents}
-        # The scaffold of this step: when metrics are asked for, the weights have changed.
-        with torch.no_grad():
-            s = sae.scaffold(step_input.sae_in).flatten(0, -2).float()
-            basis = orthonormal_basis(sae.W_dec[:rank].cpu())
-        x = step_input.sae_in.detach().flatten(0, -2).float()
-        return {
-            "scaffold_explained_variance": lambda: _explained_variance(x, s),
-            "scaffold_pca_overlap": lambda: _pca_overlap(x, basis),
-            "scaffold_effective_rank": lambda: _effective_rank(s, basis),
-            "dense_latents": self._dense_latents,
-        }
+        if not step_input.is_logging_step:
+            return {}
+        metrics = {"dense_latents": self._dense_latents()}
+        if rank > 0:
+            with torch.no_grad():
+                s = sae.scaffold(step_input.sae_in).flatten(0, -2).float()
+                basis = orthonormal_basis(sae.W_dec[:rank].cpu())
+            x = step_input.sae_in.detach().flatten(0, -2).float()
+            metrics |= {
+                "scaffold_explained_variance": _explained_variance(x, s),
+                "scaffold_pca_overlap": _pca_overlap(x, basis),
+                "scaffold_effective_rank": _effective_rank(s, basis),
+            }
+        return metrics
 
     def _count(self, sparse_acts: torch.Tensor) -> None:
         frequencies = (sparse_acts != 0).float().mean(dim=0)

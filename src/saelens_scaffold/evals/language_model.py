@@ -152,6 +152,43 @@ class HookedModel:
         )
 
 
+class HookedBatch:
+    """
+    A batch, run once up to the hook point, and on from there at will.
+
+    Args:
+        hooked: The language model at the hook point.
+        tokens: Shape (batch, seq).
+        counts: Mask of the tokens whose activations may be changed, shape (batch, seq).
+
+    Attributes:
+        full: Activations of all tokens, shape (batch, seq, d_in).
+        x: Those that count, shape (n_tokens, d_in).
+
+    Raises:
+        ValueError: Activations that count are NaN or infinite.
+    """
+
+    def __init__(self, hooked: HookedModel, tokens: torch.Tensor, counts: torch.Tensor):
+        self._hooked = hooked
+        self._counts = counts
+        self.full, self._start = hooked.below(tokens)
+        self.x = self.full[counts]
+        check_finite(self.x, hooked.hook_name)
+
+    def full_with(self, x: torch.Tensor) -> torch.Tensor:
+        """`full`, with other activations of the tokens that count."""
+        full = self.full.clone()
+        full[self._counts] = x.to(full.dtype)
+        return full
+
+    def above(
+        self, full: torch.Tensor, stop_at_layer: int | None = None
+    ) -> torch.Tensor:
+        """As `HookedModel.above`, from these activations."""
+        return self._hooked.above(self._start, full, stop_at_layer)
+
+
 @torch.no_grad()
 def activations_at(
     model: HookedTransformer, tokens: torch.Tensor, hook_names: Sequence[str]

@@ -11,6 +11,7 @@ from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
@@ -18,7 +19,6 @@ from unittest.mock import patch
 import torch
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 from pydantic.dataclasses import dataclass
-from sae_bench.evals.base_eval_output import BaseEvalConfig
 from sae_bench.sae_bench_utils import general_utils
 from tqdm import tqdm
 from transformer_lens import HookedTransformer
@@ -36,6 +36,7 @@ from saelens_scaffold.evals.language_model import (
     known_model_name,
     load_language_model,
 )
+from saelens_scaffold.evals.model_config import ModelConfig
 from saelens_scaffold.evals.run import SPEED_ONLY, Result, run_evaluation
 from saelens_scaffold.evals.selected_saes import SelectedSAE, SelectedSAEs
 
@@ -51,18 +52,13 @@ DATASETS_DESCRIPTION = (
 
 
 @dataclass
-class OverSeedsEvalConfig(BaseEvalConfig):
+class OverSeedsEvalConfig(ModelConfig):
     """What is added to a configuration of SAEBench: seeds, and text of the user's own."""
 
     random_seeds: list[int] = Field(
         default_factory=lambda: [_DEFAULT_SEED],
         title="Random Seeds",
         description="SAEBench's evaluation is run once with each of these seeds: of the rows drawn from the dataset, and of the probes. random_seed is the first of them.",
-    )
-    confidence: float = Field(
-        default=0.95,
-        title="Confidence",
-        description="Confidence of the Student-t intervals over seeds.",
     )
     text_column: str = Field(
         default="text",
@@ -92,28 +88,11 @@ class OverSeedsEvalConfig(BaseEvalConfig):
             raise ValueError("must name at least one seed, none twice, none below 0")
         return values
 
-    @field_validator("confidence")
-    @classmethod
-    def ensure_share(cls, value: float) -> float:
-        if not 0 < value < 1:
-            raise ValueError("must lie between 0 and 1, as in 0.95")
-        return value
-
-    @field_validator(
-        "llm_batch_size", "sae_batch_size", "context_length", check_fields=False
-    )
+    @field_validator("sae_batch_size", "context_length", check_fields=False)
     @classmethod
     def ensure_positive(cls, value: int) -> int:
         if value < 1:
             raise ValueError("must be at least 1")
-        return value
-
-    @field_validator("llm_dtype", check_fields=False)
-    @classmethod
-    def ensure_dtype(cls, value: str) -> str:
-        allowed = ("float32", "float64", "float16", "bfloat16")
-        if value not in allowed:
-            raise ValueError(f"must be one of {', '.join(allowed)}")
         return value
 
     @field_validator("max_classes")
@@ -517,5 +496,5 @@ def _mean(values: list[Any]) -> Any:
     if isinstance(first, list):
         return [_mean(list(items)) for items in zip(*values, strict=True)]
     if isinstance(first, (int, float)) and len(values) > 1:
-        return student_interval([float(value) for value in values], 0.95).estimate
+        return fmean(values)
     return first

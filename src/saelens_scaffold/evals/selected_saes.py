@@ -28,6 +28,15 @@ SelectedSAEs = Sequence[tuple[str, Any]]
 """What SAEBench calls `selected_saes`: (release, sae_id) or (name, SAE object) pairs."""
 
 
+CUSTOM_SAE_ID = "custom_sae"
+"""SAEBench's id of every SAE that it is given as an object."""
+
+
+def label_of(release: str, sae_id: str) -> str:
+    """What a table calls an SAE."""
+    return release if sae_id == CUSTOM_SAE_ID else f"{release}/{sae_id}"
+
+
 @dataclass
 class SelectedSAE:
     """
@@ -51,8 +60,7 @@ class SelectedSAE:
     @property
     def label(self) -> str:
         """What a table calls it."""
-        is_object = self.sae_id == "custom_sae"
-        return self.release if is_object else f"{self.release}/{self.sae_id}"
+        return label_of(self.release, self.sae_id)
 
     @property
     def rank(self) -> int:
@@ -187,7 +195,7 @@ def _formatted(
     release: str, sae_or_id: Any, device: str, view: View
 ) -> tuple[str, SAE[Any]]:
     """SAEBench's id of an SAE, and the SAE in the form that is judged."""
-    sae_id, sae = "custom_sae", sae_or_id
+    sae_id, sae = CUSTOM_SAE_ID, sae_or_id
     if isinstance(sae_or_id, str):
         loaded = general_utils.load_and_format_sae(release, sae_or_id, device)
         assert loaded is not None

@@ -142,16 +142,6 @@ def split_names(name: str, subset: str | None = None) -> list[str]:
     return [str(split) for split in loaded] if is_split else []
 
 
-def has_split(name: str, split: str) -> bool:
-    """Whether a local directory, or the embedded text, has a split of that name."""
-    if name != EMBEDDED_DATASET_NAME and not Path(name).is_dir():
-        return False
-    try:
-        return split in split_names(name)
-    except Exception:  # whatever it is, opening the dataset says it better
-        return False
-
-
 def rows_with(
     dataset: AnyDataset, name: str, *columns: str
 ) -> Iterator[tuple[Any, ...]]:
@@ -298,8 +288,9 @@ class TokenStream:
                 counts = ~torch.isin(tokens, self._special)
                 in_batch = counts.sum(dim=1).cumsum(0)
                 needed = int((in_batch < n_tokens - counted).sum()) + 1
-                tokens, counts = tokens[:needed], counts[:needed]
-                self._sequences = chain(batch[needed:], self._sequences)
+                if needed < len(batch):  # the rest is for the next call
+                    tokens, counts = tokens[:needed], counts[:needed]
+                    self._sequences = chain(batch[needed:], self._sequences)
                 if counts.any():
                     yield tokens, counts
                 counted += int(counts.sum())

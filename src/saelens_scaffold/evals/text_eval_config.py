@@ -2,18 +2,14 @@
 
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
-from sae_bench.evals.base_eval_output import BaseEvalConfig
+
+from saelens_scaffold.evals.model_config import LlmConfig
 
 
 @dataclass
-class TextEvalConfig(BaseEvalConfig):
-    """Which language model reads which text, and how sure the numbers shall be."""
+class TextEvalConfig(LlmConfig):
+    """Which text the language model reads, and how often it is resampled."""
 
-    model_name: str = Field(
-        default="",
-        title="Model Name",
-        description="Model of TransformerLens, directory of a local model, or py-neox for the embedded one.",
-    )
     random_seed: int = Field(
         default=42,
         title="Random Seed",
@@ -49,28 +45,13 @@ class TextEvalConfig(BaseEvalConfig):
         title="Number of Tokens",
         description="Tokens to evaluate on. BOS, EOS and padding do not count.",
     )
-    llm_batch_size: int = Field(
-        default=32,
-        title="LLM Batch Size",
-        description="LLM batch size, in sequences.",
-    )
-    llm_dtype: str = Field(
-        default="float32",
-        title="LLM Data Type",
-        description="LLM data type, also that of the SAEs.",
-    )
     n_bootstrap: int = Field(
         default=500,
         title="Bootstrap Replicates",
         description="Replicates of the bootstrap over sequences.",
     )
-    confidence: float = Field(
-        default=0.95,
-        title="Confidence",
-        description="Confidence of the intervals.",
-    )
 
-    @field_validator("n_tokens", "llm_batch_size", "n_bootstrap")
+    @field_validator("n_tokens", "n_bootstrap")
     @classmethod
     def ensure_positive(cls, value: int) -> int:
         if value < 1:
@@ -82,19 +63,4 @@ class TextEvalConfig(BaseEvalConfig):
     def ensure_room_for_a_prediction(cls, value: int | None) -> int | None:
         if value is not None and value < 3:
             raise ValueError("must be at least 3: BOS, a token and one to predict")
-        return value
-
-    @field_validator("confidence")
-    @classmethod
-    def ensure_share(cls, value: float) -> float:
-        if not 0 < value < 1:
-            raise ValueError("must lie between 0 and 1, as in 0.95")
-        return value
-
-    @field_validator("llm_dtype")
-    @classmethod
-    def ensure_dtype(cls, value: str) -> str:
-        allowed = ("float32", "float64", "float16", "bfloat16")
-        if value not in allowed:
-            raise ValueError(f"must be one of {', '.join(allowed)}")
         return value

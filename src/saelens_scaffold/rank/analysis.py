@@ -101,8 +101,7 @@ def analyse_rank(
         moments.update(x)
         shuffled.update(_shuffled(x, generator))
         if firing is not None:
-            one_sequence = torch.zeros(len(x), dtype=torch.long, device=x.device)
-            firing.update(x, one_sequence, torch.ones(1, 1))
+            firing.update_unsampled(x)
     assert moments is not None and shuffled is not None
     variances, directions = moments.principal_directions()
     noise, _ = shuffled.principal_directions()

@@ -79,6 +79,11 @@ class FiringStatistics:
         self.replicate_fired += weights @ counts.view(n_sequences, n_sparse)
         self.squared_errors += (weights @ errors).to(self.squared_errors.dtype)
 
+    def update_unsampled(self, x: torch.Tensor) -> None:
+        """The same where there are no replicates, and sequences do not matter."""
+        one_sequence = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        self.update(x, one_sequence, torch.ones(1, 1))
+
 
 class TextStatistics:
     """

@@ -1,7 +1,6 @@
 """Firing frequencies of the sparse latents, and how many of them are dense."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,8 +36,10 @@ from saelens_scaffold.evals.language_model import (
 )
 from saelens_scaffold.evals.run import Result, run_evaluation
 from saelens_scaffold.evals.selected_saes import (
+    CUSTOM_SAE_ID,
     SelectedSAE,
     SelectedSAEs,
+    label_of,
     subspace_rank,
 )
 from saelens_scaffold.evals.text_data import TokenStream
@@ -80,16 +81,21 @@ def run_eval(
         ValueError: The configuration, an SAE, the model or the text cannot be used, and
             why.
     """
-    names = [
-        release if not isinstance(sae, str) else f"{release}/{sae}"
-        for release, sae in selected_saes
-    ]
-    if config.baseline is not None and config.baseline not in names:
-        raise ValueError(
-            f"baseline is {config.baseline!r}; it must be one of the SAEs in the call: {names}"
-        )
+    baseline_file = None
+    if config.baseline is not None:
+        pairs = [
+            (release, sae if isinstance(sae, str) else CUSTOM_SAE_ID)
+            for release, sae in selected_saes
+        ]
+        labels = [label_of(*pair) for pair in pairs]
+        if config.baseline not in labels:
+            raise ValueError(
+                f"baseline is {config.baseline!r}; it must be one of the SAEs in the call: {labels}"
+            )
+        pair = pairs[labels.index(config.baseline)]
+        baseline_file = Path(general_utils.get_results_filepath(output_path, *pair))
     return run_evaluation(
-        partial(_measure, output_path=output_path),
+        partial(_measure, baseline_file=baseline_file),
         DenseLatentsEvalOutput,
         config,
         selected_saes,
@@ -103,7 +109,7 @@ def _measure(
     config: DenseLatentsEvalConfig,
     saes: list[SelectedSAE],
     device: str,
-    output_path: str | os.PathLike[str],
+    baseline_file: Path | None,
 ) -> Iterator[tuple[SelectedSAE, Result]]:
     model = load_language_model(config.model_name, device, config.llm_dtype)
     groups = {at.hook_name: group for at, group in by_hook_point(model, saes)}
@@ -132,10 +138,10 @@ def _measure(
         for sae in saes
     }
     baseline = None
-    if config.baseline is not None:
+    if config.baseline is not None and baseline_file is not None:
         baseline = counts_of.get(config.baseline)
         if baseline is None:  # its result is there from an earlier call
-            baseline = _stored_dense_counts(config.baseline, output_path)
+            baseline = _stored_dense_counts(baseline_file)
     for sae in saes:
         rank = config.pca_rank or subspace_rank(sae, saes)
         yield (
@@ -254,12 +260,8 @@ def _optional(name: str, value: Interval | None) -> dict[str, Any]:
     }
 
 
-def _stored_dense_counts(
-    name: str, output_path: str | os.PathLike[str]
-) -> torch.Tensor:
+def _stored_dense_counts(file: Path) -> torch.Tensor:
     """What `_dense_counts` was in an earlier call of the same configuration."""
-    release, sae_id = name, "custom_sae"
-    file = Path(general_utils.get_results_filepath(str(output_path), release, sae_id))
     stored = json.loads(file.read_text(encoding="utf-8"))
     return torch.tensor(
         stored["eval_result_unstructured"]["dense_counts_of_replicates"]

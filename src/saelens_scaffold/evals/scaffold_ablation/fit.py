@@ -31,8 +31,7 @@ class SAEFit:
         Args:
             x: Activations of the tokens that count, shape (n_tokens, d_in).
         """
-        one_sequence = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        self._firing.update(x, one_sequence, torch.ones(1, 1))
+        self._firing.update_unsampled(x)
         self._n += len(x)
         if isinstance(self.sae.sae, ScaffoldMixin):
             s = self.sae.sae.scaffold(x)

@@ -8,6 +8,7 @@ import torch
 
 from saelens_scaffold.evals.bootstrap import SequenceBootstrap, interval
 from saelens_scaffold.evals.language_model import (
+    HookedBatch,
     HookedModel,
     by_hook_point,
     check_finite,
@@ -157,26 +158,6 @@ def _fit(
     return ModelFit.of(moments), of
 
 
-class _CleanRun:
-    """One batch, run once with nothing changed, and again from the hook point on."""
-
-    def __init__(self, hooked: HookedModel, tokens: torch.Tensor, counts: torch.Tensor):
-        self._hooked = hooked
-        self._counts = counts
-        self._full, self._below = hooked.below(tokens)
-        self.x = self._full[counts]
-        check_finite(self.x, hooked.hook_name)
-        self.predictions = CleanPredictions(
-            hooked.above(self._below, self._full), tokens, counts
-        )
-
-    def losses_with(self, x: torch.Tensor) -> SequenceLosses:
-        """The losses with other activations of the tokens that count."""
-        full = self._full.clone()
-        full[self._counts] = x.to(full.dtype)
-        return self.predictions.compare(self._hooked.above(self._below, full))
-
-
 @dataclass
 class _Losses:
     """Of the clean run, and of each SAE's interventions by name."""
@@ -205,9 +186,10 @@ def _losses(
     )
     for tokens, counts in stream.batches(config.n_tokens, "Ablating"):
         weights = bootstrap.draw(len(tokens)).double()
-        run = _CleanRun(hooked, tokens, counts)
-        losses.n_predictions += weights @ run.predictions.n_predictions
-        losses.clean.add(weights, run.predictions.losses)
+        run = HookedBatch(hooked, tokens, counts)
+        clean = CleanPredictions(run.above(run.full), tokens, counts)
+        losses.n_predictions += weights @ clean.n_predictions
+        losses.clean.add(weights, clean.losses)
         of_model: dict[tuple[str, int | None], SequenceLosses] = {}
         for sae in group:
             batch = SAEBatch(run.x, sae.sae)
@@ -216,7 +198,10 @@ def _losses(
                 found = of_model.get(key)
                 if found is None:
                     found = SequenceLosses.mean(
-                        [run.losses_with(draw(batch)) for draw in change.changes]
+                        [
+                            clean.compare(run.above(run.full_with(draw(batch))))
+                            for draw in change.changes
+                        ]
                     )
                     if change.of_model:
                         of_model[key] = found

@@ -12,7 +12,11 @@ from transformer_lens import HookedTransformer
 
 from saelens_scaffold.evals.bootstrap import Interval, SequenceBootstrap, interval
 from saelens_scaffold.evals.labelled_data import load_labelled_data
-from saelens_scaffold.evals.language_model import HookedModel, special_token_ids
+from saelens_scaffold.evals.language_model import (
+    HookedBatch,
+    HookedModel,
+    special_token_ids,
+)
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )
@@ -264,18 +268,15 @@ class _TopicRun:
         )
         device = hooked.model.cfg.device
         self.indices = torch.tensor(indices)
-        self._hooked = hooked
         self._counts = (~torch.isin(tokens, special)).to(device)
-        self._full, self._below = hooked.below(tokens.to(device))
-        self.x = self._full[self._counts]
+        self._batch = HookedBatch(hooked, tokens.to(device), self._counts)
+        self._n_layers = hooked.model.cfg.n_layers
+        self.x = self._batch.x
 
     def mean_activations(self, x: torch.Tensor) -> _Features:
         """Of each text, with other activations of the tokens that count."""
-        full = self._full.clone()
-        full[self._counts] = x.to(full.dtype)
-        last = self._hooked.above(
-            self._below, full, stop_at_layer=self._hooked.model.cfg.n_layers
-        )
+        full = self._batch.full_with(x)
+        last = self._batch.above(full, stop_at_layer=self._n_layers)
         n_tokens = self._counts.sum(dim=1, keepdim=True).clamp_min(1)
 
         def mean(acts: torch.Tensor) -> torch.Tensor:

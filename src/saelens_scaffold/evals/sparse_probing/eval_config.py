@@ -2,6 +2,7 @@ from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 from sae_bench.evals.sparse_probing import eval_config as sae_bench_config
 
+from saelens_scaffold.evals.model_config import LlmConfig
 from saelens_scaffold.evals.over_seeds import (
     DATASETS_DESCRIPTION,
     OverSeedsEvalConfig,
@@ -14,7 +15,7 @@ K_VALUES = (1, 2, 5, 10, 20, 50, 100)
 
 @dataclass
 class SparseProbingEvalConfig(
-    OverSeedsEvalConfig, sae_bench_config.SparseProbingEvalConfig
+    OverSeedsEvalConfig, LlmConfig, sae_bench_config.SparseProbingEvalConfig
 ):
     """SAEBench's configuration of sparse probing, with seeds and text of one's own."""
 
@@ -24,21 +25,6 @@ class SparseProbingEvalConfig(
         ),
         title="Dataset Names",
         description=DATASETS_DESCRIPTION,
-    )
-    model_name: str = Field(
-        default="",
-        title="Model Name",
-        description="Model of TransformerLens, directory of a local model, or py-neox for the embedded one.",
-    )
-    llm_batch_size: int = Field(
-        default=32,
-        title="LLM Batch Size",
-        description="LLM batch size, in texts.",
-    )
-    llm_dtype: str = Field(
-        default="float32",
-        title="LLM Data Type",
-        description="LLM data type, also that of the SAEs.",
     )
 
     @field_validator("k_values")

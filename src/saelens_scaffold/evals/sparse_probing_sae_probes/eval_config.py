@@ -26,11 +26,6 @@ class SparseProbingSaeProbesEvalConfig(
         title="Dataset Names",
         description=DATASETS_DESCRIPTION.replace("SAEBench", "sae-probes"),
     )
-    model_name: str = Field(
-        default="",
-        title="Model Name",
-        description="Model of TransformerLens, directory of a local model, or py-neox for the embedded one.",
-    )
     task_size: int = Field(
         default=2000,
         title="Task Size",

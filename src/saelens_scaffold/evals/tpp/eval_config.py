@@ -2,6 +2,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
+from saelens_scaffold.evals.model_config import LlmConfig
 from saelens_scaffold.evals.over_seeds import (
     DATASETS_DESCRIPTION,
     OverSeedsEvalConfig,
@@ -13,7 +14,7 @@ N_VALUES = (2, 5, 10, 20, 50, 100, 500)
 
 
 @dataclass
-class TppEvalConfig(OverSeedsEvalConfig, ScrAndTppEvalConfig):
+class TppEvalConfig(OverSeedsEvalConfig, LlmConfig, ScrAndTppEvalConfig):
     """SAEBench's configuration of TPP, with seeds and text of one's own."""
 
     perform_scr: bool = Field(
@@ -25,21 +26,6 @@ class TppEvalConfig(OverSeedsEvalConfig, ScrAndTppEvalConfig):
         default_factory=lambda: ScrAndTppEvalConfig().dataset_names,
         title="Dataset Names",
         description=DATASETS_DESCRIPTION,
-    )
-    model_name: str = Field(
-        default="",
-        title="Model Name",
-        description="Model of TransformerLens, directory of a local model, or py-neox for the embedded one.",
-    )
-    llm_batch_size: int = Field(
-        default=32,
-        title="LLM Batch Size",
-        description="LLM batch size, in texts.",
-    )
-    llm_dtype: str = Field(
-        default="float32",
-        title="LLM Data Type",
-        description="LLM data type, also that of the SAEs.",
     )
 
     @field_validator("n_values")

@@ -23,6 +23,8 @@ examples:
         --output_path ./my-sae
   evaluate SAEs with evaluations of this package and of SAEBench, in one table
     saelens-scaffold eval core,dense_latents --sae_path ./my-sae --dataset python-stdlib
+  compare SAEs at matched sparsity over several seeds, in a table and a page
+    saelens-scaffold compare experiment.yaml
   run any other command line with scaffold SAEs
     saelens-scaffold run -m sae_bench.evals.core.main --help
 """
@@ -50,6 +52,34 @@ example, offline:
 and after `saelens-scaffold demo`, with the dense latents of a plain SAE:
   saelens-scaffold rank --dataset python-stdlib \\
       --sae_path demo-output/saes/language_model/seed-0/BatchTopK
+"""
+
+_COMPARE = """\
+Train SAEs that differ in what a configuration names (architecture, k, rank, seed, ...) on
+the same activations, evaluate them, and compare each with its baseline at matched sparsity,
+with intervals over seeds. Prints the comparisons, and writes results.json, results.csv and
+a page to look at, report.html. What is finished is kept: repeat the command to go on after
+an interruption.
+"""
+_COMPARE_EPILOG = """\
+example, offline; then see what the paper's experiment needs on a GPU with 80 GB:
+  saelens-scaffold compare benchmarks/paper/py-neox.yaml
+  saelens-scaffold compare benchmarks/paper/gemma-2-2b-layer-12.yaml --plan --memory_gb 80
+
+a configuration:
+  model_name: py-neox
+  hook_name: blocks.2.hook_resid_post
+  dataset_path: python-stdlib
+  sae: {d_in: 256, d_sae: 2048}
+  grid:
+    architecture: [batchtopk, scaffold_batchtopk]
+    k: [4, 12]
+    scaffold_rank: [8]
+    seed: [0, 1, 2]
+  training: {training_tokens: 400000, context_size: 256, lr: 1.0e-3}
+  evaluations:
+    dense_latents: {n_tokens: 100000}
+  evaluation_data: {dataset: python-stdlib}
 """
 
 _DEMO = """\
@@ -144,6 +174,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from saelens_scaffold.rank import command as rank_command
 
         return rank_command.run(options)
+    if argv[:1] == ["compare"]:
+        options = parser.parse_args(argv)
+        _need_sae_bench(parser, "compare")
+        from saelens_scaffold.compare import command as compare_command
+
+        return compare_command.run(options)
     if argv[:1] == ["demo"]:
         from saelens_scaffold import demo
 
@@ -156,6 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("write `run -m MODULE`, in two words and before everything else")
     parser.parse_args(argv or ["--help"])
     return 0
+
+
+def parse_eval(argv: Sequence[str]) -> argparse.Namespace:
+    """What `saelens-scaffold eval` makes of a command line, without running it."""
+    return _build_parsers()[0].parse_args(["eval", *argv])
 
 
 def _need_sae_bench(parser: argparse.ArgumentParser, command: str) -> None:
@@ -211,6 +252,15 @@ def _build_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
             help="suggest a scaffold's rank, from activations",
             description=_RANK,
             epilog=_RANK_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_compare_arguments(
+        commands.add_parser(
+            "compare",
+            help="train and evaluate SAEs, and compare them at matched sparsity",
+            description=_COMPARE,
+            epilog=_COMPARE_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
@@ -333,6 +383,33 @@ def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for rank.json and rank.png (default: %(default)s)",
     )
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the experiment")
+    parser.add_argument(
+        "--output_path",
+        metavar="DIR",
+        help="folder for everything (default: CONFIG-output)",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="only say what would be trained, and what that needs",
+    )
+    parser.add_argument(
+        "--memory_gb",
+        type=float,
+        metavar="GB",
+        help="memory that training may use, in 10^9 bytes (default: 90 %% of what is free)",
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        metavar="N",
+        help="with --plan: TFLOP/s that the device attains, to estimate the time",
+    )
+    parser.add_argument("--device", help="default: a GPU where there is one")
 
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ import torch
 if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
+    from saelens_scaffold.compare.metrics import ComparisonMetric
     from saelens_scaffold.evals.registry import Evaluation
     from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 
@@ -131,7 +132,7 @@ class ScaffoldSpecs:
 
 
 class EvaluationSpecs:
-    """The hooks of `saelens-scaffold eval`."""
+    """The hooks of `saelens-scaffold eval` and `saelens-scaffold compare`."""
 
     @hookspec
     def evaluations(self) -> "Sequence[Evaluation] | None":
@@ -140,6 +141,14 @@ class EvaluationSpecs:
 
         Called for every installed plugin, chosen or not, since an evaluation changes no
         SAE.
+        """
+
+    @hookspec
+    def comparison_metrics(self) -> "Sequence[ComparisonMetric] | None":
+        """
+        Further metrics, by which `saelens-scaffold compare` then compares SAEs.
+
+        Called for every installed plugin, chosen or not, as `evaluations` is.
         """
 
 

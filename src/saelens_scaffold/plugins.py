@@ -124,7 +124,7 @@ def make_plugins(chosen: Mapping[str, Mapping[str, Any]]) -> pluggy.PluginManage
 
 def evaluation_plugins() -> pluggy.PluginManager:
     """
-    A plugin manager with every installed plugin that offers evaluations.
+    A plugin manager with every installed plugin that offers evaluations or metrics.
 
     One that cannot be imported is left out, and a warning names it.
     """
@@ -135,7 +135,7 @@ def evaluation_plugins() -> pluggy.PluginManager:
         except ValueError as error:
             logger.warning("%s", error)
             continue
-        if hasattr(make, "evaluations"):
+        if hasattr(make, "evaluations") or hasattr(make, "comparison_metrics"):
             manager.register(make(), name=name)
     return manager
 

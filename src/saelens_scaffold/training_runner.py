@@ -1,11 +1,27 @@
-"""SAELens's training runner, with a checkpoint to resume from after an interruption."""
+"""SAELens's training runners, with checkpoints to resume from after an interruption."""
 
+import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from tqdm.auto import tqdm
 from typing_extensions import override
+
+from saelens_scaffold.files import new_file
+
+STREAM_FILENAME = "activation_stream.json"
+"""Where in the activations' stream a checkpoint was made. Written last, so that a
+checkpoint that has it is whole."""
 
 
 class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
@@ -39,3 +55,175 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
 
         trainer.fit = fit_or_save
         return super().run_trainer_with_interruption_handling(trainer)
+
+
+class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
+    """
+    `MultiSAETrainingRunner` whose resumed runs end where unbroken ones do.
+
+    A checkpoint of SAELens holds the SAEs and their optimizers, but neither the shuffled
+    activations that wait in the buffer, which may be gigabytes, nor the random state. So
+    a run that is resumed goes on with other activations than it would have seen.
+
+    Here each checkpoint (`n_checkpoints`) is a fresh start of the buffer, and of the
+    random numbers, in every run, broken or not; what waited in the buffer is dropped. A
+    resumed run skips the text that was read before, without the language model, and from
+    there sees what the unbroken run sees. An interruption saves nothing more: at most
+    the steps since the last checkpoint are repeated. Older checkpoints are removed.
+
+    `cfg.seed` seeds the shuffling. `cfg.prefetch_llm_batches` must be off: what has been
+    fetched ahead of a checkpoint would be lost.
+    """
+
+    _stream: "ActivationStream"
+    _resume_from: str | None = None
+
+    @override
+    def run(self) -> dict[str, TrainingSAE[Any]]:
+        if self.cfg.prefetch_llm_batches:
+            raise ValueError(
+                "prefetch_llm_batches must be False for runs that can be repeated, got "
+                f"{self.cfg.prefetch_llm_batches!r}."
+            )
+        # SAELens would wind its own store forward, to a place that is not the exact one.
+        self._resume_from, self.cfg.resume_from_checkpoint = (
+            self.cfg.resume_from_checkpoint,
+            None,
+        )
+        return super().run()
+
+    @override
+    def _run_with_interruption_handling(
+        self, trainer: MultiSAETrainer
+    ) -> dict[str, TrainingSAE[Any]]:
+        self._stream = ActivationStream(self.activations_store, self.cfg.seed)
+        trainer.data_provider = self._stream
+        trainer._update_pbar = _ProgressOfMany(trainer)
+        if self._resume_from is None:
+            self._stream.begin()
+            self.before_first_step(trainer)
+        else:
+            self._load_checkpoint(trainer, Path(self._resume_from))
+        return trainer.fit()
+
+    def before_first_step(self, trainer: MultiSAETrainer) -> None:
+        """Called once in a training, not again when it is resumed; for subclasses."""
+
+    def _load_checkpoint(self, trainer: MultiSAETrainer, checkpoint: Path) -> None:
+        trainer.load_checkpoint(checkpoint)
+        # SAELens saves within a step, before it is counted, and takes checkpoints for
+        # due again that were made before.
+        steps = trainer.n_training_samples // self.cfg.train_batch_size_tokens
+        for each in (trainer, *trainer.trainers.values()):
+            each.n_training_steps = steps
+        trainer.checkpoint_thresholds = [
+            threshold
+            for threshold in trainer.checkpoint_thresholds
+            if threshold >= trainer.n_training_samples
+        ]
+        state = json.loads((checkpoint / STREAM_FILENAME).read_text())
+        self._stream.begin(**state)
+
+    @override
+    def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
+        if checkpoint_path is None:
+            return
+        super()._save_runner_checkpoint_files(checkpoint_path)
+        state = self._stream.begin_anew()
+        with new_file(checkpoint_path / STREAM_FILENAME) as file:
+            file.write_text(json.dumps(state))
+        for other in checkpoint_path.parent.iterdir():
+            if other != checkpoint_path:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def last_checkpoint(checkpoint_path: Path) -> Path | None:
+    """The last whole checkpoint that a `RepeatableMultiSAETrainingRunner` left, if any."""
+    whole = [file.parent for file in checkpoint_path.glob(f"*/{STREAM_FILENAME}")]
+    return max(whole, key=lambda path: int(path.name), default=None)
+
+
+class ActivationStream(Iterator[dict[str, torch.Tensor]]):
+    """
+    A store's shuffled activations, which can be begun anew at any known place.
+
+    Args:
+        store: The store, made by `from_config_multi_hook`, from which nothing was drawn.
+        seed: Of the shuffling.
+    """
+
+    def __init__(self, store: ActivationsStore, seed: int):
+        self._store = store
+        self._seed = seed
+        self._llm_batches = store._iterate_filtered_multi_hook_activations()
+        self._n_llm_batches = 0
+        self._n_begun = 0
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        return next(self._mixed)
+
+    def begin(self, n_llm_batches: int = 0, n_begun: int = 0) -> None:
+        """
+        Begin at a place that `begin_anew` told.
+
+        Args:
+            n_llm_batches: Batches of the language model to skip. Their text is read and
+                tokenized; the model does not run on it.
+            n_begun: How often the stream was begun before.
+        """
+        if n_llm_batches:
+            # instead of the method, without running the language model
+            self._store.get_multi_hook_activations = lambda _: {}
+            for _ in tqdm(range(n_llm_batches), desc="Skipping the text read before"):
+                next(self._llm_batches)
+            del self._store.get_multi_hook_activations
+        self._n_llm_batches, self._n_begun = n_llm_batches, n_begun
+        self._begin_here()
+
+    def begin_anew(self) -> dict[str, int]:
+        """
+        Drop what waits in the buffer, and begin with the text that comes next.
+
+        Returns:
+            The place, as arguments of `begin`.
+        """
+        self._n_begun += 1
+        self._begin_here()
+        return {"n_llm_batches": self._n_llm_batches, "n_begun": self._n_begun}
+
+    def _begin_here(self) -> None:
+        # far apart, so that runs with neighbouring seeds share no random numbers
+        torch.manual_seed(self._seed + 1_000_003 * self._n_begun)
+        store = self._store
+        assert store._hook_names is not None
+        self._mixed = multi_hook_concat_split_iter(
+            buffer_size=store.n_batches_in_buffer * store.training_context_size,
+            batch_size=store.train_batch_size_tokens,
+            activations_loader=self._counted(),
+            hook_names=list(store._hook_names),
+            mix_fraction=store.activations_mixing_fraction,
+        )
+
+    def _counted(self) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            batch = next(self._llm_batches)
+            self._n_llm_batches += 1
+            yield batch
+
+
+class _ProgressOfMany:
+    """The progress bar of many SAEs: SAELens writes the name and loss of each into it."""
+
+    def __init__(self, trainer: MultiSAETrainer):
+        self._trainer = trainer
+
+    def __call__(
+        self, step_outputs: dict[str, Any], pbar: Any, update_interval: int = 10
+    ) -> None:
+        if pbar.n == 0 and self._trainer.n_training_samples:
+            pbar.set_description(f"Training {len(step_outputs)} SAEs")
+            pbar.initial = pbar.n = self._trainer.n_training_samples
+        if self._trainer.n_training_steps % update_interval == 0:
+            losses = [float(output.loss) for output in step_outputs.values()]
+            pbar.set_postfix(mean_loss=f"{sum(losses) / len(losses):.4g}")
+        pbar.update(self._trainer.n_training_samples - pbar.n)

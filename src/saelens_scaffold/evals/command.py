@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"saelens-scaffold eval: error: {one_line(error)}", file=sys.stderr)
         return 2
     try:
-        outcomes = [_run_job(job, plan.selected_saes) for job in plan.jobs]
+        outcomes = [run_job(job, plan.selected_saes) for job in plan.jobs]
     except KeyboardInterrupt:
         print(
             f"\nsaelens-scaffold eval: interrupted. What is finished is in "
@@ -50,13 +50,12 @@ def run(options: argparse.Namespace) -> int:
     for outcome in failed:
         if options.debug:
             traceback.print_exception(outcome.error, file=sys.stderr)
-        print(
-            f"{outcome.evaluation.name} {FAILED}: {_reason(outcome)}", file=sys.stderr
-        )
+        print(f"{outcome.evaluation.name} {FAILED}: {reason(outcome)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _run_job(job: Job, selected_saes: SelectedSAEs) -> Outcome:
+def run_job(job: Job, selected_saes: SelectedSAEs) -> Outcome:
+    """Run one evaluation; an error is part of its outcome."""
     evaluation = job.evaluation
     print(f"{evaluation.name}: {len(selected_saes)} SAEs", file=sys.stderr)
     try:
@@ -71,7 +70,8 @@ def _run_job(job: Job, selected_saes: SelectedSAEs) -> Outcome:
     return Outcome(evaluation, results, None)
 
 
-def _reason(outcome: Outcome) -> str:
+def reason(outcome: Outcome) -> str:
+    """Why an evaluation failed, in one line."""
     error = outcome.error
     assert error is not None
     # an error with results tells the SAEs and the reason itself

@@ -62,9 +62,15 @@ class Plan:
     jobs: list[Job]
 
 
-def make_plan(options: argparse.Namespace) -> Plan:
+def make_plan(
+    options: argparse.Namespace, selected_saes: SelectedSAEs | None = None
+) -> Plan:
     """
     Find everything that is named, before anything is run.
+
+    Args:
+        options: What the command line's parser made of it.
+        selected_saes: (name, SAE object) pairs instead of those that it names.
 
     Raises:
         ValueError: Something makes no sense.
@@ -72,7 +78,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """
     evaluations = evaluations_named(options.names)
     settings = _parse_settings(options.settings, evaluations)
-    selected_saes = select_saes(options)
+    if selected_saes is None:
+        selected_saes = select_saes(options)
     # in a copy, since an evaluation may ask for another dtype or view
     saes = resolve_saes(copy.deepcopy(selected_saes), "cpu", "float32")
     _check_dataset(options, evaluations)

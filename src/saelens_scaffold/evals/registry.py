@@ -1,6 +1,7 @@
 """Every evaluation that can be run by name: this package's own, and SAEBench's."""
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,33 @@ class Metric(NamedTuple):
         path: Where it is in `eval_result_metrics`, as in "sparsity.l0". `PATH_ci_low` and
             `PATH_ci_high` are the ends of its interval, where it has one.
         digits: How many to show after the point.
+        better: Which direction is the better one, if either is.
     """
 
     title: str
     path: str
     digits: int = 3
+    better: Literal["higher", "lower"] | None = None
+
+    def value(self, result: Mapping[str, Any]) -> float | None:
+        """Its value in an SAE's result; None if there is none."""
+        value: Any = result.get("eval_result_metrics", {})
+        for key in self.path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def interval(self, result: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Its interval: that beside it, or what is said over seeds, if either."""
+        over_seeds = result.get("metrics_over_seeds", {})
+        said = over_seeds.get(self.path.rpartition(".")[2], {})
+        ends = [
+            said.get(end, Metric("", f"{self.path}_{end}").value(result))
+            for end in ("ci_low", "ci_high")
+        ]
+        low, high = ends
+        if low is None or high is None or math.isnan(low) or math.isnan(high):
+            return None
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -177,13 +200,14 @@ EVALUATIONS: dict[str, Evaluation] = {
             "saelens_scaffold.evals.dense_latents",
             "sparse",
             (
-                Metric("dense", "dense_latents.dense_latents", 0),
-                Metric("reduction", "dense_latents.reduction", 2),
+                Metric("dense", "dense_latents.dense_latents", 0, better="lower"),
+                Metric("reduction", "dense_latents.reduction", 2, better="higher"),
                 Metric("l0_sparse", "sparsity.l0_sparse", 1),
                 Metric("l0_total", "sparsity.l0_total", 1),
                 Metric(
                     "whole SAE's expl. var.",
                     "reconstruction_quality.explained_variance",
+                    better="higher",
                 ),
             ),
             data="text",
@@ -217,8 +241,12 @@ EVALUATIONS: dict[str, Evaluation] = {
             "saelens_scaffold.evals.sparse_probing",
             "sparse",
             (
-                Metric("top-1 accuracy", "sae.sae_top_1_test_accuracy"),
-                Metric("top-5 accuracy", "sae.sae_top_5_test_accuracy"),
+                Metric(
+                    "top-1 accuracy", "sae.sae_top_1_test_accuracy", better="higher"
+                ),
+                Metric(
+                    "top-5 accuracy", "sae.sae_top_5_test_accuracy", better="higher"
+                ),
             ),
             data="labelled",
             data_field="dataset_names",
@@ -228,8 +256,8 @@ EVALUATIONS: dict[str, Evaluation] = {
             "saelens_scaffold.evals.sparse_probing_sae_probes",
             "sparse",
             (
-                Metric("top-1 AUC", "sae.sae_top_1_test_auc"),
-                Metric("top-5 AUC", "sae.sae_top_5_test_auc"),
+                Metric("top-1 AUC", "sae.sae_top_1_test_auc", better="higher"),
+                Metric("top-5 AUC", "sae.sae_top_5_test_auc", better="higher"),
             ),
             data="labelled",
             data_field="dataset_names",
@@ -238,7 +266,13 @@ EVALUATIONS: dict[str, Evaluation] = {
             "tpp",
             "saelens_scaffold.evals.tpp",
             "sparse",
-            (Metric("top 10", "tpp_metrics.tpp_threshold_10_total_metric"),),
+            (
+                Metric(
+                    "top 10",
+                    "tpp_metrics.tpp_threshold_10_total_metric",
+                    better="higher",
+                ),
+            ),
             data="labelled",
             data_field="dataset_names",
         ),
@@ -247,8 +281,12 @@ EVALUATIONS: dict[str, Evaluation] = {
             "sae_bench.evals.absorption",
             "sparse",
             (
-                Metric("absorbed", "mean.mean_absorption_fraction_score"),
-                Metric("full absorption", "mean.mean_full_absorption_score"),
+                Metric(
+                    "absorbed", "mean.mean_absorption_fraction_score", better="lower"
+                ),
+                Metric(
+                    "full absorption", "mean.mean_full_absorption_score", better="lower"
+                ),
                 Metric("split features", "mean.mean_num_split_features", 2),
             ),
         ),
@@ -256,7 +294,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "autointerp",
             "sae_bench.evals.autointerp",
             "sparse",
-            (Metric("score", "autointerp.autointerp_score"),),
+            (Metric("score", "autointerp.autointerp_score", better="higher"),),
             data="text",
             data_field="dataset_name",
         ),
@@ -269,10 +307,20 @@ EVALUATIONS: dict[str, Evaluation] = {
                 # SAEBench 0.6.0's `explained_variance` subtracts a squared second moment
                 # where the squared mean belongs.
                 Metric(
-                    "expl. var.", "reconstruction_quality.explained_variance_legacy"
+                    "expl. var.",
+                    "reconstruction_quality.explained_variance_legacy",
+                    better="higher",
                 ),
-                Metric("CE score", "model_performance_preservation.ce_loss_score"),
-                Metric("KL score", "model_behavior_preservation.kl_div_score"),
+                Metric(
+                    "CE score",
+                    "model_performance_preservation.ce_loss_score",
+                    better="higher",
+                ),
+                Metric(
+                    "KL score",
+                    "model_behavior_preservation.kl_div_score",
+                    better="higher",
+                ),
             ),
             data="text",
             # SAEBench's core computes everything whatever it is told. By default it does
@@ -317,7 +365,9 @@ EVALUATIONS: dict[str, Evaluation] = {
             "sae_bench.evals.ravel",
             "whole",
             (
-                Metric("disentanglement", "ravel.disentanglement_score"),
+                Metric(
+                    "disentanglement", "ravel.disentanglement_score", better="higher"
+                ),
                 Metric("cause", "ravel.cause_score"),
                 Metric("isolation", "ravel.isolation_score"),
             ),
@@ -328,8 +378,12 @@ EVALUATIONS: dict[str, Evaluation] = {
             "sae_bench.evals.scr_and_tpp",
             "sparse",
             (
-                Metric("top 10", "scr_metrics.scr_metric_threshold_10"),
-                Metric("top 20", "scr_metrics.scr_metric_threshold_20"),
+                Metric(
+                    "top 10", "scr_metrics.scr_metric_threshold_10", better="higher"
+                ),
+                Metric(
+                    "top 20", "scr_metrics.scr_metric_threshold_20", better="higher"
+                ),
             ),
             defaults={"perform_scr": True},
         ),
@@ -337,7 +391,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "unlearning",
             "sae_bench.evals.unlearning",
             "whole",
-            (Metric("score", "unlearning.unlearning_score"),),
+            (Metric("score", "unlearning.unlearning_score", better="higher"),),
             batch_divisor=8,
         ),
     )

@@ -186,7 +186,7 @@ def weights_sha256(sae: SAE[Any]) -> str:
     digest = sha256()
     for name, weights in sorted(sae.state_dict().items()):
         digest.update(f"{name}{tuple(weights.shape)}{weights.dtype}".encode())
-        weights = weights.detach().cpu().contiguous().view(torch.uint8)
+        weights = weights.detach().cpu().flatten().contiguous().view(torch.uint8)
         digest.update(weights.numpy().data)
     return digest.hexdigest()
 

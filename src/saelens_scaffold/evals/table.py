@@ -1,6 +1,5 @@
 """The table of `saelens-scaffold eval`, in Markdown."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ def results_table(saes: Sequence[SelectedSAE], outcomes: Sequence[Outcome]) -> s
             for metric in outcome.evaluation.metrics
             # that no SAE has a value for it is nothing to show, but a failure is
             if not outcome.results
-            or any(_value(r, metric.path) is not None for r in outcome.results.values())
+            or any(metric.value(r) is not None for r in outcome.results.values())
         ]
         for i, metric in enumerate(metrics or [Metric("done", "")]):
             # the name stands before the first of its columns, which makes many narrower
@@ -75,28 +74,14 @@ def _column(outcome: Outcome, metric: Metric) -> Callable[[SelectedSAE], str]:
 
 
 def _cell(result: dict[str, Any], metric: Metric) -> str:
-    value = _value(result, metric.path)
+    value = metric.value(result)
     if value is None:
         return "-"
     shown = f"{value:.{metric.digits}f}"
-    ends = [_end(result, metric.path, end) for end in ("ci_low", "ci_high")]
-    known = [end for end in ends if end is not None and not math.isnan(end)]
-    if len(known) < len(ends):
+    ends = metric.interval(result)
+    if ends is None:
         return shown
-    return f"{shown} [{', '.join(f'{end:.{metric.digits}f}' for end in known)}]"
-
-
-def _end(result: dict[str, Any], path: str, end: str) -> float | None:
-    """An end of a metric's interval: beside it, or with what is said over seeds."""
-    over_seeds = result.get("metrics_over_seeds", {}).get(path.rpartition(".")[2], {})
-    return over_seeds.get(end, _value(result, f"{path}_{end}"))
-
-
-def _value(result: dict[str, Any], path: str) -> float | None:
-    value: Any = result.get("eval_result_metrics", {})
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+    return f"{shown} [{', '.join(f'{end:.{metric.digits}f}' for end in ends)}]"
 
 
 def judged_views(outcomes: Sequence[Outcome]) -> list[str]:

@@ -1,0 +1,69 @@
+"""The command `saelens-scaffold compare`."""
+
+import argparse
+import signal
+import sys
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from saelens_scaffold.compare.config import ConfigChanged, read_config
+from saelens_scaffold.compare.experiment import (
+    EvaluationsFailed,
+    compare,
+    make_plan,
+)
+from saelens_scaffold.compare.table import comparison_text, plan_text
+from saelens_scaffold.demo.main import quiet
+from saelens_scaffold.evals.command_line import BAD_INPUT, one_line
+
+
+def run(options: argparse.Namespace) -> int:
+    """
+    Run the command.
+
+    Args:
+        options: What the command line's parser made of it.
+
+    Returns:
+        The exit status: 0, 1 if an evaluation failed, 2 if the input makes no sense,
+        130 after an interruption.
+    """
+    quiet()
+    warnings.filterwarnings("ignore", message="All samples in the training dataset")
+    # what a cluster sends before it takes the machine away; handled as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    output_path = Path(options.output_path or f"{Path(options.config).stem}-output")
+    try:
+        config = read_config(options.config)
+        if options.plan:
+            plan = make_plan(config, options.device, options.memory_gb)
+            print(plan_text(plan, options.tflops))
+            return 0
+        with redirect_stdout(sys.stderr):  # what TransformerLens and SAEBench print
+            results = compare(config, output_path, options.device, options.memory_gb)
+    except ConfigChanged as error:
+        print(f"saelens-scaffold compare: error: {error}", file=sys.stderr)
+        return 2
+    except BAD_INPUT as error:
+        print(f"saelens-scaffold compare: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except EvaluationsFailed as error:
+        for reason in error.reasons:
+            print(reason, file=sys.stderr)
+        print(
+            f"The report in {output_path} is of the rest; repeat the command to try "
+            "again what failed.",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"\nsaelens-scaffold compare: interrupted. What is finished is in "
+            f"{output_path}; repeat the command to go on.",
+            file=sys.stderr,
+        )
+        return 130
+    print(comparison_text(results))
+    print(f"Written to {output_path}: report.html, results.json, results.csv, saes/.")
+    return 0

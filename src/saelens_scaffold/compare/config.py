@@ -1,0 +1,270 @@
+"""What an experiment is: the file that `saelens-scaffold compare` reads."""
+
+import difflib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+
+from saelens_scaffold.evals.configs import config_fields, make_config
+from saelens_scaffold.files import new_file
+
+# What the experiment itself decides of SAELens's runner.
+_NOT_FOR_TRAINING = {
+    "saes",
+    "hook_names",
+    "model_name",
+    "dataset_path",
+    "seed",
+    "device",
+    "evaluator",
+    "checkpoint_path",
+    "output_path",
+    "resume_from_checkpoint",
+    "prefetch_llm_batches",
+    "logger",
+    "sae_lens_version",
+    "sae_lens_training_version",
+}
+TRAINING_FIELDS = sorted(
+    {
+        name
+        for name in MultiSAETrainingRunnerConfig.__dataclass_fields__
+        if not name.startswith("_")
+    }
+    - _NOT_FOR_TRAINING
+)
+"""Fields of SAELens's `MultiSAETrainingRunnerConfig` that an experiment may set."""
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(config=_STRICT)
+class EvaluationData:
+    """What evaluations read, as the flags of `saelens-scaffold eval`."""
+
+    dataset: str | None = Field(
+        default=None,
+        title="Dataset",
+        description="Text: a dataset on the Hub, a local file or directory, or python-stdlib; by default that of each evaluation",
+    )
+    dataset_split: str | None = Field(default=None, title="Dataset Split")
+    text_column: str | None = Field(default=None, title="Text Column")
+    labelled_dataset: str | None = Field(
+        default=None,
+        title="Labelled Dataset",
+        description="Text with labels, for probing and for topics",
+    )
+    label_column: str | None = Field(default=None, title="Label Column")
+    llm_batch_size: int | None = Field(default=None, title="LLM Batch Size")
+    llm_dtype: Literal["float32", "float64", "float16", "bfloat16"] | None = Field(
+        default=None, title="LLM Data Type"
+    )
+    sae_batch_size: int | None = Field(default=None, title="SAE Batch Size")
+
+
+@dataclass(config=_STRICT)
+class ReferenceFigure:
+    """A figure that somebody else has published, to stand beside ours."""
+
+    what: str = Field(title="What", description="In words")
+    value: str = Field(title="Value", description="As it was published")
+    source: str = Field(title="Source")
+    architecture: str | None = Field(
+        default=None,
+        title="Architecture",
+        description="Of our SAEs to stand beside it",
+    )
+    metric: str | None = Field(
+        default=None,
+        title="Metric",
+        description="EVALUATION.PATH of our figure in the evaluation's results, as in scaffold_ablation.cross_entropy.ce_ratio_scaffold_subtracted",
+    )
+    relative_to_baseline: bool = Field(
+        default=False,
+        title="Relative to Baseline",
+        description="Whether our figure is the change against the plain SAE of the same k and seed, as a share of its value",
+    )
+
+
+@dataclass(config=_STRICT)
+class CompareConfig:
+    """
+    An experiment: SAEs that differ in what the grid names and in nothing else.
+
+    Raises:
+        ValueError: A field has a value that makes no sense.
+    """
+
+    model_name: str = Field(
+        title="Model Name",
+        description="Language model: a name of TransformerLens, the directory of a local model, or py-neox",
+    )
+    hook_name: str = Field(
+        title="Hook Name", description="Hook point, as in blocks.12.hook_resid_post"
+    )
+    dataset_path: str = Field(
+        title="Dataset Path",
+        description="Text to train on: a dataset on the Hub, a local file or directory, or python-stdlib",
+    )
+    sae: dict[str, Any] = Field(
+        title="SAE",
+        description="Fields of the SAEs' configurations that all share; one that an architecture does not have is left out there",
+    )
+    grid: dict[str, list[Any]] = Field(
+        title="Grid",
+        description="Every combination is trained: architecture, seed, and any field of the SAEs' configurations or of the runner's",
+    )
+    evaluations: dict[str, dict[str, Any] | None] = Field(
+        title="Evaluations",
+        description="Names of evaluations, each with fields of its configuration",
+    )
+    title: str = Field(default="", title="Title", description="Of the report")
+    training: dict[str, Any] = Field(
+        default_factory=dict,
+        title="Training",
+        description="Fields of SAELens's MultiSAETrainingRunnerConfig",
+    )
+    data_seed: int = Field(
+        default=42,
+        title="Data Seed",
+        description="Of the order of the activations, which is the same for all SAEs",
+    )
+    b_dec_init: Literal["mean", "zeros"] = Field(
+        default="mean",
+        title="b_dec Initialisation",
+        description="Where b_dec of SAEs without a scaffold starts: at the activations' mean, as that of scaffold SAEs does, or at zero, as in SAELens",
+    )
+    baselines: dict[str, str] = Field(
+        default_factory=lambda: {
+            "scaffold_batchtopk": "batchtopk",
+            "scaffold_matryoshka": "matryoshka_batchtopk",
+        },
+        title="Baselines",
+        description="For each architecture that is judged, the one it is compared with",
+    )
+    evaluation_data: EvaluationData = Field(
+        default_factory=EvaluationData, title="Evaluation Data"
+    )
+    evaluation_seeds: list[int] = Field(
+        default_factory=lambda: [42, 43, 44],
+        title="Evaluation Seeds",
+        description="Of evaluations that have several; the others take the first",
+    )
+    confidence: float = Field(
+        default=0.95,
+        gt=0,
+        lt=1,
+        title="Confidence",
+        description="Of the intervals over seeds",
+    )
+    reference: list[ReferenceFigure] = Field(
+        default_factory=list,
+        title="Reference",
+        description="Published figures to stand beside ours",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.grid.get("architecture"):
+            raise ValueError(
+                "grid must name at least one architecture, as in architecture: "
+                "[batchtopk, scaffold_batchtopk]"
+            )
+        empty = [axis for axis, values in self.grid.items() if not values]
+        if empty:
+            raise ValueError(f"grid: {empty[0]} has no values")
+        unknown = sorted(set(self.training) - set(TRAINING_FIELDS))
+        if unknown:
+            raise ValueError(
+                f"training has no field {unknown[0]!r}{did_you_mean(unknown[0], TRAINING_FIELDS)}; "
+                f"it has {', '.join(TRAINING_FIELDS)}"
+            )
+        twice = sorted((set(self.sae) | set(self.training)) & set(self.grid))
+        if twice:
+            raise ValueError(
+                f"{twice[0]} is in the grid and fixed as well; name it once"
+            )
+        if not self.evaluations:
+            raise ValueError("evaluations must name at least one, as in dense_latents:")
+        if not self.evaluation_seeds:
+            raise ValueError("evaluation_seeds must name at least one seed")
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """A hint in parentheses, if something known looks like the name."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def read_config(path: str | Path) -> CompareConfig:
+    """
+    Read an experiment from a YAML file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no YAML, or a field is missing, unknown or has a wrong value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a mapping of fields to values")
+    known = list(config_fields(CompareConfig))
+    unknown = [name for name in map(str, content) if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{path}: there is no field {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
+            f"there are {', '.join(known)}"
+        )
+    missing = [
+        name
+        for name, field in config_fields(CompareConfig).items()
+        if field.is_required() and name not in content
+    ]
+    if missing:
+        raise ValueError(f"{path}: the field {missing[0]} is missing")
+    try:
+        return make_config(CompareConfig, content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def config_yaml(config: CompareConfig) -> str:
+    """The whole configuration, defaults included, as YAML."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def keep_config(config: CompareConfig, file: Path) -> None:
+    """
+    Write the configuration of an experiment, or see that it is still the same.
+
+    Raises:
+        ValueError: The experiment in this folder was begun with another configuration.
+    """
+    now = config_yaml(config)
+    if file.exists():
+        then = file.read_text(encoding="utf-8")
+        if then != now:
+            diff = difflib.unified_diff(
+                then.splitlines(), now.splitlines(), str(file), "now", n=1, lineterm=""
+            )
+            raise ConfigChanged(
+                f"the experiment in {file.parent} was begun with another configuration; "
+                "choose another --output_path, or undo the change:\n" + "\n".join(diff)
+            )
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(file) as temporary:
+        temporary.write_text(now, encoding="utf-8")
+
+
+class ConfigChanged(ValueError):
+    """The configuration is not that with which the experiment was begun."""

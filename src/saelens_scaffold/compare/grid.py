@@ -1,0 +1,202 @@
+"""The SAEs of an experiment: every combination of what the grid names."""
+
+import copy
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sae_lens import TrainingSAE
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from saelens_scaffold.compare.config import (
+    TRAINING_FIELDS,
+    CompareConfig,
+    did_you_mean,
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    SAEs that differ in their seeds only.
+
+    Attributes:
+        architecture: Their architecture.
+        axes: Their values of the grid's other axes, those that their architecture has.
+    """
+
+    architecture: str
+    axes: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def label(self) -> str:
+        """What a table calls them."""
+        values = [f"{axis}={_shown(value)}" for axis, value in self.axes.items()]
+        return " ".join([self.architecture, *values])
+
+    def without(self, axis: str) -> "Arm":
+        """The same arm, said without one of its axes."""
+        others = {name: value for name, value in self.axes.items() if name != axis}
+        return Arm(self.architecture, others)
+
+    def __hash__(self) -> int:
+        return hash(self.label)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One SAE of an experiment.
+
+    Attributes:
+        name: Its name, that of its directory as well.
+        arm: What it shares with SAEs of other seeds.
+        seed: Of its initial weights.
+        config: Its configuration.
+        hook_name: Where it reads the language model.
+        training: Values of the runner's fields that the grid gives.
+        centre_b_dec: Whether its b_dec starts at the activations' mean.
+    """
+
+    name: str
+    arm: Arm
+    seed: int
+    config: TrainingSAEConfig
+    hook_name: str
+    training: Mapping[str, Any]
+    centre_b_dec: bool
+
+    @property
+    def scaffold_rank(self) -> int:
+        """Rank of its scaffold, 0 for a plain SAE."""
+        return int(getattr(self.config, "scaffold_rank", 0))
+
+    @property
+    def nominal_l0_total(self) -> float | None:
+        """k, and the scaffold's rank; None for architectures without a k."""
+        k = getattr(self.config, "k", None)
+        return None if k is None else float(k) + self.scaffold_rank
+
+
+def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
+    """
+    The SAEs that a configuration means, each once, ordered by seed.
+
+    An axis that an architecture does not have, as `scaffold_rank` for batchtopk, is left
+    out for it.
+
+    Args:
+        config: The experiment.
+        device: Where the SAEs will be trained.
+
+    Raises:
+        ValueError: There is no such architecture, no architecture has such a field, or a
+            combination makes no SAE.
+    """
+    for architecture in config.grid["architecture"]:
+        if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+            known = sorted(SAE_TRAINING_CLASS_REGISTRY)
+            raise ValueError(
+                f"grid: there is no training architecture {architecture!r}"
+                f"{did_you_mean(str(architecture), known)}; there are {', '.join(known)}"
+            )
+    _check_fields(config)
+    axes = {"seed": [0], **config.grid}
+    runs: dict[str, Run] = {}
+    for values in itertools.product(*axes.values()):
+        run = _run(config, dict(zip(axes, values, strict=True)), device)
+        runs.setdefault(run.name, run)
+    return sorted(runs.values(), key=lambda run: run.seed)
+
+
+def initial_sae(run: Run) -> TrainingSAE[Any]:
+    """The untrained SAE; those of the same seed and shape start with the same numbers."""
+    torch.manual_seed(run.seed)
+    return TrainingSAE.from_dict(copy.deepcopy(run.config).to_dict())
+
+
+def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
+    architecture, seed = values.pop("architecture"), values.pop("seed")
+    fields = _fields_of(architecture)
+    b_dec_init = values.get("b_dec_init", config.b_dec_init)
+    has_scaffold = "scaffold_rank" in fields
+    axes = {
+        axis: value
+        for axis, value in values.items()
+        if axis in fields
+        or axis in ("hook_name", *TRAINING_FIELDS)
+        or (axis == "b_dec_init" and not has_scaffold)
+    }
+    arm = Arm(architecture, axes)
+    sae = {
+        name: value
+        for name, value in {"device": device, **config.sae, **axes}.items()
+        if name in fields
+    }
+    name = _file_name("-".join([*arm.label.split(" "), f"seed={seed}"]))
+    try:
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be an int, got {seed!r}")
+        if b_dec_init not in ("mean", "zeros"):
+            raise ValueError(
+                f"b_dec_init must be 'mean' or 'zeros', got {b_dec_init!r}"
+            )
+        sae_config = get_sae_training_class(architecture)[1](**copy.deepcopy(sae))
+        # what SAELens finds out only when it makes the SAE, as a wrong type
+        TrainingSAE.from_dict({**sae_config.to_dict(), "device": "meta"})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{arm.label}: {error}") from error
+    return Run(
+        name=name,
+        arm=arm,
+        seed=seed,
+        config=sae_config,
+        hook_name=str(axes.get("hook_name", config.hook_name)),
+        training={name: axes[name] for name in axes if name in TRAINING_FIELDS},
+        centre_b_dec=b_dec_init == "mean" and not has_scaffold,
+    )
+
+
+def _check_fields(config: CompareConfig) -> None:
+    """See that every field means something to some architecture."""
+    of_saes = sorted(
+        set().union(*(_fields_of(name) for name in config.grid["architecture"]))
+        - {"device", "metadata"}
+    )
+    of_grid = [
+        *of_saes,
+        *TRAINING_FIELDS,
+        "architecture",
+        "seed",
+        "hook_name",
+        "b_dec_init",
+    ]
+    for where, named, known in (
+        ("sae", config.sae, of_saes),
+        ("grid", config.grid, of_grid),
+    ):
+        for name in named:
+            if name not in known:
+                raise ValueError(
+                    f"{where}: none of the architectures has a field {name!r}"
+                    f"{did_you_mean(str(name), known)}; there are {', '.join(sorted(known))}"
+                )
+
+
+def _fields_of(architecture: str) -> set[str]:
+    return set(get_sae_training_class(architecture)[1].__dataclass_fields__)
+
+
+def _shown(value: Any) -> str:
+    """A value in a label: without spaces."""
+    return value if isinstance(value, str) else re.sub(r"\s", "", json.dumps(value))
+
+
+def _file_name(text: str) -> str:
+    # Without "=" or brackets, which shells and SAEBench's file names take amiss.
+    return re.sub(r"[^\w.+-]+", "_", text.replace("=", "_")).strip("_")

@@ -1,0 +1,74 @@
+"""What SAEs are compared by: the evaluations' headline metrics, and those of plugins."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from saelens_scaffold.evals.registry import Evaluation
+from saelens_scaffold.plugins import evaluation_plugins
+
+Results = Mapping[str, Mapping[str, Any]]
+"""An SAE's results, as SAEBench writes them, by the evaluations' names."""
+
+
+class ComparisonMetric(NamedTuple):
+    """
+    A number by which SAEs are compared.
+
+    Attributes:
+        id: A name of its own, as in "dense_latents.sparsity.l0_sparse".
+        title: What a table calls it.
+        value: Its value for an SAE, of whose results it is given; None if there is none.
+        digits: How many to show after the point.
+        better: Which direction is the better one, if either is.
+        evaluation: The evaluation that it is read from, for metrics that only read one.
+        interval: Its interval within that evaluation, if it has one.
+    """
+
+    id: str
+    title: str
+    value: Callable[[Results], float | None]
+    digits: int = 3
+    better: Literal["higher", "lower"] | None = None
+    evaluation: str | None = None
+    interval: Callable[[Results], tuple[float, float] | None] = lambda _: None
+
+
+def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:
+    """
+    The metrics of an experiment.
+
+    Raises:
+        ValueError: Two have the same id.
+    """
+    metrics = [
+        _headline(evaluation, metric)
+        for evaluation in evaluations
+        for metric in evaluation.metrics
+    ]
+    for offered in evaluation_plugins().hook.comparison_metrics():
+        metrics += offered
+    ids = [metric.id for metric in metrics]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    if twice:
+        raise ValueError(f"there are two comparison metrics {twice[0]!r}")
+    return metrics
+
+
+def _headline(evaluation: Evaluation, metric: Any) -> ComparisonMetric:
+    name = evaluation.name
+
+    def value(results: Results) -> float | None:
+        return metric.value(results[name]) if name in results else None
+
+    def interval(results: Results) -> tuple[float, float] | None:
+        return metric.interval(results[name]) if name in results else None
+
+    return ComparisonMetric(
+        id=f"{name}.{metric.path}",
+        title=metric.title,
+        value=value,
+        digits=metric.digits,
+        better=metric.better,
+        evaluation=name,
+        interval=interval,
+    )

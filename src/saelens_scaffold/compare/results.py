@@ -1,0 +1,327 @@
+"""What an experiment has found, as results.json and results.csv have it."""
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from sae_lens import SAE
+
+from saelens_scaffold.compare.config import CompareConfig, ReferenceFigure
+from saelens_scaffold.compare.grid import Arm, Run
+from saelens_scaffold.compare.matching import (
+    Comparison,
+    Curve,
+    MeasuredSAE,
+    compare_arms,
+    curves,
+    l0_total,
+)
+from saelens_scaffold.compare.metrics import ComparisonMetric, Results
+from saelens_scaffold.compare.training import versions
+from saelens_scaffold.evals.registry import Metric
+from saelens_scaffold.evals.selected_saes import weights_sha256
+from saelens_scaffold.saes import ScaffoldJumpReLUSAE
+from saelens_scaffold.subspaces import orthonormal_basis, share_in_subspace
+
+N_ALIGNMENT_BINS = 20
+
+
+def collect(
+    config: CompareConfig,
+    runs: Sequence[Run],
+    metrics: Sequence[ComparisonMetric],
+    results: Mapping[str, Mapping[str, Path]],
+    saes_path: Path,
+    training: Sequence[Mapping[str, Any]],
+    command: str,
+) -> dict[str, Any]:
+    """
+    Put together what an experiment has found.
+
+    Args:
+        config: The experiment.
+        runs: Its SAEs.
+        metrics: What they are compared by.
+        results: The files with each SAE's results, by SAE and evaluation.
+        saes_path: Folder with the SAEs.
+        training: What is known of each wave.
+        command: That which made it.
+
+    Returns:
+        What is written as results.json: all of it plain JSON values.
+    """
+    root = saes_path.parent
+    read: dict[str, dict[str, Any]] = {
+        run.name: {
+            # without NaN, which JSON does not know, and browsers do not read
+            evaluation: json.loads(
+                file.read_text(encoding="utf-8"), parse_constant=lambda _: None
+            )
+            for evaluation, file in results[run.name].items()
+        }
+        for run in runs
+    }
+    measured = [
+        MeasuredSAE(
+            run,
+            {metric.id: _finite(metric.value(read[run.name])) for metric in metrics},
+            l0_total(run, read[run.name]),
+        )
+        for run in runs
+    ]
+    found = compare_arms(measured, metrics, config.baselines, config.confidence)
+    seeds = sorted({run.seed for run in runs})
+    return {
+        "title": config.title or f"SAEs at {config.hook_name} of {config.model_name}",
+        "summary": {
+            "model_name": config.model_name,
+            "hook_name": config.hook_name,
+            "training_tokens": config.training.get("training_tokens"),
+            "seeds": seeds,
+            "n_saes": len(runs),
+        },
+        "config": asdict(config),
+        "provenance": {
+            "command": command,
+            "versions": versions(),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "hardware": _hardware(),
+            "evaluation_seeds": config.evaluation_seeds,
+            "training": list(training),
+        },
+        "metrics": [
+            {
+                "id": metric.id,
+                "evaluation": metric.evaluation,
+                "title": metric.title,
+                "digits": metric.digits,
+                "better": metric.better,
+            }
+            for metric in metrics
+        ],
+        "saes": [
+            {
+                "name": sae.run.name,
+                "path": os.fspath((saes_path / sae.run.name).relative_to(root)),
+                "architecture": sae.run.arm.architecture,
+                "arm": sae.run.arm.label,
+                "axes": dict(sae.run.arm.axes),
+                "seed": sae.run.seed,
+                "scaffold_rank": sae.run.scaffold_rank,
+                "l0_nominal": sae.run.nominal_l0_total,
+                "l0_total": sae.l0_total,
+                "metrics": {
+                    metric.id: _cell(metric, sae, read, results, root)
+                    for metric in metrics
+                },
+                "evaluations": {
+                    name: result["eval_result_metrics"]
+                    for name, result in read[sae.run.name].items()
+                },
+                "firing_histogram": read[sae.run.name]
+                .get("dense_latents", {})
+                .get("firing_histogram"),
+                **_of_weights(saes_path / sae.run.name),
+            }
+            for sae in measured
+        ],
+        "curves": [_curve(c) for c in curves(measured, metrics, config.confidence)],
+        "comparisons": [_comparison(c, config.confidence) for c in found],
+        "reference": [
+            _reference(figure, measured, read, config, command)
+            for figure in config.reference
+        ],
+    }
+
+
+def results_csv(results: Mapping[str, Any]) -> str:
+    """Every number of every SAE, a row for each SAE and metric."""
+    titles = {metric["id"]: metric["title"] for metric in results["metrics"]}
+    axes = [*dict.fromkeys(axis for sae in results["saes"] for axis in sae["axes"])]
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(
+        [
+            *("sae", "architecture", *axes, "seed", "scaffold_rank", "l0_total"),
+            *("metric", "title", "value", "ci_low", "ci_high", "file"),
+        ]
+    )
+    for sae in results["saes"]:
+        for metric, cell in sae["metrics"].items():
+            rows.writerow(
+                [
+                    sae["name"],
+                    sae["architecture"],
+                    *(sae["axes"].get(axis) for axis in axes),
+                    *(sae[field] for field in ("seed", "scaffold_rank", "l0_total")),
+                    metric,
+                    titles[metric],
+                    *(cell[field] for field in ("value", "ci_low", "ci_high", "file")),
+                ]
+            )
+    return text.getvalue()
+
+
+def _cell(
+    metric: ComparisonMetric,
+    sae: MeasuredSAE,
+    read: Mapping[str, Results],
+    results: Mapping[str, Mapping[str, Path]],
+    root: Path,
+) -> dict[str, Any]:
+    low, high = metric.interval(read[sae.run.name]) or (None, None)
+    file = results[sae.run.name].get(metric.evaluation or "")
+    return {
+        "value": sae.values[metric.id],
+        "ci_low": low,
+        "ci_high": high,
+        "file": file and os.fspath(file.relative_to(root)),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _of_weights(path: Path) -> dict[str, Any]:
+    """What an SAE's weights tell: a digest, the scaffold's spectrum and its alignment."""
+    sae = SAE.load_from_disk(path)
+    found = {"weights_sha256": weights_sha256(sae), "scaffold": None}
+    if isinstance(sae, ScaffoldJumpReLUSAE) and sae.cfg.scaffold_rank:
+        rank = sae.cfg.scaffold_rank
+        A, B = sae.W_enc[:, :rank].detach().double(), sae.W_dec[:rank].detach().double()
+        # the singular values of A B, without the large product
+        left, right = torch.linalg.qr(A)[1], torch.linalg.qr(B.T)[1]
+        shares = share_in_subspace(
+            sae.W_dec[rank:].detach(), orthonormal_basis(B)
+        ).float()
+        counts = torch.histc(shares, bins=N_ALIGNMENT_BINS, min=0.0, max=1.0)
+        edges = [i / N_ALIGNMENT_BINS for i in range(N_ALIGNMENT_BINS + 1)]
+        found["scaffold"] = {
+            "singular_values": torch.linalg.svdvals(left @ right.T).tolist(),
+            "alignment_histogram": {"edges": edges, "counts": counts.int().tolist()},
+        }
+    return found
+
+
+def _curve(curve: Curve) -> dict[str, Any]:
+    return {
+        "architecture": curve.arm.architecture,
+        "label": curve.arm.label,
+        "metric": curve.metric,
+        "points": [
+            {
+                "axes": dict(point.arm.axes),
+                "l0": point.l0_total,
+                "mean": point.mean,
+                "ci_low": point.ci_low,
+                "ci_high": point.ci_high,
+                "n_seeds": point.n_seeds,
+            }
+            for point in curve.points
+        ],
+    }
+
+
+def _comparison(comparison: Comparison, confidence: float) -> dict[str, Any]:
+    return {
+        "matching": comparison.matching,
+        "treatment": _arm(comparison.treatment),
+        "baseline": _arm(comparison.baseline),
+        "interpolated": comparison.interpolated,
+        "metric": comparison.metric,
+        "treatment_mean": comparison.treatment_mean,
+        "baseline_mean": comparison.baseline_mean,
+        "differences": {str(seed): d for seed, d in comparison.differences.items()},
+        **asdict(comparison.judgement),
+        "confidence": confidence,
+        "note": comparison.note,
+    }
+
+
+def _arm(arm: Arm) -> dict[str, Any]:
+    return {
+        "architecture": arm.architecture,
+        "arm": arm.label,
+        "axes": dict(arm.axes),
+    }
+
+
+def _reference(
+    figure: ReferenceFigure,
+    measured: Sequence[MeasuredSAE],
+    read: Mapping[str, Results],
+    config: CompareConfig,
+    command: str,
+) -> dict[str, Any]:
+    """A published figure, and ours: mean and range of the SAEs that it is about."""
+    values = _figures(figure, measured, read, config)
+    form = "+.0%" if figure.relative_to_baseline else ".3g"
+    ours: str | None = None
+    if values:
+        ours = f"{fmean(values):{form}}"
+    if len(values) > 1:
+        ours += f" ({min(values):{form}} to {max(values):{form}}, {len(values)} SAEs)"
+    return {
+        "what": figure.what,
+        "value": figure.value,
+        "source": figure.source,
+        "ours": ours,
+        "command": command,
+    }
+
+
+def _figures(
+    figure: ReferenceFigure,
+    measured: Sequence[MeasuredSAE],
+    read: Mapping[str, Results],
+    config: CompareConfig,
+) -> list[float]:
+    if figure.metric is None:
+        return []
+    evaluation, _, path = figure.metric.partition(".")
+
+    def value(run: Run) -> float | None:
+        result = read[run.name].get(evaluation)
+        return None if result is None else Metric("", path).value(result)
+
+    of_arm = [
+        sae.run
+        for sae in measured
+        if figure.architecture in (None, sae.run.arm.architecture)
+    ]
+    if not figure.relative_to_baseline:
+        return [v for run in of_arm if (v := value(run)) is not None]
+    baseline = config.baselines.get(figure.architecture or "")
+    shares: list[float] = []
+    for run in of_arm:
+        for other in (sae.run for sae in measured):
+            shared = set(run.arm.axes) & set(other.arm.axes)
+            is_twin = (
+                other.arm.architecture == baseline
+                and other.seed == run.seed
+                and all(run.arm.axes[axis] == other.arm.axes[axis] for axis in shared)
+            )
+            mine, theirs = value(run), value(other)
+            if is_twin and mine is not None and theirs:
+                shares.append(mine / theirs - 1)
+    return shares
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads"
+    )

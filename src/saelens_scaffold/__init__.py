@@ -16,11 +16,15 @@ from saelens_scaffold.saes import (
     ScaffoldMatryoshkaTrainingSAE,
     ScaffoldMatryoshkaTrainingSAEConfig,
 )
-from saelens_scaffold.training_runner import ResumableTrainingRunner
+from saelens_scaffold.training_runner import (
+    RepeatableMultiSAETrainingRunner,
+    ResumableTrainingRunner,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RepeatableMultiSAETrainingRunner",
     "ResumableTrainingRunner",
     "ScaffoldBatchTopKTrainingSAE",
     "ScaffoldBatchTopKTrainingSAEConfig",

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from sae_lens import LanguageModelSAETrainingRunner
@@ -173,10 +174,9 @@ class ActivationStream(Iterator[dict[str, torch.Tensor]]):
         """
         if n_llm_batches:
             # instead of the method, without running the language model
-            self._store.get_multi_hook_activations = lambda _: {}
-            for _ in tqdm(range(n_llm_batches), desc="Skipping the text read before"):
-                next(self._llm_batches)
-            del self._store.get_multi_hook_activations
+            with patch.object(self._store, "get_multi_hook_activations", lambda _: {}):
+                for _ in tqdm(range(n_llm_batches), desc="Skipping text read before"):
+                    next(self._llm_batches)
         self._n_llm_batches, self._n_begun = n_llm_batches, n_begun
         self._begin_here()
 
@@ -224,6 +224,6 @@ class _ProgressOfMany:
             pbar.set_description(f"Training {len(step_outputs)} SAEs")
             pbar.initial = pbar.n = self._trainer.n_training_samples
         if self._trainer.n_training_steps % update_interval == 0:
-            losses = [float(output.loss) for output in step_outputs.values()]
+            losses = [output.loss.item() for output in step_outputs.values()]
             pbar.set_postfix(mean_loss=f"{sum(losses) / len(losses):.4g}")
         pbar.update(self._trainer.n_training_samples - pbar.n)

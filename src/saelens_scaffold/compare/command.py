@@ -14,8 +14,8 @@ from saelens_scaffold.compare.experiment import (
     make_plan,
 )
 from saelens_scaffold.compare.table import comparison_text, plan_text
-from saelens_scaffold.demo.main import quiet
 from saelens_scaffold.evals.command_line import BAD_INPUT, one_line
+from saelens_scaffold.quiet import quiet
 
 
 def run(options: argparse.Namespace) -> int:

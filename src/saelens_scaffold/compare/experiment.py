@@ -16,7 +16,7 @@ from saelens_scaffold.compare.memory import Estimate, available_memory, estimate
 from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.compare.page import write_page
 from saelens_scaffold.compare.results import collect, results_csv
-from saelens_scaffold.compare.training import WAVE_FILENAME, WaveTrainer
+from saelens_scaffold.compare.training import WAVE_FILENAME, WaveTrainer, training_text
 from saelens_scaffold.evals.command import reason
 from saelens_scaffold.evals.command_line import choose_device
 from saelens_scaffold.evals.table import Outcome
@@ -81,6 +81,7 @@ def make_plan(
     device = choose_device(device)
     runs = runs_of(config, device)
     estimated = estimate(config, runs)
+    training_text(config)
     metrics_of(Evaluator(config, device, Path(), Path()).evaluations)
     available = (
         available_memory(device) if memory_gb is None else int(memory_gb * 10**9)
@@ -130,7 +131,9 @@ def compare(
 
     training_path = output_path / "training"
     waves = _kept_waves(plan, training_path)
-    trainer = WaveTrainer(config, device, saes_path, training_path)
+    estimated = ("expected_average_only_in", "covariance_whitening")
+    scales = any(r.config.normalize_activations in estimated for r in plan.runs)
+    trainer = WaveTrainer(config, device, saes_path, training_path, scales)
     for number, wave in enumerate(waves):
         print(f"wave {number + 1} of {len(waves)}: {len(wave)} SAEs", file=sys.stderr)
         trainer.train(number, wave)

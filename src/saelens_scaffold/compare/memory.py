@@ -13,6 +13,7 @@ from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run
 from saelens_scaffold.compare.training import runner_config
+from saelens_scaffold.evals.configs import check_model_name
 from saelens_scaffold.evals.language_model import known_model_name
 
 GB = 1e9
@@ -101,6 +102,7 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
         ValueError: TransformerLens knows no such language model, or it has another
             dimension than the SAEs, or no such layer.
     """
+    check_model_name(config.model_name)
     model: Any = get_pretrained_model_config(known_model_name(config.model_name))
     layers = [_layer(run.hook_name) for run in runs]
     layer = max((n for n in layers if n is not None), default=model.n_layers - 1)
@@ -124,7 +126,9 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
     embeddings = 2 * model.d_vocab * model.d_model
     shared = (
         (model.n_params + embeddings)
-        * _itemsize(str(model.dtype).removeprefix("torch."))
+        * _itemsize(
+            str((wave.model_from_pretrained_kwargs or {}).get("dtype", "float32"))
+        )
         + _COPIES_OF_BUFFER
         * wave.n_batches_in_buffer
         * wave.context_size

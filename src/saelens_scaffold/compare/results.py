@@ -267,11 +267,11 @@ def _reference(
     """A published figure, and ours: mean and range of the SAEs that it is about."""
     values = _figures(figure, measured, read, config)
     form = "+.0%" if figure.relative_to_baseline else ".3g"
-    ours: str | None = None
-    if values:
-        ours = f"{fmean(values):{form}}"
+    ours = f"{fmean(values):{form}}" if values else None
     if len(values) > 1:
-        ours += f" ({min(values):{form}} to {max(values):{form}}, {len(values)} SAEs)"
+        ours = (
+            f"{ours} ({min(values):{form}} to {max(values):{form}}, {len(values)} SAEs)"
+        )
     return {
         "what": figure.what,
         "value": figure.value,

@@ -81,9 +81,9 @@ def seed_interval(values: np.ndarray, confidence: float) -> tuple[Interval, str]
     Returns:
         The interval, and the method: "bootstrap_t" or "student_t".
     """
+    if np.ptp(values) == 0:
+        return Interval(*[float(values[0])] * 3), "student_t"
     student = student_interval(values.tolist(), confidence)
-    if math.isnan(student.low) or student.low == student.high:
-        return student, "student_t"
     n = len(values)
     # its own generator, so that an interval does not depend on what was computed before
     draws = np.random.default_rng(0).integers(n, size=(N_RESAMPLES, n))
@@ -91,7 +91,7 @@ def seed_interval(values: np.ndarray, confidence: float) -> tuple[Interval, str]
     shift = resamples.mean(axis=1) - values.mean()
     spread = resamples.std(axis=1, ddof=1) / math.sqrt(n)
     spread[np.ptp(resamples, axis=1) == 0] = 0  # but for rounding
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         # without a spread a resample is infinitely far off, in its direction
         t = np.nan_to_num(shift / spread, nan=0.0, posinf=np.inf, neginf=-np.inf)
     tail = (1 - confidence) / 2

@@ -1,7 +1,7 @@
 """What `saelens-scaffold compare` prints: the plan before, the comparisons after."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import MARKDOWN
 from rich.markup import escape
@@ -9,6 +9,9 @@ from rich.table import Table
 
 from saelens_scaffold.compare.memory import GB
 from saelens_scaffold.evals.table import markdown
+
+if TYPE_CHECKING:
+    from saelens_scaffold.compare.experiment import Plan
 
 _MATCHINGS = {
     "k": "at the same k for the sparse latents",
@@ -59,28 +62,29 @@ def comparison_text(results: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def plan_text(plan: Any, tflops: float | None) -> str:
+def plan_text(plan: "Plan", tflops: float | None) -> str:
     """What will be trained, and what that needs."""
-    estimate = plan.estimate
-    largest = max(
-        sum(estimate.per_sae[run.name] for run in wave) for wave in plan.waves
-    )
+    needs = plan.estimate
+    seeds: dict[str, list[str]] = {}
+    for run in plan.runs:
+        seeds.setdefault(run.arm.label, []).append(str(run.seed))
+    waves = len(plan.waves)
+    largest = max(sum(needs.per_sae[run.name] for run in wave) for wave in plan.waves)
     lines = [
-        f"{len(plan.runs)} SAEs in {len(plan.waves)} "
-        f"wave{'s' * (len(plan.waves) != 1)}, each on one pass of the language model:",
-        *(
-            f"  {number}. {', '.join(run.name for run in wave)}"
-            for number, wave in enumerate(plan.waves, 1)
-        ),
-        f"memory: {estimate.shared / GB:.1f} GB for the language model, the activations "
-        f"and a step, {largest / GB:.1f} GB for the largest wave; "
+        f"{len(plan.runs)} SAEs:",
+        *(f"  {arm}, seed {', '.join(of_arm)}" for arm, of_arm in seeds.items()),
+        f"in {waves} wave{'s' * (waves != 1)} "
+        f"(of {', '.join(str(len(wave)) for wave in plan.waves)}), each on one pass of "
+        "the language model",
+        f"memory: about {needs.shared / GB:.1f} GB for the language model, the "
+        f"activations and a training step, {largest / GB:.1f} GB for the largest wave; "
         f"{plan.available / GB:.1f} GB may be used",
-        f"operations: {len(plan.waves)} x {estimate.llm_flops:.2g} for the language model, "
-        f"{sum(estimate.sae_flops.values()):.2g} for the SAEs",
+        f"operations: {waves} x {needs.llm_flops:.1e} of the language model, "
+        f"{sum(needs.sae_flops.values()):.1e} of the SAEs",
     ]
     if tflops is not None:
-        hours = estimate.seconds(plan.waves, tflops) / 3600
-        lines.append(f"training: about {hours:.2g} hours at {tflops:g} TFLOP/s")
+        hours = needs.seconds(plan.waves, tflops) / 3600
+        lines.append(f"training: about {hours:.1f} hours at {tflops:g} TFLOP/s")
     return "\n".join(lines)
 
 

@@ -41,19 +41,30 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class _WaveRunner(RepeatableMultiSAETrainingRunner):
-    """Starts b_dec of SAEs at the activations' mean, as that of scaffold SAEs starts."""
+    """
+    Trains all waves of an experiment on the same activations, and starts b_dec of plain
+    SAEs at their mean, where that of scaffold SAEs starts.
+
+    Attributes:
+        centred: Names of the SAEs whose b_dec starts at the mean.
+        scales: Whether any SAE of the experiment has its activations scaled by an
+            estimate: a wave without one reads as much text.
+    """
 
     centred: Sequence[str] = ()
+    scales: bool = False
 
     @override
     def before_first_step(self, trainer: MultiSAETrainer) -> None:
         # SAEs train on scaled activations; `fit` finds the scale known, and keeps it
         trainer._estimate_scaling_factors()
-        if not self.centred:
-            return
-        batch = next(trainer.data_provider)
+        scalers = [each.activation_scaler for each in trainer.trainers.values()]
+        if self.scales and not any(s.scaling_factor or s.whitening for s in scalers):
+            for _ in range(self.cfg.n_batches_for_norm_estimate):
+                next(trainer.data_provider)
+        first = next(trainer.data_provider)
         for name in self.centred:
-            x = batch[self.cfg.hook_names_per_sae[name]]
+            x = first[self.cfg.hook_names_per_sae[name]]
             scaled = trainer.trainers[name].activation_scaler.scale(x)
             sae: Any = self.saes[name]
             sae.b_dec.data.copy_(principal_subspace(scaled, rank=0).mean)
@@ -69,12 +80,15 @@ class WaveTrainer:
         device: Where to train.
         saes_path: Folder that gets a directory for each SAE.
         training_path: Folder for checkpoints, and for what is known of each wave.
+        scales: Whether any SAE of the experiment has its activations scaled by an
+            estimate, which takes text: waves without one read as much.
     """
 
     config: CompareConfig
     device: str
     saes_path: Path
     training_path: Path
+    scales: bool
     _model: Any = None
 
     def train(self, number: int, wave: Sequence[Run]) -> None:
@@ -130,11 +144,12 @@ class WaveTrainer:
             print(f"going on from {resume_from}", file=sys.stderr)
         runner = _WaveRunner(
             cfg,
-            override_dataset=_dataset(self.config),
+            override_dataset=training_text(self.config),
             override_model=self._model,
             override_saes={run.name: initial_sae(run) for run in wave},
         )
         runner.centred = [run.name for run in wave if run.centre_b_dec]
+        runner.scales = self.scales
         self._model = runner.model
         runner.run()
 
@@ -148,7 +163,13 @@ def runner_config(
     Raises:
         ValueError: A field of `training` has a value that makes no sense.
     """
-    training = {**_DEFAULTS, **config.training, **wave[0].training}
+    training: dict[str, Any] = {
+        **_DEFAULTS,
+        **config.training,
+        **wave[0].training,
+    }
+    if "seqpos_slice" in training:
+        training["seqpos_slice"] = tuple(training["seqpos_slice"])
     try:
         cfg = MultiSAETrainingRunnerConfig(
             saes={run.name: run.config for run in wave},
@@ -160,10 +181,7 @@ def runner_config(
             checkpoint_path=None,
             output_path=None,
             logger=LoggingConfig(log_to_wandb=False),
-            **{
-                name: tuple(value) if name == "seqpos_slice" else value
-                for name, value in training.items()
-            },
+            **training,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from error
@@ -191,8 +209,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def _dataset(config: CompareConfig) -> Any:
-    """The text as SAELens takes it: local text opened here, as evaluations open it."""
-    path = config.dataset_path
-    is_local = path == EMBEDDED_DATASET_NAME or Path(path).exists()
-    return open_dataset(path, "train") if is_local else None
+def training_text(config: CompareConfig) -> Any:
+    """
+    Local text, opened as evaluations open it; None for SAELens to stream from the Hub.
+
+    Raises:
+        ValueError: There is no such text.
+    """
+    name = config.dataset_path
+    path = Path(name)
+    looks_local = path.exists() or path.is_absolute() or name.startswith(".")
+    if name == EMBEDDED_DATASET_NAME or looks_local:
+        return open_dataset(name, "train")
+    return None

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -35,6 +33,7 @@ from saelens_scaffold.demo.report import (
     write_picture,
 )
 from saelens_scaffold.files import new_directory, new_file
+from saelens_scaffold.quiet import quiet
 
 TABLE_WIDTH = 200
 
@@ -200,16 +199,6 @@ def _versions() -> dict[str, str]:
         "python": ".".join(map(str, sys.version_info[:3])),
         **{package: version(package) for package in packages},
     }
-
-
-def quiet() -> None:
-    """Keep off the screen what libraries say of their own affairs."""
-    warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
-    warnings.filterwarnings("ignore", message="Dataset is not tokenized")
-    warnings.filterwarnings("ignore", message=".*fewer samples than context size")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in ("sae_lens", "transformer_lens"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,14 @@
+"""Keeping what libraries say of their own affairs off the screen."""
+
+import logging
+import warnings
+
+
+def quiet() -> None:
+    """For a command that shows its own progress: no notices that no user can act upon."""
+    warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
+    warnings.filterwarnings("ignore", message="Dataset is not tokenized")
+    warnings.filterwarnings("ignore", message=".*fewer samples than context size")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("sae_lens", "transformer_lens"):
+        logging.getLogger(name).setLevel(logging.ERROR)

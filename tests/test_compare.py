@@ -1,0 +1,377 @@
+"""`saelens-scaffold compare`, from a configuration to a report."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from sae_lens import SAE
+from safetensors.torch import load_file
+
+from saelens_scaffold_cli import main
+
+pytest.importorskip("sae_bench")
+
+from saelens_scaffold import hookimpl, plugins  # noqa: E402
+from saelens_scaffold.compare import compare, read_config  # noqa: E402
+from saelens_scaffold.compare.experiment import EvaluationsFailed, make_plan  # noqa: E402
+from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
+
+SMALL: dict[str, Any] = {
+    "title": "A small <experiment>",
+    "model_name": "py-neox",
+    "hook_name": "blocks.0.hook_resid_post",
+    "dataset_path": "python-stdlib",
+    "sae": {
+        "d_in": 256,
+        "d_sae": 96,
+        "topk_threshold_lr": 0.2,
+        "normalize_activations": "expected_average_only_in",
+    },
+    "grid": {
+        "architecture": ["batchtopk", "scaffold_batchtopk"],
+        "k": [4, 6],
+        "scaffold_rank": [2],
+        "seed": [0, 1],
+    },
+    "training": {
+        "training_tokens": 30 * 256,
+        "train_batch_size_tokens": 256,
+        "context_size": 32,
+        "store_batch_size_prompts": 8,
+        "n_batches_in_buffer": 32,
+        "n_batches_for_norm_estimate": 2,
+        "n_checkpoints": 4,
+        "lr": 1e-3,
+    },
+    "evaluations": {
+        "dense_latents": {"n_tokens": 2000, "n_bootstrap": 20},
+        "core": {
+            "n_eval_reconstruction_batches": 1,
+            "n_eval_sparsity_variance_batches": 1,
+        },
+    },
+    "evaluation_data": {"dataset": "python-stdlib", "llm_batch_size": 4},
+    "reference": [
+        {
+            "what": "Dense latents, against the plain SAE",
+            "value": "-84 %",
+            "source": "arXiv 2606.14040",
+            "architecture": "scaffold_batchtopk",
+            "metric": "dense_latents.sparsity.l0_total",
+            "relative_to_baseline": True,
+        }
+    ],
+}
+
+
+def write(directory: Path, **changes: Any) -> Path:
+    file = directory / "experiment.yaml"
+    file.write_text(yaml.safe_dump({**SMALL, **changes}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The experiment's folder, made in one go."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    compare(read_config(write(directory)), directory / "out", command="as typed")
+    return directory / "out"
+
+
+def findings(folder: Path) -> dict[str, Any]:
+    """results.json without what differs from call to call."""
+    results = json.loads((folder / "results.json").read_text())
+    del results["provenance"]
+    for figure in results["reference"]:
+        del figure["command"]
+    return results
+
+
+def test_report_has_every_number_and_where_it_comes_from(unbroken: Path) -> None:
+    results = json.loads((unbroken / "results.json").read_text())
+    assert len(results["saes"]) == 2 * 2 * 2
+    for sae in results["saes"]:
+        saved = SAE.load_from_disk(unbroken / sae["path"])
+        assert saved.cfg.d_sae == 96
+        assert saved.cfg.metadata.hook_name == SMALL["hook_name"]
+        assert getattr(saved.cfg, "scaffold_rank", 0) == sae["scaffold_rank"]
+        for metric, cell in sae["metrics"].items():
+            evaluation, _, path = metric.partition(".")
+            value: Any = json.loads((unbroken / cell["file"]).read_text())
+            value = value["eval_result_metrics"]
+            for key in path.split("."):
+                value = value[key]
+            assert cell["value"] == value, (sae["name"], evaluation, path)
+        if sae["scaffold_rank"]:
+            # the singular values of A B, formed in full
+            r = sae["scaffold_rank"]
+            product = (saved.W_enc[:, :r] @ saved.W_dec[:r]).detach().double()
+            expected = torch.linalg.svdvals(product)[:r]
+            found = torch.tensor(
+                sae["scaffold"]["singular_values"], dtype=torch.float64
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            assert sum(sae["scaffold"]["alignment_histogram"]["counts"]) == 96 - r
+    provenance = results["provenance"]
+    assert provenance["command"] == "as typed"
+    assert provenance["versions"]["sae-lens"]
+    (wave,) = provenance["training"]
+    assert sorted(wave["saes"]) == sorted(sae["name"] for sae in results["saes"])
+
+    rows = list(csv.DictReader((unbroken / "results.csv").open()))
+    assert len(rows) == len(results["saes"]) * len(results["metrics"])
+    by_name = {sae["name"]: sae for sae in results["saes"]}
+    for row in rows:
+        cell = by_name[row["sae"]]["metrics"][row["metric"]]
+        assert row["value"] == ("" if cell["value"] is None else str(cell["value"]))
+    assert "A small &lt;experiment&gt;" in (unbroken / "report.html").read_text()
+
+
+def test_comparisons_are_of_the_same_seed_both_ways(unbroken: Path) -> None:
+    results = json.loads((unbroken / "results.json").read_text())
+    values = {
+        (sae["arm"], sae["seed"]): sae["metrics"]["core.sparsity.l0"]["value"]
+        for sae in results["saes"]
+    }
+    found = {
+        (c["matching"], c["treatment"]["axes"]["k"]): c
+        for c in results["comparisons"]
+        if c["metric"] == "core.sparsity.l0"
+    }
+    for matching, baseline in (("k", "batchtopk k=4"), ("l0_total", "batchtopk k=6")):
+        comparison = found[matching, 4]
+        assert comparison["baseline"]["arm"] == baseline
+        for seed in (0, 1):
+            assert comparison["differences"][str(seed)] == pytest.approx(
+                values["scaffold_batchtopk k=4 scaffold_rank=2", seed]
+                - values[baseline, seed]
+            )
+    (figure,) = results["reference"]
+    assert figure["ours"].startswith("+")  # l0_total of a scaffold SAE is higher
+
+
+def test_centred_saes_start_at_the_mean(tmp_path: Path) -> None:
+    # with so small a learning rate an SAE stays where it started
+    training = {**SMALL["training"], "lr": 1e-12, "training_tokens": 512}
+    grid = {
+        "architecture": ["batchtopk", "scaffold_batchtopk"],
+        "b_dec_init": ["mean", "zeros"],
+        "seed": [0],
+    }
+    file = write(
+        tmp_path,
+        grid=grid,
+        training=training,
+        sae={**SMALL["sae"], "k": 4, "scaffold_rank": 2},
+        evaluations={"dense_latents": SMALL["evaluations"]["dense_latents"]},
+    )
+    compare(read_config(file), tmp_path / "out")
+    b_dec = {
+        path.name: SAE.load_from_disk(path).b_dec
+        for path in (tmp_path / "out/saes").iterdir()
+    }
+    at_zero = b_dec["batchtopk-b_dec_init_zeros-seed_0"]
+    centred = b_dec["batchtopk-b_dec_init_mean-seed_0"]
+    scaffold = b_dec["scaffold_batchtopk-seed_0"]
+    assert at_zero.norm() < 1e-6
+    # means of two batches of 256 tokens
+    assert (centred - scaffold).norm() < 0.3 * scaffold.norm()
+
+
+BROKEN_OFF = """
+import sys
+from saelens_scaffold_cli import main
+sys.exit(main(["compare", sys.argv[1], "--output_path", sys.argv[2]]))
+"""
+
+
+def break_off(file: Path, out: Path, when: Callable[[], bool], number: int) -> int:
+    """Run the command in another process until something is there, and send a signal."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BROKEN_OFF, str(file), str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not when():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.communicate(timeout=120)
+    return process.returncode
+
+
+def test_killed_twice_with_the_same_results(unbroken: Path, tmp_path: Path) -> None:
+    file, out = write(tmp_path), tmp_path / "out"
+    checkpoints = out / "training/wave-0/checkpoints"
+
+    def in_training() -> bool:
+        return any(checkpoints.glob("*/activation_stream.json"))
+
+    def in_evaluation() -> bool:
+        return (out / "eval_results/dense_latents").is_dir()
+
+    assert break_off(file, out, in_training, signal.SIGKILL) == -signal.SIGKILL
+    assert not (out / "results.json").exists()
+    assert break_off(file, out, in_evaluation, signal.SIGTERM) == 130
+    assert not (out / "results.json").exists()
+    made = {path: path.stat().st_mtime_ns for path in (out / "saes").glob("*/*")}
+    assert made
+
+    compare(read_config(file), out)
+    assert findings(out) == findings(unbroken)
+    for path, time_ns in made.items():
+        assert path.stat().st_mtime_ns == time_ns  # not trained again
+    for sae in (unbroken / "saes").iterdir():
+        for name in ("sae_weights.safetensors", "sparsity.safetensors"):
+            ours, theirs = (
+                load_file(out / "saes" / sae.name / name),
+                load_file(sae / name),
+            )
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    leftovers = [*out.glob("**/.*"), *(out / "training").glob("*/checkpoints")]
+    assert not leftovers
+
+
+def test_as_many_waves_as_memory_needs_and_the_same_results(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    config = read_config(write(tmp_path))
+    whole = make_plan(config).estimate
+    memory_gb = (whole.shared + 3.5 * max(whole.per_sae.values())) / 1e9
+    assert [len(wave) for wave in make_plan(config, memory_gb=memory_gb).waves] == [
+        3,
+        3,
+        2,
+    ]
+    compare(config, tmp_path / "out", memory_gb=memory_gb)
+    assert findings(tmp_path / "out") == findings(unbroken)
+
+
+def test_a_finished_experiment_is_only_read(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_again(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("done again")
+
+    monkeypatch.setattr("saelens_scaffold.compare.training.initial_sae", not_again)
+    monkeypatch.setattr("saelens_scaffold.compare.evaluating.run_job", not_again)
+    before = findings(unbroken)
+    compare(read_config(write(tmp_path)), unbroken)
+    assert findings(unbroken) == before
+
+
+def test_command(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path)
+    assert main(["compare", str(file), "--output_path", str(unbroken)]) == 0
+    printed = capsys.readouterr().out
+    assert "At the same k for the sparse latents, 2 seeds:" in printed
+    assert "scaffold_batchtopk k=4 scaffold_rank=2 | batchtopk k=4" in printed
+    assert "scaffold_batchtopk k=4 scaffold_rank=2 | batchtopk k=6" in printed
+    assert "nothing to compare with, l0_total" in printed  # k=6: 8 is not in the grid
+    assert f"Written to {unbroken}: report.html" in printed
+
+    plan = ["compare", str(file), "--plan", "--memory_gb", "1", "--tflops", "0.1"]
+    assert main(plan) == 0
+    printed = capsys.readouterr().out
+    assert "8 SAEs:\n  batchtopk k=4, seed 0, 1\n" in printed
+    assert "hours at 0.1 TFLOP/s" in printed
+
+    changed = write(tmp_path, data_seed=1)
+    assert main(["compare", str(changed), "--output_path", str(unbroken)]) == 2
+    error = capsys.readouterr().err
+    assert "-data_seed: 42" in error
+    assert "+data_seed: 1" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluations": {"dense_latent": None}}, "no evaluation 'dense_latent'"),
+        ({"evaluations": {"core": {"tokens": 1}}}, "core has no field 'tokens'"),
+        (
+            {"evaluation_data": {"dataset": "./missing.jsonl"}},
+            "there is no dataset ./missing.jsonl",
+        ),
+        ({"dataset_path": "./missing.jsonl"}, "./missing.jsonl"),
+        ({"training": {"training_tokens": 1.5}}, "training_tokens must be an int"),
+        ({"reference": [{"what": "x"}]}, "reference.0"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write(tmp_path, **changes)
+    assert main(["compare", str(file), "--output_path", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("saelens-scaffold compare: error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_evaluation_leaves_a_report_of_the_rest(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saelens_scaffold.compare import evaluating
+    from saelens_scaffold.evals.table import Outcome
+
+    run_job = evaluating.run_job
+    monkeypatch.setattr(
+        evaluating,
+        "run_job",
+        lambda job, saes: (
+            Outcome(job.evaluation, {}, RuntimeError("no luck"))
+            if job.evaluation.name == "core"
+            else run_job(job, saes)
+        ),
+    )
+    config, out = read_config(write(tmp_path)), tmp_path / "out"
+    with pytest.raises(EvaluationsFailed, match="core failed: RuntimeError: no luck"):
+        compare(config, out)
+    metrics = json.loads((out / "results.json").read_text())["saes"][0]["metrics"]
+    assert metrics["core.sparsity.l0"]["value"] is None
+    assert metrics["dense_latents.sparsity.l0_total"]["value"] is not None
+
+    monkeypatch.undo()
+    compare(config, out)  # tries again what failed, and nothing else
+    assert findings(out) == findings(unbroken)
+
+
+def test_plugins_offer_metrics(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def per_latent(results: Any) -> float | None:
+        metrics = results["dense_latents"]["eval_result_metrics"]
+        return (
+            metrics["dense_latents"]["dense_latents"] / metrics["sparsity"]["l0_sparse"]
+        )
+
+    class Own:
+        @hookimpl
+        def comparison_metrics(self) -> list[ComparisonMetric]:
+            return [ComparisonMetric("own.dense_share", "dense per active", per_latent)]
+
+    monkeypatch.setattr(plugins, "available_plugins", lambda: {"own": None})
+    monkeypatch.setattr(plugins, "load_plugin", lambda _: Own)
+    results = compare(read_config(write(tmp_path)), unbroken)
+    for sae in results["saes"]:
+        dense = sae["evaluations"]["dense_latents"]
+        expected = (
+            dense["dense_latents"]["dense_latents"] / dense["sparsity"]["l0_sparse"]
+        )
+        assert sae["metrics"]["own.dense_share"]["value"] == expected
+    assert any(c["metric"] == "own.dense_share" for c in results["comparisons"])

@@ -1,0 +1,196 @@
+"""The configuration of `saelens-scaffold compare`, and the SAEs that it means."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("sae_bench")
+
+from saelens_scaffold.compare.config import (  # noqa: E402
+    CompareConfig,
+    config_yaml,
+    keep_config,
+    read_config,
+)
+from saelens_scaffold.compare.grid import initial_sae, runs_of  # noqa: E402
+from saelens_scaffold.compare.memory import estimate  # noqa: E402
+
+CONFIG: dict[str, Any] = {
+    "model_name": "py-neox",
+    "hook_name": "blocks.0.hook_resid_post",
+    "dataset_path": "python-stdlib",
+    "sae": {"d_in": 256, "d_sae": 64, "matryoshka_widths": [16, 64]},
+    "grid": {
+        "architecture": ["batchtopk", "scaffold_batchtopk", "scaffold_matryoshka"],
+        "k": [4, 8],
+        "scaffold_rank": [2, 4],
+        "seed": [0, 1],
+    },
+    "training": {"training_tokens": 4096, "context_size": 64},
+    "evaluations": {"dense_latents": {"n_tokens": 1000}, "core": None},
+}
+
+
+def config(**changes: Any) -> CompareConfig:
+    return CompareConfig(**{**CONFIG, **changes})
+
+
+def grid(**axes: Any) -> CompareConfig:
+    sae = CONFIG["sae"]
+    if axes.get("architecture") == ["batchtopk"]:
+        sae = {name: sae[name] for name in ("d_in", "d_sae")}
+        axes = {"scaffold_rank": None, **axes}
+    whole = {**CONFIG["grid"], **axes}
+    return config(sae=sae, grid={axis: v for axis, v in whole.items() if v is not None})
+
+
+def test_every_combination_once_and_only_axes_that_an_architecture_has() -> None:
+    runs = runs_of(config())
+    # batchtopk has no rank: 2 k x 2 seeds; the scaffolds 2 k x 2 ranks x 2 seeds each
+    assert len(runs) == 4 + 8 + 8
+    assert len({run.name for run in runs}) == len(runs)
+    (run,) = (r for r in runs if r.name == "batchtopk-k_8-seed_1")
+    assert run.config.architecture() == "batchtopk"
+    assert (run.config.d_sae, run.config.k) == (64, 8)  # type: ignore[attr-defined]
+    assert run.arm.label == "batchtopk k=8"
+    assert not hasattr(run.config, "scaffold_rank")
+    (run,) = (
+        r for r in runs if r.name == "scaffold_matryoshka-k_4-scaffold_rank_2-seed_0"
+    )
+    assert run.config.matryoshka_widths == [16, 64]  # type: ignore[attr-defined]
+    assert run.scaffold_rank == 2
+    assert run.nominal_l0_total == 4 + 2
+
+
+def test_same_seed_same_weights() -> None:
+    runs = {run.name: run for run in runs_of(grid(scaffold_rank=[2]))}
+    plain = initial_sae(runs["batchtopk-k_4-seed_0"])
+    twin = initial_sae(runs["scaffold_batchtopk-k_8-scaffold_rank_2-seed_0"])
+    other = initial_sae(runs["batchtopk-k_4-seed_1"])
+    assert torch.equal(plain.W_dec, twin.W_dec)
+    assert torch.equal(plain.W_enc, twin.W_enc)
+    assert not torch.equal(plain.W_dec, other.W_dec)
+
+
+def test_fields_of_the_runner_and_hook_points_are_axes_too() -> None:
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    runs = runs_of(
+        grid(
+            architecture=["batchtopk"],
+            k=[4],
+            lr=[1e-3, 1e-4],
+            hook_name=hooks,
+            seed=[0],
+        )
+    )
+    assert {(run.hook_name, run.training["lr"]) for run in runs} == {
+        (hook, lr) for hook in hooks for lr in (1e-3, 1e-4)
+    }
+    # one learning rate to a runner, both hook points on one pass of the language model
+    waves = estimate(config(), runs).waves(runs, available=10**12)
+    assert [[run.training["lr"] for run in wave] for wave in waves] == [
+        [1e-3, 1e-3],
+        [1e-4, 1e-4],
+    ]
+
+
+def test_plain_saes_start_at_the_mean_unless_told_otherwise() -> None:
+    centred = {run.name: run.centre_b_dec for run in runs_of(config())}
+    assert centred["batchtopk-k_4-seed_0"]
+    assert not centred["scaffold_batchtopk-k_4-scaffold_rank_2-seed_0"]
+    both = runs_of(grid(architecture=["batchtopk"], b_dec_init=["mean", "zeros"]))
+    assert {run.centre_b_dec for run in both} == {True, False}
+    assert not any(run.centre_b_dec for run in runs_of(config(b_dec_init="zeros")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {"k": [4]}}, "architecture"),
+        ({"grid": {"architecture": ["batchtopk"], "k": []}}, "grid: k has no values"),
+        ({"training": {"learning_rate": 1.0}}, "training has no field 'learning_rate'"),
+        ({"training": {"trainng_tokens": 1}}, "did you mean 'training_tokens'"),
+        ({"sae": {"d_in": 256, "k": 4}}, "k is in the grid and fixed as well"),
+        ({"evaluations": {}}, "evaluations must name at least one"),
+        ({"evaluation_seeds": []}, "evaluation_seeds"),
+        ({"confidence": 1.5}, "confidence is 1.5"),
+        ({"confidence": "much"}, "confidence is 'much'"),
+        ({"b_dec_init": "median"}, "b_dec_init is 'median'"),
+        ({"hook_nam": "x"}, "hook_nam"),
+        ({"evaluation_data": {"data": "x"}}, "evaluation_data.data"),
+    ],
+)
+def test_bad_fields_are_named(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump({**CONFIG, **changes}))
+    with pytest.raises(ValueError) as raised:
+        read_config(file)
+    assert message in str(raised.value)
+    assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"architecture": ["batch_topk"]}, "did you mean 'batchtopk'"),
+        ({"scafold_rank": [2]}, "did you mean 'scaffold_rank'"),
+        ({"scaffold_rank": [64]}, "scaffold_rank must be from 0 to 63"),
+        ({"seed": ["one"]}, "seed must be an int, got 'one'"),
+        ({"k": ["many"]}, "batchtopk k=many"),
+        ({"b_dec_init": ["median"]}, "b_dec_init must be 'mean' or 'zeros'"),
+    ],
+)
+def test_combinations_that_make_no_sae_are_named(
+    axes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as raised:
+        runs_of(grid(**axes))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("- a", "must be a mapping"),
+        ("model_name: x", "the field hook_name is missing"),
+    ],
+)
+def test_files_that_are_no_configuration(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "experiment.yaml"
+    with pytest.raises(FileNotFoundError, match="there is no configuration"):
+        read_config(file)
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(file)
+
+
+def test_what_is_kept_is_read_as_the_same_and_a_change_is_refused(
+    tmp_path: Path,
+) -> None:
+    kept = tmp_path / "experiment" / "compare.yaml"
+    keep_config(config(), kept)
+    assert read_config(kept) == config()
+    keep_config(read_config(kept), kept)
+    changed = config(sae={**CONFIG["sae"], "d_sae": 128})
+    with pytest.raises(ValueError) as raised:
+        keep_config(changed, kept)
+    assert "-  d_sae: 64" in str(raised.value)
+    assert "+  d_sae: 128" in str(raised.value)
+    assert kept.read_text() == config_yaml(config())
+
+
+def test_experiments_that_come_with_the_project_make_sense() -> None:
+    files = sorted(Path("benchmarks/paper").glob("*.yaml"))
+    assert len(files) >= 2
+    for file in files:
+        runs = runs_of(read_config(file))
+        architectures = {run.arm.architecture for run in runs}
+        assert {"scaffold_batchtopk", "scaffold_matryoshka"} < architectures

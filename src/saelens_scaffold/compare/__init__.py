@@ -1,0 +1,1 @@
+"""`saelens-scaffold compare`: SAEs of a grid, trained alike and judged at matched sparsity."""

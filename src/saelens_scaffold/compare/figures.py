@@ -1,6 +1,5 @@
 """The plots of a comparison's report."""
 
-import html
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -9,93 +8,39 @@ from typing import Any, NamedTuple
 
 from plotly import graph_objects as go
 
+from saelens_scaffold.compare.drawing import (
+    Trace,
+    error_bars,
+    line,
+    log_axis,
+    named,
+    new_figure,
+)
+from saelens_scaffold.compare.series import Style, series_of, styles
+
 Results = Mapping[str, Any]
 SAE = Mapping[str, Any]
-
-# Each can be told from the others, and from both a white and a black page.
-COLOURS = ("#3b7dd8", "#d9742b", "#2f9e77", "#b65fc4", "#b8931f", "#d1495b", "#7d8794")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star")
-BAR_PATTERNS = ("", "/", "x", "-", "|", ".")
 
 DENSE_THRESHOLD = 0.1
 """Firing frequency above which a latent is called dense, as in the paper."""
 
-LINE_HEIGHT = 17
-FONT_SIZE = 14
-FONT_FAMILY = "system-ui, sans-serif"
-
-
-class Style(NamedTuple):
-    """
-    How a series looks in every plot.
-
-    Attributes:
-        colour: A scaffold SAE's is that of the plain one it is compared with.
-        is_plain: Whether it has no scaffold: dashed and hollow.
-        variant: Tells series of one architecture apart, by symbol or pattern.
-    """
-
-    colour: str
-    is_plain: bool
-    variant: int
-
-    @property
-    def symbol(self) -> str:
-        return SYMBOLS[self.variant % len(SYMBOLS)]
+BAR_WIDTH = 17
+"""Of the bars of the ablation plots, in pixels."""
 
 
 class Plot(NamedTuple):
-    """A plot, and what stands above it."""
+    """
+    A plot of the report.
+
+    Attributes:
+        title: What stands above it; empty if its section's heading says it all.
+        traces: What it draws: a trace for each series, which is its `legendgroup`.
+        figure: plotly's, with the traces.
+    """
 
     title: str
+    traces: Sequence[Trace]
     figure: go.Figure
-
-
-def series_of(architecture: str, axes: Mapping[str, Any]) -> str:
-    """The name of what a curve over k is of: the architecture and all axes but k."""
-    varied = (f"{name}={value}" for name, value in axes.items() if name != "k")
-    return " ".join([architecture, *varied])
-
-
-def styles(results: Results) -> dict[str, Style]:
-    """How each series looks, in the order in which the SAEs are listed."""
-    is_plain: dict[str, bool] = {}
-    architecture_of: dict[str, str] = {}
-    for sae in results["saes"]:
-        series = series_of(sae["architecture"], sae["axes"])
-        is_plain[series] = sae["scaffold_rank"] == 0
-        architecture_of[series] = sae["architecture"]
-    twins = _twins(results)
-    families = [twins.get(a, a) for a in dict.fromkeys(architecture_of.values())]
-    families = list(dict.fromkeys(families))
-    found: dict[str, Style] = {}
-    for series, architecture in architecture_of.items():
-        family = families.index(twins.get(architecture, architecture))
-        look = (COLOURS[family % len(COLOURS)], is_plain[series])
-        variant = sum(style[:2] == look for style in found.values())
-        found[series] = Style(*look, variant)
-    return found
-
-
-def _twins(results: Results) -> dict[str, str]:
-    """
-    The plain architecture whose colour a scaffold architecture shares.
-
-    It is the one it is compared with, if no other has its colour already: solid and
-    dashed lines could not tell three apart.
-    """
-    has_scaffold = {s["architecture"] for s in results["saes"] if s["scaffold_rank"]}
-    twins: dict[str, str] = {}
-    for comparison in results["comparisons"]:
-        treatment = comparison["treatment"]["architecture"]
-        baseline = comparison["baseline"]["architecture"]
-        if (
-            treatment in has_scaffold
-            and baseline not in has_scaffold
-            and baseline not in twins.values()
-        ):
-            twins.setdefault(treatment, baseline)
-    return twins
 
 
 def metric_curves(results: Results) -> list[Plot]:
@@ -104,28 +49,29 @@ def metric_curves(results: Results) -> list[Plot]:
     l0 = [point["l0"] for curve in results["curves"] for point in curve["points"]]
     plots: list[Plot] = []
     for metric in results["metrics"]:
-        curves = [c for c in results["curves"] if c["metric"] == metric["id"]]
-        if not any(curve["points"] for curve in curves):
-            continue
-        figure = _figure(
-            xaxis={"title": {"text": "l0_total"}, **_log_axis(l0)},
-        )
-        for curve in curves:
-            points = sorted(curve["points"], key=lambda point: point["l0"])
-            if points:
-                series = series_of(curve["architecture"], points[0]["axes"])
-                figure.add_trace(_curve(series, looks[series], points))
-        plots.append(Plot(f"{metric['evaluation']}: {metric['title']}", figure))
+        curves = [
+            _curve(curve, looks)
+            for curve in results["curves"]
+            if curve["metric"] == metric["id"] and curve["points"]
+        ]
+        if curves:
+            figure = new_figure(curves)
+            figure.update_xaxes(title_text="l0_total", **log_axis(l0))
+            title = f"{metric['evaluation']}: {metric['title']}"
+            plots.append(Plot(title, curves, figure))
     return plots
 
 
-def _curve(series: str, style: Style, points: Sequence[Mapping[str, Any]]) -> go.Scatter:
-    return _line(
+def _curve(curve: Mapping[str, Any], looks: Mapping[str, Style]) -> Trace:
+    points = sorted(curve["points"], key=lambda point: point["l0"])
+    series = series_of(curve["architecture"], points[0]["axes"])
+    style = looks[series]
+    return line(
         series,
         style,
         [point["l0"] for point in points],
         [point["mean"] for point in points],
-        error_y=_error_bars(
+        error_y=error_bars(
             [(point["mean"], point["ci_low"], point["ci_high"]) for point in points],
             style,
         ),
@@ -137,12 +83,14 @@ def _curve(series: str, style: Style, points: Sequence[Mapping[str, Any]]) -> go
 def firing_frequencies(results: Results) -> list[Plot]:
     """How many sparse latents fire more often than x, mean over seeds; a plot for each k."""
 
-    def curve(series: str, style: Style, seeds: Sequence[SAE]) -> go.Scatter | None:
-        found = _mean_histogram([sae["firing_histogram"] for sae in seeds], "log10_edges")
+    def curve(series: str, style: Style, seeds: Sequence[SAE]) -> Trace | None:
+        found = _mean_histogram(
+            [sae["firing_histogram"] for sae in seeds], "log10_edges"
+        )
         if found is None:
             return None
         edges, counts = found
-        return _line(
+        return line(
             series,
             style,
             *_exceedance([10**edge for edge in edges], counts),
@@ -150,18 +98,14 @@ def firing_frequencies(results: Results) -> list[Plot]:
         )
 
     plots = _facets(results, curve)
-    frequencies = [x for plot in plots for line in plot.figure.data for x in line.x]
+    frequencies = [x for plot in plots for trace in plot.traces for x in trace["x"]]
     for plot in plots:
-        plot.figure.update_layout(
-            xaxis={
-                "title": {"text": "firing frequency x (share of tokens)"},
-                **_log_axis([*frequencies, 1.0], "%"),
-            },
-            yaxis={"title": {"text": "latents firing more often"}, "type": "log"},
+        plot.figure.update_xaxes(
+            title_text="firing frequency x (share of tokens)",
+            **log_axis([*frequencies, 1.0], "%"),
         )
         plot.figure.add_vline(
-            DENSE_THRESHOLD,
-            line={"color": "#888", "width": 1, "dash": "dot"},
+            DENSE_THRESHOLD, line={"color": "#888", "width": 1, "dash": "dot"}
         )
         plot.figure.add_annotation(
             text="dense →",
@@ -173,7 +117,7 @@ def firing_frequencies(results: Results) -> list[Plot]:
             yanchor="bottom",
             showarrow=False,
         )
-    _share_log_range(plots)
+    _share_log_axis(plots, "latents firing more often")
     return plots
 
 
@@ -185,7 +129,7 @@ def ablation_ratios(results: Results) -> list[Plot]:
     of the seeds' own.
     """
 
-    def bars(series: str, style: Style, seeds: Sequence[SAE]) -> go.Bar | None:
+    def bars(series: str, style: Style, seeds: Sequence[SAE]) -> Trace | None:
         measured = [
             sae["evaluations"]["scaffold_ablation"]["cross_entropy"]
             for sae in seeds
@@ -199,42 +143,46 @@ def ablation_ratios(results: Results) -> list[Plot]:
         }
         if not estimates:
             return None
-        return go.Bar(
+        return dict(
+            type="bar",
             orientation="h",
             y=[_intervention(key) for key in estimates],
             # bars start where the intervention changes nothing
             base=[1.0] * len(estimates),
             x=[mean - 1 for mean, _, _ in estimates.values()],
-            error_x=_error_bars(list(estimates.values()), style),
+            error_x=error_bars(list(estimates.values()), style),
             customdata=[mean for mean, _, _ in estimates.values()],
             hovertemplate="%{customdata:.4g} × the clean cross-entropy",
             marker={
                 "color": "rgba(0, 0, 0, 0)" if style.is_plain else style.colour,
                 "line": {"color": style.colour, "width": 1.5},
                 "pattern": {
-                    "shape": BAR_PATTERNS[style.variant % len(BAR_PATTERNS)],
-                    "fgcolor": "#888",
+                    "shape": style.bar_pattern,
+                    "fillmode": "overlay",
+                    "fgcolor": style.colour if style.is_plain else "#fff",
                 },
             },
-            **_named(series),
+            **named(series),
         )
 
     plots = _facets(results, bars)
     ends = [
-        mean + error
+        mean + sign * error
         for plot in plots
-        for bar in plot.figure.data
-        for mean, error in zip(bar.customdata, bar.error_x.array, strict=True)
+        for trace in plot.traces
+        for sign, errors in ((1, "array"), (-1, "arrayminus"))
+        for mean, error in zip(
+            trace["customdata"], trace["error_x"][errors], strict=True
+        )
     ]
     for plot in plots:
-        n_interventions = len({y for bar in plot.figure.data for y in bar.y})
+        n_interventions = len({y for trace in plot.traces for y in trace["y"]})
+        plot.figure.update_xaxes(
+            title_text="cross-entropy, × the clean one", **log_axis([1.0, *ends])
+        )
+        plot.figure.update_yaxes(autorange="reversed")
         plot.figure.update_layout(
-            height=120 + n_interventions * (len(plot.figure.data) + 1) * LINE_HEIGHT,
-            xaxis={
-                "title": {"text": "cross-entropy, × the clean one"},
-                **_log_axis([1.0, *ends]),
-            },
-            yaxis={"autorange": "reversed"},
+            height=120 + n_interventions * (len(plot.traces) + 1) * BAR_WIDTH,
             bargap=0.25,
             hovermode="closest",
         )
@@ -266,12 +214,12 @@ def _envelope(
 def scaffold_spectra(results: Results) -> list[Plot]:
     """Singular values of the scaffold's map A B, mean over seeds; a plot for each k."""
 
-    def spectrum(series: str, style: Style, seeds: Sequence[SAE]) -> go.Scatter | None:
+    def spectrum(series: str, style: Style, seeds: Sequence[SAE]) -> Trace | None:
         known = [s["scaffold"]["singular_values"] for s in seeds if s["scaffold"]]
         if not known:
             return None
         means = [fmean(values) for values in zip(*known, strict=True)]
-        return _line(
+        return line(
             series,
             style,
             list(range(1, len(means) + 1)),
@@ -280,14 +228,11 @@ def scaffold_spectra(results: Results) -> list[Plot]:
         )
 
     plots = _facets(results, spectrum)
-    values = [y for plot in plots for line in plot.figure.data for y in line.y]
+    values = [y for plot in plots for trace in plot.traces for y in trace["y"]]
     for plot in plots:
-        plot.figure.update_layout(
-            xaxis={"title": {"text": "number of the direction"}, "nticks": 8},
-            yaxis={
-                "title": {"text": "singular value"},
-                "range": [0, 1.08 * max(values)],
-            },
+        plot.figure.update_xaxes(title_text="number of the direction", nticks=8)
+        plot.figure.update_yaxes(
+            title_text="singular value", range=[0, 1.08 * max(values)]
         )
     return plots
 
@@ -295,14 +240,14 @@ def scaffold_spectra(results: Results) -> list[Plot]:
 def alignments(results: Results) -> list[Plot]:
     """How many sparse latents point into the scaffold's span by more than x."""
 
-    def curve(series: str, style: Style, seeds: Sequence[SAE]) -> go.Scatter | None:
+    def curve(series: str, style: Style, seeds: Sequence[SAE]) -> Trace | None:
         found = _mean_histogram(
             [s["scaffold"]["alignment_histogram"] for s in seeds if s["scaffold"]],
             "edges",
         )
         if found is None:
             return None
-        return _line(
+        return line(
             series,
             style,
             *_exceedance(*found),
@@ -311,21 +256,16 @@ def alignments(results: Results) -> list[Plot]:
 
     plots = _facets(results, curve)
     for plot in plots:
-        plot.figure.update_layout(
-            xaxis={
-                "title": {"text": "share x of the direction in the scaffold's span"},
-                "tickformat": ".0%",
-                "nticks": 6,
-            },
-            yaxis={"title": {"text": "latents with a larger share"}, "type": "log"},
+        plot.figure.update_xaxes(
+            title_text="share x in the scaffold's span", tickformat=".0%", nticks=6
         )
-    _share_log_range(plots)
+    _share_log_axis(plots, "latents with a larger share")
     return plots
 
 
 def _facets(
     results: Results,
-    trace: Callable[[str, Style, Sequence[SAE]], go.Scatter | go.Bar | None],
+    trace: Callable[[str, Style, Sequence[SAE]], Trace | None],
 ) -> list[Plot]:
     """
     A plot for each k, with a trace for each series.
@@ -347,82 +287,9 @@ def _facets(
             if (drawn := trace(series, looks[series], saes)) is not None
         ]
         if traces:
-            figure = _figure()
-            figure.add_traces(traces)
-            plots.append(Plot("" if k is None else f"k = {k}", figure))
+            title = "" if k is None else f"k = {k}"
+            plots.append(Plot(title, traces, new_figure(traces)))
     return plots
-
-
-def _figure(**layout: Any) -> go.Figure:
-    # The page's style sheet colours text, axes and grid, for light and dark pages alike.
-    axis = {"automargin": True, "showline": True, "zeroline": False, "ticks": "outside"}
-    figure = go.Figure(
-        layout={
-            "template": None,
-            "height": 340,
-            "margin": {"l": 10, "r": 12, "t": 24, "b": 10},
-            "font": {"size": FONT_SIZE, "family": FONT_FAMILY},
-            "showlegend": False,
-            "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": "#888"},
-            "paper_bgcolor": "rgba(0, 0, 0, 0)",
-            "plot_bgcolor": "rgba(0, 0, 0, 0)",
-            "hoverlabel": {
-                "namelength": -1,
-                "font": {"size": FONT_SIZE, "color": "#fff"},
-                "bgcolor": "#333",
-            },
-            "xaxis": {**axis, "title": {"standoff": 8}},
-            "yaxis": {**axis, "title": {"standoff": 8}},
-        }
-    )
-    figure.update_layout(**layout)
-    return figure
-
-
-def _named(series: str) -> dict[str, str]:
-    # plotly reads some HTML in names; the group is the page's key, and is not shown
-    return {"name": html.escape(series), "legendgroup": series}
-
-
-def _line(
-    series: str, style: Style, x: Sequence[float], y: Sequence[float], **more: Any
-) -> go.Scatter:
-    suffix = "-open" if style.is_plain else ""
-    return go.Scatter(
-        x=list(x),
-        y=list(y),
-        mode="lines+markers",
-        line={
-            "color": style.colour,
-            "width": 2,
-            "dash": "dash" if style.is_plain else "solid",
-        },
-        marker={
-            "symbol": style.symbol + suffix,
-            "size": 9,
-            "color": style.colour,
-            "line": {"width": 1.5, "color": style.colour},
-            # long lines get a few, only to be told apart
-            "maxdisplayed": 8,
-        },
-        **_named(series),
-        **more,
-    )
-
-
-def _error_bars(
-    estimates: Sequence[tuple[float, float | None, float | None]], style: Style
-) -> dict[str, Any]:
-    """Of (estimate, low, high); of no length where the interval is not known."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [0 if high is None else high - mean for mean, _, high in estimates],
-        "arrayminus": [0 if low is None else mean - low for mean, low, _ in estimates],
-        "thickness": 1.5,
-        "width": 4,
-        "color": style.colour,
-    }
 
 
 def _mean_histogram(
@@ -446,33 +313,8 @@ def _exceedance(
     return [x for x, _ in points[start:]], [y for _, y in points[start:]]
 
 
-def _log_axis(values: Sequence[float], tick_format: str = "") -> dict[str, Any]:
-    """A logarithmic axis with room around the values, and ticks at round numbers."""
-    low, high = math.log10(min(values)), math.log10(max(values))
-    margin = max(0.05 * (high - low), 0.04)
-    low, high = low - margin, high + margin
-    decades = high - low
-    steps = (1, 2, 3, 4, 6, 8) if decades < 0.9 else (1, 2, 5) if decades < 2 else (1,)
-    every = math.ceil(decades / 5)
-    ticks = [
-        step * 10.0**power
-        for power in range(math.floor(low), math.ceil(high) + 1)
-        if power % every == 0
-        for step in steps
-        if low <= math.log10(step) + power <= high
-    ]
-    return {
-        "type": "log",
-        "range": [low, high],
-        "tickvals": ticks,
-        "ticktext": [
-            f"{100 * tick:g} %" if tick_format == "%" else f"{tick:g}" for tick in ticks
-        ],
-    }
-
-
-def _share_log_range(plots: Sequence[Plot]) -> None:
+def _share_log_axis(plots: Sequence[Plot], title: str) -> None:
     """Give the plots the same logarithmic y axis, so that they compare by eye."""
-    values = [y for plot in plots for line in plot.figure.data for y in line.y]
+    values = [y for plot in plots for trace in plot.traces for y in trace["y"]]
     for plot in plots:
-        plot.figure.update_yaxes(_log_axis(values))
+        plot.figure.update_yaxes(title_text=title, **log_axis(values))

@@ -13,7 +13,8 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from saelens_scaffold.compare import figures
-from saelens_scaffold.compare.figures import Plot, Results, Style
+from saelens_scaffold.compare.figures import Plot, Results
+from saelens_scaffold.compare.series import Style, styles
 from saelens_scaffold.files import new_file
 
 # What matching means, for the headings of the tables.
@@ -83,23 +84,31 @@ def page(results: Mapping[str, Any]) -> str:
         ("numbers", "Every number"),
         ("provenance", "Provenance"),
     ]
-    script = resources.files(__package__).joinpath("page.js").read_text("utf-8")
-    return _environment().get_template("page.html").render(
-        results=results,
-        summary=results["summary"],
-        seeds=_seeds(results),
-        series=figures.styles(results),
-        contents=contents,
-        verdicts=verdicts,
-        metrics=_measured_metrics(results),
-        plot_sections=plots,
-        symbols=SYMBOL_PATHS,
-        figures={
-            f"{section.id}-{i}": plot.figure.to_plotly_json()
-            for section in plots
-            for i, plot in enumerate(section.plots, start=1)
-        },
-        scripts=[get_plotlyjs(), script],
+    script = (
+        resources.files("saelens_scaffold.compare")
+        .joinpath("page.js")
+        .read_text("utf-8")
+    )
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            results=results,
+            summary=results["summary"],
+            seeds=_seeds(results),
+            series=styles(results),
+            contents=contents,
+            verdicts=verdicts,
+            metrics=_measured_metrics(results),
+            plot_sections=plots,
+            symbols=SYMBOL_PATHS,
+            figures={
+                f"{section.id}-{i}": plot.figure.to_plotly_json()
+                for section in plots
+                for i, plot in enumerate(section.plots, start=1)
+            },
+            scripts=[get_plotlyjs(), script],
+        )
     )
 
 
@@ -128,8 +137,12 @@ def _csp_hash(script: str) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A name that narrow columns break where its parts meet."""
-    return escape(name).replace("_", Markup("_<wbr>"))
+    """An arm's name, for narrow columns: `axis=value` stays whole as long as it fits."""
+    words = (
+        escape(word) if "=" in word else escape(word).replace("_", Markup("_<wbr>"))
+        for word in name.split(" ")
+    )
+    return Markup(" ").join(words)
 
 
 def _yaml(config: Mapping[str, Any]) -> str:
@@ -154,7 +167,7 @@ def _measured_metrics(results: Results) -> list[Mapping[str, Any]]:
 
 
 def _plot_sections(results: Results) -> list[PlotSection]:
-    looks = figures.styles(results)
+    looks = styles(results)
     over_seeds = f"mean over {_seeds(results)}"
     if len(results["summary"]["seeds"]) == 1:
         over_seeds = "one seed"
@@ -183,7 +196,7 @@ def _plot_sections(results: Results) -> list[PlotSection]:
             f"as a multiple of the clean one ({over_seeds}; whiskers: from the lowest to the "
             "highest seed, each with its interval over sequences where there is one). 1 "
             "is a language model that does not notice. Plain SAEs are hollow, scaffold "
-            "SAEs filled.",
+            "SAEs filled; bars stand in the order of the legend.",
             figures.ablation_ratios,
         ),
         (
@@ -204,7 +217,7 @@ def _plot_sections(results: Results) -> list[PlotSection]:
     sections: list[PlotSection] = []
     for id_, title, text, draw in wanted:
         plots = draw(results)
-        drawn = {trace.legendgroup for plot in plots for trace in plot.figure.data}
+        drawn = {trace["legendgroup"] for plot in plots for trace in plot.traces}
         shown = {series: look for series, look in looks.items() if series in drawn}
         if plots:
             sections.append(PlotSection(id_, title, text, plots, shown))
@@ -306,7 +319,8 @@ def _number(value: float | None, digits: int, sign: str = "-") -> str:
     """A number as a paper prints it, or a dash if there is none."""
     if value is None:
         return "-"
-    return f"{value:{sign},.{digits}f}".replace("-", "−")
+    rounded = round(value, digits) + 0.0  # which makes a zero of a negative one
+    return f"{rounded:{sign},.{digits}f}".replace("-", "−")
 
 
 def _estimate(found: Mapping[str, Any], digits: int, sign: str = "-") -> str:

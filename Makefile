@@ -24,7 +24,7 @@ help: ## List the targets
 demo: $(VENV)/.installed ## Train scaffold SAEs and their plain twins, and compare (DEMO_ARGS=...)
 	$(VENV)/bin/saelens-scaffold demo $(DEMO_ARGS)
 
-test: $(VENV)/.installed ## Run the tests, with a Chromium, installed if there is none (TEST_ARGS=...)
+test: $(VENV)/.installed ## Run the tests; installs Chromium if there is none (TEST_ARGS=...)
 	@$(VENV)/bin/python tests/chromium.py
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
 

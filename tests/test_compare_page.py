@@ -562,7 +562,8 @@ def test_verdicts_say_which_and_whether_it_is_better(
     desktop: Visit, results: dict[str, Any]
 ):
     better = {metric["id"]: metric["better"] for metric in METRICS}
-    for matching in ("k", "l0_total"):
+    legends = desktop.page.locator("#verdicts p.quiet").all_text_contents()
+    for matching, legend in zip(("k", "l0_total"), legends, strict=True):
         cells = desktop.page.evaluate(
             """matching => [...document.querySelectorAll(
                 `table[data-matching="${matching}"] tbody td`
@@ -576,10 +577,17 @@ def test_verdicts_say_which_and_whether_it_is_better(
         )
         comparisons = [c for c in results["comparisons"] if c["matching"] == matching]
         assert len(cells) == len(comparisons)
+        told_apart = sum(c["verdict"] in ("higher", "lower") for c in comparisons)
+        judged = sum(c["ci_low"] is not None for c in comparisons)
+        assert 0 < told_apart < judged < len(comparisons)
+        assert f"{told_apart} of {judged} differences" in legend
+        assert "the 95% interval of the mean difference (paired bootstrap" in legend
+        assert ("†" in legend) == (matching == "l0_total")
         for cell, comparison in zip(cells, comparisons, strict=True):
             metric, difference, verdict, judged = cell
             assert metric == comparison["metric"]
-            mark = " †" if comparison["interpolated"] else ""
+            is_known = comparison["mean"] is not None
+            mark = " †" if comparison["interpolated"] and is_known else ""
             assert verdict == comparison["verdict"] + mark
             if comparison["mean"] is None:
                 assert difference == "-"

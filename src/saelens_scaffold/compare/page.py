@@ -21,13 +21,13 @@ from saelens_scaffold.files import new_file
 MATCHINGS = {
     "k": (
         "At the same k",
-        "Both have as many sparse latents for each token, and the scaffold comes on top: "
+        "As many sparse latents fire for each token in both, and the scaffold comes on top: "
         "the paper's comparison.",
     ),
     "l0_total": (
         "At the same l0_total",
-        "The scaffold's rank is paid for out of k: both use as many latents for each token, "
-        "those of the scaffold included.",
+        "The scaffold's rank is paid for out of k: as many latents fire for each token in "
+        "both, those of the scaffold included.",
     ),
 }
 
@@ -168,17 +168,18 @@ def _measured_metrics(results: Results) -> list[Mapping[str, Any]]:
 
 def _plot_sections(results: Results) -> list[PlotSection]:
     looks = styles(results)
-    over_seeds = f"mean over {_seeds(results)}"
-    if len(results["summary"]["seeds"]) == 1:
-        over_seeds = "one seed"
+    over_seeds, whiskers = "one seed", ""
+    if len(results["summary"]["seeds"]) > 1:
+        over_seeds = f"mean over {_seeds(results)}"
+        confidence = _confidence(results["comparisons"])
+        whiskers = f"; whiskers: {confidence or 'the'} intervals over seeds"
     line = "Plain SAEs are dashed and hollow, scaffold SAEs solid."
     wanted: list[tuple[str, str, str, Callable[[Results], list[Plot]]]] = [
         (
             "curves",
             "Metrics against L0",
             "Each metric against the measured number of latents that fire for each token, "
-            f"the scaffold's included ({over_seeds}; bars: {_interval_kind(results)} "
-            f"intervals over seeds). A line joins the values of k. {line}",
+            f"the scaffold's included ({over_seeds}{whiskers}). A line joins the values of k. {line}",
             figures.metric_curves,
         ),
         (
@@ -224,9 +225,9 @@ def _plot_sections(results: Results) -> list[PlotSection]:
     return sections
 
 
-def _interval_kind(results: Results) -> str:
-    levels = {comparison["confidence"] for comparison in results["comparisons"]}
-    return f"{levels.pop():.0%} bootstrap" if len(levels) == 1 else "bootstrap"
+def _confidence(comparisons: Iterable[Mapping[str, Any]]) -> str:
+    levels = sorted({comparison["confidence"] for comparison in comparisons})
+    return " or ".join(f"{level:.0%}" for level in levels)
 
 
 def _verdict_tables(results: Results) -> list[dict[str, Any]]:
@@ -279,7 +280,7 @@ def _cell(comparison: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str,
         "kind": kind,
         "verdict": verdict,
         "difference": _estimate(estimate, digits, sign="+"),
-        "interpolated": comparison["interpolated"],
+        "interpolated": comparison["interpolated"] and comparison["mean"] is not None,
         "treatment": _number(comparison["treatment_mean"], digits),
         "baseline": _number(comparison["baseline_mean"], digits),
         "by_seed": ", ".join(
@@ -296,17 +297,17 @@ def _legend(comparisons: Iterable[Mapping[str, Any]]) -> str:
     comparisons = list(comparisons)
     judged = [c for c in comparisons if c["ci_low"] is not None]
     told_apart = [c for c in judged if c["verdict"] in ("higher", "lower")]
-    sentences = []
-    for level in sorted({comparison["confidence"] for comparison in judged}):
-        sentences.append(
-            f"In brackets: the {level:.0%} interval of the mean difference over seeds. "
-            "Shaded: better or worse, where the metric says which is which."
-        )
-        chance = (1 - level) * len(judged)
-        sentences.append(
+    sentences: list[str] = []
+    if judged:
+        methods = "; ".join(sorted({comparison["method"] for comparison in judged}))
+        by_chance = sum(1 - comparison["confidence"] for comparison in judged)
+        sentences += [
+            f"In brackets: the {_confidence(judged)} interval of the mean difference "
+            f"({methods}).",
+            "Shaded: better or worse, where the metric says which is which.",
             f"{len(told_apart)} of {len(judged)} differences can be told from zero; about "
-            f"{chance:.2g} would be by chance if there were none."
-        )
+            f"{by_chance:.2g} would be by chance if there were none.",
+        ]
     if any(comparison["interpolated"] for comparison in comparisons):
         sentences.append(
             "† where the grids do not meet, the baseline is interpolated on its curve over "

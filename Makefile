@@ -24,10 +24,12 @@ help: ## List the targets
 demo: $(VENV)/.installed ## Train scaffold SAEs and their plain twins, and compare (DEMO_ARGS=...)
 	$(VENV)/bin/saelens-scaffold demo $(DEMO_ARGS)
 
-test: $(VENV)/.installed ## Run the tests (TEST_ARGS=...)
+test: $(VENV)/.installed ## Run the tests; installs Chromium if there is none (TEST_ARGS=...)
+	@$(VENV)/bin/python tests/chromium.py
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
 
 test-min: $(VENV_MIN)/.installed ## Run the tests against the lowest sae-lens declared
+	@$(VENV_MIN)/bin/python tests/chromium.py
 	$(VENV_MIN)/bin/python -m pytest $(TEST_ARGS)
 
 lint: $(VENV)/.installed ## Check style, format and types

@@ -14,7 +14,7 @@ from saelens_scaffold.compare.evaluating import Evaluator
 from saelens_scaffold.compare.grid import Run, runs_of
 from saelens_scaffold.compare.memory import Estimate, available_memory, estimate
 from saelens_scaffold.compare.metrics import metrics_of
-from saelens_scaffold.compare.page import write_page
+from saelens_scaffold.compare.report import write_page
 from saelens_scaffold.compare.results import collect, results_csv
 from saelens_scaffold.compare.training import WAVE_FILENAME, WaveTrainer, training_text
 from saelens_scaffold.evals.command import reason

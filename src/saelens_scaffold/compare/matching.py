@@ -136,10 +136,12 @@ def curves(
     metrics: Sequence[ComparisonMetric],
     confidence: float,
 ) -> list[Curve]:
-    """Each metric against l0_total, with intervals over seeds."""
+    """Each metric but sparsity itself against l0_total, with intervals over seeds."""
     arms = _by_arm(saes)
     found: list[Curve] = []
     for metric in metrics:
+        if metric.id.rpartition(".")[2] in ("l0", "l0_sparse", "l0_total"):
+            continue
         points: dict[Arm, list[CurvePoint]] = {}
         for arm, by_seed in arms.items():
             pairs = [

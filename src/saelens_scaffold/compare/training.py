@@ -1,7 +1,6 @@
 """Training the SAEs of an experiment: in waves, each on one pass of the language model."""
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -27,8 +26,6 @@ from saelens_scaffold.training_runner import (
     RepeatableMultiSAETrainingRunner,
     last_checkpoint,
 )
-
-logger = logging.getLogger(__name__)
 
 WAVE_FILENAME = "wave.json"
 """What is kept of a wave once its SAEs are in their places."""

@@ -12,21 +12,22 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from saelens_scaffold.compare import figures
-from saelens_scaffold.compare.figures import Plot, Results, Style
+from saelens_scaffold.compare.report import figures
+from saelens_scaffold.compare.report.figures import Plot, Results
+from saelens_scaffold.compare.report.series import Style, styles
 from saelens_scaffold.files import new_file
 
 # What matching means, for the headings of the tables.
 MATCHINGS = {
     "k": (
         "At the same k",
-        "Both have as many sparse latents for each token, and the scaffold comes on top: "
+        "As many sparse latents fire for each token in both, and the scaffold comes on top: "
         "the paper's comparison.",
     ),
     "l0_total": (
         "At the same l0_total",
-        "The scaffold's rank is paid for out of k: both use as many latents for each token, "
-        "those of the scaffold included.",
+        "The scaffold's rank is paid for out of k: as many latents fire for each token in "
+        "both, those of the scaffold included.",
     ),
 }
 
@@ -83,7 +84,11 @@ def page(results: Mapping[str, Any]) -> str:
         ("numbers", "Every number"),
         ("provenance", "Provenance"),
     ]
-    script = resources.files(__package__).joinpath("page.js").read_text("utf-8")
+    script = (
+        resources.files("saelens_scaffold.compare.report")
+        .joinpath("page.js")
+        .read_text("utf-8")
+    )
     return (
         _environment()
         .get_template("page.html")
@@ -91,7 +96,7 @@ def page(results: Mapping[str, Any]) -> str:
             results=results,
             summary=results["summary"],
             seeds=_seeds(results),
-            series=figures.styles(results),
+            series=styles(results),
             contents=contents,
             verdicts=verdicts,
             metrics=_measured_metrics(results),
@@ -109,7 +114,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("saelens_scaffold", "compare"),
+        loader=PackageLoader("saelens_scaffold", "compare/report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -132,8 +137,12 @@ def _csp_hash(script: str) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A name that narrow columns break where its parts meet."""
-    return escape(name).replace("_", Markup("_<wbr>"))
+    """An arm's name, for narrow columns: `axis=value` stays whole as long as it fits."""
+    words = (
+        escape(word) if "=" in word else escape(word).replace("_", Markup("_<wbr>"))
+        for word in name.split(" ")
+    )
+    return Markup(" ").join(words)
 
 
 def _yaml(config: Mapping[str, Any]) -> str:
@@ -158,18 +167,19 @@ def _measured_metrics(results: Results) -> list[Mapping[str, Any]]:
 
 
 def _plot_sections(results: Results) -> list[PlotSection]:
-    looks = figures.styles(results)
-    over_seeds = f"mean over {_seeds(results)}"
-    if len(results["summary"]["seeds"]) == 1:
-        over_seeds = "one seed"
+    looks = styles(results)
+    over_seeds, whiskers = "one seed", ""
+    if len(results["summary"]["seeds"]) > 1:
+        over_seeds = f"mean over {_seeds(results)}"
+        confidence = _confidence(results["comparisons"])
+        whiskers = f"; whiskers: {confidence or 'the'} intervals over seeds"
     line = "Plain SAEs are dashed and hollow, scaffold SAEs solid."
     wanted: list[tuple[str, str, str, Callable[[Results], list[Plot]]]] = [
         (
             "curves",
             "Metrics against L0",
             "Each metric against the measured number of latents that fire for each token, "
-            f"the scaffold's included ({over_seeds}; bars: {_interval_kind(results)} "
-            f"intervals over seeds). A line joins the values of k. {line}",
+            f"the scaffold's included ({over_seeds}{whiskers}). A line joins the values of k. {line}",
             figures.metric_curves,
         ),
         (
@@ -187,7 +197,7 @@ def _plot_sections(results: Results) -> list[PlotSection]:
             f"as a multiple of the clean one ({over_seeds}; whiskers: from the lowest to the "
             "highest seed, each with its interval over sequences where there is one). 1 "
             "is a language model that does not notice. Plain SAEs are hollow, scaffold "
-            "SAEs filled.",
+            "SAEs filled; bars stand in the order of the legend.",
             figures.ablation_ratios,
         ),
         (
@@ -208,16 +218,16 @@ def _plot_sections(results: Results) -> list[PlotSection]:
     sections: list[PlotSection] = []
     for id_, title, text, draw in wanted:
         plots = draw(results)
-        drawn = {trace.legendgroup for plot in plots for trace in plot.figure.data}
+        drawn = {trace["legendgroup"] for plot in plots for trace in plot.traces}
         shown = {series: look for series, look in looks.items() if series in drawn}
         if plots:
             sections.append(PlotSection(id_, title, text, plots, shown))
     return sections
 
 
-def _interval_kind(results: Results) -> str:
-    levels = {comparison["confidence"] for comparison in results["comparisons"]}
-    return f"{levels.pop():.0%} bootstrap" if len(levels) == 1 else "bootstrap"
+def _confidence(comparisons: Iterable[Mapping[str, Any]]) -> str:
+    levels = sorted({comparison["confidence"] for comparison in comparisons})
+    return " or ".join(f"{level:.0%}" for level in levels)
 
 
 def _verdict_tables(results: Results) -> list[dict[str, Any]]:
@@ -270,7 +280,7 @@ def _cell(comparison: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str,
         "kind": kind,
         "verdict": verdict,
         "difference": _estimate(estimate, digits, sign="+"),
-        "interpolated": comparison["interpolated"],
+        "interpolated": comparison["interpolated"] and comparison["mean"] is not None,
         "treatment": _number(comparison["treatment_mean"], digits),
         "baseline": _number(comparison["baseline_mean"], digits),
         "by_seed": ", ".join(
@@ -287,17 +297,17 @@ def _legend(comparisons: Iterable[Mapping[str, Any]]) -> str:
     comparisons = list(comparisons)
     judged = [c for c in comparisons if c["ci_low"] is not None]
     told_apart = [c for c in judged if c["verdict"] in ("higher", "lower")]
-    sentences = []
-    for level in sorted({comparison["confidence"] for comparison in judged}):
-        sentences.append(
-            f"In brackets: the {level:.0%} interval of the mean difference over seeds. "
-            "Shaded: better or worse, where the metric says which is which."
-        )
-        chance = (1 - level) * len(judged)
-        sentences.append(
+    sentences: list[str] = []
+    if judged:
+        methods = "; ".join(sorted({comparison["method"] for comparison in judged}))
+        by_chance = sum(1 - comparison["confidence"] for comparison in judged)
+        sentences += [
+            f"In brackets: the {_confidence(judged)} interval of the mean difference "
+            f"({methods}).",
+            "Shaded: better or worse, where the metric says which is which.",
             f"{len(told_apart)} of {len(judged)} differences can be told from zero; about "
-            f"{chance:.2g} would be by chance if there were none."
-        )
+            f"{by_chance:.2g} would be by chance if there were none.",
+        ]
     if any(comparison["interpolated"] for comparison in comparisons):
         sentences.append(
             "† where the grids do not meet, the baseline is interpolated on its curve over "
@@ -310,7 +320,8 @@ def _number(value: float | None, digits: int, sign: str = "-") -> str:
     """A number as a paper prints it, or a dash if there is none."""
     if value is None:
         return "-"
-    return f"{value:{sign},.{digits}f}".replace("-", "−")
+    rounded = round(value, digits) + 0.0  # which makes a zero of a negative one
+    return f"{rounded:{sign},.{digits}f}".replace("-", "−")
 
 
 def _estimate(found: Mapping[str, Any], digits: int, sign: str = "-") -> str:

@@ -42,8 +42,9 @@ def test_estimate_counts_weights_and_operations() -> None:
     (run,) = runs_of(grid(architecture=["batchtopk"], k=[4], seed=[0]))
     needs = estimate(config(), [run])
     weights = 2 * 256 * 64 + 64 + 256
-    # weights, gradients, and Adam's two moments, in float32
-    assert needs.per_sae == {run.name: 4 * 4 * weights}
+    # weights, gradients, and Adam's two moments, in float32; and what SAELens keeps of a
+    # step, pre-activations and activations of a batch of 4,096 tokens
+    assert needs.per_sae == {run.name: 4 * 4 * weights + 2 * 4 * 4096 * 64}
     assert needs.sae_flops == {run.name: 6.0 * weights * 4096}
     # py-neox has 4 layers, of which the first is run, and 2 operations a weight and token
     per_layer = 4 * 256 * 256 + 2 * 256 * 1024

@@ -22,7 +22,9 @@ GB = 1e9
 _COPIES_OF_WEIGHTS = 4
 # Tensors of a batch's pre-activations' size that a training step of SAELens's dense
 # BatchTopK holds at its peak; see benchmarks/README.md for how well this agrees.
-_COPIES_OF_ACTIVATIONS = 8
+_COPIES_OF_ACTIVATIONS = 6
+# Of these, how many each SAE keeps until its next step: SAELens holds the outputs of all.
+_KEPT_ACTIVATIONS = 2
 # The store joins and shuffles its buffer, each of which makes a copy.
 _COPIES_OF_BUFFER = 3
 # Tensors of the residual stream's size that a forward pass of the language model holds,
@@ -124,6 +126,9 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
     itemsize = _itemsize(wave.dtype)
     # n_params counts the blocks only
     embeddings = 2 * model.d_vocab * model.d_model
+    pre_activations = {
+        run.name: batch * run.config.d_sae * _itemsize(run.config.dtype) for run in runs
+    }
     shared = (
         (model.n_params + embeddings)
         * _itemsize(
@@ -139,20 +144,15 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
         * wave.context_size
         * model.d_model
         * itemsize
-        + max(
-            _COPIES_OF_ACTIVATIONS
-            * batch
-            * run.config.d_sae
-            * _itemsize(run.config.dtype)
-            for run in runs
-        )
+        + _COPIES_OF_ACTIVATIONS * max(pre_activations.values())
     )
     params = {run.name: _n_params(run) for run in runs}
     return Estimate(
         per_sae={
-            run.name: params[run.name]
-            * _COPIES_OF_WEIGHTS
+            run.name: _COPIES_OF_WEIGHTS
+            * params[run.name]
             * _itemsize(run.config.dtype)
+            + _KEPT_ACTIVATIONS * pre_activations[run.name]
             for run in runs
         },
         shared=int(shared),

@@ -33,7 +33,7 @@ from saelens_scaffold.evals.selected_saes import weights_sha256
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE
 from saelens_scaffold.subspaces import orthonormal_basis, share_in_subspace
 
-N_ALIGNMENT_BINS = 20
+N_ALIGNMENT_BINS = 100
 
 
 def collect(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from sae_lens import SAE
 from safetensors.torch import load_file
 
@@ -321,6 +322,16 @@ def test_mistakes_are_found_before_anything_is_trained(
     assert error.startswith("saelens-scaffold compare: error: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_one_process_at_a_time(unbroken: Path, tmp_path: Path) -> None:
+    config = read_config(write(tmp_path))
+    with (
+        FileLock(unbroken / "training.lock"),
+        pytest.raises(ValueError, match="another process is at work in"),
+    ):
+        compare(config, unbroken)
+    compare(config, unbroken)
 
 
 def test_a_failed_evaluation_leaves_a_report_of_the_rest(

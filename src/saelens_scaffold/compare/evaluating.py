@@ -105,7 +105,7 @@ class Evaluator:
             outcomes.append(outcome)
             if outcome.error is None:
                 folder = self.results_path / name
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 for run in group:
                     file = self.result_file(name, run)
                     os.replace(settings.output_path / file.name, file)

@@ -4,10 +4,13 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from saelens_scaffold.compare.config import CompareConfig, keep_config
 from saelens_scaffold.compare.evaluating import Evaluator
@@ -117,23 +120,35 @@ def compare(
 
     Raises:
         ValueError: Something makes no sense; the folder holds an experiment with another
-            configuration.
+            configuration, or another process is at work in it.
         FileNotFoundError: A file is missing.
         EvaluationsFailed: Some evaluation failed. The report is of the others.
     """
     output_path = Path(output_path)
     device = choose_device(device)
     plan = make_plan(config, device, memory_gb)
-    saes_path = output_path / "saes"
-    evaluator = Evaluator(config, device, saes_path, output_path / "eval_results")
+    evaluator = Evaluator(
+        config, device, output_path / "saes", output_path / "eval_results"
+    )
     evaluator.check(plan.runs[0])
     keep_config(config, output_path / CONFIG_FILENAME)
+    with _alone_in(output_path):
+        return _compare(config, plan, evaluator, output_path, command)
 
+
+def _compare(
+    config: CompareConfig,
+    plan: Plan,
+    evaluator: Evaluator,
+    output_path: Path,
+    command: str | None,
+) -> dict[str, Any]:
+    saes_path = evaluator.saes_path
     training_path = output_path / "training"
     waves = _kept_waves(plan, training_path)
     estimated = ("expected_average_only_in", "covariance_whitening")
     scales = any(r.config.normalize_activations in estimated for r in plan.runs)
-    trainer = WaveTrainer(config, device, saes_path, training_path, scales)
+    trainer = WaveTrainer(config, evaluator.device, saes_path, training_path, scales)
     for number, wave in enumerate(waves):
         print(f"wave {number + 1} of {len(waves)}: {len(wave)} SAEs", file=sys.stderr)
         trainer.train(number, wave)
@@ -171,6 +186,22 @@ def groups(runs: Sequence[Run]) -> list[list[Run]]:
     """SAEs that are evaluated together: those of one seed at one hook point."""
     key = lambda run: (run.seed, run.hook_name)
     return [[*group] for _, group in itertools.groupby(sorted(runs, key=key), key)]
+
+
+@contextmanager
+def _alone_in(output_path: Path) -> Iterator[None]:
+    """
+    Raises:
+        ValueError: Another process is at work in this folder.
+    """
+    try:
+        with FileLock(output_path / "training.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"another process is at work in {output_path}; wait for it, or choose "
+            "another --output_path"
+        ) from error
 
 
 def _kept_waves(plan: Plan, training_path: Path) -> list[list[Run]]:

@@ -5,11 +5,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from saelens_scaffold.evals.configs import validating
-from saelens_scaffold.evals.selected_saes import SelectedSAEs, View
 from saelens_scaffold.plugins import evaluation_plugins
+
+# Whoever only asks for names and metrics needs no SAEBench.
+if TYPE_CHECKING:
+    from saelens_scaffold.evals.selected_saes import SelectedSAEs, View
 
 
 class Metric(NamedTuple):
@@ -99,7 +101,7 @@ class Evaluation:
 
     name: str
     package: str
-    view: View
+    view: "View"
     metrics: tuple[Metric, ...]
     data: Literal["text", "labelled", None] = None
     data_field: str = "dataset"
@@ -113,6 +115,8 @@ class Evaluation:
 
     def config_class(self) -> type:
         """The class of its configuration, which checks its fields."""
+        from saelens_scaffold.evals.configs import validating
+
         module = importlib.import_module(f"{self.package}.eval_config")
         (found,) = (
             value
@@ -122,7 +126,7 @@ class Evaluation:
         return validating(found)
 
     def run(
-        self, config: Any, selected_saes: SelectedSAEs, settings: RunSettings
+        self, config: Any, selected_saes: "SelectedSAEs", settings: RunSettings
     ) -> dict[str, dict[str, Any]]:
         """
         Run it.

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,12 @@ from sae_bench.sae_bench_utils import general_utils
 from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
+from saelens_scaffold.digest import weights_sha256
+from saelens_scaffold.hub.validation import (
+    MAX_CFG_BYTES,
+    check_sae_directory,
+    read_json_object,
+)
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
 from saelens_scaffold.saes.scaffold import (
     ScaffoldMixin,
@@ -110,6 +115,7 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
 
     Raises:
         FileNotFoundError: A directory, or its configuration or weights, are missing.
+        InvalidSAEError: A scaffold SAE's files cannot be used.
         ValueError: A directory is named twice, or holds no SAE that SAELens can read.
     """
     directories = [Path(path) for path in paths]
@@ -126,6 +132,8 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
             )
     selected: list[tuple[str, SAE[Any]]] = []
     for directory, name in zip(directories, _names(directories), strict=True):
+        if _has_scaffold(directory):  # of others, SAELens has older forms, too
+            check_sae_directory(directory)
         try:
             selected.append((name, SAE.load_from_disk(directory)))
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -133,6 +141,11 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
                 f"{directory}: SAELens cannot load this SAE: {type(error).__name__}: {error}"
             ) from error
     return selected
+
+
+def _has_scaffold(directory: Path) -> bool:
+    cfg = read_json_object(directory / "cfg.json", MAX_CFG_BYTES)
+    return cfg.get("architecture") == ScaffoldJumpReLUSAEConfig.architecture()
 
 
 def resolve_saes(
@@ -179,16 +192,6 @@ def resolve_saes(
             "give each a name of its own"
         )
     return resolved
-
-
-def weights_sha256(sae: SAE[Any]) -> str:
-    """Digest of an SAE's weights, the same on every device."""
-    digest = sha256()
-    for name, weights in sorted(sae.state_dict().items()):
-        digest.update(f"{name}{tuple(weights.shape)}{weights.dtype}".encode())
-        weights = weights.detach().cpu().flatten().contiguous().view(torch.uint8)
-        digest.update(weights.numpy().data)
-    return digest.hexdigest()
 
 
 def _formatted(

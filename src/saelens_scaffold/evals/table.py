@@ -1,7 +1,7 @@
 """The table of `saelens-scaffold eval`, in Markdown."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -9,7 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from saelens_scaffold.evals.registry import Evaluation, Metric
-from saelens_scaffold.evals.selected_saes import SelectedSAE
+
+if TYPE_CHECKING:
+    from saelens_scaffold.evals.selected_saes import SelectedSAE
 
 FAILED = "failed"
 
@@ -29,7 +31,7 @@ class Outcome(NamedTuple):
     error: Exception | None
 
 
-def results_table(saes: Sequence[SelectedSAE], outcomes: Sequence[Outcome]) -> str:
+def results_table(saes: Sequence["SelectedSAE"], outcomes: Sequence[Outcome]) -> str:
     """The headline metrics: SAEs as rows, with the intervals where there are any."""
     table = Table(box=MARKDOWN)
     table.add_column("SAE", no_wrap=True)
@@ -63,17 +65,18 @@ def markdown(table: Table) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def _column(outcome: Outcome, metric: Metric) -> Callable[[SelectedSAE], str]:
-    def cell(sae: SelectedSAE) -> str:
+def _column(outcome: Outcome, metric: Metric) -> Callable[["SelectedSAE"], str]:
+    def cell(sae: "SelectedSAE") -> str:
         result = outcome.results.get(sae.key)
         if result is None:
             return FAILED
-        return escape(_cell(result, metric)) if metric.path else "yes"
+        return escape(metric_cell(result, metric)) if metric.path else "yes"
 
     return cell
 
 
-def _cell(result: dict[str, Any], metric: Metric) -> str:
+def metric_cell(result: dict[str, Any], metric: Metric) -> str:
+    """A metric as a table shows it: with its interval, where it has one."""
     value = metric.value(result)
     if value is None:
         return "-"

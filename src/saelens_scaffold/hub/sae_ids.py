@@ -1,0 +1,81 @@
+"""Ids of SAEs in a repository, which are paths of its folders."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+PLAIN_FORM = "jumprelu"
+"""The folder, in an SAE's, of its plain form."""
+
+RESULTS_FOLDER = "eval_results"
+"""The folder, in an SAE's, of its evaluation results."""
+
+_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.,=+-]{0,94}[A-Za-z0-9_,=+])?")
+_OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.,=+/-]+")
+
+
+def check_sae_id(sae_id: object) -> str:
+    """
+    See that an id can be a folder's path on the Hub and on every disk.
+
+    Args:
+        sae_id: The id, as in "blocks.12.hook_resid_post/rank_24".
+
+    Returns:
+        The id.
+
+    Raises:
+        ValueError: It cannot, and what is allowed.
+    """
+    allowed = (
+        "names of letters, digits and _ . , = + -, of at most 96 characters, with "
+        "none of . , = + - first, nor . or - last, separated by /"
+    )
+    parts = sae_id.split("/") if isinstance(sae_id, str) else []
+    if not parts or not all(_PART.fullmatch(part) for part in parts):
+        raise ValueError(f"{sae_id!r:.200} is no valid SAE id: an id is {allowed}")
+    reserved = {PLAIN_FORM, RESULTS_FOLDER} & set(parts)
+    if reserved:
+        raise ValueError(
+            f"{sae_id!r:.200} is no valid SAE id: {sorted(reserved)[0]!r} is the name of a "
+            "folder that every SAE may have; give the SAE another id, as in ID=DIR"
+        )
+    return str(sae_id)
+
+
+def check_sae_path(sae_path: object) -> str:
+    """
+    See that this is an SAE's id, or that of its plain form, "ID/jumprelu".
+
+    Raises:
+        ValueError: It is neither.
+    """
+    own = sae_path.removesuffix(f"/{PLAIN_FORM}") if isinstance(sae_path, str) else ""
+    check_sae_id(own or sae_path)
+    return str(sae_path)
+
+
+def sae_id_of_path(path: Path) -> str:
+    """
+    The id that a relative path makes: "BatchTopK (centred)" becomes "BatchTopK-centred".
+
+    Raises:
+        ValueError: There is nothing in the path that an id could be made of.
+    """
+    parts = (_OTHER_CHARACTERS.sub("-", part).strip("-.") for part in path.parts)
+    return check_sae_id("/".join(parts))
+
+
+def check_distinct(sae_ids: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: Two ids are the same where upper and lower case are, as on many disks.
+    """
+    seen: dict[str, str] = {}
+    for sae_id in sae_ids:
+        if sae_id.lower() in seen:
+            raise ValueError(
+                f"two SAEs have the id {sae_id!r} ({seen[sae_id.lower()]!r}); name one of "
+                "them otherwise, as in ID=DIR"
+            )
+        seen[sae_id.lower()] = sae_id

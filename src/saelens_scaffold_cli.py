@@ -25,6 +25,8 @@ examples:
     saelens-scaffold eval core,dense_latents --sae_path ./my-sae --dataset python-stdlib
   compare SAEs at matched sparsity over several seeds, in a table and a page
     saelens-scaffold compare experiment.yaml
+  publish SAEs so that everybody can load them
+    saelens-scaffold upload ./my-sae --repo_id user/my-saes --license mit --dry-run
   run any other command line with scaffold SAEs
     saelens-scaffold run -m sae_bench.evals.core.main --help
 """
@@ -80,6 +82,20 @@ a configuration:
   evaluations:
     dense_latents: {n_tokens: 100000}
   evaluation_data: {dataset: python-stdlib}
+"""
+
+_UPLOAD = """\
+Upload SAEs to the Hugging Face Hub. Under each SAE's id goes the SAE itself; under
+ID/jumprelu the exact plain form of a scaffold SAE, which SAELens loads alone. Sparsity,
+runner configuration and evaluation results go along, and a model card is written.
+Everything is checked before anything is sent. An SAE is one commit: it is there whole or
+not at all. After an interruption, repeat the command.
+"""
+_UPLOAD_EPILOG = """\
+example: see what would go where, and the card, without network or token
+  saelens-scaffold upload layer_12=./my-sae --repo_id user/my-saes --dry-run
+then log in (`hf auth login`), and
+  saelens-scaffold upload layer_12=./my-sae --repo_id user/my-saes --license mit
 """
 
 _DEMO = """\
@@ -180,6 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from saelens_scaffold.compare import command as compare_command
 
         return compare_command.run(options)
+    if argv[:1] == ["upload"]:
+        options = parser.parse_args(argv)
+        from saelens_scaffold.hub import command as upload_command
+
+        return upload_command.run(options)
     if argv[:1] == ["demo"]:
         from saelens_scaffold import demo
 
@@ -261,6 +282,15 @@ def _build_parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
             help="train and evaluate SAEs, and compare them at matched sparsity",
             description=_COMPARE,
             epilog=_COMPARE_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_upload_arguments(
+        commands.add_parser(
+            "upload",
+            help="upload SAEs to the Hugging Face Hub, with a model card",
+            description=_UPLOAD,
+            epilog=_UPLOAD_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
@@ -410,6 +440,71 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --plan: TFLOP/s that the device attains, to estimate the time",
     )
     parser.add_argument("--device", help="default: a GPU where there is one")
+
+
+def _add_upload_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "saes",
+        nargs="+",
+        metavar="[ID=]DIR",
+        help="directory of an SAE, of a run of `compare`, or any with SAEs below it; without "
+        "ID, ids are the SAEs' names or paths",
+    )
+    parser.add_argument(
+        "--repo_id",
+        required=True,
+        metavar="USER/REPO",
+        help="the repository, which is made if there is none",
+    )
+    parser.add_argument(
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="only check, and show the files, the card, and what it changes in an existing "
+        "README; needs no network and no token",
+    )
+    parser.add_argument(
+        "--eval_results",
+        nargs="+",
+        metavar="DIR",
+        help="output folders of `saelens-scaffold eval` (default: eval_results in each DIR)",
+    )
+    parser.add_argument(
+        "--no_jumprelu",
+        action="store_true",
+        help="leave out the plain form of scaffold SAEs",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make a new repository private"
+    )
+    parser.add_argument(
+        "--create_pr",
+        action="store_true",
+        help="open a pull request, as with a repository that is not yours",
+    )
+    parser.add_argument(
+        "--revision", default="main", metavar="BRANCH", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--overwrite_readme",
+        action="store_true",
+        help="replace a README that is in the repository",
+    )
+    card = parser.add_argument_group("model card")
+    card.add_argument(
+        "--license", metavar="ID", help="as the Hub calls it: mit, apache-2.0, ..."
+    )
+    card.add_argument(
+        "--base_model",
+        metavar="ID",
+        help="the language model on the Hub (default: found by its name)",
+    )
+    card.add_argument(
+        "--datasets",
+        nargs="+",
+        metavar="ID",
+        help="the training data on the Hub (default: found by its name)",
+    )
 
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:

@@ -60,7 +60,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
     source = """if True:
         import sys
         from saelens_scaffold_cli import main
-        for argv in [], ["--help"], ["run", "--help"], ["--version"], ["nonsense"]:
+        for argv in [], ["--help"], ["run", "--help"], ["upload", "--help"], ["--version"], ["nonsense"]:
             try:
                 main(argv)
             except SystemExit as exit:

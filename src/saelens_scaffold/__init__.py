@@ -6,6 +6,8 @@ Importing this package registers the architectures `scaffold_batchtopk`,
 """
 
 from saelens_scaffold.hookspecs import hookimpl
+from saelens_scaffold.hub.loading import load_scaffold_sae
+from saelens_scaffold.hub.upload import upload_scaffold_saes
 from saelens_scaffold.local_models import register_local_model
 from saelens_scaffold.registration import register_architectures
 from saelens_scaffold.saes import (
@@ -33,8 +35,10 @@ __all__ = [
     "ScaffoldMatryoshkaTrainingSAE",
     "ScaffoldMatryoshkaTrainingSAEConfig",
     "hookimpl",
+    "load_scaffold_sae",
     "register_architectures",
     "register_local_model",
+    "upload_scaffold_saes",
 ]
 
 register_architectures()

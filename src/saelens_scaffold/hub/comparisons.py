@@ -1,0 +1,63 @@
+"""What a `compare` run says of an SAE and its baseline."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from saelens_scaffold.hub.sae_ids import sae_id_of_path
+
+RESULTS_FILE = "results.json"
+
+_DENSE_LATENTS = "dense_latents.dense_latents.dense_latents"
+
+
+class Reduction(NamedTuple):
+    """
+    How many fewer dense latents an SAE has than its baseline.
+
+    Attributes:
+        share: 1 minus the ratio of the two counts.
+        baseline: What the run calls the baseline.
+    """
+
+    share: float
+    baseline: str
+
+
+def reductions_in(run: Path) -> dict[str, Reduction]:
+    """
+    The reductions of a run's SAEs against baselines of the same k and seed, by id.
+
+    Args:
+        run: The folder of a `compare` run, or any other, which says nothing.
+
+    Raises:
+        ValueError: There is a results.json, but it is not one of `compare`.
+    """
+    file = run / RESULTS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        compared = {
+            comparison["treatment"]["arm"]: comparison
+            for comparison in results["comparisons"]
+            if comparison["metric"] == _DENSE_LATENTS and comparison["matching"] == "k"
+        }
+        found: dict[str, Reduction] = {}
+        for sae in results["saes"]:
+            comparison = compared.get(sae["arm"])
+            if comparison is None:
+                continue
+            difference = comparison["differences"].get(str(sae["seed"]))
+            count = sae["metrics"][_DENSE_LATENTS]["value"]
+            if difference is not None and count is not None and count > difference:
+                found[sae_id_of_path(Path(sae["name"]))] = Reduction(
+                    -difference / (count - difference), comparison["baseline"]["arm"]
+                )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not the results.json of a `compare` run "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return found

@@ -1,0 +1,71 @@
+"""The picture of a model card."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from saelens_scaffold.files import new_file
+from saelens_scaffold.hub.facts import facts_of
+from saelens_scaffold.hub.sources import UploadedSAE
+
+MAX_CURVES = 10
+"""As many as can be told apart."""
+
+
+def write_firing_frequencies(saes: Sequence[UploadedSAE], path: Path) -> bool:
+    """
+    Draw how often sparse latents fire, a curve for each SAE, and save it as a PNG.
+
+    A point (x, y) of a curve says: y sparse latents fire on more than x of the tokens.
+    Scaffold SAEs have solid lines, plain ones dashed lines.
+
+    Args:
+        saes: The SAEs. The first ten whose frequencies are known are drawn.
+        path: Where to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    known = [(sae, facts_of(sae)) for sae in saes]
+    known = [(sae, facts) for sae, facts in known if facts.frequencies is not None]
+    if not known:
+        return False
+    from matplotlib.figure import Figure  # not needed by those who only load SAEs
+
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for sae, facts in known[:MAX_CURVES]:
+        assert facts.frequencies is not None
+        alive = np.sort(facts.frequencies[facts.frequencies > 0])[::-1]
+        axes.step(
+            alive,
+            np.arange(1, len(alive) + 1),
+            linestyle="-" if sae.rank else "--",
+            linewidth=1.6,
+            label=f"{sae.sae_id} (rank {sae.rank})" if sae.rank else sae.sae_id,
+        )
+    threshold = known[0][1].threshold
+    axes.axvline(threshold, color="grey", linewidth=0.8)
+    axes.annotate(
+        "dense →",
+        (threshold, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -10),
+        textcoords="offset points",
+        fontsize=8,
+        color="grey",
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(1e-4, 1),
+        xlabel="firing frequency x (share of tokens)",
+        ylabel="sparse latents firing more often than x",
+    )
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.2)
+    with new_file(path) as temporary:
+        # no version or date, so that the same picture is the same file
+        figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})
+    return True

@@ -1,0 +1,85 @@
+"""The files of an SAE as they are in the repository."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.saes.sae import SAE
+from safetensors.torch import save_file
+
+from saelens_scaffold.digest import weights_sha256
+from saelens_scaffold.hub.evaluation_results import file_names
+from saelens_scaffold.hub.sae_ids import PLAIN_FORM, RESULTS_FOLDER
+from saelens_scaffold.hub.sources import UploadedSAE
+from saelens_scaffold.saes.scaffold import ScaffoldMixin
+
+
+def write_files(
+    uploaded: UploadedSAE, folder: Path, hf_repo_id: str, jumprelu: bool
+) -> None:
+    """
+    Write all files of an SAE, in both forms.
+
+    Args:
+        uploaded: The SAE.
+        folder: Where to write them: the SAE's folder in the repository, as it will be.
+        hf_repo_id: The repository, which the configurations name.
+        jumprelu: Whether to write a scaffold SAE's plain form as well.
+    """
+    sae = uploaded.load()
+    _save(sae, folder, how_to_load(uploaded, hf_repo_id, jumprelu))
+    if uploaded.log_sparsity is not None:
+        _save_sparsity(uploaded.log_sparsity, folder)
+    if uploaded.runner_cfg is not None:
+        shutil.copyfile(uploaded.runner_cfg, folder / RUNNER_CFG_FILENAME)
+    if uploaded.results:
+        (folder / RESULTS_FOLDER).mkdir()
+        names = file_names(uploaded.results)
+        for name, result in zip(names, uploaded.results, strict=True):
+            shutil.copyfile(result.file, folder / RESULTS_FOLDER / name)
+
+    if jumprelu and isinstance(sae, ScaffoldMixin):
+        plain = folder / PLAIN_FORM
+        _save(sae.to_jumprelu(), plain, _load_call(uploaded, hf_repo_id, plain=True))
+        if uploaded.log_sparsity is not None:
+            scaffold, sparse = uploaded.log_sparsity.tensor_split([uploaded.rank])
+            # Between them, the two halves of a linear latent fire as often as it does;
+            # how often each does was not counted.
+            _save_sparsity(torch.cat([scaffold, scaffold, sparse]), plain)
+
+
+def how_to_load(uploaded: UploadedSAE, hf_repo_id: str, jumprelu: bool) -> str:
+    """What the configuration says to those who read it because the SAE does not load."""
+    call = _load_call(uploaded, hf_repo_id)
+    if not uploaded.has_scaffold:
+        return call
+    text = f"pip install saelens-scaffold; then import saelens_scaffold, and {call}"
+    if jumprelu:
+        plain = _load_call(uploaded, hf_repo_id, plain=True)
+        text += (
+            f". Or without that package, as a plain SAE with the same outputs: {plain}"
+        )
+    return text
+
+
+def _load_call(uploaded: UploadedSAE, hf_repo_id: str, plain: bool = False) -> str:
+    sae_id = f"{uploaded.sae_id}/{PLAIN_FORM}" if plain else uploaded.sae_id
+    return f'SAE.from_pretrained("{hf_repo_id}", "{sae_id}")'
+
+
+def _save(sae: SAE[Any], folder: Path, hint: str) -> None:
+    cfg = sae.cfg
+    try:
+        sae.cfg = copy.deepcopy(cfg)  # that of an SAE of the user's stays as it is
+        sae.cfg.metadata.how_to_load = hint
+        sae.cfg.metadata.weights_sha256 = weights_sha256(sae)
+        sae.save_model(folder)
+    finally:
+        sae.cfg = cfg
+
+
+def _save_sparsity(log_sparsity: torch.Tensor, folder: Path) -> None:
+    save_file({"sparsity": log_sparsity.contiguous()}, folder / SPARSITY_FILENAME)

@@ -44,6 +44,7 @@ def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:
         _headline(evaluation, metric)
         for evaluation in evaluations
         for metric in evaluation.metrics
+        if metric.of_sae
     ]
     for offered in evaluation_plugins().hook.comparison_metrics():
         metrics += offered

@@ -24,12 +24,14 @@ class Metric(NamedTuple):
             `PATH_ci_high` are the ends of its interval, where it has one.
         digits: How many to show after the point.
         better: Which direction is the better one, if either is.
+        of_sae: Whether it depends on the SAE, and not on language model and text alone.
     """
 
     title: str
     path: str
     digits: int = 3
     better: Literal["higher", "lower"] | None = None
+    of_sae: bool = True
 
     def value(self, result: Mapping[str, Any]) -> float | None:
         """Its value in an SAE's result; None if there is none."""
@@ -225,13 +227,18 @@ EVALUATIONS: dict[str, Evaluation] = {
                 Metric(
                     "CE x, no scaffold", "cross_entropy.ce_ratio_scaffold_subtracted", 2
                 ),
-                Metric("CE x, no PCA", "cross_entropy.ce_ratio_pca_projected_out", 2),
+                Metric(
+                    "CE x, no PCA",
+                    "cross_entropy.ce_ratio_pca_projected_out",
+                    2,
+                    of_sae=False,
+                ),
                 Metric(
                     "CE x, no aligned latents",
                     "cross_entropy.ce_ratio_aligned_latents",
                     2,
                 ),
-                Metric("topic accuracy", "topics.accuracy_clean", 2),
+                Metric("topic accuracy", "topics.accuracy_clean", 2, of_sae=False),
                 Metric(
                     "topic accuracy, no scaffold",
                     "topics.accuracy_scaffold_subtracted",

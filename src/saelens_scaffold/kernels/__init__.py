@@ -6,7 +6,7 @@ numbers like any other. Here
 - `selection` finds the k · N largest pre-activations as the encoder's product is made,
   block by block, so that the (N, d_sae) pre-activations are never held;
 - `entries` says which they are, sorted both by token and by latent;
-- `sparse_autograd` encodes, decodes and goes backward over these entries alone;
+- `sparse_forward` encodes, decodes and goes backward over these entries alone;
 - `lazy` shows them to whoever reads `feature_acts` or `hidden_pre` as the dense tensors they
   stand for.
 

@@ -28,7 +28,7 @@ class Encoder(NamedTuple):
         x: Shape (n_tokens, d_in).
         W: Shape (d_in, n_latents).
         b: Shape (n_latents,).
-        scale: Factor of each latent, shape (n_latents,), or None for 1.
+        scale: Positive factor of each latent, shape (n_latents,), or None for 1.
     """
 
     x: torch.Tensor
@@ -36,19 +36,27 @@ class Encoder(NamedTuple):
     b: torch.Tensor
     scale: torch.Tensor | None
 
-    def pre_activations(
-        self, tokens: slice | torch.Tensor, latents: slice | torch.Tensor
+    def products(
+        self, tokens: slice = slice(None), latents: slice = slice(None)
     ) -> torch.Tensor:
-        """Those of some tokens and latents, shape (n_tokens, n_latents), contiguous."""
-        x, W, b = self.x[tokens], self.W[:, latents], self.b[latents]
-        if torch.is_autocast_enabled(x.device.type):
-            # as in dense code under autocast: the product is rounded, not what follows
-            pre_activations = x @ W + b
-        else:
-            pre_activations = torch.addmm(b, x, W)
-        if self.scale is not None:
-            pre_activations *= self.scale[latents]
-        return pre_activations
+        """x W of some tokens and latents, contiguous, of autocast's dtype if it is on."""
+        return self.x[tokens] @ self.W[:, latents]
+
+    def pre_activations(
+        self, products: torch.Tensor, latents: torch.Tensor | slice = slice(None)
+    ) -> torch.Tensor:
+        """Products, whose last dimension runs over `latents`, as pre-activations."""
+        pre_activations = products + self.b[latents]
+        return (
+            pre_activations
+            if self.scale is None
+            else pre_activations * self.scale[latents]
+        )
+
+    def among(self, latents: torch.Tensor) -> "Encoder":
+        """That of some latents alone."""
+        scale = None if self.scale is None else self.scale[latents]
+        return Encoder(self.x, self.W[:, latents], self.b[latents], scale)
 
 
 class TopSelection:
@@ -80,12 +88,14 @@ class TopSelection:
             n: How many to select.
             ops: The kernels to use.
         """
+        if n == 0:
+            return Selected(encoder.x.new_empty(0, dtype=torch.long), encoder.b[:0])
         for guess in self._guesses(encoder, n):
-            candidates = _above(encoder, guess, ops)
-            if guess == 0 or len(candidates.values) >= n:
+            selected = _largest(_above(encoder, guess, ops), n)
+            cut = _cut(selected.values, n)
+            if cut > _safely_above(guess, encoder) or guess == 0:
                 break
-        selected = _largest(candidates, n)
-        self._last_guess = self._below_cut_of(selected.values, n)
+        self._last_guess = self.MARGIN * cut if 0 < cut < float("inf") else None
         return selected
 
     def _guesses(self, encoder: Encoder, n: int) -> Iterator[float]:
@@ -94,21 +104,14 @@ class TopSelection:
         yield self._from_a_sample(encoder, n)
         yield 0.0
 
-    def _below_cut_of(self, selected: torch.Tensor, n: int) -> float | None:
-        """A guess for a batch like that of which n were to be selected."""
-        if n == 0:
-            return None
-        cut = float(selected.min()) if len(selected) == n else 0.0
-        # NaN and inf are the mark of a batch that says nothing of the next
-        return self.MARGIN * cut if 0 <= cut < float("inf") else None
-
     def _from_a_sample(self, encoder: Encoder, n: int) -> float:
         # every n-th token rather than random ones, so that no random number is used up
         stride = max(1, len(encoder.x) // 64)
-        sample = encoder.pre_activations(slice(None, None, stride), slice(None))
-        values = sample.flatten()
+        products = encoder.products(tokens=slice(None, None, stride))
+        values = encoder.pre_activations(products).flatten()
         n_of_sample = min(len(values), max(1, n // stride))
-        return self._below_cut_of(values.topk(n_of_sample).values, n_of_sample) or 0.0
+        cut = _cut(values.topk(n_of_sample).values, n_of_sample)
+        return self.MARGIN * cut if 0 < cut < float("inf") else 0.0
 
 
 def largest_of_each_token(
@@ -123,38 +126,55 @@ def largest_of_each_token(
         k: At most n.
         max_elements: How many pre-activations to make at a time.
     """
-    among = Encoder(
-        encoder.x,
-        encoder.W[:, latents],
-        encoder.b[latents],
-        None if encoder.scale is None else encoder.scale[latents],
-    )
     n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
+    among = encoder.among(latents)
     at_a_time = max(1, max_elements // len(latents))
     places, values = [], []
     for start in range(0, n_tokens, at_a_time):
-        of_tokens = among.pre_activations(slice(start, start + at_a_time), slice(None))
-        top = of_tokens.topk(k, dim=-1, sorted=False)
-        tokens = torch.arange(start, start + len(of_tokens), device=latents.device)
+        products = among.products(tokens=slice(start, start + at_a_time))
+        top = among.pre_activations(products).topk(k, dim=-1, sorted=False)
+        tokens = torch.arange(start, start + len(products), device=latents.device)
         places.append(tokens[:, None] * n_latents + latents[top.indices])
         values.append(top.values)
     return Selected(torch.cat(places).flatten(), torch.cat(values).flatten())
 
 
 def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
-    """All pre-activations above a cut."""
+    """
+    All pre-activations above a cut, and some that are there but for rounding.
+
+    The cut is moved rather than the products, of which there are so many more: with
+    each latent's bias and scale, (p + b) · scale > cut is p > cut / scale - b. For a cut of
+    0 that is exact.
+    """
     n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
+    precise = torch.promote_types(encoder.b.dtype, torch.float32)
+    cuts = -encoder.b.to(precise)
+    if cut > 0:
+        cuts += cut if encoder.scale is None else cut / encoder.scale.to(precise)
     at_a_time = max(1, ops.block_elements(encoder.x.device) // max(1, n_tokens))
     places, values = [], []
     for start in range(0, n_latents, at_a_time):
-        block = encoder.pre_activations(slice(None), slice(start, start + at_a_time))
-        indices, above = ops.above(block, cut)
-        width = block.shape[1]
+        block = slice(start, min(start + at_a_time, n_latents))
+        indices, products = ops.above(encoder.products(latents=block), cuts[block])
+        width = block.stop - block.start
         tokens = indices // width
-        # token · n_latents + start + (index - token · width)
-        places.append(indices.add_(tokens, alpha=n_latents - width).add_(start))
-        values.append(above)
+        latents = indices.add_(tokens, alpha=-width).add_(start)
+        values.append(encoder.pre_activations(products, latents))
+        places.append(latents.add_(tokens, alpha=n_latents))
     return Selected(torch.cat(places), torch.cat(values))
+
+
+def _safely_above(guess: float, encoder: Encoder) -> float:
+    """A value that no pre-activation has that `_above(guess)` leaves out."""
+    scaled_bias = encoder.b if encoder.scale is None else encoder.b * encoder.scale
+    eps = torch.finfo(encoder.b.dtype).eps
+    return guess + 8 * eps * (guess + float(scaled_bias.abs().max()))
+
+
+def _cut(selected: torch.Tensor, n: int) -> float:
+    """The least of the n values that are selected; 0 if there are fewer."""
+    return float(selected.min()) if 0 < n == len(selected) else 0.0
 
 
 def _largest(candidates: Selected, n: int) -> Selected:
@@ -162,4 +182,3 @@ def _largest(candidates: Selected, n: int) -> Selected:
         return candidates
     top = candidates.values.topk(n, sorted=False)
     return Selected(candidates.places[top.indices], top.values)
-

@@ -17,20 +17,22 @@ def block_elements(device: torch.device) -> int:
     return BLOCK_ELEMENTS.get(device.type, 2**24)
 
 
-def above(values: torch.Tensor, cut: float) -> tuple[torch.Tensor, torch.Tensor]:
+def above(
+    values: torch.Tensor, cuts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The values above a cut, and those that are NaN, as `torch.topk` takes NaN for largest.
+    The values above their column's cut, and those that are NaN.
 
     Args:
-        values: Contiguous, of any shape.
-        cut: The cut.
+        values: Contiguous, shape (n_rows, n_columns).
+        cuts: Shape (n_columns,).
 
     Returns:
         Their flat indices and the values themselves, both of shape (n,).
     """
-    flat = values.view(-1)
-    indices = (flat <= cut).logical_not_().nonzero().view(-1)
-    return indices, flat[indices]
+    # not values > cuts, for torch.topk takes NaN for the largest
+    indices = (values <= cuts).logical_not_().view(-1).nonzero().view(-1)
+    return indices, values.view(-1)[indices]
 
 
 def row_sums(

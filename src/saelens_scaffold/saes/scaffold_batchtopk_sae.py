@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from sae_lens.config import dict_field
 from sae_lens.saes.batchtopk_sae import (
     BatchTopK,
@@ -16,7 +15,6 @@ from sae_lens.saes.batchtopk_sae import (
     BatchTopKTrainingSAEConfig,
 )
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
-from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from saelens_scaffold import plugins
@@ -24,8 +22,14 @@ from saelens_scaffold.hookspecs import ScaffoldStart
 from saelens_scaffold.kernels.choice import Kernels, check_kernels, choose_kernels
 from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
 from saelens_scaffold.kernels.selection import TopSelection
+from saelens_scaffold.saes.fused_adam import fuse_adam_of
 from saelens_scaffold.saes.pca import principal_subspace
-from saelens_scaffold.saes.scaffold import ScaffoldActivation, ScaffoldMixin, build_sae
+from saelens_scaffold.saes.scaffold import (
+    ScaffoldActivation,
+    ScaffoldMixin,
+    build_sae,
+    is_hooked,
+)
 from saelens_scaffold.saes.scaffold_jumprelu_sae import (
     ScaffoldJumpReLUSAE,
     ScaffoldJumpReLUSAEConfig,
@@ -274,7 +278,11 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         if self.has_plugins:
             plugins.before_forward(self, step_input)
         for_sparse_latents = self._for_sparse_latents(step_input)
-        self._begin_sparse_step(kernels, for_sparse_latents.dead_neuron_mask)
+        if kernels is not None:
+            fuse_adam_of(self)
+            self._sparse_step = self._new_sparse_step(
+                kernels, for_sparse_latents.dead_neuron_mask
+            )
         try:
             output = super().training_forward_pass(for_sparse_latents)
         finally:
@@ -291,8 +299,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         competing = self.activation_fn
         if (
             # what one hooks is what one wants to have, or to change
-            _is_hooked(self.hook_sae_acts_pre)
-            or _is_hooked(self.hook_sae_acts_post)
+            is_hooked(self.hook_sae_acts_pre)
+            or is_hooked(self.hook_sae_acts_post)
             or not isinstance(competing, ScaffoldActivation)
             or type(competing.sparse_activation) is not BatchTopK
             or sae_in.requires_grad
@@ -307,17 +315,15 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             worthwhile=self.cfg.scaffold_rank > 0 and 8 * self.cfg.k <= n_sparse,
         )
 
-    def _begin_sparse_step(
-        self, kernels: ModuleType | None, dead_neuron_mask: torch.Tensor | None
-    ) -> None:
-        if kernels is None:
-            return
+    def _new_sparse_step(
+        self, kernels: ModuleType, dead_neuron_mask: torch.Tensor | None
+    ) -> SparseStep:
         rank = self.cfg.scaffold_rank
-        revivals = ()
+        revivals: tuple[Revival, ...] = ()
         if dead_neuron_mask is not None:
             revivals = tuple(self._revivals(dead_neuron_mask[rank:]))
         widths = [width - rank for width in self._level_widths()]
-        self._sparse_step = SparseStep(kernels, widths, revivals)
+        return SparseStep(kernels, widths, revivals)
 
     def _level_widths(self) -> Sequence[int]:
         """Widths of the nested reconstructions that are trained, the whole last."""
@@ -327,9 +333,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         """Which of the dictionary's latents, that a mask says are dead, do what."""
         yield from self._revival(dead, start=0, level=len(self._level_widths()) - 1)
 
-    def _revival(
-        self, dead: torch.Tensor, start: int, level: int
-    ) -> Iterator[Revival]:
+    def _revival(self, dead: torch.Tensor, start: int, level: int) -> Iterator[Revival]:
         latents = dead.nonzero().view(-1) + start
         if len(latents) > 0:
             # as many as SAELens uses, and at the weight that it gives them
@@ -342,21 +346,17 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cfg, rank = self.cfg, self.cfg.scaffold_rank
         norms = self.W_dec.norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
-        B = None
-        if rank > 0 and cfg.sparse_encoder_input == "residual":
-            # a gradient of r rows, not one of W_dec's size
-            first = torch.arange(rank, device=self.W_dec.device)
-            B = F.embedding(first, self.W_dec, sparse=True)
-        step.encode(
+        feature_acts = step.run(
             x.detach(),
             self.W_enc,
             self.b_enc,
-            B,
-            self.b_dec if cfg.apply_b_dec_to_input else None,
-            rank,
-            None if norms is None else norms[rank:].detach(),
-            self._selection,
-            self.activation_fn.sparse_activation.k,  # type: ignore[union-attr]
+            self.W_dec,
+            b_dec=self.b_dec if cfg.apply_b_dec_to_input else None,
+            rank=rank,
+            residual=rank > 0 and cfg.sparse_encoder_input == "residual",
+            norms=norms,
+            selection=self._selection,
+            k=self.activation_fn.sparse_activation.k,  # type: ignore[union-attr]
         )
         weights = (self.W_enc, self.b_enc, self.W_dec)
         versions = [weight._version for weight in weights]
@@ -370,18 +370,14 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
                 )
             return self._hidden_pre(x)
 
-        lazy_hidden_pre = LazyTensor(hidden_pre, (len(x), cfg.d_sae), x)
-        return step.activations(norms), lazy_hidden_pre
+        return feature_acts, LazyTensor(hidden_pre, (len(x), cfg.d_sae), x)
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
         step = self._sparse_step
         if step is None or feature_acts is not step.feature_acts:
             return super().decode(feature_acts)
-        step.decode(self.W_dec)
-        sae_out_pre = self.hook_sae_recons(step.levels[-1] + self.b_dec)
-        sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
-        return self.reshape_fn_out(sae_out_pre, self.d_head)
+        return self._finish_decode(step.levels[-1])
 
     @override
     def calculate_aux_loss(
@@ -542,10 +538,6 @@ def _l0_sparse(feature_acts: torch.Tensor, rank: int) -> torch.Tensor:
     if isinstance(feature_acts, SparseActivations):
         return feature_acts.active.bool().float().sum() / len(feature_acts)
     return feature_acts[..., rank:].bool().float().sum(-1).mean()
-
-
-def _is_hooked(point: HookPoint) -> bool:
-    return bool(point._forward_hooks or point._backward_hooks)
 
 
 def _read_scaffold_is_initialized(

@@ -15,10 +15,7 @@ from saelens_scaffold.kernels.selection import (
     TopSelection,
     largest_of_each_token,
 )
-from saelens_scaffold.kernels.sparse_autograd import (
-    Reconstructions,
-    SelectedPreActivations,
-)
+from saelens_scaffold.kernels.sparse_forward import SparseForward
 
 
 class Revival(NamedTuple):
@@ -45,8 +42,8 @@ class SparseStep:
 
     The reconstruction has parts: what each Matryoshka level adds to the one before (one
     level for BatchTopK), and what the dead latents of each revival write. All are
-    encoded, decoded and trained together, each part as further rows of one sparse
-    matrix.
+    encoded, decoded and trained in one pass, each part as further rows of the same
+    sparse matrix.
 
     Args:
         ops: The kernels.
@@ -57,110 +54,91 @@ class SparseStep:
     ops: ModuleType
     widths: Sequence[int]
     revivals: Sequence[Revival]
-    feature_acts: SparseActivations = field(init=False)
+
+    feature_acts: SparseActivations | None = field(init=False, default=None)
     levels: Sequence[torch.Tensor] = field(init=False, default=())
     """The reconstruction of each level, without b_dec, of shape (n_tokens, d_in)."""
     revived: Sequence[torch.Tensor] = field(init=False, default=())
     """What the dead latents of each revival write, of shape (n_tokens, d_in)."""
 
-    _entries: Entries = field(init=False)
-    _n_active: int = field(init=False)
-    _z: torch.Tensor = field(init=False)
-    _values: torch.Tensor = field(init=False)
-
-    def encode(
+    def run(
         self,
         x: torch.Tensor,
         W_enc: torch.Tensor,
         b_enc: torch.Tensor,
-        B: torch.Tensor | None,
+        W_dec: torch.Tensor,
         b_dec: torch.Tensor | None,
         rank: int,
-        scale: torch.Tensor | None,
+        residual: bool,
+        norms: torch.Tensor | None,
         selection: TopSelection,
         k: float,
-    ) -> None:
+    ) -> SparseActivations:
         """
-        Find the active latents, and those of the revivals, and encode them.
+        Find the active latents, and those of the revivals; set `levels` and `revived`.
 
         Args:
-            x, W_enc, b_enc, B, b_dec, rank: As `SelectedPreActivations` takes them.
-            scale: By which pre-activations are multiplied before they compete, shape
-                (n_latents,), or None for 1.
+            x, W_enc, b_enc, W_dec, b_dec, rank, residual: As `SparseForward` takes them.
+            norms: By which activations are multiplied before they compete, and as they
+                are given out, shape (d_sae,), or None for 1.
             selection: Selects the active ones.
             k: How many are active for a token, on average.
+
+        Returns:
+            `feature_acts`.
         """
-        found: list[Entries] = []
+        scale = None if norms is None else norms[rank:].detach()
+        n_active = int(k * len(x))
 
         def select(encoder: Encoder) -> tuple[Entries, torch.Tensor]:
-            return self._select(encoder._replace(scale=scale), selection, k)
+            return self._select(encoder._replace(scale=scale), selection, n_active)
 
-        self._z, self._values = SelectedPreActivations.apply(  # type: ignore[misc]
-            x, W_enc, b_enc, B, b_dec, rank, select, self.ops, found
+        found: list[Entries] = []
+        z, values, written = SparseForward.apply(  # type: ignore[misc]
+            x, W_enc, b_enc, W_dec, b_dec, rank, residual, select, self.ops, found
         )
-        (self._entries,) = found
-
-    def _select(
-        self, encoder: Encoder, selection: TopSelection, k: float
-    ) -> tuple[Entries, torch.Tensor]:
-        n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
-        active = selection(encoder, int(k * n_tokens), self.ops)
-        self._n_active = len(active.values)
-        dead = [
-            largest_of_each_token(
-                encoder,
-                revival.latents,
-                revival.k,
-                self.ops.block_elements(encoder.x.device),
-            )
-            for revival in self.revivals
-        ]
-        places = torch.cat([active.places, *(selected.places for selected in dead)])
-        values = torch.cat([active.values, *(selected.values for selected in dead)])
-        rows = places // n_latents
-        latents = places - rows * n_latents
-        if encoder.scale is not None:
-            values = values / encoder.scale[latents]
-        # so far a row is a token
+        (entries,) = found
         n_levels = len(self.widths)
-        if n_levels > 1:
-            ends = torch.tensor(self.widths[:-1], device=places.device)
-            levels = torch.bucketize(latents[: self._n_active], ends, right=True)
-            rows[: self._n_active] += n_tokens * levels
-        start = self._n_active
-        for part, selected in enumerate(dead, start=n_levels):
-            stop = start + len(selected.values)
-            rows[start:stop] += n_tokens * part
-            start = stop
-        n_rows = n_tokens * (n_levels + len(dead))
-        return sorted_entries(rows, latents, values, n_tokens, n_rows, n_latents)
+        parts = written.view(-1, *x.shape).unbind()
+        self.levels = list(itertools.accumulate(parts[:n_levels]))
+        self.revived = parts[n_levels:]
 
-    def activations(self, norms: torch.Tensor | None) -> SparseActivations:
-        """
-        What the step gives out as `feature_acts`.
-
-        Args:
-            norms: The decoder's norms, shape (d_sae,), by which activations are
-                multiplied, or None.
-        """
-        # those of revivals come last
-        n, rank = self._n_active, self._z.shape[1]
-        tokens, latents = self._entries.tokens[:n], self._entries.latents[:n]
-        z, active = self._z, self._values[:n]
+        # the entries of the revivals come last
+        n_active = int(entries.row_offsets[n_levels * len(x)])
+        tokens, latents = entries.tokens[:n_active], entries.latents[:n_active]
+        active = values[:n_active]
         if norms is not None:
             z, active = z * norms[:rank], active * norms[rank + latents]
         self.feature_acts = SparseActivations(
-            z, active, tokens, latents, self._entries.n_latents
+            z, active, tokens, latents, entries.n_latents
         )
         return self.feature_acts
 
-    def decode(self, W_dec: torch.Tensor) -> None:
-        """Make `levels` and `revived`."""
-        written = Reconstructions.apply(
-            self._z, self._values, W_dec, self._entries, self.ops
-        )
-        shape = (-1, self._entries.n_tokens, W_dec.shape[1])
-        parts = written.view(shape).unbind()  # type: ignore[union-attr]
-        n_levels = len(self.widths)
-        self.levels = list(itertools.accumulate(parts[:n_levels]))
-        self.revived = parts[n_levels:]
+    def _select(
+        self, encoder: Encoder, selection: TopSelection, n_active: int
+    ) -> tuple[Entries, torch.Tensor]:
+        n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
+        active = selection(encoder, n_active, self.ops)
+        block = self.ops.block_elements(encoder.x.device)
+        dead = [
+            largest_of_each_token(encoder, revival.latents, revival.k, block)
+            for revival in self.revivals
+        ]
+        all_selected = [active, *dead]
+        places = torch.cat([selected.places for selected in all_selected])
+        values = torch.cat([selected.values for selected in all_selected])
+        tokens = places // n_latents
+        latents = places - tokens * n_latents
+        if encoder.scale is not None:
+            values = values / encoder.scale[latents]
+
+        ends = torch.tensor(self.widths[:-1], device=places.device)
+        n_levels, n_active = len(self.widths), len(active.values)
+        levels = torch.bucketize(latents[:n_active], ends, right=True)
+        parts = [levels] + [
+            torch.full_like(selected.places, n_levels + i)
+            for i, selected in enumerate(dead)
+        ]
+        rows = tokens.add_(torch.cat(parts), alpha=n_tokens)
+        n_rows = n_tokens * (n_levels + len(dead))
+        return sorted_entries(rows, latents, values, n_tokens, n_rows, n_latents)

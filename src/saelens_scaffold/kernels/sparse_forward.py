@@ -70,6 +70,7 @@ class SparseForward(torch.autograd.Function):
         ops: ModuleType,
         found: list[Entries],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        residual = residual and rank > 0
         A, S = W_enc[:, :rank], W_enc[:, rank:]
         B, D = W_dec[:rank], W_dec[rank:]
         # Not in autocast's precision: cheap, and where A dominates, the residual is a

@@ -353,7 +353,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             self.W_dec,
             b_dec=self.b_dec if cfg.apply_b_dec_to_input else None,
             rank=rank,
-            residual=rank > 0 and cfg.sparse_encoder_input == "residual",
+            residual=cfg.sparse_encoder_input == "residual",
             norms=norms,
             selection=self._selection,
             k=self.activation_fn.sparse_activation.k,  # type: ignore[union-attr]

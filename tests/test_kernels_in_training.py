@@ -111,20 +111,24 @@ def test_a_step_is_that_of_the_reference(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision(architecture: str, autocast: bool):
-    # Where the residual is read, the reference folds the encoder in half precision and
-    # other latents win. With the same rounding the same do.
-    saes = twins(
-        architecture,
-        dtype="float32" if autocast else "bfloat16",
-        sparse_encoder_input="activation",
-    )
-    x = activations(100, seed=77).to(saes[0].dtype)
-    for sae in saes:
+def test_half_precision_is_as_precise_as_dense_code(architecture: str, autocast: bool):
+    # Rounding decides who wins the last places of k, and otherwise in any code, so that
+    # it is the distance from the precise gradients that is compared.
+    sparse, dense = twins(architecture)
+    precise = copy.deepcopy(dense).to(torch.float64)
+    x, dead = activations(1000, seed=77), torch.arange(D_SAE) % 2 == 0
+    for sae in (sparse, dense, precise):
+        if not autocast and sae is not precise:
+            sae.to(torch.bfloat16)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            output = step(sae, x, torch.arange(D_SAE) % 2 == 0)
-        output.loss.backward()
-    assert_same_gradients(saes, 2e-2)
+            step(sae, x.to(sae.dtype), dead).loss.backward()
+    for name, exact in precise.named_parameters():
+        assert exact.grad is not None
+        errors = [
+            (sae.get_parameter(name).grad.double() - exact.grad).norm()  # type: ignore[union-attr]
+            for sae in (sparse, dense)
+        ]
+        assert errors[0] <= 1.1 * errors[1], name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -139,7 +143,7 @@ def test_the_first_20_steps_are_those_of_the_reference(
             sae, 20, batches(), dead_feature_window=dead_feature_window
         )
         data = itertools.islice(batches(), 20)
-        losses.append([float(trainer.step(batch).loss) for batch in data])
+        losses.append([trainer.step(batch).loss.item() for batch in data])
         trainers.append(trainer)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     # the trainer's statistics as well
@@ -181,9 +185,10 @@ def test_pre_activations_are_not_those_of_changed_weights():
 
 def test_few_positive_pre_activations():
     saes = twins("scaffold_batchtopk", k=40.0)
-    for sae in saes:
-        sae.b_enc.data -= 5
     x = activations(100, seed=77)
+    hidden_pre = step(saes[1], x, None).hidden_pre[:, RANK:]
+    for sae in saes:
+        sae.b_enc.data -= hidden_pre.quantile(0.8).detach()
     outputs = [step(sae, x, None) for sae in saes]
     active = int((outputs[1].feature_acts[:, RANK:] > 0).sum())
     assert 0 < active < 40 * 100
@@ -217,16 +222,24 @@ def test_hooks_get_dense_code():
     sae, reference = twins("scaffold_batchtopk")
     x = activations(100, seed=77)
     expected = step(reference, x, None)
+    seen: list[torch.Tensor] = []
+
+    def see(tensor: torch.Tensor, hook: Any) -> None:
+        seen.append(tensor)
+
     for point in ("hook_sae_acts_pre", "hook_sae_acts_post"):
-        seen = []
-        with sae.hooks(fwd_hooks=[(point, lambda t, hook: seen.append(t))]):
+        with sae.hooks(fwd_hooks=[(point, see)]):
             output = step(sae, x, None)
-        assert type(seen[0]) is torch.Tensor and seen[0].shape == (100, D_SAE)
+        assert type(seen[-1]) is torch.Tensor and seen[-1].shape == (100, D_SAE)
         torch.testing.assert_close(output.feature_acts, expected.feature_acts)
-    with sae.hooks(fwd_hooks=[("hook_sae_recons", lambda t, hook: 0 * t)]):
+    with sae.hooks(fwd_hooks=[("hook_sae_recons", zero)]):
         output = step(sae, x, None)
     assert isinstance(output.feature_acts, SparseActivations)
     assert (output.sae_out == 0).all()
+
+
+def zero(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+    return 0 * tensor
 
 
 # ---- which kernels
@@ -331,42 +344,41 @@ def test_a_run_that_was_begun_in_dense_code_is_continued_in_kernels(tmp_path: An
 
 @pytest.mark.parametrize("shape", [(50, D_IN), (3, 7, D_IN), (D_IN,)])
 @pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"apply_b_dec_to_input": False},
-        {"dtype": "bfloat16"},
-        {"normalize_activations": "layer_norm", "aux_loss_coefficient": 0.0},
-    ],
-    ids=str,
+    "overrides", [{}, {"apply_b_dec_to_input": False}, {"dtype": "bfloat16"}], ids=str
 )
 def test_inference_is_that_of_the_reference(
     shape: tuple[int, ...], overrides: dict[str, Any]
 ):
-    sae = scaffold_sae(**overrides)
-    train(sae, steps=20, dead_feature_window=1000)
-    sparse = sae.to_inference()
+    sparse = train(scaffold_sae(**overrides), steps=20).to_inference()
     # thresholds below 0 as well
     sparse.threshold.data[RANK::2] -= 3
     dense = copy.deepcopy(sparse)
     sparse.cfg.kernels, dense.cfg.kernels = "torch", "reference"
-    x = activations(1000).view(-1)[: torch.Size(shape).numel()].view(shape)
+    x = activations(100).flatten()[: torch.Size(shape).numel()].view(shape)
     with torch.no_grad():
-        acts, expected = sparse.encode(x), dense.encode(x)
-        torch.testing.assert_close(acts, expected)
-        torch.testing.assert_close(sparse.decode(acts), dense.decode(expected))
-        sparse.encode(x), dense.encode(x)
-        few = expected.clone()
-        few[..., RANK + 2 :] = 0
-        torch.testing.assert_close(sparse.decode(few), dense.decode(few))
+        acts = dense.encode(x)
+        torch.testing.assert_close(sparse.encode(x), acts)
+        for n_latents in (RANK, RANK + 2, D_SAE):
+            few = acts.clone()
+            few[..., n_latents:] = 0
+            torch.testing.assert_close(sparse.decode(few), dense.decode(few))
         torch.testing.assert_close(sparse(x), dense(x))
-    # with gradients for every latent, those that are not active included
-    acts = sparse.encode(x).detach().requires_grad_()
+    # gradients are those of every latent, active or not
+    acts.requires_grad_()
     sparse.decode(acts).sum().backward()
-    assert acts.grad is not None
-    torch.testing.assert_close(
-        acts.grad, sparse.W_dec.sum(1).detach().expand(acts.shape)
-    ) if "normalize_activations" not in overrides else None
+    torch.testing.assert_close(acts.grad, sparse.W_dec.sum(1).expand(acts.shape))
+
+
+def test_inference_with_run_time_normalisation():
+    sae = scaffold_sae(normalize_activations="layer_norm", aux_loss_coefficient=0.0)
+    sparse = train(sae, steps=20).to_inference()
+    dense = copy.deepcopy(sparse)
+    sparse.cfg.kernels, dense.cfg.kernels = "torch", "reference"
+    # SAELens keeps its normalisation's functions on the SAE that made them
+    dense._setup_activation_normalization()
+    x = activations(100)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(x), dense(x))
 
 
 def test_hooks_and_autocast_at_inference():
@@ -374,9 +386,9 @@ def test_hooks_and_autocast_at_inference():
     x = activations(50)
     with torch.no_grad():
         expected = sae.encode(x)
-        with sae.hooks(fwd_hooks=[("hook_sae_acts_pre", lambda t, hook: 0 * t)]):
+        with sae.hooks(fwd_hooks=[("hook_sae_acts_pre", zero)]):
             assert (sae.encode(x) == 0).all()
-        with sae.hooks(fwd_hooks=[("hook_sae_recons", lambda t, hook: 0 * t)]):
+        with sae.hooks(fwd_hooks=[("hook_sae_recons", zero)]):
             assert (sae(x) == 0).all()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             torch.testing.assert_close(

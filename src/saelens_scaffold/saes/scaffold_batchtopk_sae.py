@@ -358,11 +358,10 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             selection=self._selection,
             k=self.activation_fn.sparse_activation.k,  # type: ignore[union-attr]
         )
-        weights = (self.W_enc, self.b_enc, self.W_dec)
-        versions = [weight._version for weight in weights]
+        biases = torch.cat([self.b_enc, self.b_dec]).detach()
 
         def hidden_pre() -> torch.Tensor:
-            if [weight._version for weight in weights] != versions:
+            if not torch.equal(torch.cat([self.b_enc, self.b_dec]), biases):
                 raise RuntimeError(
                     "hidden_pre is computed when it is first looked into, and the weights "
                     "have changed since this training step: look into it before the "

@@ -104,7 +104,7 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
         # a rectified pre-activation above a threshold is one above both it and 0
         cuts = torch.cat([self.threshold[:rank], self.threshold[rank:].clamp_min(0)])
         acts = jumprelu_encode(
-            sae_in.flatten(0, -2),
+            sae_in.reshape(-1, self.cfg.d_in),
             self.W_enc,
             self.b_enc,
             cuts,
@@ -125,7 +125,7 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
         kernels = self._kernels()
         if kernels is None:
             return super().decode(feature_acts)
-        acts = feature_acts.flatten(0, -2)
+        acts = feature_acts.reshape(-1, self.cfg.d_sae)
         dictionary = decode_few(acts[:, rank:], self.W_dec[rank:], kernels)
         if dictionary is None:
             return super().decode(feature_acts)

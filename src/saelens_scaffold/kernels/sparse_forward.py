@@ -129,7 +129,10 @@ class SparseForward(torch.autograd.Function):
         ops.row_sums(
             entries.latent_offsets, tokens, weights, read, grad_W_enc[:, rank:].T
         )
-        grad_b_enc[rank:].index_add_(0, entries.latents, grad_values.to(W_enc.dtype))
+        # in single precision at least, for these may be many to sum up
+        precise = grad_values.to(torch.promote_types(W_enc.dtype, torch.float32))
+        of_bias = precise.new_zeros(S.shape[1]).index_add_(0, entries.latents, precise)
+        grad_b_enc[rank:] = of_bias
 
         # what it reads is without z B
         if ctx.residual:

@@ -111,7 +111,9 @@ def test_a_step_is_that_of_the_reference(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_is_about_as_precise_as_dense_code(architecture: str, autocast: bool):
+def test_half_precision_is_about_as_precise_as_dense_code(
+    architecture: str, autocast: bool
+):
     # Rounding decides who wins the last places of k, and otherwise in any code, so that
     # it is the distance from the precise gradients that is compared.
     sparse, dense = twins(architecture)

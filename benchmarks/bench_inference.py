@@ -11,7 +11,7 @@ pairs), the memory that a call adds at its peak, and how much of a roofline is r
 
 import argparse
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ def rooflines(o: argparse.Namespace) -> dict[str, list[Phase]]:
 
 def compare(
     what: str,
-    calls: dict[str, Step],
+    calls: Mapping[str, Step],
     batches: Callable[[], Iterator[torch.Tensor]],
     machine: Machine,
     o: argparse.Namespace,
@@ -86,7 +86,9 @@ def compare(
         )
     least = sum(phase.seconds(machine) for phase in rooflines(o)[what])
     reached = least / np.median(times["scaffold, sparse kernels"])
-    print(f"\nroofline: {1000 * least:.1f} ms, {reached:.0%} of it reached\n", flush=True)
+    print(
+        f"\nroofline: {1000 * least:.1f} ms, {reached:.0%} of it reached\n", flush=True
+    )
 
 
 @torch.no_grad()
@@ -121,8 +123,8 @@ def main() -> None:
         for x in inputs():
             yield sparse.encode(x)
 
-    encoders = {name: sae.encode for name, sae in by_name.items()}
-    decoders = {name: sae.decode for name, sae in by_name.items()}
+    encoders: dict[str, Step] = {name: sae.encode for name, sae in by_name.items()}
+    decoders: dict[str, Step] = {name: sae.decode for name, sae in by_name.items()}
     compare("encode", encoders, inputs, machine, o)
     compare("decode", decoders, activations, machine, o)
 

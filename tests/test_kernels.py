@@ -1,6 +1,7 @@
 """The kernels by themselves, against a few lines of plain torch."""
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -191,7 +192,9 @@ def check_operations(
     padded = torch.cat([table, table], dim=1)[:, :d]
     out = torch.empty(d, 40, dtype=dtype).T if transposed else left.new_empty(40, d)
     ops.row_sums(entries.row_offsets, entries.latents, weights, padded, out)
-    tolerances = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    tolerances: dict[str, Any] = (
+        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    )
     expected = dense.view(40, 30) @ table.double()
     torch.testing.assert_close(out, expected.to(dtype), **tolerances)
     dots = ops.entry_dots(
@@ -199,7 +202,7 @@ def check_operations(
     )
     expected = (left.double() @ table.double().T).flatten()[places]
     if dtype == torch.bfloat16:
-        tolerances = {"rtol": 2e-2, "atol": 2e-2 * d**0.5}
+        tolerances: dict[str, Any] = {"rtol": 2e-2, "atol": 2e-2 * d**0.5}
     torch.testing.assert_close(dots, expected.to(dtype), **tolerances)
 
 

@@ -310,7 +310,7 @@ def test_elsewhere_dense_code_runs(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_adam_is_fused_unless_something_else_was_chosen(
-    kernels: str, options: dict[str, bool], fused: bool | None
+    kernels: str, options: dict[str, Any], fused: bool | None
 ):
     sae = scaffold_sae(kernels=kernels)
     optimizer = torch.optim.Adam(sae.parameters(), **options)

@@ -70,12 +70,10 @@ class LazyTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        args, kwargs = tree_map(_made, (args, kwargs))
-        return func(*args, **kwargs)
+                return func(*args, **(kwargs or {}))
+        return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(
@@ -86,8 +84,7 @@ class LazyTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         # where no Python function was called on the way, as within a module's own hooks
-        args, kwargs = tree_map(_made, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
 
 
 def _made(value: Any) -> Any:
@@ -130,7 +127,7 @@ class SparseActivations(LazyTensor):
             return torch.cat([z, dictionary], dim=1)
 
         shape = (len(z), z.shape[1] + n_latents)
-        tensor = LazyTensor.__new__(cls, dense, shape, active)
+        tensor: Any = LazyTensor.__new__(cls, dense, shape, active)
         tensor.z, tensor.active, tensor.n_latents = z, active, n_latents
         tensor.tokens, tensor.latents = tokens, latents
         return tensor

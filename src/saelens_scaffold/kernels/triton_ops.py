@@ -36,7 +36,7 @@ def above(
     grid = (triton.cdiv(values.numel(), BLOCK),)
     _above[grid](
         values, cuts, indices, found, count, values.numel(), values.shape[1], capacity,
-        BLOCK=BLOCK,
+        BLOCK=BLOCK,  # type: ignore[arg-type]
     )  # fmt: skip
     n = int(count)
     if n > capacity:
@@ -76,7 +76,7 @@ def row_sums(
     block = _block(d)
     _row_sums[(n_rows, triton.cdiv(d, block))](
         offsets, columns, weights, table, out, d, *table.stride(), *out.stride(),
-        SUM_TYPE=_sum_type(table.dtype), BLOCK=block,
+        SUM_TYPE=_sum_type(table.dtype), BLOCK=block,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def entry_dots(
     d = left.shape[1]
     _entry_dots[(len(columns),)](
         rows, columns, left, right, dots, d, *left.stride(), *right.stride(),
-        SUM_TYPE=_sum_type(right.dtype), BLOCK=_block(d),
+        SUM_TYPE=_sum_type(right.dtype), BLOCK=_block(d),  # type: ignore[arg-type]
     )  # fmt: skip
     return dots
 

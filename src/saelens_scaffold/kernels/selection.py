@@ -153,16 +153,22 @@ def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
     if cut > 0:
         cuts += cut if encoder.scale is None else cut / encoder.scale.to(precise)
     at_a_time = max(1, ops.block_elements(encoder.x.device) // max(1, n_tokens))
-    places, values = [], []
+    found = []
     for start in range(0, n_latents, at_a_time):
         block = slice(start, min(start + at_a_time, n_latents))
-        indices, products = ops.above(encoder.products(latents=block), cuts[block])
-        width = block.stop - block.start
-        tokens = indices // width
-        latents = indices.add_(tokens, alpha=-width).add_(start)
-        values.append(encoder.pre_activations(products, latents))
-        places.append(latents.add_(tokens, alpha=n_latents))
-    return Selected(torch.cat(places), torch.cat(values))
+        found.append(ops.above(encoder.products(latents=block), cuts[block]))
+    # All blocks at once, since each operation is a rendezvous of a CPU's threads. Places
+    # in blocks side by side, of which the last is narrower, become places in all.
+    indices = torch.cat([of_block for of_block, _ in found])
+    starts = torch.arange(0, n_latents, at_a_time)
+    sizes = torch.tensor([len(of_block) for of_block, _ in found])
+    widths = (n_latents - starts).clamp_max(at_a_time).to(indices.device)
+    block = torch.arange(len(found)).repeat_interleave(sizes).to(indices.device)
+    width = widths[block]
+    tokens = indices // width
+    latents = indices - tokens * width + block * at_a_time
+    values = encoder.pre_activations(torch.cat([of for _, of in found]), latents)
+    return Selected(latents.add_(tokens, alpha=n_latents), values)
 
 
 def _safely_above(guess: float, encoder: Encoder) -> float:

@@ -8,7 +8,7 @@ what a gather and an `index_add_` take.
 import torch
 import torch.nn.functional as F
 
-BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 """How many pre-activations are made at a time: few enough for a CPU's cache, many enough
 to keep a GPU busy."""
 
@@ -58,7 +58,7 @@ def row_sums(
     table, weights = table.contiguous(), weights.to(table.dtype)
     # Through the cache, since `out` may be transposed. A GPU gains nothing from that, and
     # would have to be asked for the offsets.
-    rows_at_a_time = max(1, 2**18 // d) if out.device.type == "cpu" else n_rows
+    rows_at_a_time = max(1, 2**19 // d) if out.device.type == "cpu" else n_rows
     starts = range(0, n_rows, rows_at_a_time)
     bounds = [0] if len(starts) < 2 else offsets[::rows_at_a_time].tolist()
     for start, first in zip(starts, bounds, strict=False):

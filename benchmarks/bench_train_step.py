@@ -1,29 +1,81 @@
-"""What a training step costs, against the SAELens parent of the same d_sae and k.
+"""What a training step costs: scaffold SAEs, their SAELens parents, and other trainers.
 
-Both SAEs are trained by SAELens's own trainer in one process, alternating step by step on
-the same batches, after a warm-up; the ratio is that of the medians, with an interval by
-bootstrap over the paired steps.
+All are trained in one process, by their own trainers, taking turns on the same batches,
+after a warm-up. Printed are medians with their quartiles, the ratio of the parent's to each
+(with an interval by bootstrap over the pairs), and memory: what the weights, the optimizer's
+state and the step at its peak take. The roofline says what the device, as measured
+here, would need at least for the scaffold SAE's step.
 
     python benchmarks/bench_train_step.py
+    python benchmarks/bench_train_step.py --d_in 768 --d_sae 24576 --batch_size 1024
+    python benchmarks/bench_train_step.py --grid          # every size that fits, on this device
+
+EleutherAI's sparsify and dictionary_learning take part if they can be imported.
 """
 
 import argparse
+import importlib.util
+import os
 import platform
-import time
-from typing import Any
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from measure import (
+    Machine,
+    Phase,
+    Step,
+    added_memory,
+    bytes_of,
+    measure_machine,
+    paired_seconds,
+    ratio_of_medians,
+    seconds,
+)
 from sae_lens import TrainingSAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 import saelens_scaffold  # noqa: F401  (registers the architectures)
-from saelens_scaffold.demo.architectures import TWINS, twin_configs
+from saelens_scaffold.demo.architectures import twin_configs
+
+__all__ = ["seconds", "trainer"]
+
+FAMILIES = {
+    "BatchTopK": (
+        "ScaffoldBatchTopK",
+        "dictionary_learning BatchTopK",
+        "sparsify TopK",
+    ),
+    "Matryoshka": ("ScaffoldMatryoshka", "dictionary_learning Matryoshka"),
+}
+"""SAELens's architecture -> what is compared with it."""
+
+GRID = [
+    (256, 4096, 2048),
+    (768, 24576, 1024),
+    (2304, 16384, 4096),
+    (2304, 65536, 4096),
+]
+"""d_in, d_sae, batch size."""
+
+
+class Contender(NamedTuple):
+    """
+    Attributes:
+        step: Trains on a batch.
+        state: Gives the weights, and the optimizer's state.
+    """
+
+    step: Step
+    state: Callable[[], Iterator[object]]
 
 
 def trainer(
-    sae: TrainingSAE[Any], batch_size: int, device: str
+    sae: TrainingSAE[Any], batch_size: int, device: str, autocast: bool = False
 ) -> SAETrainer[Any, Any]:
     return SAETrainer(
         SAETrainerConfig(
@@ -32,7 +84,7 @@ def trainer(
             save_final_checkpoint=False,
             total_training_samples=10**9,
             device=device,
-            autocast=False,
+            autocast=autocast,
             lr=3e-4,
             lr_end=3e-4,
             lr_scheduler_name="constant",
@@ -51,14 +103,208 @@ def trainer(
     )
 
 
-def seconds(step: Any, batch: torch.Tensor, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step(batch)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def state_of(
+    parameters: Iterator[torch.Tensor], optimizer: torch.optim.Optimizer
+) -> Iterator[object]:
+    yield from parameters
+    for of_parameter in optimizer.state.values():
+        yield from of_parameter.values()
+
+
+def saelens_contender(cfg: Any, o: argparse.Namespace) -> Contender:
+    sae = TrainingSAE.from_dict(cfg.to_dict())
+    of_sae = trainer(sae, o.batch_size, o.device, o.precision == "bf16")
+    return Contender(of_sae.step, lambda: state_of(sae.parameters(), of_sae.optimizer))
+
+
+def dictionary_learning_contender(matryoshka: bool, o: argparse.Namespace) -> Contender:
+    from dictionary_learning.trainers.batch_top_k import (  # type: ignore[import-not-found]
+        BatchTopKTrainer,
+    )
+    from dictionary_learning.trainers.matryoshka_batch_top_k import (  # type: ignore[import-not-found]
+        MatryoshkaBatchTopKTrainer,
+    )
+
+    options: dict[str, Any] = {
+        "steps": 10**6,
+        "activation_dim": o.d_in,
+        "dict_size": o.d_sae,
+        "k": int(o.k),
+        "layer": 0,
+        "lm_name": "none",
+        "lr": 3e-4,
+        "device": o.device,
+    }
+    if matryoshka:
+        ends = widths(o)
+        added = np.diff([0, *ends]) / o.d_sae
+        of_ae = MatryoshkaBatchTopKTrainer(**options, group_fractions=added.tolist())
+    else:
+        of_ae = BatchTopKTrainer(**options)
+    n_steps = iter(range(10**9))
+    return Contender(
+        lambda batch: of_ae.update(next(n_steps), batch),
+        lambda: state_of(of_ae.ae.parameters(), of_ae.optimizer),
+    )
+
+
+def sparsify_contender(o: argparse.Namespace) -> Contender:
+    if o.device == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[import-not-found]
+
+    cfg = SparseCoderConfig(num_latents=o.d_sae, k=int(o.k))
+    coder = SparseCoder(o.d_in, cfg, device=o.device, dtype=torch.float32)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=3e-4)
+
+    def step(batch: torch.Tensor) -> None:
+        # as its trainer, which reads a language model, does it for a batch
+        coder.set_decoder_norm_to_unit_norm()
+        coder(batch).fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        torch.nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Contender(step, lambda: state_of(coder.parameters(), optimizer))
+
+
+def widths(o: argparse.Namespace) -> tuple[int, ...]:
+    """Four of Matryoshka's levels."""
+    return (o.d_sae // 16, o.d_sae // 8, o.d_sae // 4, o.d_sae)
+
+
+def make(name: str, configs: dict[str, Any], o: argparse.Namespace) -> Contender | None:
+    """None if it is not installed."""
+    package = name.split()[0]
+    if name in configs:
+        return saelens_contender(configs[name], o)
+    if importlib.util.find_spec(package) is None:
+        return None
+    if package == "sparsify":
+        return sparsify_contender(o)
+    return dictionary_learning_contender("Matryoshka" in name, o)
+
+
+def roofline(o: argparse.Namespace, n_levels: int) -> list[Phase]:
+    """
+    The least that a scaffold SAE's step has to do, in SAELens's trainer.
+
+    Weights are counted as read from memory once in each phase that needs all of them,
+    rows of them that an entry needs once in each phase, and what belongs to a token as
+    staying in the cache.
+    """
+    n, d, f, r = o.batch_size, o.d_in, o.d_sae, o.rank
+    weights = 4 * d * f  # bytes of W_enc, or of W_dec
+    entries = n * o.k
+    rows = 4 * d * min(f, entries)  # of them that are active
+    return [
+        Phase("encoder's product", 2 * n * d * f, weights),
+        Phase("decoder's norms", 2 * d * f, weights),
+        Phase("reconstructions", 2 * entries * d + 2 * n * d * n_levels, rows),
+        Phase("gradient of activations", 2 * entries * d, rows),
+        Phase("gradients of weights", 4 * entries * d, 2 * weights),
+        Phase("rank-r products, b_dec", (4 * r + 2) * d * f, 3 * weights),
+        Phase("SAELens's clipping", 4 * d * f, 2 * 3 * weights),
+        Phase("Adam", 24 * d * f, 2 * 7 * weights),
+    ]
+
+
+def run(o: argparse.Namespace) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = o.precision == "tf32"
+    device = torch.cuda.get_device_name() if o.device == "cuda" else "CPU"
+    print(
+        f"{device}, {platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {o.precision}, "
+        f"d_in {o.d_in}, d_sae {o.d_sae}, k {o.k:g}, rank {o.rank}, batch "
+        f"{o.batch_size}, {o.steps} paired steps, Matryoshka widths {widths(o)}"
+    )
+    machine = measure_machine(o.device, o.precision == "bf16")
+    print(
+        f"copies {machine.bandwidth / 1e9:.0f} GB/s, multiplies "
+        f"{machine.rate / 1e9:.0f} GFLOP/s\n"
+    )
+    configs = twin_configs(
+        d_in=o.d_in,
+        d_sae=o.d_sae,
+        k=o.k,
+        scaffold_rank=o.rank,
+        matryoshka_widths=widths(o),
+        device=o.device,
+    )
+    for parent, others in FAMILIES.items():
+        if parent in o.families:
+            run_family(parent, others, configs, machine, o)
+
+
+def run_family(
+    parent: str,
+    others: tuple[str, ...],
+    configs: dict[str, Any],
+    machine: Machine,
+    o: argparse.Namespace,
+) -> None:
+    contenders: dict[str, Contender] = {}
+    for name in (parent, *others):
+        contender = make(name, configs, o)
+        if contender is None:
+            print(f"({name} is not installed)")
+        else:
+            contenders[name] = contender
+    torch.manual_seed(0)
+    basis = torch.randn(o.d_in, o.d_in, device=o.device) / o.d_in**0.5
+    warm_up = 3
+
+    def batches() -> Iterator[torch.Tensor]:
+        for _ in range(warm_up + o.steps):
+            yield torch.randn(o.batch_size, o.d_in, device=o.device) @ basis
+
+    steps = {name: contender.step for name, contender in contenders.items()}
+    times = paired_seconds(steps, batches(), o.device, warm_up)
+    batch = next(batches())
+    print(
+        f"| SAE | step, ms (quartiles) | {parent} / it (95 %) | peak memory, MiB | of {parent}'s |"
+    )
+    print("|---|---|---|---|---|")
+    peaks: dict[str, float] = {}
+    for name, contender in contenders.items():
+        added = added_memory(contender.step, batch, o.device)
+        peaks[name] = float("nan")
+        if added is not None:
+            peaks[name] = (added + bytes_of(contender.state())) / 2**20
+        low, median, high = 1000 * np.quantile(times[name], [0.25, 0.5, 0.75])
+        ratio, ratio_low, ratio_high = ratio_of_medians(times[parent], times[name])
+        print(
+            f"| {name} | {median:.1f} ({low:.1f} to {high:.1f}) | {ratio:.2f} "
+            f"({ratio_low:.2f} to {ratio_high:.2f}) | {peaks[name]:.0f} | "
+            f"{peaks[name] / peaks[parent]:.2f} |"
+        )
+    phases = roofline(o, 1 if parent == "BatchTopK" else 4)
+    least = sum(phase.seconds(machine) for phase in phases)
+    share = least / np.median(times[others[0]])
+    print(
+        f"\nroofline of {others[0]}: {1000 * least:.1f} ms, {share:.0%} of it reached"
+    )
+    for phase in phases:
+        print(f"  {phase.name}: {1000 * phase.seconds(machine):.2f} ms")
+    print(flush=True)
+
+
+def run_grid(o: argparse.Namespace) -> None:
+    """Each size in a process of its own; one that does not fit is passed over."""
+    precisions = ["float32", "tf32", "bf16"] if o.device == "cuda" else ["float32"]
+    for d_in, d_sae, batch_size in GRID:
+        for k in (32, 80):
+            for precision in precisions:
+                sizes = {"d_in": d_in, "d_sae": d_sae, "batch_size": batch_size}
+                options = {**sizes, "k": k, "precision": precision, "steps": o.steps}
+                arguments = [f"--{name}={value}" for name, value in options.items()]
+                for family in FAMILIES:
+                    finished = subprocess.run(
+                        [sys.executable, __file__, *arguments, "--families", family]
+                    )
+                    if finished.returncode != 0:
+                        print(f"(failed: {' '.join(arguments)} {family})\n", flush=True)
 
 
 def main() -> None:
@@ -70,49 +316,20 @@ def main() -> None:
     parser.add_argument("--k", type=float, default=32)
     parser.add_argument("--rank", type=int, default=24)
     parser.add_argument("--batch_size", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--precision", choices=["float32", "tf32", "bf16"], default="float32"
+    )
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
+    parser.add_argument("--grid", action="store_true", help="run every size")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu"
     )
     o = parser.parse_args()
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {o.device}, float32, d_in {o.d_in}, d_sae {o.d_sae}, "
-        f"k {o.k:g}, rank {o.rank}, batch {o.batch_size}, {o.steps} paired steps"
-    )
-    configs = twin_configs(
-        d_in=o.d_in,
-        d_sae=o.d_sae,
-        k=o.k,
-        scaffold_rank=o.rank,
-        matryoshka_widths=(o.d_sae // 16, o.d_sae // 4, o.d_sae),
-        device=o.device,
-    )
-    torch.manual_seed(0)
-    basis = torch.randn(o.d_in, o.d_in, device=o.device) / o.d_in**0.5
-    warm_up = 5
-    for scaffold, plain in TWINS.items():
-        steps = {
-            name: trainer(
-                TrainingSAE.from_dict(configs[name].to_dict()), o.batch_size, o.device
-            ).step
-            for name in (plain, scaffold)
-        }
-        times: dict[str, list[float]] = {plain: [], scaffold: []}
-        for i in range(warm_up + o.steps):
-            batch = torch.randn(o.batch_size, o.d_in, device=o.device) @ basis
-            order = (plain, scaffold) if i % 2 else (scaffold, plain)
-            for name in order:
-                times[name].append(seconds(steps[name], batch, o.device))
-        pairs = np.array([times[plain], times[scaffold]])[:, warm_up:]
-        resampled = np.random.default_rng(0).integers(o.steps, size=(2000, o.steps))
-        medians = np.median(pairs[:, resampled], axis=-1)
-        low, high = np.quantile(medians[1] / medians[0], [0.025, 0.975])
-        plain_ms, scaffold_ms = 1000 * np.median(pairs, axis=1)
-        print(
-            f"{plain} {plain_ms:.0f} ms, {scaffold} {scaffold_ms:.0f} ms: "
-            f"ratio {scaffold_ms / plain_ms:.3f} (95 % interval {low:.3f} to {high:.3f})"
-        )
+    if o.grid:
+        run_grid(o)
+    else:
+        run(o)
 
 
 if __name__ == "__main__":

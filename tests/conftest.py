@@ -7,3 +7,6 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # The tests' tensors are small: threads cost more than they bring, and pytest-xdist uses
 # the other cores. Set before torch is imported, and inherited by subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Triton's kernels run on a CPU where Triton interprets them, which it must know when it
+# is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")

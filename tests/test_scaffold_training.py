@@ -386,8 +386,9 @@ def test_autocast(architecture: str):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiled_training_equals_eager(architecture: str):
-    eager, compiled = scaffold_sae(architecture), scaffold_sae(architecture)
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_compiled_training_equals_eager(architecture: str, kernels: str):
+    eager, compiled = (scaffold_sae(architecture, kernels=kernels) for _ in range(2))
     compiled.training_forward_pass = torch.compile(  # type: ignore[method-assign]
         compiled.training_forward_pass, backend="aot_eager"
     )

@@ -8,6 +8,7 @@ import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAE
 from torch import nn
+from transformer_lens.hook_points import HookPoint
 
 if TYPE_CHECKING:
     from saelens_scaffold.saes.scaffold_jumprelu_sae import ScaffoldJumpReLUSAE
@@ -90,6 +91,12 @@ class ScaffoldMixin(_SAE):
         # It is zero, but for whitening folded with apply_b_dec_to_input=False.
         return sae_in @ self.W_enc[:, :rank] + self.b_enc[:rank].detach()
 
+    def _finish_decode(self, written: torch.Tensor) -> torch.Tensor:
+        """The reconstruction, from what the latents write, shape (..., d_in)."""
+        sae_out_pre = self.hook_sae_recons(written + self.b_dec)
+        sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
+        return self.reshape_fn_out(sae_out_pre, self.d_head)
+
     def sparse_sae(self) -> JumpReLUSAE:
         """
         The sparse dictionary alone, as a plain SAELens `jumprelu` SAE.
@@ -136,6 +143,11 @@ class ScaffoldMixin(_SAE):
             ),
             W_dec=with_opposites(sae.W_dec),
         )
+
+
+def is_hooked(point: HookPoint) -> bool:
+    """Whether something is hooked to a point."""
+    return bool(point._forward_hooks or point._backward_hooks)
 
 
 def scaffold_rank(sae: SAE[Any]) -> int:

@@ -1,9 +1,10 @@
 """BatchTopK SAEs with a scaffold, for training."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,12 +19,22 @@ from typing_extensions import override
 
 from saelens_scaffold import plugins
 from saelens_scaffold.hookspecs import ScaffoldStart
+from saelens_scaffold.kernels.choice import Kernels, check_kernels, choose_kernels
+from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
+from saelens_scaffold.kernels.selection import TopSelection
+from saelens_scaffold.saes.fused_adam import fuse_adam_of
 from saelens_scaffold.saes.pca import principal_subspace
-from saelens_scaffold.saes.scaffold import ScaffoldActivation, ScaffoldMixin, build_sae
+from saelens_scaffold.saes.scaffold import (
+    ScaffoldActivation,
+    ScaffoldMixin,
+    build_sae,
+    is_hooked,
+)
 from saelens_scaffold.saes.scaffold_jumprelu_sae import (
     ScaffoldJumpReLUSAE,
     ScaffoldJumpReLUSAEConfig,
 )
+from saelens_scaffold.saes.sparse_step import Revival, SparseStep
 
 SparseEncoderInput = Literal["residual", "activation"]
 ScaffoldInit = Literal["pca", "random", "zeros"]
@@ -52,6 +63,10 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             with a scaffold that gives zero.
         scaffold_plugins (dict[str, dict[str, Any]]): Names of plugins, each with its
             options, as in {"live_metrics": {"window": 200}}. See docs/plugins.md.
+        kernels (Literal["auto", "reference", "torch", "triton"]): What computes a training
+            step. "auto" uses sparse kernels where there is a scaffold and k is small beside
+            d_sae, "reference" SAELens's own dense code. The environment's
+            SAELENS_SCAFFOLD_KERNELS overrides it. See docs/kernels.md.
         k (float): Average number of sparse latents to keep active across the batch,
             scaffold latents not counted. Inherited from BatchTopKTrainingSAEConfig.
         topk_threshold_lr (float): Learning rate for updating the global topk threshold.
@@ -75,6 +90,7 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     sparse_encoder_input: SparseEncoderInput = "residual"
     scaffold_init: ScaffoldInit = "pca"
     scaffold_plugins: dict[str, dict[str, Any]] = dict_field(default={})
+    kernels: Kernels = "auto"
 
     @override
     @classmethod
@@ -122,6 +138,7 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
                     f"{name} must be one of {', '.join(map(repr, choices))}, "
                     f"got {getattr(self, name)!r}."
                 )
+        check_kernels(self.kernels)
         if (
             self.normalize_activations in ("layer_norm", "constant_norm_rescale")
             and self.aux_loss_coefficient != 0
@@ -176,6 +193,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         super().__init__(cfg, use_error_term)
         # a plain attribute, which costs a step nothing and does not stop torch.compile
         self.has_plugins = bool(cfg.scaffold_plugins)
+        self._selection = TopSelection()
+        self._sparse_step: SparseStep | None = None
         self._awaits_start = cfg.scaffold_rank > 0 and (
             cfg.scaffold_init == "pca" or self._plugins_initialize()
         )
@@ -211,11 +230,19 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             (..., d_sae), and both times the decoder's norms with
             rescale_acts_by_decoder_norm.
         """
+        x = self.process_sae_in(x)
+        if self._sparse_step is not None:
+            return self._encode_sparsely(x, self._sparse_step)
+        hidden_pre = self._hidden_pre(x)
+        return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
+
+    def _hidden_pre(self, x: torch.Tensor) -> torch.Tensor:
+        """Pre-activations, shape (..., d_sae), from processed input."""
         W_enc, b_enc = self._encoder()
-        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ W_enc + b_enc)
+        hidden_pre = self.hook_sae_acts_pre(x @ W_enc + b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
-        return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
+        return hidden_pre
 
     def _encoder(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoder's weights and bias, as of one that reads x̄ in all its latents."""
@@ -231,17 +258,146 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        kernels = self._kernels_for(step_input.sae_in)
+        if kernels is None:
+            return self._training_step(step_input, None)
+        return self._sparse_training_step(step_input, kernels)
+
+    # not compiled: nothing is left in it that could be fused
+    @torch.compiler.disable()
+    def _sparse_training_step(
+        self, step_input: TrainStepInput, kernels: ModuleType
+    ) -> TrainStepOutput:
+        return self._training_step(step_input, kernels)
+
+    def _training_step(
+        self, step_input: TrainStepInput, kernels: ModuleType | None
+    ) -> TrainStepOutput:
         if self._awaits_start:
             self.initialize_scaffold(step_input.sae_in)
         if self.has_plugins:
             plugins.before_forward(self, step_input)
-        output = super().training_forward_pass(self._for_sparse_latents(step_input))
-        sparse_acts = output.feature_acts[..., self.cfg.scaffold_rank :].detach()
+        for_sparse_latents = self._for_sparse_latents(step_input)
+        if kernels is not None:
+            fuse_adam_of(self)
+            self._sparse_step = self._new_sparse_step(
+                kernels, for_sparse_latents.dead_neuron_mask
+            )
+        try:
+            output = super().training_forward_pass(for_sparse_latents)
+        finally:
+            self._sparse_step = None
+        feature_acts, rank = output.feature_acts.detach(), self.cfg.scaffold_rank
         # evaluated only where the trainer logs
-        output.metrics["l0_sparse"] = lambda: sparse_acts.bool().float().sum(-1).mean()
+        output.metrics["l0_sparse"] = lambda: _l0_sparse(feature_acts, rank)
         if self.has_plugins:
             plugins.after_forward(self, step_input, output)
         return output
+
+    def _kernels_for(self, sae_in: torch.Tensor) -> ModuleType | None:
+        """The sparse kernels for a training step, or None for dense code."""
+        competing = self.activation_fn
+        if (
+            # what one hooks is what one wants to have, or to change
+            is_hooked(self.hook_sae_acts_pre)
+            or is_hooked(self.hook_sae_acts_post)
+            or not isinstance(competing, ScaffoldActivation)
+            or type(competing.sparse_activation) is not BatchTopK
+            or sae_in.requires_grad
+            or sae_in.ndim != 2
+        ):
+            return None
+        n_sparse = self.cfg.d_sae - self.cfg.scaffold_rank
+        return choose_kernels(
+            self.cfg.kernels,
+            self.W_enc.device,
+            # rank 0 is SAELens's architecture to the last bit
+            worthwhile=self.cfg.scaffold_rank > 0 and 8 * self.cfg.k <= n_sparse,
+        )
+
+    def _new_sparse_step(
+        self, kernels: ModuleType, dead_neuron_mask: torch.Tensor | None
+    ) -> SparseStep:
+        rank = self.cfg.scaffold_rank
+        revivals: tuple[Revival, ...] = ()
+        if dead_neuron_mask is not None:
+            revivals = tuple(self._revivals(dead_neuron_mask[rank:]))
+        widths = [width - rank for width in self._level_widths()]
+        return SparseStep(kernels, widths, revivals)
+
+    def _level_widths(self) -> Sequence[int]:
+        """Widths of the nested reconstructions that are trained, the whole last."""
+        return [self.cfg.d_sae]
+
+    def _revivals(self, dead: torch.Tensor) -> Iterator[Revival]:
+        """Which of the dictionary's latents, that a mask says are dead, do what."""
+        yield from self._revival(dead, start=0, level=len(self._level_widths()) - 1)
+
+    def _revival(self, dead: torch.Tensor, start: int, level: int) -> Iterator[Revival]:
+        latents = dead.nonzero().view(-1) + start
+        if len(latents) > 0:
+            # as many as SAELens uses, and at the weight that it gives them
+            k = self.cfg.d_in // 2
+            weight = min(len(latents) / k, 1.0)
+            yield Revival(latents, min(k, len(latents)), weight, level)
+
+    def _encode_sparsely(
+        self, x: torch.Tensor, step: SparseStep
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cfg, rank = self.cfg, self.cfg.scaffold_rank
+        norms = self.W_dec.norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
+        feature_acts = step.run(
+            x.detach(),
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            b_dec=self.b_dec if cfg.apply_b_dec_to_input else None,
+            rank=rank,
+            residual=cfg.sparse_encoder_input == "residual",
+            norms=norms,
+            selection=self._selection,
+            k=self.activation_fn.sparse_activation.k,  # type: ignore[union-attr]
+        )
+        biases = torch.cat([self.b_enc, self.b_dec]).detach()
+
+        def hidden_pre() -> torch.Tensor:
+            if not torch.equal(torch.cat([self.b_enc, self.b_dec]), biases):
+                raise RuntimeError(
+                    "hidden_pre is computed when it is first looked into, and the weights "
+                    "have changed since this training step: look into it before the "
+                    "optimizer's step, or train with kernels='reference'."
+                )
+            return self._hidden_pre(x)
+
+        return feature_acts, LazyTensor(hidden_pre, (len(x), cfg.d_sae), x)
+
+    @override
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        step = self._sparse_step
+        if step is None or feature_acts is not step.feature_acts:
+            return super().decode(feature_acts)
+        return self._finish_decode(step.levels[-1])
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        step = self._sparse_step
+        if step is None:
+            return super().calculate_aux_loss(
+                step_input, feature_acts, hidden_pre, sae_out
+            )
+        loss = sae_out.new_tensor(0.0)
+        for revival, written in zip(step.revivals, step.revived, strict=True):
+            # SAELens's normalisations at run time have no auxiliary loss
+            residual = step_input.sae_in - step.levels[revival.level] - self.b_dec
+            error = (written - residual.detach()).pow(2).sum(dim=-1).mean()
+            loss = loss + revival.weight * error
+        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
 
     def _for_sparse_latents(self, step_input: TrainStepInput) -> TrainStepInput:
         """The step's input with a mask in which only sparse latents can be dead."""
@@ -321,7 +477,11 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     @override
     @torch.no_grad()
     def update_topk_threshold(self, acts_topk: torch.Tensor) -> None:
-        super().update_topk_threshold(acts_topk[..., self.cfg.scaffold_rank :])
+        if isinstance(acts_topk, SparseActivations):
+            sparse_acts = acts_topk.active
+        else:
+            sparse_acts = acts_topk[..., self.cfg.scaffold_rank :]
+        super().update_topk_threshold(sparse_acts)
 
     @override
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
@@ -370,6 +530,13 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         self.process_state_dict_for_saving_inference(state_dict)
         cfg = ScaffoldJumpReLUSAEConfig.from_dict(self.cfg.get_inference_sae_cfg_dict())
         return build_sae(ScaffoldJumpReLUSAE, cfg, state_dict)
+
+
+def _l0_sparse(feature_acts: torch.Tensor, rank: int) -> torch.Tensor:
+    """Mean number of active sparse latents a token."""
+    if isinstance(feature_acts, SparseActivations):
+        return feature_acts.active.bool().float().sum() / len(feature_acts)
+    return feature_acts[..., rank:].bool().float().sum(-1).mean()
 
 
 def _read_scaffold_is_initialized(

@@ -2,13 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from torch import nn
 from typing_extensions import override
 
-from saelens_scaffold.saes.scaffold import ScaffoldActivation, ScaffoldMixin
+from saelens_scaffold.kernels.choice import Kernels, check_kernels, choose_kernels
+from saelens_scaffold.kernels.inference import decode_few, jumprelu_encode
+from saelens_scaffold.saes.scaffold import (
+    ScaffoldActivation,
+    ScaffoldMixin,
+    is_hooked,
+)
 
 
 @dataclass
@@ -19,6 +26,10 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
     Args:
         scaffold_rank (int): How many latents, counted from the first, are the linear
             scaffold.
+        kernels (Literal["auto", "reference", "torch", "triton"]): What encodes and decodes
+            where no gradient is asked for. "auto" uses sparse kernels, "reference"
+            SAELens's own dense code. The environment's SAELENS_SCAFFOLD_KERNELS overrides
+            it. See docs/kernels.md.
         d_in (int): Input dimension (dimensionality of the activations being encoded).
             Inherited from SAEConfig.
         d_sae (int): Number of latents, those of the scaffold included. Inherited from
@@ -26,6 +37,7 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
     """
 
     scaffold_rank: int = 24
+    kernels: Kernels = "auto"
 
     @override
     @classmethod
@@ -40,6 +52,7 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
                 f"scaffold_rank must be from 0 to d_sae - 1 = {self.d_sae - 1}, "
                 f"got {self.scaffold_rank!r}."
             )
+        check_kernels(self.kernels)
 
 
 class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
@@ -67,6 +80,63 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self.threshold.data[: self.cfg.scaffold_rank] = -torch.inf
+
+    @override
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Scaffold coordinates and sparse activations.
+
+        Args:
+            x: Activations, shape (..., d_in).
+
+        Returns:
+            concat[z, f], shape (..., d_sae).
+        """
+        kernels = self._kernels()
+        if (
+            kernels is None
+            or is_hooked(self.hook_sae_acts_pre)
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return super().encode(x)
+        rank = self.cfg.scaffold_rank
+        sae_in = self.process_sae_in(x)
+        # a rectified pre-activation above a threshold is one above both it and 0
+        cuts = torch.cat([self.threshold[:rank], self.threshold[rank:].clamp_min(0)])
+        acts = jumprelu_encode(
+            sae_in.reshape(-1, self.cfg.d_in),
+            self.W_enc,
+            self.b_enc,
+            cuts,
+            kernels.block_elements(x.device),
+        )
+        return self.hook_sae_acts_post(acts.view(*sae_in.shape[:-1], -1))
+
+    @override
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            feature_acts: concat[z, f], shape (..., d_sae).
+
+        Returns:
+            The reconstruction, shape (..., d_in).
+        """
+        rank = self.cfg.scaffold_rank
+        kernels = self._kernels()
+        if kernels is None:
+            return super().decode(feature_acts)
+        acts = feature_acts.reshape(-1, self.cfg.d_sae)
+        dictionary = decode_few(acts[:, rank:], self.W_dec[rank:], kernels)
+        if dictionary is None:
+            return super().decode(feature_acts)
+        out = torch.addmm(dictionary, acts[:, :rank], self.W_dec[:rank])
+        return self._finish_decode(out.view(*feature_acts.shape[:-1], -1))
+
+    def _kernels(self) -> ModuleType | None:
+        """The sparse kernels for what is computed now, or None for dense code."""
+        if torch.is_grad_enabled():
+            return None
+        return choose_kernels(self.cfg.kernels, self.W_enc.device, worthwhile=True)
 
     @override
     def to_inference(self) -> "ScaffoldJumpReLUSAE":

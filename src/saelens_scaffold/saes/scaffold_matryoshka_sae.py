@@ -1,7 +1,9 @@
 """Matryoshka BatchTopK SAEs with a scaffold, for training."""
 
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
@@ -12,6 +14,7 @@ from saelens_scaffold.saes.scaffold_batchtopk_sae import (
     ScaffoldBatchTopKTrainingSAE,
     ScaffoldBatchTopKTrainingSAEConfig,
 )
+from saelens_scaffold.saes.sparse_step import Revival
 
 
 @dataclass
@@ -38,6 +41,8 @@ class ScaffoldMatryoshkaTrainingSAEConfig(
             encoder reads. Inherited from ScaffoldBatchTopKTrainingSAEConfig.
         scaffold_init (Literal["pca", "random", "zeros"]): How the scaffold starts.
             Inherited from ScaffoldBatchTopKTrainingSAEConfig.
+        kernels (Literal["auto", "reference", "torch", "triton"]): What computes a training
+            step. Inherited from ScaffoldBatchTopKTrainingSAEConfig.
         k (float): Average number of sparse latents to keep active across the batch,
             scaffold latents not counted. Inherited from BatchTopKTrainingSAEConfig.
     """
@@ -71,7 +76,35 @@ class ScaffoldMatryoshkaTrainingSAE(
     Matryoshka BatchTopK Training SAE with a computational scaffold (arXiv 2606.14040).
 
     Matryoshka levels are prefixes of the latents, and the scaffold is the first
-    latents, so every level contains it: nothing else is to be done.
+    latents, so every level contains it.
     """
 
     cfg: ScaffoldMatryoshkaTrainingSAEConfig  # type: ignore[assignment]
+
+    @override
+    def _level_widths(self) -> Sequence[int]:
+        return self.cfg.matryoshka_widths
+
+    @override
+    def _revivals(self, dead: torch.Tensor) -> Iterator[Revival]:
+        if not self.cfg.use_matryoshka_aux_loss:
+            yield from super()._revivals(dead)
+            return
+        start = 0
+        for level, width in enumerate(self.cfg.matryoshka_widths):
+            stop = width - self.cfg.scaffold_rank
+            yield from self._revival(dead[start:stop], start, level)
+            start = stop
+
+    @override
+    def _iterable_decode(
+        self, feature_acts: torch.Tensor, include_outer_loss: bool = False
+    ) -> Generator[tuple[int, torch.Tensor], None, None]:
+        step = self._sparse_step
+        if step is None or feature_acts is not step.feature_acts:
+            yield from super()._iterable_decode(feature_acts, include_outer_loss)
+            return
+        widths = self.cfg.matryoshka_widths
+        for width, level in zip(widths, step.levels, strict=True):
+            if include_outer_loss or width != widths[-1]:
+                yield width, self.run_time_activation_norm_fn_out(level + self.b_dec)

@@ -1,0 +1,128 @@
+"""What benchmarks measure with: paired times, peak memory, and what the machine can do."""
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+Step = Callable[[torch.Tensor], object]
+
+
+def seconds(step: Step, batch: torch.Tensor, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(batch)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def paired_seconds(
+    steps: Mapping[str, Step],
+    batches: Iterable[torch.Tensor],
+    device: str,
+    warm_up: int,
+) -> dict[str, np.ndarray]:
+    """Times of steps that take turns on the same batches, in changing order."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i, batch in enumerate(batches):
+        names = list(steps)
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(seconds(steps[name], batch, device))
+    return {name: np.array(of_step[warm_up:]) for name, of_step in times.items()}
+
+
+def ratio_of_medians(
+    numerator: np.ndarray, denominator: np.ndarray
+) -> tuple[float, float, float]:
+    """The ratio, and a 95 % interval by bootstrap over the pairs."""
+    pairs = np.array([numerator, denominator])
+    n = pairs.shape[1]
+    resampled = np.random.default_rng(0).integers(n, size=(2000, n))
+    medians = np.median(pairs[:, resampled], axis=-1)
+    low, high = np.quantile(medians[0] / medians[1], [0.025, 0.975])
+    return float(np.median(numerator) / np.median(denominator)), low, high
+
+
+def bytes_of(tensors: Iterable[object]) -> int:
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+def added_memory(step: Step, batch: torch.Tensor, device: str) -> int | None:
+    """Bytes that a step adds at its peak; None where the system does not tell."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(batch)
+        return torch.cuda.max_memory_allocated() - before
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+    # what was freed, but is not given back yet, would be used again unseen
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _kib(status, "VmRSS")
+    clear.write_text("5")  # the peak from here on
+    step(batch)
+    return (_kib(status, "VmHWM") - before) * 1024
+
+
+def _kib(status: Path, field: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if field in line)
+    return int(line.split()[1])
+
+
+class Machine(NamedTuple):
+    """
+    What a device can do, measured.
+
+    Attributes:
+        bandwidth: Bytes a second that a copy reads and writes.
+        rate: Operations a second in a product of square matrices.
+    """
+
+    bandwidth: float
+    rate: float
+
+
+def measure_machine(device: str, autocast: bool) -> Machine:
+    n = 2**28 if device == "cuda" else 2**25
+    source = torch.randn(n, device=device)
+    target = torch.empty_like(source)
+    copying = _fastest(lambda _: target.copy_(source), source, device)
+    side = 8192 if device == "cuda" else 2048
+    dtype = torch.bfloat16 if autocast else torch.float32
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    product = torch.empty_like(a)
+    multiplying = _fastest(lambda _: torch.mm(a, a, out=product), a, device)
+    return Machine(2 * source.nbytes / copying, 2 * side**3 / multiplying)
+
+
+def _fastest(step: Step, argument: torch.Tensor, device: str) -> float:
+    return min(seconds(step, argument, device) for _ in range(8))
+
+
+class Phase(NamedTuple):
+    """
+    A part of a computation that cannot overlap the others.
+
+    Attributes:
+        name: What it does.
+        operations: Multiplications and additions.
+        traffic: Bytes that have to be read from and written to memory.
+    """
+
+    name: str
+    operations: float
+    traffic: float
+
+    def seconds(self, machine: Machine) -> float:
+        return max(self.operations / machine.rate, self.traffic / machine.bandwidth)

@@ -1,0 +1,99 @@
+"""Which kernels run: what the configuration or the environment asks for, where it can."""
+
+import importlib.util
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+
+from saelens_scaffold.kernels import torch_ops
+
+Kernels = Literal["auto", "reference", "torch", "triton"]
+"""
+- "auto": "triton" on CUDA, "torch" on a CPU; "reference" elsewhere, and where the sparse
+  kernels have nothing to gain
+- "reference": none, SAELens's own dense code
+- "torch": sparse, in PyTorch's own operations
+- "triton": sparse, in Triton, on CUDA
+"""
+
+ENVIRONMENT_VARIABLE = "SAELENS_SCAFFOLD_KERNELS"
+"""Overrides what configurations ask for."""
+
+
+def check_kernels(asked: str, name: str = "kernels") -> None:
+    """
+    Raises:
+        ValueError: There are no such kernels.
+    """
+    if asked not in get_args(Kernels):
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, get_args(Kernels)))}, "
+            f"got {asked!r}."
+        )
+
+
+def choose_kernels(
+    asked: str, device: torch.device, worthwhile: bool
+) -> ModuleType | None:
+    """
+    The module of operations to use on a device, or None for dense code.
+
+    Args:
+        asked: What the configuration asks for.
+        device: Where the weights are.
+        worthwhile: Whether "auto" should choose sparse kernels.
+
+    Raises:
+        ValueError: There are no such kernels, or they are not for this device.
+    """
+    from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    if from_environment:
+        check_kernels(from_environment, f"the environment's {ENVIRONMENT_VARIABLE}")
+        asked = from_environment
+    if asked == "auto":
+        asked = _automatic(device) if worthwhile else "reference"
+    if asked == "reference":
+        return None
+    if asked == "torch":
+        return torch_ops
+    if not has_triton():
+        raise ValueError(
+            "kernels='triton' needs Triton, which comes with PyTorch's CUDA builds for "
+            "Linux: install it (pip install triton), or use kernels='auto'."
+        )
+    from saelens_scaffold.kernels import triton_ops
+
+    if device.type != "cuda" and not triton_ops.INTERPRETED:
+        raise ValueError(
+            f"kernels='triton' needs an SAE on a CUDA device, got {str(device)!r}: use "
+            "kernels='auto'."
+        )
+    return triton_ops
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _automatic(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "torch"
+    if device.type != "cuda":
+        return "reference"
+    if has_triton():
+        return "triton"
+    _warn_of_missing_triton()
+    return "torch"
+
+
+@cache
+def _warn_of_missing_triton() -> None:
+    warnings.warn(
+        "Triton is not installed, so scaffold SAEs use sparse kernels made of PyTorch's "
+        "operations, which are slower on CUDA. Install it with pip install triton."
+    )

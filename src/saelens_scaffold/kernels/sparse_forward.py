@@ -1,0 +1,161 @@
+"""An SAE's forward and backward pass over the selected latents alone.
+
+With the scaffold's A = W_enc[:, :r] and B = W_dec[:r], the dictionary's S = W_enc[:, r:] and
+D = W_dec[r:], and the entries e = (token, latent) that are selected:
+
+    z   = x A                                scaffold coordinates, dense
+    u   = x - ρ z B                          what the dictionary reads
+    h_e = u[token] · S[:, latent] + b[latent]
+    x̂   = z B + Σ_e h_e D[latent]            for each token, without b_dec
+
+What would be products of matrices as wide as d_sae are sums over the few entries then,
+but for one, that of which the entries are selected. The gradients are
+
+    ∂D[latent] = Σ_e h_e ∂x̂[token]           ∂h_e = ∂x̂[token] · D[latent]
+    ∂S[:, latent] = Σ_e ∂h_e u[token]        ∂b[latent] = Σ_e ∂h_e
+
+and none is made for x or u, for which it would take another wide product: b_dec, which x is
+without, is a bias S b_dec of the encoder, and has its gradient from ∂b; and the way from h
+through u back to z and B leads through the rank-r factors, -ρ z (B S).
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from saelens_scaffold.kernels.entries import Entries
+from saelens_scaffold.kernels.selection import Encoder
+
+Select = Callable[[Encoder], tuple[Entries, torch.Tensor]]
+"""Selects entries, and gives their pre-activations, without the latents' scale."""
+
+
+class SparseForward(torch.autograd.Function):
+    """
+    Encode, select and decode.
+
+    Args:
+        x: x̄ = x - b_dec, shape (n_tokens, d_in), through which no gradient goes.
+        W_enc: Shape (d_in, d_sae).
+        b_enc: Shape (d_sae,). The scaffold's part of it is not trained.
+        W_dec: Shape (d_sae, d_in).
+        b_dec: What x is without, shape (d_in,), for its gradient through the encoder;
+            None if x is without nothing.
+        rank: r.
+        residual: Whether ρ is 1, and not 0.
+        select: Selects, given what makes the dictionary's pre-activations.
+        ops: The kernels to use.
+        found: Receives the entries, whose latents are counted from the dictionary's first.
+
+    Returns:
+        z, shape (n_tokens, r); the pre-activations h_e, shape (n_entries,); and the sum of
+        each row of the entries, shape (n_rows, d_in), where the scaffold's part is in the
+        first n_tokens rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor | None,
+        rank: int,
+        residual: bool,
+        select: Select,
+        ops: ModuleType,
+        found: list[Entries],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        residual = residual and rank > 0
+        A, S = W_enc[:, :rank], W_enc[:, rank:]
+        B, D = W_dec[:rank], W_dec[rank:]
+        # Not in autocast's precision: cheap, and where A dominates, the residual is a
+        # small difference. Only the wide product is.
+        with torch.autocast(x.device.type, enabled=False):
+            z = torch.addmm(b_enc[:rank], x, A)
+            read = torch.addmm(x, z, B, alpha=-1) if residual else x
+        entries, values = select(Encoder(read, S, b_enc[rank:], None))
+        found.append(entries)
+        written = D.new_empty(entries.n_rows, D.shape[1])
+        ops.row_sums(entries.row_offsets, entries.latents, values, D, written)
+        with torch.autocast(x.device.type, enabled=False):
+            written[: len(x)].addmm_(z, B)
+
+        ctx.entries, ctx.ops = entries, ops
+        ctx.rank, ctx.residual, ctx.has_b_dec = rank, residual, b_dec is not None
+        ctx.save_for_backward(x, read, z, values, W_enc, W_dec)
+        ctx.set_materialize_grads(False)
+        return z, values, written
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        grad_z, grad_values, grad_written = grads
+        x, read, z, values, W_enc, W_dec = ctx.saved_tensors
+        entries, ops, rank = ctx.entries, ctx.ops, ctx.rank
+        A, S = W_enc[:, :rank], W_enc[:, rank:]
+        B, D = W_dec[:rank], W_dec[rank:]
+        by_latent = entries.by_latent
+
+        # each gradient in one piece, for parts that are added are passes over all of it
+        grad_W_dec, grad_W_enc = torch.empty_like(W_dec), torch.empty_like(W_enc)
+        grad_b_enc = torch.zeros_like(W_enc[0])
+
+        # the decoder
+        if grad_written is None:
+            grad_written = W_dec.new_zeros(entries.n_rows, W_dec.shape[1])
+        grad_written = grad_written.contiguous()
+        of_scaffold = grad_written[: len(x)]
+        grad_z = _sum(grad_z, of_scaffold @ B.T)
+        through_decoder = ops.entry_dots(
+            entries.row_offsets, entries.rows, entries.latents, grad_written, D
+        )
+        grad_values = _sum(grad_values, through_decoder)
+        grad_W_dec[:rank] = z.T @ of_scaffold
+        ops.row_sums(
+            entries.latent_offsets,
+            entries.rows[by_latent],
+            values[by_latent],
+            grad_written,
+            grad_W_dec[rank:],
+        )
+
+        # the dictionary's encoder
+        tokens, weights = entries.tokens[by_latent], grad_values[by_latent]
+        ops.row_sums(
+            entries.latent_offsets, tokens, weights, read, grad_W_enc[:, rank:].T
+        )
+        # in single precision at least, for these may be many to sum up
+        precise = grad_values.to(torch.promote_types(W_enc.dtype, torch.float32))
+        of_bias = precise.new_zeros(S.shape[1]).index_add_(0, entries.latents, precise)
+        grad_b_enc[rank:] = of_bias
+
+        # what it reads is without z B
+        if ctx.residual:
+            through_rows = z.new_empty(entries.n_rows, rank)
+            ops.row_sums(
+                entries.row_offsets,
+                entries.latents,
+                grad_values,
+                (B @ S).T,
+                through_rows,
+            )
+            grad_z = grad_z - through_rows.view(-1, *z.shape).sum(0)
+            z_of_latents = z.new_empty(S.shape[1], rank)
+            ops.row_sums(entries.latent_offsets, tokens, weights, z, z_of_latents)
+            grad_W_dec[:rank] -= (S @ z_of_latents).T
+
+        # the scaffold's encoder
+        grad_W_enc[:, :rank] = x.T @ grad_z
+        grad_b_dec = None
+        if ctx.has_b_dec:
+            grad_b_dec = -(A @ grad_z.sum(0) + S @ grad_b_enc[rank:])
+        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, *[None] * 5
+
+
+def _sum(grad: torch.Tensor | None, further: torch.Tensor) -> torch.Tensor:
+    return further if grad is None else grad + further

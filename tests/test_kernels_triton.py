@@ -1,0 +1,108 @@
+"""The Triton kernels, as far as a machine without a GPU can tell: interpreted, and compiled."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from helpers import scaffold_sae, train
+from saelens_scaffold.kernels import torch_ops
+from test_kernels import (
+    check_gradients,
+    check_operations,
+)
+
+pytest.importorskip("triton", reason="Triton is made for Linux alone")
+
+from saelens_scaffold.kernels import triton_ops  # noqa: E402
+
+
+def test_the_tests_run_interpreted_kernels():
+    assert triton_ops.INTERPRETED
+
+
+@pytest.mark.parametrize("n", [0, 1, 100])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_row_sums_and_entry_dots_are_products(
+    n: int, transposed: bool, dtype: torch.dtype
+):
+    check_operations(triton_ops, n, transposed, dtype, d=70)
+
+
+def test_rows_wider_than_a_block():
+    check_operations(triton_ops, 5, False, torch.float64, d=triton_ops.BLOCK + 70)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.9])
+def test_above(share: float):
+    values = torch.rand(70, 90)
+    values[3, 4] = torch.nan
+    cuts = 1 - share + torch.rand(90) / 100
+    indices, found = triton_ops.above(values, cuts)
+    expected, expected_values = torch_ops.above(values, cuts)
+    order = indices.argsort()
+    assert torch.equal(indices[order], expected)
+    assert torch.equal(found[order].nan_to_num(), expected_values.nan_to_num())
+
+
+@pytest.mark.parametrize(("rank", "n_parts"), [(0, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)],
+)
+def test_gradients(rank: int, n_parts: int, dtype: torch.dtype, tolerance: float):
+    check_gradients(triton_ops, rank, n_parts, True, dtype, tolerance)
+
+
+@pytest.mark.parametrize("architecture", ["scaffold_batchtopk", "scaffold_matryoshka"])
+def test_training_is_that_of_the_reference(architecture: str):
+    trained = [
+        train(scaffold_sae(architecture, kernels=kernels), steps=4, batch_size=32)
+        for kernels in ("triton", "reference")
+    ]
+    for name, value in trained[0].named_parameters():
+        torch.testing.assert_close(
+            value, trained[1].get_parameter(name), atol=1e-4, rtol=1e-4
+        )
+
+
+COMPILE = """
+import inspect
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from saelens_scaffold.kernels import triton_ops
+
+types = {
+    "values": "*bf16", "cuts": "*fp32", "found": "*bf16", "count": "*i32",
+    "indices": "*i64", "offsets": "*i64", "columns": "*i64", "rows": "*i64",
+    "weights": "*fp32", "table": "*fp32", "out": "*fp32",
+    "left": "*fp32", "right": "*fp32", "dots": "*fp32",
+    "BLOCK": "constexpr", "SUM_TYPE": "constexpr",
+}
+constants = {"BLOCK": 1024, "SUM_TYPE": triton.language.float32}
+for kernel in (triton_ops._above, triton_ops._row_sums, triton_ops._entry_dots):
+    names = list(inspect.signature(kernel.fn).parameters)
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "i32") for name in names},
+        {(i,): constants[name] for i, name in enumerate(names) if name in constants},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    print(kernel.fn.__name__, len(compiled.asm["cubin"]))
+"""
+
+
+def test_the_kernels_compile_for_a_gpu():
+    # in a process in which Triton compiles; it needs no GPU for that
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    sizes = dict(line.split() for line in run.stdout.splitlines())
+    assert sizes.keys() == {"_above", "_row_sums", "_entry_dots"}
+    assert all(int(size) > 1000 for size in sizes.values())

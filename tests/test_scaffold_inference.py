@@ -202,3 +202,13 @@ print(json.dumps([sae.cfg.architecture(), sae(x).tolist()]))
     architecture, output = json.loads(result.stdout.splitlines()[-1])
     assert architecture == "jumprelu"
     assert relative_error(torch.tensor(output), torch.tensor(expected)) < 1e-5
+
+
+def test_encode_and_decode_take_no_tokens_and_sparse_activations():
+    sae = scaffold_sae("scaffold_batchtopk").to_inference()
+    with torch.no_grad():
+        assert sae.encode(torch.empty(0, D_IN)).shape == (0, D_SAE)
+        assert sae.encode(torch.empty(2, 0, D_IN)).shape == (2, 0, D_SAE)
+        assert sae.decode(torch.empty(0, D_SAE)).shape == (0, D_IN)
+        acts = sae.encode(activations(32))
+        torch.testing.assert_close(sae.decode(acts.to_sparse()), sae.decode(acts))

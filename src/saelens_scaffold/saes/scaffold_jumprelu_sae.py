@@ -110,7 +110,7 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
             cuts,
             kernels.block_elements(x.device),
         )
-        return self.hook_sae_acts_post(acts.view(*sae_in.shape[:-1], -1))
+        return self.hook_sae_acts_post(acts.view(*sae_in.shape[:-1], self.cfg.d_sae))
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
@@ -123,14 +123,15 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
         """
         rank = self.cfg.scaffold_rank
         kernels = self._kernels()
-        if kernels is None:
+        # SAELens's decode takes sparse tensors as they are
+        if kernels is None or feature_acts.layout is not torch.strided:
             return super().decode(feature_acts)
         acts = feature_acts.reshape(-1, self.cfg.d_sae)
         dictionary = decode_few(acts[:, rank:], self.W_dec[rank:], kernels)
         if dictionary is None:
             return super().decode(feature_acts)
         out = torch.addmm(dictionary, acts[:, :rank], self.W_dec[:rank])
-        return self._finish_decode(out.view(*feature_acts.shape[:-1], -1))
+        return self._finish_decode(out.view(*feature_acts.shape[:-1], self.cfg.d_in))
 
     def _kernels(self) -> ModuleType | None:
         """The sparse kernels for what is computed now, or None for dense code."""

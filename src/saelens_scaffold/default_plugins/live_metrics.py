@@ -44,7 +44,7 @@ class LiveMetrics:
         output: TrainStepOutput,
     ) -> dict[str, float]:
         rank = sae.cfg.scaffold_rank
-        self._count(output.feature_acts.detach().flatten(0, -2)[:, rank:])
+        self._count(output.feature_acts.detach(), rank)
         if not step_input.is_logging_step:
             return {}
         metrics = {"dense_latents": self._dense_latents()}
@@ -60,8 +60,12 @@ class LiveMetrics:
             }
         return metrics
 
-    def _count(self, sparse_acts: torch.Tensor) -> None:
-        frequencies = (sparse_acts != 0).float().mean(dim=0)
+    def _count(self, feature_acts: torch.Tensor, rank: int) -> None:
+        if feature_acts.ndim > 2:
+            feature_acts = feature_acts.flatten(0, -2)
+        # as SAELens's trainer counts, which sparse kernels answer without a dense tensor
+        firing = feature_acts.bool().float().sum(0)[rank:]
+        frequencies = firing / len(feature_acts)
         self._n_steps += 1
         if self._frequencies is None:
             self._frequencies = frequencies

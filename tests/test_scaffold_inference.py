@@ -212,3 +212,8 @@ def test_encode_and_decode_take_no_tokens_and_sparse_activations():
         assert sae.decode(torch.empty(0, D_SAE)).shape == (0, D_IN)
         acts = sae.encode(activations(32))
         torch.testing.assert_close(sae.decode(acts.to_sparse()), sae.decode(acts))
+
+
+def test_kernels_are_the_choice_of_the_machine_that_uses_an_sae():
+    sae = scaffold_sae("scaffold_batchtopk", kernels="torch").to_inference()
+    assert sae.cfg.kernels == "auto"

@@ -307,9 +307,9 @@ def _config_class(architecture: object) -> type[SAEConfig]:
 
 def _own_fields(cfg_class: type[SAEConfig]) -> set[str]:
     """Fields that an architecture adds to SAELens's: what they say is nowhere else."""
-    return {field.name for field in fields(cfg_class)} - {
-        field.name for field in fields(SAEConfig)
-    }
+    of_all = {field.name for field in fields(SAEConfig)}
+    # how it is computed changes nothing of what is
+    return {field.name for field in fields(cfg_class)} - of_all - {"kernels"}
 
 
 def _check_metadata(metadata: Any) -> None:

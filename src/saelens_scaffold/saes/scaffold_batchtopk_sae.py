@@ -102,6 +102,11 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         return ScaffoldJumpReLUSAEConfig
 
     @override
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
+        # the machine that trains an SAE may have kernels that others have not
+        return {**super().get_inference_sae_cfg_dict(), "kernels": "auto"}
+
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         self.validate()

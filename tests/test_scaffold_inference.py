@@ -214,6 +214,6 @@ def test_encode_and_decode_take_no_tokens_and_sparse_activations():
         torch.testing.assert_close(sae.decode(acts.to_sparse()), sae.decode(acts))
 
 
-def test_kernels_are_the_choice_of_the_machine_that_uses_an_sae():
-    sae = scaffold_sae("scaffold_batchtopk", kernels="torch").to_inference()
+def test_an_sae_trained_in_triton_can_be_used_without():
+    sae = scaffold_sae("scaffold_batchtopk", kernels="triton").to_inference()
     assert sae.cfg.kernels == "auto"

@@ -103,8 +103,10 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
 
     @override
     def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
-        # the machine that trains an SAE may have kernels that others have not
-        return {**super().get_inference_sae_cfg_dict(), "kernels": "auto"}
+        cfg = super().get_inference_sae_cfg_dict()
+        if self.kernels == "triton":  # which those who use the SAE may not have
+            cfg["kernels"] = "auto"
+        return cfg
 
     @override
     def __post_init__(self) -> None:

@@ -89,7 +89,7 @@ def main() -> None:
             )
             estimated, peak = json.loads(done.stdout.splitlines()[-1])
             print(
-                f"| {options.architecture} | {n_saes} | {estimated / 1e9:.2f} GB | "
+                f"| {architecture} | {n_saes} | {estimated / 1e9:.2f} GB | "
                 f"{peak / 1e9:.2f} GB | {peak / estimated:.2f} |",
                 flush=True,
             )

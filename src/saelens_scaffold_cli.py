@@ -440,6 +440,9 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --plan: TFLOP/s that the device attains, to estimate the time",
     )
     parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error"
+    )
 
 
 def _add_upload_arguments(parser: argparse.ArgumentParser) -> None:

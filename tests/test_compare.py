@@ -25,6 +25,7 @@ from saelens_scaffold import hookimpl, plugins  # noqa: E402
 from saelens_scaffold.compare import compare, read_config  # noqa: E402
 from saelens_scaffold.compare.experiment import EvaluationsFailed, make_plan  # noqa: E402
 from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
+from saelens_scaffold.compare.training import WaveTrainer  # noqa: E402
 
 SMALL: dict[str, Any] = {
     "title": "A small <experiment>",
@@ -243,8 +244,12 @@ def test_killed_twice_with_the_same_results(unbroken: Path, tmp_path: Path) -> N
     assert not leftovers
 
 
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
 def test_as_many_waves_as_memory_needs_and_the_same_results(
-    unbroken: Path, tmp_path: Path
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_config(write(tmp_path))
     whole = make_plan(config).estimate
@@ -254,7 +259,18 @@ def test_as_many_waves_as_memory_needs_and_the_same_results(
         3,
         2,
     ]
-    compare(config, tmp_path / "out", memory_gb=memory_gb)
+    # a wave that has not begun is split anew for the memory that there is then
+    train = WaveTrainer.train
+    monkeypatch.setattr(
+        WaveTrainer,
+        "train",
+        lambda self, n, wave: train(self, n, wave) if n < 1 else stop(),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, tmp_path / "out", memory_gb=memory_gb)
+    monkeypatch.undo()
+    compare(config, tmp_path / "out")
+    assert len(list((tmp_path / "out/training").glob("wave-*"))) == 2
     assert findings(tmp_path / "out") == findings(unbroken)
 
 
@@ -306,6 +322,18 @@ def test_command(
             "there is no dataset ./missing.jsonl",
         ),
         ({"dataset_path": "./missing.jsonl"}, "./missing.jsonl"),
+        ({"hook_name": "ln_final.hook_normalized"}, "must be a hook point of a layer"),
+        (
+            {"training": {**SMALL["training"], "lr": "fast"}},
+            "lr must be a number, got 'fast'",
+        ),
+        ({"training": {"train_batch_size_tokens": 10**6}}, "the buffer has"),
+        ({"baselines": {"scaffold_batchtopk": "batchtop"}}, "did you mean 'batchtopk'"),
+        ({"baselines": {"batchtopk": "batchtopk"}}, "cannot be its own baseline"),
+        (
+            {"evaluations": {"dense_latents": {"baseline": "x"}}},
+            "must have no baseline",
+        ),
         ({"training": {"training_tokens": 1.5}}, "training_tokens must be an int"),
         ({"reference": [{"what": "x"}]}, "reference.0"),
     ],
@@ -374,7 +402,12 @@ def test_plugins_offer_metrics(
     class Own:
         @hookimpl
         def comparison_metrics(self) -> list[ComparisonMetric]:
-            return [ComparisonMetric("own.dense_share", "dense per active", per_latent)]
+            return [
+                ComparisonMetric("own.dense_share", "dense per active", per_latent),
+                ComparisonMetric(
+                    "own.broken", "broken", lambda results: results["tpp"]
+                ),
+            ]
 
     monkeypatch.setattr(plugins, "available_plugins", lambda: {"own": None})
     monkeypatch.setattr(plugins, "load_plugin", lambda _: Own)
@@ -385,4 +418,23 @@ def test_plugins_offer_metrics(
             dense["dense_latents"]["dense_latents"] / dense["sparsity"]["l0_sparse"]
         )
         assert sae["metrics"]["own.dense_share"]["value"] == expected
+        assert sae["metrics"]["own.broken"]["value"] is None
     assert any(c["metric"] == "own.dense_share" for c in results["comparisons"])
+
+
+def test_an_sae_that_came_to_nothing_leaves_a_report_of_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(
+        tmp_path,
+        grid={**SMALL["grid"], "k": [4], "lr": [1e-3, 1e30]},
+        training={n: v for n, v in SMALL["training"].items() if n != "lr"},
+        evaluations={"dense_latents": SMALL["evaluations"]["dense_latents"]},
+    )
+    out = tmp_path / "out"
+    assert main(["compare", str(file), "--output_path", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert "dense_latents failed" in captured.err
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["saes"]) == 8
+    assert (out / "report.html").exists()

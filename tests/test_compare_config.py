@@ -29,7 +29,11 @@ CONFIG: dict[str, Any] = {
         "scaffold_rank": [2, 4],
         "seed": [0, 1],
     },
-    "training": {"training_tokens": 4096, "context_size": 64},
+    "training": {
+        "training_tokens": 4096,
+        "train_batch_size_tokens": 1024,
+        "context_size": 64,
+    },
     "evaluations": {"dense_latents": {"n_tokens": 1000}, "core": None},
 }
 
@@ -170,6 +174,24 @@ def test_files_that_are_no_configuration(
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_config(file)
+
+
+def test_numbers_are_numbers_as_people_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(CONFIG) + "confidence: 9e-1\ntitle: 1e-3x\n")
+    read = read_config(file)
+    assert (read.confidence, read.title) == (0.9, "1e-3x")
+
+
+def test_long_values_make_names_that_files_can_have() -> None:
+    plugins: list[dict[str, Any]] = [
+        {},
+        {"live_metrics": {"window": 200}, "decorrelation": {"coefficient": 0.1}},
+    ]
+    plugins.append({**plugins[1], "orthonormal_decoder": {}})
+    names = [run.name for run in runs_of(grid(scaffold_plugins=plugins))]
+    assert len(set(names)) == len(names) == 4 + 3 * 16
+    assert max(map(len, names)) < 200
 
 
 def test_what_is_kept_is_read_as_the_same_and_a_change_is_refused(

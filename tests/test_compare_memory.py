@@ -10,7 +10,7 @@ pytest.importorskip("sae_bench")
 
 from saelens_scaffold.compare.grid import runs_of  # noqa: E402
 from saelens_scaffold.compare.memory import Estimate, estimate  # noqa: E402
-from test_compare_config import config, grid  # noqa: E402
+from test_compare_config import CONFIG, config, grid  # noqa: E402
 
 RUNS = runs_of(config())
 
@@ -43,8 +43,8 @@ def test_estimate_counts_weights_and_operations() -> None:
     needs = estimate(config(), [run])
     weights = 2 * 256 * 64 + 64 + 256
     # weights, gradients, and Adam's two moments, in float32; and what SAELens keeps of a
-    # step, pre-activations and activations of a batch of 4,096 tokens
-    assert needs.per_sae == {run.name: 4 * 4 * weights + 2 * 4 * 4096 * 64}
+    # step, pre-activations and activations of a batch of 1,024 tokens
+    assert needs.per_sae == {run.name: 4 * 4 * weights + 2 * 4 * 1024 * 64}
     assert needs.sae_flops == {run.name: 6.0 * weights * 4096}
     # py-neox has 4 layers, of which the first is run, and 2 operations a weight and token
     per_layer = 4 * 256 * 256 + 2 * 256 * 1024
@@ -66,7 +66,10 @@ def test_estimate_counts_weights_and_operations() -> None:
             {"sae": {"d_in": 128, "d_sae": 64, "matryoshka_widths": [16, 64]}},
             "d_in is 128",
         ),
-        ({"training": {"training_tokens": 0}}, "training_tokens must be an int"),
+        (
+            {"training": {**CONFIG["training"], "training_tokens": 0}},
+            "training_tokens must be an int",
+        ),
         ({"training": {"lr_scheduler_name": 3, "context_size": "x"}}, "context_size"),
     ],
 )

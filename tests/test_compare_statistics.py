@@ -27,7 +27,7 @@ class FakeConfig:
     """All that matching asks of an SAE's configuration."""
 
     def __init__(self, k: float, scaffold_rank: int):
-        self.k = k
+        self.k = k  # None of an architecture without
         self.scaffold_rank = scaffold_rank
 
 
@@ -99,11 +99,25 @@ def test_intervals_move_with_the_values(values: list[float], shift: float) -> No
     )
 
 
+@pytest.mark.parametrize("n_seeds", [2, 3, 4])
+def test_counts_without_a_difference_are_not_told_apart(n_seeds: int) -> None:
+    rng = np.random.default_rng(0)
+    verdicts = [
+        judge(dict(enumerate(rng.integers(-1, 2, n_seeds).astype(float))), 0.95).verdict
+        for _ in range(1000)
+    ]
+    assert verdicts.count("not distinguishable") >= 950
+
+
 def test_verdicts() -> None:
     assert judge({}, 0.95).verdict == "not measured"
     assert judge({0: 3.0}, 0.95).verdict == "one seed"
     assert judge({0: 3.0}, 0.95).ci_low is None
     assert judge({0: 7.0, 1: 7.0, 2: 7.0}, 0.95).verdict == "higher"
+    # counts that differ by one, and accuracies that agree to the last digit
+    assert judge({0: 1.0, 1: 1.0, 2: 1.0}, 0.95).verdict == "not distinguishable"
+    assert judge({0: 0.1, 1: 0.1, 2: 0.1}, 0.95).verdict == "not distinguishable"
+    assert judge(dict.fromkeys(range(6), 0.1), 0.95).verdict == "higher"
     assert judge({0: 0.0, 1: 0.0, 2: 0.0}, 0.95).verdict == "not distinguishable"
     assert judge({0: -7.0, 1: -7.1, 2: -6.9}, 0.95).verdict == "lower"
     assert judge({0: -7.0, 1: 7.1, 2: 1.0}, 0.95).verdict == "not distinguishable"
@@ -164,6 +178,26 @@ def test_nothing_is_extrapolated() -> None:
     )
     assert found.judgement.verdict == "out of range"
     assert "10.0 of seed 0 is not within 4.0 to 8.0" in found.note
+
+
+def test_seeds_without_a_counterpart_are_said() -> None:
+    l0s = (5.5, 9.0)
+    (found,) = compared(
+        *(measured("plain", k, seed, 1.0) for k in (4, 8) for seed in (0, 1)),
+        *(measured("scaffold", 4, s, 2.0, 1, l0) for s, l0 in enumerate(l0s)),
+        matching="l0_total",
+    )
+    assert set(found.differences) == {0}
+    assert "9.0 of seed 1 is not within 4.0 to 8.0" in found.note
+
+
+def test_saes_without_a_k_are_not_at_the_same_k() -> None:
+    none: Any = None
+    assert not compared(
+        measured("plain", none, 0, 1.0, l0_total=3.0),
+        measured("scaffold", none, 0, 1.0, l0_total=3.0),
+        matching="k",
+    )
 
 
 def test_only_saes_that_agree_elsewhere_are_compared() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,13 @@ class ActivationStream(Iterator[dict[str, torch.Tensor]]):
         self._n_begun = 0
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        return next(self._mixed)
+        # by random numbers of its own: what an SAE draws in a step must not change what
+        # the others see
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random_state)
+            batch = next(self._mixed)
+            self._random_state = torch.get_rng_state()
+        return batch
 
     def begin(self, n_llm_batches: int = 0, n_begun: int = 0) -> None:
         """
@@ -194,6 +201,7 @@ class ActivationStream(Iterator[dict[str, torch.Tensor]]):
     def _begin_here(self) -> None:
         # far apart, so that runs with neighbouring seeds share no random numbers
         torch.manual_seed(self._seed + 1_000_003 * self._n_begun)
+        self._random_state = torch.get_rng_state()
         store = self._store
         assert store._hook_names is not None
         self._mixed = multi_hook_concat_split_iter(
@@ -215,7 +223,8 @@ class _ProgressOfMany:
     """The progress bar of many SAEs: SAELens writes the name and loss of each into it."""
 
     def __init__(self, trainer: MultiSAETrainer):
-        self._trainer = trainer
+        # else the trainer, which holds this, would not be freed with its optimizers
+        self._trainer = weakref.proxy(trainer)
 
     def __call__(
         self, step_outputs: dict[str, Any], pbar: Any, update_interval: int = 10

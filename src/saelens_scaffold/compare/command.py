@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import traceback
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -46,9 +47,12 @@ def run(options: argparse.Namespace) -> int:
         print(f"saelens-scaffold compare: error: {error}", file=sys.stderr)
         return 2
     except BAD_INPUT as error:
+        if options.debug:
+            traceback.print_exc()
         print(f"saelens-scaffold compare: error: {one_line(error)}", file=sys.stderr)
         return 2
     except EvaluationsFailed as error:
+        print(comparison_text(error.results))
         for reason in error.reasons:
             print(reason, file=sys.stderr)
         print(

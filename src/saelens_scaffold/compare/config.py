@@ -1,6 +1,7 @@
 """What an experiment is: the file that `saelens-scaffold compare` reads."""
 
 import difflib
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import yaml
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_scaffold.evals.configs import config_fields, make_config
 from saelens_scaffold.files import new_file
@@ -39,6 +41,20 @@ TRAINING_FIELDS = sorted(
     - _NOT_FOR_TRAINING
 )
 """Fields of SAELens's `MultiSAETrainingRunnerConfig` that an experiment may set."""
+
+# Of these, what all SAEs of an experiment share: the language model, and what it reads.
+SHARED_FIELDS = {
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "model_kwargs",
+    "llm_device",
+    "compile_llm",
+    "llm_compilation_mode",
+    "context_size",
+    "prepend_bos",
+}
+AXIS_FIELDS = sorted(set(TRAINING_FIELDS) - SHARED_FIELDS)
+"""Fields of the runner that can be axes of the grid."""
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -188,6 +204,24 @@ class CompareConfig:
             raise ValueError(
                 f"{twice[0]} is in the grid and fixed as well; name it once"
             )
+        for judged, baseline in self.baselines.items():
+            for name in (judged, baseline):
+                if name not in SAE_TRAINING_CLASS_REGISTRY:
+                    known = sorted(SAE_TRAINING_CLASS_REGISTRY)
+                    raise ValueError(
+                        f"baselines: there is no training architecture {name!r}"
+                        f"{did_you_mean(name, known)}; there are {', '.join(known)}"
+                    )
+            if judged == baseline:
+                raise ValueError(
+                    f"baselines: {judged} cannot be its own baseline; its variants differ "
+                    "in axes of the grid, of which only seeds are paired"
+                )
+        if "baseline" in (self.evaluations.get("dense_latents") or {}):
+            raise ValueError(
+                "evaluations: dense_latents must have no baseline here; SAEs are compared "
+                "with those of `baselines`"
+            )
         if not self.evaluations:
             raise ValueError("evaluations must name at least one, as in dense_latents:")
         if not self.evaluation_seeds:
@@ -198,6 +232,17 @@ def did_you_mean(name: str, known: list[str]) -> str:
     """A hint in parentheses, if something known looks like the name."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 does; to YAML 1.1 it is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
 
 
 def read_config(path: str | Path) -> CompareConfig:
@@ -212,7 +257,7 @@ def read_config(path: str | Path) -> CompareConfig:
     if not path.is_file():
         raise FileNotFoundError(f"there is no configuration {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
@@ -252,7 +297,8 @@ def keep_config(config: CompareConfig, file: Path) -> None:
     now = config_yaml(config)
     if file.exists():
         then = file.read_text(encoding="utf-8")
-        if then != now:
+        # by what they mean: a later version may write more fields, with their defaults
+        if config_yaml(read_config(file)) != now:
             diff = difflib.unified_diff(
                 then.splitlines(), now.splitlines(), str(file), "now", n=1, lineterm=""
             )

@@ -87,7 +87,13 @@ class Evaluator:
         missing = [e.name for e in self.evaluations if not self._is_done(e, group)]
         if not missing:
             return []
-        plan = make_plan(self._options([self.saes_path / run.name for run in group]))
+        try:
+            plan = make_plan(self._options([self.saes_path / r.name for r in group]))
+        except ValueError as error:  # an SAE that has come to nothing
+            return [
+                Outcome(e, {}, error) for e in self.evaluations if e.name in missing
+            ]
+        plan.saes.clear()  # copies, which take memory
         outcomes: list[Outcome] = []
         for job in plan.jobs:
             name = job.evaluation.name

@@ -19,13 +19,19 @@ from saelens_scaffold.compare.memory import Estimate, available_memory, estimate
 from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.compare.report import write_page
 from saelens_scaffold.compare.results import collect, results_csv
-from saelens_scaffold.compare.training import WAVE_FILENAME, WaveTrainer, training_text
+from saelens_scaffold.compare.training import (
+    ESTIMATED_SCALES,
+    WAVE_FILENAME,
+    WaveTrainer,
+    training_text,
+)
 from saelens_scaffold.evals.command import reason
 from saelens_scaffold.evals.command_line import choose_device
 from saelens_scaffold.evals.table import Outcome
 from saelens_scaffold.files import new_file
 
 CONFIG_FILENAME = "compare.yaml"
+TRAINING = "training"
 WAVES_FILENAME = "waves.json"
 
 
@@ -35,9 +41,11 @@ class EvaluationsFailed(RuntimeError):
 
     Attributes:
         reasons: One line for each of them.
+        results: What `compare` would have returned.
     """
 
-    def __init__(self, outcomes: Sequence[Outcome]):
+    def __init__(self, outcomes: Sequence[Outcome], results: dict[str, Any]):
+        self.results = results
         self.reasons = [
             f"{outcome.evaluation.name} failed: {reason(outcome)}"
             for outcome in outcomes
@@ -67,6 +75,7 @@ def make_plan(
     config: CompareConfig,
     device: str | None = None,
     memory_gb: float | None = None,
+    begun: Sequence[Sequence[str]] = (),
 ) -> Plan:
     """
     Find everything that an experiment needs, and split its SAEs into waves.
@@ -76,6 +85,8 @@ def make_plan(
         device: Where it will be run; by default a GPU where there is one.
         memory_gb: Memory that training may use, in 10^9 bytes; by default most of what
             is free on the device.
+        begun: Waves that stay as they are, by the names of their SAEs: a checkpoint is
+            one of a whole wave.
 
     Raises:
         ValueError: Something makes no sense, or not even one SAE fits into memory.
@@ -89,7 +100,10 @@ def make_plan(
     available = (
         available_memory(device) if memory_gb is None else int(memory_gb * 10**9)
     )
-    return Plan(runs, estimated, available, estimated.waves(runs, available))
+    by_name = {run.name: run for run in runs}
+    waves = [[by_name.pop(name) for name in wave] for wave in begun]
+    waves += estimated.waves([*by_name.values()], available)
+    return Plan(runs, estimated, available, waves)
 
 
 def compare(
@@ -126,60 +140,67 @@ def compare(
     """
     output_path = Path(output_path)
     device = choose_device(device)
-    plan = make_plan(config, device, memory_gb)
+    config_file = output_path / CONFIG_FILENAME
+    if config_file.exists():  # before anything else is said of the changed one
+        keep_config(config, config_file)
+    begun = _begun_waves(output_path / TRAINING)
+    plan = make_plan(config, device, memory_gb, begun)
     evaluator = Evaluator(
         config, device, output_path / "saes", output_path / "eval_results"
     )
     evaluator.check(plan.runs[0])
-    keep_config(config, output_path / CONFIG_FILENAME)
+    keep_config(config, config_file)
     with _alone_in(output_path):
-        return _compare(config, plan, evaluator, output_path, command)
-
-
-def _compare(
-    config: CompareConfig,
-    plan: Plan,
-    evaluator: Evaluator,
-    output_path: Path,
-    command: str | None,
-) -> dict[str, Any]:
-    saes_path = evaluator.saes_path
-    training_path = output_path / "training"
-    waves = _kept_waves(plan, training_path)
-    estimated = ("expected_average_only_in", "covariance_whitening")
-    scales = any(r.config.normalize_activations in estimated for r in plan.runs)
-    trainer = WaveTrainer(config, evaluator.device, saes_path, training_path, scales)
-    for number, wave in enumerate(waves):
-        print(f"wave {number + 1} of {len(waves)}: {len(wave)} SAEs", file=sys.stderr)
-        trainer.train(number, wave)
-
-    outcomes: list[Outcome] = []
-    for group in groups(plan.runs):
-        print(
-            f"evaluating {len(group)} SAEs of seed {group[0].seed} at "
-            f"{group[0].hook_name}",
-            file=sys.stderr,
+        training = _train(config, plan, device, output_path)
+        outcomes: list[Outcome] = []
+        for group in groups(plan.runs):
+            print(
+                f"evaluating {len(group)} SAEs of seed {group[0].seed} at "
+                f"{group[0].hook_name}",
+                file=sys.stderr,
+            )
+            outcomes += evaluator.evaluate(group)
+        results = collect(
+            config,
+            plan.runs,
+            metrics_of(evaluator.evaluations),
+            _result_files(evaluator, plan.runs),
+            evaluator.saes_path,
+            training,
+            device,
+            command or shlex.join(sys.argv),
         )
-        outcomes += evaluator.evaluate(group)
-
-    results = collect(
-        config,
-        plan.runs,
-        metrics_of(evaluator.evaluations),
-        _result_files(evaluator, plan.runs),
-        saes_path,
-        [_read(training_path / f"wave-{n}" / WAVE_FILENAME) for n in range(len(waves))],
-        command or shlex.join(sys.argv),
-    )
-    with new_file(output_path / "results.json") as file:
-        file.write_text(json.dumps(results, indent=1, allow_nan=False))
-    with new_file(output_path / "results.csv") as file:
-        file.write_text(results_csv(results), encoding="utf-8")
-    write_page(results, output_path / "report.html")
+        with new_file(output_path / "results.json") as file:
+            file.write_text(json.dumps(results, indent=1, allow_nan=False))
+        with new_file(output_path / "results.csv") as file:
+            file.write_text(results_csv(results), encoding="utf-8")
+        write_page(results, output_path / "report.html")
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed:
-        raise EvaluationsFailed(failed)
+        raise EvaluationsFailed(failed, results)
     return results
+
+
+def _train(
+    config: CompareConfig, plan: Plan, device: str, output_path: Path
+) -> list[dict[str, Any]]:
+    """Train what is not trained yet; returns what is known of each wave."""
+    training_path = output_path / TRAINING
+    training_path.mkdir(parents=True, exist_ok=True)
+    with new_file(training_path / WAVES_FILENAME) as file:
+        names = [[run.name for run in wave] for wave in plan.waves]
+        file.write_text(json.dumps(names, indent=1))
+    scales = any(r.config.normalize_activations in ESTIMATED_SCALES for r in plan.runs)
+    trainer = WaveTrainer(config, device, output_path / "saes", training_path, scales)
+    for number, wave in enumerate(plan.waves):
+        print(
+            f"wave {number + 1} of {len(plan.waves)}: {len(wave)} SAEs", file=sys.stderr
+        )
+        trainer.train(number, wave)
+    return [
+        _read(training_path / f"wave-{number}" / WAVE_FILENAME)
+        for number in range(len(plan.waves))
+    ]
 
 
 def groups(runs: Sequence[Run]) -> list[list[Run]]:
@@ -204,17 +225,14 @@ def _alone_in(output_path: Path) -> Iterator[None]:
         ) from error
 
 
-def _kept_waves(plan: Plan, training_path: Path) -> list[list[Run]]:
-    """The waves as they were begun: checkpoints are of whole waves."""
+def _begun_waves(training_path: Path) -> list[list[str]]:
+    """Names of the SAEs of each wave that was begun; they are trained in order."""
     file = training_path / WAVES_FILENAME
-    if not file.is_file():
-        training_path.mkdir(parents=True, exist_ok=True)
-        names = [[run.name for run in wave] for wave in plan.waves]
-        with new_file(file) as temporary:
-            temporary.write_text(json.dumps(names, indent=1))
-        return plan.waves
-    by_name = {run.name: run for run in plan.runs}
-    return [[by_name[name] for name in wave] for wave in _read(file)]
+    waves: list[list[str]] = _read(file) if file.is_file() else []
+    begun = [
+        (training_path / f"wave-{number}").exists() for number in range(len(waves))
+    ]
+    return waves[: sum(begun)]
 
 
 def _result_files(

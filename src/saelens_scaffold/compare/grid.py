@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from saelens_scaffold.compare.config import (
-    TRAINING_FIELDS,
+    AXIS_FIELDS,
     CompareConfig,
     did_you_mean,
 )
+
+MAX_NAME = 150
+"""Characters of an SAE's name: files that have it in theirs may have 255."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,11 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
     runs: dict[str, Run] = {}
     for values in itertools.product(*axes.values()):
         run = _run(config, dict(zip(axes, values, strict=True)), device)
-        runs.setdefault(run.name, run)
+        if runs.setdefault(run.name, run).arm.label != run.arm.label:
+            raise ValueError(
+                f"grid: {run.arm.label} and {runs[run.name].arm.label} would both be "
+                f"called {run.name}"
+            )
     return sorted(runs.values(), key=lambda run: run.seed)
 
 
@@ -129,7 +137,7 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
         axis: value
         for axis, value in values.items()
         if axis in fields
-        or axis in ("hook_name", *TRAINING_FIELDS)
+        or axis in ("hook_name", *AXIS_FIELDS)
         or (axis == "b_dec_init" and not has_scaffold)
     }
     arm = Arm(architecture, axes)
@@ -157,7 +165,7 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
         seed=seed,
         config=sae_config,
         hook_name=str(axes.get("hook_name", config.hook_name)),
-        training={name: axes[name] for name in axes if name in TRAINING_FIELDS},
+        training={name: axes[name] for name in axes if name in AXIS_FIELDS},
         centre_b_dec=b_dec_init == "mean" and not has_scaffold,
     )
 
@@ -170,7 +178,7 @@ def _check_fields(config: CompareConfig) -> None:
     )
     of_grid = [
         *of_saes,
-        *TRAINING_FIELDS,
+        *AXIS_FIELDS,
         "architecture",
         "seed",
         "hook_name",
@@ -199,4 +207,7 @@ def _shown(value: Any) -> str:
 
 def _file_name(text: str) -> str:
     # Without "=" or brackets, which shells and SAEBench's file names take amiss.
-    return re.sub(r"[^\w.+-]+", "_", text.replace("=", "_")).strip("_")
+    name = re.sub(r"[^\w.+-]+", "_", text.replace("=", "_")).strip("_")
+    if len(name) > MAX_NAME:
+        name = f"{name[:MAX_NAME]}-{sha256(text.encode()).hexdigest()[:8]}"
+    return name

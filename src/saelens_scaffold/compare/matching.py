@@ -1,7 +1,7 @@
 """Which SAEs are compared with which: at the same k, and at the same l0_total."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal, NamedTuple
 
@@ -96,8 +96,9 @@ def l0_total(run: Run, results: Results) -> float | None:
     dense = results.get("dense_latents", {}).get("eval_result_metrics", {})
     core = results.get("core", {}).get("eval_result_metrics", {})
     for metrics, name in ((dense, "l0_total"), (core, "l0")):
-        if "sparsity" in metrics:
-            return float(metrics["sparsity"][name])
+        counted = metrics.get("sparsity", {}).get(name)
+        if counted is not None:
+            return float(counted)
     return run.nominal_l0_total
 
 
@@ -140,7 +141,7 @@ def curves(
     arms = _by_arm(saes)
     found: list[Curve] = []
     for metric in metrics:
-        if metric.id.rpartition(".")[2] in ("l0", "l0_sparse", "l0_total"):
+        if _is_sparsity(metric.id):
             continue
         points: dict[Arm, list[CurvePoint]] = {}
         for arm, by_seed in arms.items():
@@ -161,6 +162,10 @@ def curves(
     return found
 
 
+def _is_sparsity(metric: str) -> bool:
+    return metric.rpartition(".")[2] in ("l0", "l0_sparse", "l0_total")
+
+
 _Arms = Mapping[Arm, Mapping[int, MeasuredSAE]]
 
 
@@ -178,6 +183,7 @@ def _at_same_k(
         comparison
         for rival in rivals
         if _agree(treatment, rival)
+        and _k(arms, treatment) == _k(arms, rival) is not None
         for comparison in _direct("k", treatment, rival, arms, metric, confidence)
     ]
 
@@ -204,11 +210,15 @@ def _at_same_l0(
             comparisons += _direct(
                 "l0_total", treatment, exact[0], arms, metric, confidence
             )
-        else:
+        elif not _is_sparsity(metric):  # which would be compared with itself
             comparisons += _interpolated(
                 treatment, curve, rivals_of_curve, arms, metric, confidence
             )
     return comparisons
+
+
+def _k(arms: _Arms, arm: Arm) -> float | None:
+    return getattr(next(iter(arms[arm].values())).run.config, "k", None)
 
 
 def _agree(treatment: Arm, rival: Arm) -> bool:
@@ -264,7 +274,9 @@ def _interpolated(
         at = np.interp(sae.l0_total, l0s, [rival_value for _, rival_value in points])
         pairs[seed] = (value, float(at))
     found = _comparison("l0_total", treatment, curve, True, metric, pairs, confidence)
-    if outside and not found:
+    if outside and found:
+        return [replace(each, note=f"l0_total {outside[0]}") for each in found]
+    if outside:
         judgement = Judgement(None, None, None, "", "out of range")
         return [
             Comparison(

@@ -1,6 +1,7 @@
 """How many SAEs fit into memory at once, and how long training them takes, estimated."""
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run
-from saelens_scaffold.compare.training import runner_config
+from saelens_scaffold.compare.training import ESTIMATED_SCALES, runner_config
 from saelens_scaffold.evals.configs import check_model_name
 from saelens_scaffold.evals.language_model import known_model_name
 
@@ -106,8 +107,7 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
     """
     check_model_name(config.model_name)
     model: Any = get_pretrained_model_config(known_model_name(config.model_name))
-    layers = [_layer(run.hook_name) for run in runs]
-    layer = max((n for n in layers if n is not None), default=model.n_layers - 1)
+    layer = max(_layer(run.hook_name) for run in runs)
     if layer >= model.n_layers:
         raise ValueError(
             f"hook_name names layer {layer}; {config.model_name} has the layers 0 to "
@@ -120,14 +120,24 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
                 f"d_in is {run.config.d_in}; the residual stream of {config.model_name} "
                 f"has {model.d_model} dimensions"
             )
-    wave = runner_config(config, runs[:1], device="cpu")
-    tokens, batch = wave.training_tokens, wave.train_batch_size_tokens
+    runners = {
+        run.name: cfg
+        for same in _with_same_runner(runs)
+        for cfg in [runner_config(config, same, device="cpu")]
+        for run in same
+    }
+    # the largest of each, should runners differ
+    wave = max(runners.values(), key=lambda cfg: cfg.train_batch_size_tokens)
+    tokens = max(cfg.training_tokens for cfg in runners.values())
     hook_dims = sum({run.hook_name: run.config.d_in for run in runs}.values())
     itemsize = _itemsize(wave.dtype)
     # n_params counts the blocks only
     embeddings = 2 * model.d_vocab * model.d_model
     pre_activations = {
-        run.name: batch * run.config.d_sae * _itemsize(run.config.dtype) for run in runs
+        run.name: runners[run.name].train_batch_size_tokens
+        * run.config.d_sae
+        * _itemsize(run.config.dtype)
+        for run in runs
     }
     shared = (
         (model.n_params + embeddings)
@@ -139,6 +149,12 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
         * wave.context_size
         * hook_dims
         * itemsize
+        # which SAELens keeps to estimate the scale of activations
+        + wave.n_batches_for_norm_estimate
+        * wave.train_batch_size_tokens
+        * hook_dims
+        * itemsize
+        * any(run.config.normalize_activations in ESTIMATED_SCALES for run in runs)
         + _RESIDUAL_STREAMS
         * wave.store_batch_size_prompts
         * wave.context_size
@@ -159,7 +175,8 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
         # blocks above the hook point are not run
         llm_flops=2.0 * model.n_params * (layer + 1) / model.n_layers * tokens,
         sae_flops={
-            name: float(_FLOPS_PER_WEIGHT) * n * tokens for name, n in params.items()
+            name: float(_FLOPS_PER_WEIGHT) * n * runners[name].training_tokens
+            for name, n in params.items()
         },
     )
 
@@ -190,6 +207,11 @@ def _itemsize(dtype: str) -> int:
     return getattr(torch, dtype.removeprefix("torch.")).itemsize
 
 
-def _layer(hook_name: str) -> int | None:
-    parts = hook_name.split(".")
-    return int(parts[1]) if parts[0] == "blocks" and parts[1].isdecimal() else None
+def _layer(hook_name: str) -> int:
+    found = re.fullmatch(r"blocks\.(\d+)\..+", hook_name)
+    if found is None:
+        raise ValueError(
+            f"hook_name is {hook_name!r}; it must be a hook point of a layer, as in "
+            "blocks.12.hook_resid_post"
+        )
+    return int(found[1])

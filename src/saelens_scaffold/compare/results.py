@@ -3,9 +3,9 @@
 import csv
 import io
 import json
+import logging
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -27,11 +27,13 @@ from saelens_scaffold.compare.matching import (
     l0_total,
 )
 from saelens_scaffold.compare.metrics import ComparisonMetric, Results
-from saelens_scaffold.compare.training import versions
+from saelens_scaffold.compare.training import hardware, versions
 from saelens_scaffold.evals.registry import Metric
 from saelens_scaffold.evals.selected_saes import weights_sha256
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE
 from saelens_scaffold.subspaces import orthonormal_basis, share_in_subspace
+
+logger = logging.getLogger(__name__)
 
 N_ALIGNMENT_BINS = 100
 
@@ -43,6 +45,7 @@ def collect(
     results: Mapping[str, Mapping[str, Path]],
     saes_path: Path,
     training: Sequence[Mapping[str, Any]],
+    device: str,
     command: str,
 ) -> dict[str, Any]:
     """
@@ -55,6 +58,7 @@ def collect(
         results: The files with each SAE's results, by SAE and evaluation.
         saes_path: Folder with the SAEs.
         training: What is known of each wave.
+        device: Where it was run.
         command: That which made it.
 
     Returns:
@@ -74,7 +78,7 @@ def collect(
     measured = [
         MeasuredSAE(
             run,
-            {metric.id: _finite(metric.value(read[run.name])) for metric in metrics},
+            {metric.id: _value(metric, read[run.name]) for metric in metrics},
             l0_total(run, read[run.name]),
         )
         for run in runs
@@ -95,7 +99,7 @@ def collect(
             "command": command,
             "versions": versions(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "hardware": _hardware(),
+            "hardware": hardware(device),
             "evaluation_seeds": config.evaluation_seeds,
             "training": list(training),
         },
@@ -189,7 +193,12 @@ def _cell(
     }
 
 
-def _finite(value: float | None) -> float | None:
+def _value(metric: ComparisonMetric, results: Results) -> float | None:
+    try:
+        value = metric.value(results)
+    except Exception as error:  # a plugin's; the rest is worth a report without it
+        logger.warning("metric %s: %s: %s", metric.id, type(error).__name__, error)
+        return None
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -200,6 +209,8 @@ def _of_weights(path: Path) -> dict[str, Any]:
     if isinstance(sae, ScaffoldJumpReLUSAE) and sae.cfg.scaffold_rank:
         rank = sae.cfg.scaffold_rank
         A, B = sae.W_enc[:, :rank].detach().double(), sae.W_dec[:rank].detach().double()
+        if not (A.isfinite().all() and B.isfinite().all()):
+            return found
         # the singular values of A B, without the large product
         left, right = torch.linalg.qr(A)[1], torch.linalg.qr(B.T)[1]
         shares = share_in_subspace(
@@ -316,12 +327,3 @@ def _figures(
             if is_twin and mine is not None and theirs:
                 shares.append(mine / theirs - 1)
     return shares
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return (
-        f"{platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads"
-    )

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy import stats
 
-from saelens_scaffold.evals.bootstrap import Interval, student_interval
+from saelens_scaffold.evals.bootstrap import Interval
 
 Verdict = Literal[
     "higher", "lower", "not distinguishable", "one seed", "out of range", "not measured"
@@ -16,6 +17,9 @@ Verdict = Literal[
 no interval. "out of range": the baseline was trained at no comparable sparsity."""
 
 N_RESAMPLES = 9_999
+
+ROUNDING_SPREAD = (1 / 6) ** 0.5
+"""Standard deviation of the difference of two numbers that is due to rounding them."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,20 @@ def judge(differences: Mapping[int, float], confidence: float) -> Judgement:
         confidence: As in 0.95.
     """
     values = np.array([*differences.values()], dtype=float)
+    verdict: Verdict
     if len(values) == 0:
         return Judgement(None, None, None, "", "not measured")
     if len(values) == 1:
         return Judgement(float(values[0]), None, None, "", "one seed")
+    if np.ptp(values) == 0 and not _are_counts(values):
+        # No spread to learn from: only that all seeds agree, as chance does once in
+        # 2^(n - 1) times.
+        verdict = "not distinguishable"
+        if values[0] != 0 and 2.0 ** (1 - len(values)) <= 1 - confidence:
+            verdict = "higher" if values[0] > 0 else "lower"
+        return Judgement(float(values[0]), None, None, "sign test", verdict)
     (mean, low, high), method = seed_interval(values, confidence)
-    verdict: Verdict = "not distinguishable"
+    verdict = "not distinguishable"
     if low > 0:
         verdict = "higher"
     elif high < 0:
@@ -72,7 +84,8 @@ def seed_interval(values: np.ndarray, confidence: float) -> tuple[Interval, str]
     themselves: of three values, such an interval holds the truth three times out of four
     at best. Where so many resamples have no spread that the studentised bootstrap has no
     finite interval, with fewer than four values, or among many equal ones, it is
-    Student's t. See benchmarks/README.md for how often each covers the truth.
+    Student's t. See benchmarks/README.md for how often each covers the truth. Counts
+    are taken for rounded numbers: their spread is at least what rounding makes.
 
     Args:
         values: At least two.
@@ -81,25 +94,31 @@ def seed_interval(values: np.ndarray, confidence: float) -> tuple[Interval, str]
     Returns:
         The interval, and the method: "bootstrap_t" or "student_t".
     """
-    if np.ptp(values) == 0:
-        return Interval(*[float(values[0])] * 3), "student_t"
-    student = student_interval(values.tolist(), confidence)
-    n = len(values)
+    n, mean = len(values), float(values.mean())
+    spread = float(values.std(ddof=1))
+    floor = ROUNDING_SPREAD if _are_counts(values) else 0.0
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * max(spread, floor) / n**0.5
+    student = Interval(mean, mean - half, mean + half)
+    if spread <= floor:
+        return student, "student_t"
     # its own generator, so that an interval does not depend on what was computed before
     draws = np.random.default_rng(0).integers(n, size=(N_RESAMPLES, n))
     resamples = values[draws]
     shift = resamples.mean(axis=1) - values.mean()
-    spread = resamples.std(axis=1, ddof=1) / math.sqrt(n)
-    spread[np.ptp(resamples, axis=1) == 0] = 0  # but for rounding
+    errors = resamples.std(axis=1, ddof=1) / math.sqrt(n)
+    errors[np.ptp(resamples, axis=1) == 0] = 0  # but for rounding
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         # without a spread a resample is infinitely far off, in its direction
-        t = np.nan_to_num(shift / spread, nan=0.0, posinf=np.inf, neginf=-np.inf)
+        t = np.nan_to_num(shift / errors, nan=0.0, posinf=np.inf, neginf=-np.inf)
     tail = (1 - confidence) / 2
     low_t = np.quantile(t, tail, method="lower")
     high_t = np.quantile(t, 1 - tail, method="higher")
     if not (np.isfinite(low_t) and np.isfinite(high_t)):
         return student, "student_t"
-    error = values.std(ddof=1) / math.sqrt(n)
-    mean = float(values.mean())
+    error = spread / math.sqrt(n)
     ends = mean - float(high_t) * error, mean - float(low_t) * error
     return Interval(mean, *ends), "bootstrap_t"
+
+
+def _are_counts(values: np.ndarray) -> bool:
+    return bool((values == values.round()).all())

@@ -48,8 +48,7 @@ def comparison_text(results: Mapping[str, Any]) -> str:
                 *map(escape, names),
                 escape(_metric_name(metric)),
                 *_numbers(comparison, int(metric["digits"])),
-                comparison["verdict"]
-                + (" (interpolated)" if comparison["interpolated"] else ""),
+                _verdict(comparison, seeds),
             )
         notes = dict.fromkeys(
             f"{c['treatment']['arm']}: nothing to compare with, {c['note']}\n"
@@ -59,7 +58,9 @@ def comparison_text(results: Mapping[str, Any]) -> str:
             f"{said[0].upper()}{said[1:]}, {seeds} seed{'s' * (seeds != 1)}:\n"
             f"{markdown(table) if found else ''}{''.join(notes)}"
         )
-    return "\n".join(parts)
+    return "\n".join(parts) or (
+        "Nothing to compare: no SAE has a baseline in the grid, or no evaluation of both.\n"
+    )
 
 
 def plan_text(plan: "Plan", tflops: float | None) -> str:
@@ -91,6 +92,15 @@ def plan_text(plan: "Plan", tflops: float | None) -> str:
 def _metric_name(metric: Mapping[str, Any]) -> str:
     of = metric["evaluation"]
     return f"{of}: {metric['title']}" if of else metric["title"]
+
+
+def _verdict(comparison: Mapping[str, Any], n_seeds: int) -> str:
+    n_pairs = len(comparison["differences"])
+    remarks = [
+        *(["interpolated"] if comparison["interpolated"] else []),
+        *([f"{n_pairs} of {n_seeds} seeds"] if n_pairs < n_seeds else []),
+    ]
+    return comparison["verdict"] + (f" ({', '.join(remarks)})" if remarks else "")
 
 
 def _numbers(comparison: Mapping[str, Any], digits: int) -> list[str]:

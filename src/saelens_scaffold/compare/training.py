@@ -1,16 +1,19 @@
 """Training the SAEs of an experiment: in waves, each on one pass of the language model."""
 
+import gc
 import json
 import os
+import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import LoggingConfig, MultiSAETrainingRunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -27,13 +30,20 @@ from saelens_scaffold.training_runner import (
     last_checkpoint,
 )
 
+TRAINED_FILENAME = "trained.json"
+"""Says that all SAEs of a wave are saved, and how many seconds it took."""
 WAVE_FILENAME = "wave.json"
 """What is kept of a wave once its SAEs are in their places."""
+
+ESTIMATED_SCALES = ("expected_average_only_in", "covariance_whitening")
+"""Values of `normalize_activations` for which SAELens reads text before it trains."""
 
 _DEFAULTS: dict[str, Any] = {
     # as many repeated steps as one loses without complaint, at little cost of dropped text
     "n_checkpoints": 9,
     "save_final_checkpoint": False,
+    # SAELens's 1,000 batches are gigabytes, and the mean norm of 100 is as good
+    "n_batches_for_norm_estimate": 100,
 }
 
 
@@ -87,6 +97,7 @@ class WaveTrainer:
     training_path: Path
     scales: bool
     _model: Any = None
+    _hook_names: Set[str] = frozenset()
 
     def train(self, number: int, wave: Sequence[Run]) -> None:
         """
@@ -96,34 +107,32 @@ class WaveTrainer:
             KeyboardInterrupt: Ctrl-C. The last checkpoint stays.
         """
         directory = self.training_path / f"wave-{number}"
-        if (directory / WAVE_FILENAME).is_file():
-            return
         output, checkpoints = directory / "saes", directory / "checkpoints"
-        seconds = None  # unknown if an earlier call trained them and was cut off here
-        if not (output / RUNNER_CFG_FILENAME).is_file():  # written last
-            started = time.monotonic()
-            self._run(wave, output, last_checkpoint(checkpoints), checkpoints)
-            seconds = time.monotonic() - started
-        self.saes_path.mkdir(parents=True, exist_ok=True)
-        for run in wave:
-            trained = output / run.name
-            if trained.is_dir():
-                shutil.copy(output / RUNNER_CFG_FILENAME, trained)
-                os.replace(trained, self.saes_path / run.name)
-        with new_file(directory / WAVE_FILENAME) as file:
-            file.write_text(
-                json.dumps(
-                    {
-                        "wave": number,
-                        "saes": [run.name for run in wave],
-                        "seconds": seconds,
-                        "versions": versions(),
-                    },
-                    indent=1,
-                )
-            )
-        shutil.rmtree(output)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        trained = directory / TRAINED_FILENAME
+        if not (directory / WAVE_FILENAME).is_file():
+            if not trained.is_file():
+                started = time.monotonic()
+                self._run(wave, output, last_checkpoint(checkpoints), checkpoints)
+                with new_file(trained) as file:
+                    file.write_text(json.dumps(time.monotonic() - started))
+            self.saes_path.mkdir(parents=True, exist_ok=True)
+            for run in wave:
+                if (output / run.name).is_dir():
+                    shutil.copy(output / RUNNER_CFG_FILENAME, output / run.name)
+                    os.replace(output / run.name, self.saes_path / run.name)
+            about = {
+                "wave": number,
+                "saes": [run.name for run in wave],
+                # of the last call, if it took several
+                "seconds": json.loads(trained.read_text()),
+                "hardware": hardware(self.device),
+                "versions": versions(),
+            }
+            with new_file(directory / WAVE_FILENAME) as file:
+                file.write_text(json.dumps(about, indent=1))
+        for leftover in (output, checkpoints):
+            shutil.rmtree(leftover, ignore_errors=True)
+        trained.unlink(missing_ok=True)
 
     def _run(
         self,
@@ -139,16 +148,29 @@ class WaveTrainer:
         if resume_from is not None:
             cfg.resume_from_checkpoint = str(resume_from)
             print(f"going on from {resume_from}", file=sys.stderr)
+        hook_names = {run.hook_name for run in wave}
         runner = _WaveRunner(
             cfg,
             override_dataset=training_text(self.config),
-            override_model=self._model,
+            # loading may depend on the hook points
+            override_model=self._model if hook_names == self._hook_names else None,
             override_saes={run.name: initial_sae(run) for run in wave},
         )
         runner.centred = [run.name for run in wave if run.centre_b_dec]
         runner.scales = self.scales
-        self._model = runner.model
+        self._model, self._hook_names = runner.model, hook_names
+        for hook_name in hook_names - set(runner.model.hook_dict):
+            raise ValueError(
+                f"{self.config.model_name} has no hook point {hook_name!r}; those of a "
+                "layer are called, for example, "
+                f"{', '.join(sorted(n for n in runner.model.hook_dict if '.0.' in n)[:8])}"
+            )
         runner.run()
+        # before the next wave's SAEs are made: cycles are freed when it suits Python
+        del runner
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def runner_config(
@@ -167,6 +189,11 @@ def runner_config(
     }
     if "seqpos_slice" in training:
         training["seqpos_slice"] = tuple(training["seqpos_slice"])
+    for name in ("lr", "lr_end", "adam_beta1", "adam_beta2"):
+        if not isinstance(training.get(name, 0.0), (int, float)):
+            raise ValueError(
+                f"training: {name} must be a number, got {training[name]!r}"
+            )
     try:
         cfg = MultiSAETrainingRunnerConfig(
             saes={run.name: run.config for run in wave},
@@ -188,7 +215,21 @@ def runner_config(
             raise ValueError(
                 f"training: {name} must be an int of at least 1, got {value!r}"
             )
+    if cfg.n_batches_in_buffer * cfg.context_size < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"training: train_batch_size_tokens is {cfg.train_batch_size_tokens}; the "
+            f"buffer has n_batches_in_buffer * context_size = "
+            f"{cfg.n_batches_in_buffer * cfg.context_size} tokens, and must have as many"
+        )
     return cfg
+
+
+def hardware(device: str) -> str:
+    """What a device is."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(torch.device(device))
+    threads = torch.get_num_threads()
+    return f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads"
 
 
 def versions() -> dict[str, str]:

@@ -46,8 +46,10 @@ def make_config(config_class: type, values: Mapping[str, Any]) -> Any:
         return config_class(**values)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, problem['loc'])) or config_class.__name__} "
-            f"is {problem['input']!r}: {problem['msg']}"
+            f"{'.'.join(map(str, problem['loc']))} is {problem['input']!r}: {problem['msg']}"
+            if problem["loc"]
+            # what the class itself says, which tells the value
+            else problem["msg"].removeprefix("Value error, ")
             for problem in error.errors()
         ]
         raise ValueError("; ".join(problems)) from error

@@ -404,9 +404,7 @@ def test_plugins_offer_metrics(
         def comparison_metrics(self) -> list[ComparisonMetric]:
             return [
                 ComparisonMetric("own.dense_share", "dense per active", per_latent),
-                ComparisonMetric(
-                    "own.broken", "broken", lambda results: results["tpp"]
-                ),
+                ComparisonMetric("own.broken", "broken", lambda _: 1 / 0),
             ]
 
     monkeypatch.setattr(plugins, "available_plugins", lambda: {"own": None})

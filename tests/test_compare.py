@@ -298,6 +298,9 @@ def test_command(
     assert "scaffold_batchtopk k=4 scaffold_rank=2 | batchtopk k=6" in printed
     assert "nothing to compare with, l0_total" in printed  # k=6: 8 is not in the grid
     assert f"Written to {unbroken}: report.html" in printed
+    provenance = json.loads((unbroken / "results.json").read_text())["provenance"]
+    typed = f"saelens-scaffold compare {file} --output_path {unbroken}"
+    assert provenance["command"] == typed
 
     plan = ["compare", str(file), "--plan", "--memory_gb", "1", "--tflops", "0.1"]
     assert main(plan) == 0

@@ -1,6 +1,7 @@
 """The command `saelens-scaffold compare`."""
 
 import argparse
+import shlex
 import signal
 import sys
 import traceback
@@ -42,7 +43,18 @@ def run(options: argparse.Namespace) -> int:
             print(plan_text(plan, options.tflops))
             return 0
         with redirect_stdout(sys.stderr):  # what TransformerLens and SAEBench print
-            results = compare(config, output_path, options.device, options.memory_gb)
+            results = compare(
+                config,
+                output_path,
+                options.device,
+                options.memory_gb,
+                command=shlex.join(
+                    [
+                        *("saelens-scaffold", "compare", options.config),
+                        *("--output_path", str(output_path)),
+                    ]
+                ),
+            )
     except ConfigChanged as error:
         print(f"saelens-scaffold compare: error: {error}", file=sys.stderr)
         return 2

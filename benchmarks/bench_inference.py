@@ -19,6 +19,7 @@ from measure import (
     Machine,
     Phase,
     Step,
+    add_sizes,
     added_memory,
     measure_machine,
     paired_seconds,
@@ -96,11 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--d_in", type=int, default=256)
-    parser.add_argument("--d_sae", type=int, default=4096)
-    parser.add_argument("--k", type=float, default=32)
-    parser.add_argument("--rank", type=int, default=24)
-    parser.add_argument("--batch_size", type=int, default=2048)
+    add_sizes(parser)
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu"

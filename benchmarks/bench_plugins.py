@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_train_step import seconds, trainer
+from measure import add_sizes
 
 from saelens_scaffold import (
     ScaffoldBatchTopKTrainingSAE,
@@ -34,11 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--d_in", type=int, default=256)
-    parser.add_argument("--d_sae", type=int, default=4096)
-    parser.add_argument("--k", type=float, default=32)
-    parser.add_argument("--rank", type=int, default=24)
-    parser.add_argument("--batch_size", type=int, default=2048)
+    add_sizes(parser)
     parser.add_argument("--steps", type=int, default=20)
     o = parser.parse_args()
     print(

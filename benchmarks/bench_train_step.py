@@ -28,6 +28,7 @@ from measure import (
     Machine,
     Phase,
     Step,
+    add_sizes,
     added_memory,
     bytes_of,
     measure_machine,
@@ -311,11 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--d_in", type=int, default=256)
-    parser.add_argument("--d_sae", type=int, default=4096)
-    parser.add_argument("--k", type=float, default=32)
-    parser.add_argument("--rank", type=int, default=24)
-    parser.add_argument("--batch_size", type=int, default=2048)
+    add_sizes(parser)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
         "--precision", choices=["float32", "tf32", "bf16"], default="float32"

@@ -1,5 +1,6 @@
 """What benchmarks measure with: paired times, peak memory, and what the machine can do."""
 
+import argparse
 import ctypes
 import gc
 import time
@@ -11,6 +12,15 @@ import numpy as np
 import torch
 
 Step = Callable[[torch.Tensor], object]
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add the flags with the sizes of an SAE and of its batches."""
+    parser.add_argument("--d_in", type=int, default=256)
+    parser.add_argument("--d_sae", type=int, default=4096)
+    parser.add_argument("--k", type=float, default=32)
+    parser.add_argument("--rank", type=int, default=24)
+    parser.add_argument("--batch_size", type=int, default=2048)
 
 
 def seconds(step: Step, batch: torch.Tensor, device: str) -> float:

@@ -15,8 +15,9 @@ from saelens_scaffold.compare.config import (  # noqa: E402
     keep_config,
     read_config,
 )
-from saelens_scaffold.compare.grid import initial_sae, runs_of  # noqa: E402
+from saelens_scaffold.compare.grid import runs_of  # noqa: E402
 from saelens_scaffold.compare.memory import estimate  # noqa: E402
+from saelens_scaffold.training_runner import initial_sae  # noqa: E402
 
 CONFIG: dict[str, Any] = {
     "model_name": "py-neox",
@@ -71,9 +72,13 @@ def test_every_combination_once_and_only_axes_that_an_architecture_has() -> None
 
 def test_same_seed_same_weights() -> None:
     runs = {run.name: run for run in runs_of(grid(scaffold_rank=[2]))}
-    plain = initial_sae(runs["batchtopk-k_4-seed_0"])
-    twin = initial_sae(runs["scaffold_batchtopk-k_8-scaffold_rank_2-seed_0"])
-    other = initial_sae(runs["batchtopk-k_4-seed_1"])
+
+    def initial(name: str) -> Any:
+        return initial_sae(runs[name].config, runs[name].seed)
+
+    plain = initial("batchtopk-k_4-seed_0")
+    twin = initial("scaffold_batchtopk-k_8-scaffold_rank_2-seed_0")
+    other = initial("batchtopk-k_4-seed_1")
     assert torch.equal(plain.W_dec, twin.W_dec)
     assert torch.equal(plain.W_enc, twin.W_enc)
     assert not torch.equal(plain.W_dec, other.W_dec)

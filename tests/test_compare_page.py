@@ -825,3 +825,12 @@ def test_page_is_one_file_that_a_failure_leaves_alone(
     assert html.count("plotly.js v") == 1
     # the results are JSON, and so is what the page is made of
     assert page(json.loads(json.dumps(results))) == html
+
+
+def test_tokens_that_differ_are_not_said(results: dict[str, Any]) -> None:
+    def said(tokens: int | None) -> str:
+        summary = {**results["summary"], "training_tokens": tokens}
+        return " ".join(page({**results, "summary": summary}).split())
+
+    assert "trained on the same 40,960 tokens:" in said(40_960)
+    assert "trained on the same tokens:" in said(None)

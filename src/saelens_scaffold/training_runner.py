@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
@@ -143,6 +143,12 @@ def last_checkpoint(checkpoint_path: Path) -> Path | None:
     """The last whole checkpoint that a `RepeatableMultiSAETrainingRunner` left, if any."""
     whole = [file.parent for file in checkpoint_path.glob(f"*/{STREAM_FILENAME}")]
     return max(whole, key=lambda path: int(path.name), default=None)
+
+
+def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
+    """An untrained SAE; those of the same seed and shape start with the same numbers."""
+    torch.manual_seed(seed)
+    return TrainingSAE.from_dict(cfg.to_dict())
 
 
 class ActivationStream(Iterator[dict[str, torch.Tensor]]):

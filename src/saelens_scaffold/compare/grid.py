@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-import torch
 from sae_lens import TrainingSAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -36,6 +35,11 @@ class Arm:
 
     architecture: str
     axes: Mapping[str, Any] = field(hash=False)
+
+    def agrees_with(self, other: "Arm") -> bool:
+        """Whether they have the same values on all axes that both have."""
+        shared = set(self.axes) & set(other.axes)
+        return all(self.axes[axis] == other.axes[axis] for axis in shared)
 
     @property
     def label(self) -> str:
@@ -120,12 +124,6 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
                 f"called {run.name}"
             )
     return sorted(runs.values(), key=lambda run: run.seed)
-
-
-def initial_sae(run: Run) -> TrainingSAE[Any]:
-    """The untrained SAE; those of the same seed and shape start with the same numbers."""
-    torch.manual_seed(run.seed)
-    return TrainingSAE.from_dict(copy.deepcopy(run.config).to_dict())
 
 
 def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:

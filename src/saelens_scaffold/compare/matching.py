@@ -182,7 +182,7 @@ def _at_same_k(
     return [
         comparison
         for rival in rivals
-        if _agree(treatment, rival)
+        if treatment.agrees_with(rival)
         and _k(arms, treatment) == _k(arms, rival) is not None
         for comparison in _direct("k", treatment, rival, arms, metric, confidence)
     ]
@@ -196,7 +196,7 @@ def _at_same_l0(
         return []
     by_curve: dict[Arm, list[Arm]] = {}
     for rival in rivals:
-        if _agree(treatment.without("k"), rival.without("k")):
+        if treatment.without("k").agrees_with(rival.without("k")):
             by_curve.setdefault(rival.without("k"), []).append(rival)
     comparisons: list[Comparison] = []
     for curve, rivals_of_curve in by_curve.items():
@@ -219,12 +219,6 @@ def _at_same_l0(
 
 def _k(arms: _Arms, arm: Arm) -> float | None:
     return getattr(next(iter(arms[arm].values())).run.config, "k", None)
-
-
-def _agree(treatment: Arm, rival: Arm) -> bool:
-    """Whether they have the same values on all axes that both have."""
-    shared = set(treatment.axes) & set(rival.axes)
-    return all(treatment.axes[axis] == rival.axes[axis] for axis in shared)
 
 
 def _direct(
@@ -277,19 +271,18 @@ def _interpolated(
     if outside and found:
         return [replace(each, note=f"l0_total {outside[0]}") for each in found]
     if outside:
-        judgement = Judgement(None, None, None, "", "out of range")
         return [
             Comparison(
                 "l0_total",
                 treatment,
                 curve,
-                True,
-                metric,
-                None,
-                None,
-                {},
-                judgement,
-                f"l0_total {outside[0]}: train the baseline with other values of k",
+                interpolated=True,
+                metric=metric,
+                treatment_mean=None,
+                baseline_mean=None,
+                differences={},
+                judgement=Judgement(None, None, None, "", "out of range"),
+                note=f"l0_total {outside[0]}: train the baseline with other values of k",
             )
         ]
     return found

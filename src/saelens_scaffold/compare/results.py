@@ -27,11 +27,12 @@ from saelens_scaffold.compare.matching import (
     l0_total,
 )
 from saelens_scaffold.compare.metrics import ComparisonMetric, Results
-from saelens_scaffold.compare.training import hardware, versions
+from saelens_scaffold.compare.training import hardware, runner_config
 from saelens_scaffold.evals.registry import Metric
 from saelens_scaffold.evals.selected_saes import weights_sha256
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE
 from saelens_scaffold.subspaces import orthonormal_basis, share_in_subspace
+from saelens_scaffold.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +86,14 @@ def collect(
     ]
     found = compare_arms(measured, metrics, config.baselines, config.confidence)
     seeds = sorted({run.seed for run in runs})
+    tokens = {runner_config(config, [run], device).training_tokens for run in runs}
     return {
         "title": config.title or f"SAEs at {config.hook_name} of {config.model_name}",
         "summary": {
             "model_name": config.model_name,
             "hook_name": config.hook_name,
-            "training_tokens": config.training.get("training_tokens"),
+            # None where the grid has several
+            "training_tokens": tokens.pop() if len(tokens) == 1 else None,
             "seeds": seeds,
             "n_saes": len(runs),
         },
@@ -317,11 +320,10 @@ def _figures(
     shares: list[float] = []
     for run in of_arm:
         for other in (sae.run for sae in measured):
-            shared = set(run.arm.axes) & set(other.arm.axes)
             is_twin = (
                 other.arm.architecture == baseline
                 and other.seed == run.seed
-                and all(run.arm.axes[axis] == other.arm.axes[axis] for axis in shared)
+                and run.arm.agrees_with(other.arm)
             )
             mine, theirs = value(run), value(other)
             if is_twin and mine is not None and theirs:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,17 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
 from saelens_scaffold.compare.config import CompareConfig
-from saelens_scaffold.compare.grid import Run, initial_sae
+from saelens_scaffold.compare.grid import Run
 from saelens_scaffold.evals.language_model import known_model_name
 from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME, open_dataset
 from saelens_scaffold.files import new_file
 from saelens_scaffold.saes.pca import principal_subspace
 from saelens_scaffold.training_runner import (
     RepeatableMultiSAETrainingRunner,
+    initial_sae,
     last_checkpoint,
 )
+from saelens_scaffold.versions import versions
 
 TRAINED_FILENAME = "trained.json"
 """Says that all SAEs of a wave are saved, and how many seconds it took."""
@@ -154,7 +155,7 @@ class WaveTrainer:
             override_dataset=training_text(self.config),
             # loading may depend on the hook points
             override_model=self._model if hook_names == self._hook_names else None,
-            override_saes={run.name: initial_sae(run) for run in wave},
+            override_saes={run.name: initial_sae(run.config, run.seed) for run in wave},
         )
         runner.centred = [run.name for run in wave if run.centre_b_dec]
         runner.scales = self.scales
@@ -230,21 +231,6 @@ def hardware(device: str) -> str:
         return torch.cuda.get_device_name(torch.device(device))
     threads = torch.get_num_threads()
     return f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads"
-
-
-def versions() -> dict[str, str]:
-    """The packages that decide what comes out."""
-    packages = (
-        "saelens-scaffold",
-        "sae-lens",
-        "sae-bench",
-        "transformer-lens",
-        "torch",
-    )
-    return {
-        "python": ".".join(map(str, sys.version_info[:3])),
-        **{package: version(package) for package in packages},
-    }
 
 
 def training_text(config: CompareConfig) -> Any:

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import torch
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     MatryoshkaBatchTopKTrainingSAEConfig,
-    TrainingSAE,
 )
 from sae_lens.saes.sae import TrainingSAEConfig
 
@@ -50,14 +48,3 @@ def twin_configs(
             **scaffold, matryoshka_widths=list(matryoshka_widths)
         ),
     }
-
-
-def initial_saes(
-    configs: dict[str, TrainingSAEConfig], seed: int
-) -> dict[str, TrainingSAE[Any]]:
-    """Untrained SAEs, by name, of which twins start with the same random numbers."""
-    saes: dict[str, TrainingSAE[Any]] = {}
-    for name, cfg in configs.items():
-        torch.manual_seed(seed)
-        saes[name] = TrainingSAE.from_dict(cfg.to_dict())
-    return saes

@@ -20,7 +20,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-from saelens_scaffold.demo.architectures import initial_saes, twin_configs
+from saelens_scaffold.demo.architectures import twin_configs
 from saelens_scaffold.demo.measures import Measured, measured
 from saelens_scaffold.embedded import (
     EMBEDDED_MODEL_NAME,
@@ -28,6 +28,7 @@ from saelens_scaffold.embedded import (
     load_stdlib_text,
 )
 from saelens_scaffold.saes.pca import principal_subspace
+from saelens_scaffold.training_runner import initial_sae
 
 CENTRED = " (centred)"
 """Ending of the names of SAEs whose b_dec starts at the activations' mean."""
@@ -144,7 +145,7 @@ def train_on_language_model(
     Returns:
         What was measured of each SAE, in the same order.
     """
-    training_saes = initial_saes(saes, seed)
+    training_saes = {name: initial_sae(cfg, seed) for name, cfg in saes.items()}
     for name, sae in training_saes.items():
         if name.endswith(CENTRED):
             sae.b_dec.data.copy_(activations.mean)

@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from saelens_scaffold.demo.report import (
 )
 from saelens_scaffold.files import new_directory, new_file
 from saelens_scaffold.quiet import quiet
+from saelens_scaffold.versions import versions
 
 TABLE_WIDTH = 200
 
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         options.out / "demo.json",
         {
             "seeds": list(seeds),
-            "versions": _versions(),
+            "versions": versions(),
             "planted": {
                 "settings": asdict(planted),
                 "results": [asdict(result) for result in parts[0].results],
@@ -159,7 +159,7 @@ def _each_seed(
     results: list[Measured] = []
     for seed in seeds:
         directory = out / "saes" / part / f"seed-{seed}"
-        provenance = {"settings": asdict(settings), "versions": _versions()}
+        provenance = {"settings": asdict(settings), "versions": versions()}
         finished = _read_finished(directory / "results.json", provenance)
         if finished is None:
             print(f"{part}, seed {seed}: training and measuring", file=sys.stderr)
@@ -191,14 +191,6 @@ def _read_finished(path: Path, provenance: dict[str, Any]) -> list[Measured] | N
 def _write_json(path: Path, content: Any) -> None:
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
-
-
-def _versions() -> dict[str, str]:
-    packages = ("saelens-scaffold", "sae-lens", "transformer-lens", "torch")
-    return {
-        "python": ".".join(map(str, sys.version_info[:3])),
-        **{package: version(package) for package in packages},
-    }
 
 
 def _positive(text: str) -> int:

@@ -20,9 +20,10 @@ from sae_lens.synthetic import (
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from tqdm.auto import tqdm
 
-from saelens_scaffold.demo.architectures import initial_saes, twin_configs
+from saelens_scaffold.demo.architectures import twin_configs
 from saelens_scaffold.demo.measures import Measured, measured
 from saelens_scaffold.saes.scaffold import scaffold_rank
+from saelens_scaffold.training_runner import initial_sae
 
 # MultiSAETrainer routes activations by hook point; planted ones have but this
 HOOK_NAME = "planted"
@@ -172,7 +173,7 @@ def train_on_planted(
         What was measured of each SAE, in the same order.
     """
     settings = planted.settings
-    training_saes = initial_saes(saes, seed)
+    training_saes = {name: initial_sae(cfg, seed) for name, cfg in saes.items()}
     torch.manual_seed(seed)
     MultiSAETrainer(
         cfg=_trainer_config(settings),

@@ -16,6 +16,7 @@ from saelens_scaffold.demo.architectures import TWINS
 from saelens_scaffold.demo.language_model import CENTRED
 from saelens_scaffold.demo.measures import DENSE_THRESHOLDS, Measured
 from saelens_scaffold.files import new_file
+from saelens_scaffold.firing_plot import finish_firing_axes
 
 
 class Part(NamedTuple):
@@ -151,23 +152,5 @@ def _draw_firing_frequencies(axis: Axes, part: Part) -> None:
                 linewidth=1.6,
                 label=name if i == 0 else None,
             )
-    axis.axvline(DENSE_THRESHOLDS[0], color="grey", linewidth=0.8)
-    axis.annotate(
-        "dense →",
-        (DENSE_THRESHOLDS[0], 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, -10),
-        textcoords="offset points",
-        fontsize=8,
-        color="grey",
-    )
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlim=(1e-4, 1),
-        title=part.title,
-        xlabel="firing frequency x (share of tokens)",
-        ylabel="sparse latents firing more often than x",
-    )
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.2)
+    axis.set_title(part.title)
+    finish_firing_axes(axis, DENSE_THRESHOLDS[0])

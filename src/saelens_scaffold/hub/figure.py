@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from saelens_scaffold.files import new_file
+from saelens_scaffold.firing_plot import finish_firing_axes
 from saelens_scaffold.hub.facts import facts_of
 from saelens_scaffold.hub.sources import UploadedSAE
 
@@ -45,26 +46,7 @@ def write_firing_frequencies(saes: Sequence[UploadedSAE], path: Path) -> bool:
             linewidth=1.6,
             label=f"{sae.sae_id} (rank {sae.rank})" if sae.rank else sae.sae_id,
         )
-    threshold = known[0][1].threshold
-    axes.axvline(threshold, color="grey", linewidth=0.8)
-    axes.annotate(
-        "dense →",
-        (threshold, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, -10),
-        textcoords="offset points",
-        fontsize=8,
-        color="grey",
-    )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlim=(1e-4, 1),
-        xlabel="firing frequency x (share of tokens)",
-        ylabel="sparse latents firing more often than x",
-    )
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.2)
+    finish_firing_axes(axes, known[0][1].threshold)
     with new_file(path) as temporary:
         # no version or date, so that the same picture is the same file
         figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})

@@ -196,8 +196,15 @@ sys.exit(main(["compare", sys.argv[1], "--output_path", sys.argv[2]]))
 """
 
 
-def break_off(file: Path, out: Path, when: Callable[[], bool], number: int) -> int:
-    """Run the command in another process until something is there, and send a signal."""
+def break_off(
+    file: Path, out: Path, when: Callable[[], bool], number: int
+) -> tuple[int, str]:
+    """
+    Run the command in another process until something is there, and send a signal.
+
+    Returns:
+        Its exit status, and the end of what it wrote to stderr.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", BROKEN_OFF, str(file), str(out)],
         stdout=subprocess.DEVNULL,
@@ -208,8 +215,8 @@ def break_off(file: Path, out: Path, when: Callable[[], bool], number: int) -> i
             assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.02)
         process.send_signal(number)
-        process.communicate(timeout=120)
-    return process.returncode
+        _, written = process.communicate(timeout=120)
+    return process.returncode, written[-3000:]
 
 
 def test_killed_twice_with_the_same_results(unbroken: Path, tmp_path: Path) -> None:
@@ -222,9 +229,11 @@ def test_killed_twice_with_the_same_results(unbroken: Path, tmp_path: Path) -> N
     def in_evaluation() -> bool:
         return (out / "eval_results/dense_latents").is_dir()
 
-    assert break_off(file, out, in_training, signal.SIGKILL) == -signal.SIGKILL
+    status, written = break_off(file, out, in_training, signal.SIGKILL)
+    assert status == -signal.SIGKILL, written
     assert not (out / "results.json").exists()
-    assert break_off(file, out, in_evaluation, signal.SIGTERM) == 130
+    status, written = break_off(file, out, in_evaluation, signal.SIGTERM)
+    assert status == 130, written
     assert not (out / "results.json").exists()
     made = {path: path.stat().st_mtime_ns for path in (out / "saes").glob("*/*")}
     assert made

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from saelens_scaffold.files import new_file
+from saelens_scaffold.interruption import raise_if_interrupted
 
 STREAM_FILENAME = "activation_stream.json"
 """Where in the activations' stream a checkpoint was made. Written last, so that a
@@ -168,6 +169,7 @@ class ActivationStream(Iterator[dict[str, torch.Tensor]]):
         self._n_begun = 0
 
     def __next__(self) -> dict[str, torch.Tensor]:
+        raise_if_interrupted()
         # by random numbers of its own: what an SAE draws in a step must not change what
         # the others see
         with torch.random.fork_rng(devices=[]):

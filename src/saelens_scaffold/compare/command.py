@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import signal
 import sys
 import traceback
 import warnings
@@ -17,6 +16,7 @@ from saelens_scaffold.compare.experiment import (
 )
 from saelens_scaffold.compare.table import comparison_text, plan_text
 from saelens_scaffold.evals.command_line import BAD_INPUT, one_line
+from saelens_scaffold.interruption import interruptible
 from saelens_scaffold.quiet import quiet
 
 
@@ -33,8 +33,6 @@ def run(options: argparse.Namespace) -> int:
     """
     quiet()
     warnings.filterwarnings("ignore", message="All samples in the training dataset")
-    # what a cluster sends before it takes the machine away; handled as Ctrl-C
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     output_path = Path(options.output_path or f"{Path(options.config).stem}-output")
     try:
         config = read_config(options.config)
@@ -42,7 +40,8 @@ def run(options: argparse.Namespace) -> int:
             plan = make_plan(config, options.device, options.memory_gb)
             print(plan_text(plan, options.tflops))
             return 0
-        with redirect_stdout(sys.stderr):  # what TransformerLens and SAEBench print
+        # what TransformerLens and SAEBench print goes to stderr
+        with interruptible(), redirect_stdout(sys.stderr):
             results = compare(
                 config,
                 output_path,

@@ -18,6 +18,9 @@ no interval. "out of range": the baseline was trained at no comparable sparsity.
 
 N_RESAMPLES = 9_999
 
+MIN_BOOTSTRAPPED = 4
+"""Of three values, more than one resample in twenty is one value three times over."""
+
 ROUNDING_SPREAD = (1 / 6) ** 0.5
 """Standard deviation of the difference of two numbers that is due to rounding them."""
 
@@ -83,8 +86,8 @@ def seed_interval(values: np.ndarray, confidence: float) -> tuple[Interval, str]
     Resamples of the values as they are, without studentising, would be much too sure of
     themselves: of three values, such an interval holds the truth three times out of four
     at best. Where so many resamples have no spread that the studentised bootstrap has no
-    finite interval, with fewer than four values, or among many equal ones, it is
-    Student's t. See benchmarks/README.md for how often each covers the truth. Counts
+    finite interval, with fewer than MIN_BOOTSTRAPPED values, or among many equal ones, it
+    is Student's t. See benchmarks/README.md for how often each covers the truth. Counts
     are taken for rounded numbers: their spread is at least what rounding makes.
 
     Args:
@@ -99,7 +102,8 @@ def seed_interval(values: np.ndarray, confidence: float) -> tuple[Interval, str]
     floor = ROUNDING_SPREAD if _are_counts(values) else 0.0
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * max(spread, floor) / n**0.5
     student = Interval(mean, mean - half, mean + half)
-    if spread <= floor:
+    # equal values can have a spread by rounding
+    if len(values) < MIN_BOOTSTRAPPED or spread <= floor or np.ptp(values) == 0:
         return student, "student_t"
     # its own generator, so that an interval does not depend on what was computed before
     draws = np.random.default_rng(0).integers(n, size=(N_RESAMPLES, n))

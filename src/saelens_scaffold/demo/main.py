@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from sae_lens.training._interruption import InterruptedException
 
 from saelens_scaffold.demo.language_model import (
     EmbeddedActivations,
@@ -32,6 +33,7 @@ from saelens_scaffold.demo.report import (
     write_picture,
 )
 from saelens_scaffold.files import new_directory, new_file
+from saelens_scaffold.interruption import interruptible
 from saelens_scaffold.quiet import quiet
 from saelens_scaffold.versions import versions
 
@@ -74,9 +76,23 @@ def run(options: argparse.Namespace) -> int:
         options: What `add_arguments` parsed.
 
     Returns:
-        The exit status.
+        The exit status: 0, 130 after an interruption.
     """
     quiet()
+    try:
+        with interruptible():
+            _run(options)
+    except (KeyboardInterrupt, InterruptedException):
+        print(
+            f"\nsaelens-scaffold demo: interrupted. What is finished is in {options.out}; "
+            "repeat the command to go on.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
     planted, language_model = PlantedSettings(), LanguageModelSettings()
     if options.quick:
         planted = replace(planted, steps=150, eval_samples=4096)
@@ -130,7 +146,6 @@ def run(options: argparse.Namespace) -> int:
             console.print(sentence)
     console.print(f"\n{COLUMNS}")
     console.print(f"\nWritten to {options.out}: demo.json, demo.png, and the SAEs.")
-    return 0
 
 
 def _run_planted(

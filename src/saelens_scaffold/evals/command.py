@@ -13,6 +13,7 @@ from saelens_scaffold.evals.command_line import BAD_INPUT, one_line
 from saelens_scaffold.evals.plan import Job, make_plan
 from saelens_scaffold.evals.selected_saes import SelectedSAEs
 from saelens_scaffold.evals.table import FAILED, Outcome, judged_views, results_table
+from saelens_scaffold.interruption import interruptible, raise_if_interrupted
 
 
 def run(options: argparse.Namespace) -> int:
@@ -34,7 +35,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"saelens-scaffold eval: error: {one_line(error)}", file=sys.stderr)
         return 2
     try:
-        outcomes = [run_job(job, plan.selected_saes) for job in plan.jobs]
+        with interruptible():
+            outcomes = [run_job(job, plan.selected_saes) for job in plan.jobs]
     except KeyboardInterrupt:
         print(
             f"\nsaelens-scaffold eval: interrupted. What is finished is in "
@@ -55,7 +57,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_job(job: Job, selected_saes: SelectedSAEs) -> Outcome:
-    """Run one evaluation; an error is part of its outcome."""
+    """
+    Run one evaluation; an error is part of its outcome.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, also where a library made something else of it.
+    """
     evaluation = job.evaluation
     print(f"{evaluation.name}: {len(selected_saes)} SAEs", file=sys.stderr)
     try:
@@ -66,7 +73,9 @@ def run_job(job: Job, selected_saes: SelectedSAEs) -> Outcome:
                 job.config, copy.deepcopy(selected_saes), job.settings
             )
     except Exception as error:
+        raise_if_interrupted()
         return Outcome(evaluation, getattr(error, "results", {}), error)
+    raise_if_interrupted()
     return Outcome(evaluation, results, None)
 
 

@@ -8,6 +8,7 @@ from saelens_scaffold.hub.hub_errors import HubUploadError
 from saelens_scaffold.hub.plan import README, UploadSummary
 from saelens_scaffold.hub.sources import given_saes, results_folders, split_id
 from saelens_scaffold.hub.upload import upload_scaffold_saes
+from saelens_scaffold.interruption import interruptible
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,22 +29,23 @@ def run(options: argparse.Namespace) -> int:
         saes = given_saes(options.saes)
         places = [split_id(argument) for argument in options.saes]
         is_one = len(places) == 1 and places[0][0] is None
-        summary = upload_scaffold_saes(
-            places[0][1] if is_one else saes,
-            options.repo_id,
-            hf_revision=options.revision,
-            jumprelu=not options.no_jumprelu,
-            eval_results=options.eval_results
-            or results_folders(path for _, path in places),
-            private=options.private,
-            create_pr=options.create_pr,
-            overwrite_readme=options.overwrite_readme,
-            license=options.license,
-            base_model=options.base_model,
-            datasets=options.datasets,
-            show_progress=sys.stderr.isatty(),
-            dry_run=options.dry_run,
-        )
+        with interruptible():
+            summary = upload_scaffold_saes(
+                places[0][1] if is_one else saes,
+                options.repo_id,
+                hf_revision=options.revision,
+                jumprelu=not options.no_jumprelu,
+                eval_results=options.eval_results
+                or results_folders(path for _, path in places),
+                private=options.private,
+                create_pr=options.create_pr,
+                overwrite_readme=options.overwrite_readme,
+                license=options.license,
+                base_model=options.base_model,
+                datasets=options.datasets,
+                show_progress=sys.stderr.isatty(),
+                dry_run=options.dry_run,
+            )
     except HubUploadError as error:
         _complain(error)
         return 1

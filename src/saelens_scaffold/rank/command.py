@@ -11,6 +11,7 @@ from saelens_scaffold.evals.configs import common_model_name, make_config
 from saelens_scaffold.evals.selected_saes import load_saes, resolve_saes
 from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME
 from saelens_scaffold.evals.text_eval_config import TextEvalConfig
+from saelens_scaffold.interruption import interruptible
 from saelens_scaffold.rank.analysis import analyse_rank
 from saelens_scaffold.rank.report import analysis_text, write_analysis
 
@@ -23,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
         options: What the command line's parser made of it.
 
     Returns:
-        The exit status: 0, or 2 if the input makes no sense.
+        The exit status: 0, 2 if the input makes no sense, 130 after an interruption.
     """
     warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
     try:
@@ -52,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
                 "llm_dtype": options.llm_dtype,
             },
         )
-        with redirect_stdout(sys.stderr):  # what TransformerLens prints
+        # what TransformerLens prints goes to stderr
+        with interruptible(), redirect_stdout(sys.stderr):
             analysis = analyse_rank(config, hook_name, device, sae)
     except BAD_INPUT as error:
         print(f"saelens-scaffold rank: error: {one_line(error)}", file=sys.stderr)

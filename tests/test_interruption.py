@@ -1,0 +1,87 @@
+"""Ctrl-C and SIGTERM end a command, whatever a library makes of them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from saelens_scaffold.interruption import interruptible, raise_if_interrupted
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # Python looks for signals between instructions
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_raised_at_once(number: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        send(number)
+        pytest.fail("not interrupted")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_remembered_where_python_drops_it(number: signal.Signals) -> None:
+    def unfinished() -> Iterator[int]:
+        try:
+            yield 1
+        finally:
+            send(number)
+
+    went_on = False
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        generator = unfinished()
+        next(generator)
+        del generator  # the exception does not leave it
+        went_on = True
+        raise_if_interrupted()
+    assert went_on
+
+
+def test_an_error_that_an_interruption_became_is_one() -> None:
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        try:
+            send(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ValueError("a library's own") from error
+    with pytest.raises(ValueError, match="a user's own"), interruptible():
+        raise ValueError("a user's own")
+
+
+def test_nothing_is_left_behind() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        send(signal.SIGTERM)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    raise_if_interrupted()
+    with interruptible():
+        raise_if_interrupted()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_demo(tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "out"
+    command = ["demo", "--quick", "--out", str(out)]
+    code = (
+        f"import sys; from saelens_scaffold_cli import main; sys.exit(main({command}))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not list(out.glob("saes/planted/.*")):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, written = process.communicate(timeout=120)
+    assert process.returncode == 130, written
+    assert "repeat the command" in written
+    assert "Traceback" not in written
+    assert not list(out.glob("saes/planted/*"))

@@ -190,6 +190,31 @@ def json_of(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+# SAEBench's first SAE of a call has other random draws than those after it.
+FIRST = [("first", plain(2))]
+
+
+@pytest.mark.parametrize(
+    ("main", "make_config"), [(sparse_probing, "sp"), (tpp, "tpp")]
+)
+def test_equal_saes_have_equal_results(
+    main: Any, make_config: str, texts: Path, tmp_path: Path
+):
+    config = {"sp": sp_config, "tpp": tpp_config}[make_config](texts / "data.csv")
+    together = run(main, config, [(n, plain()) for n in "abc"], tmp_path)
+    later = run(main, config, [("d", plain())], tmp_path)
+    alone = run(main, config, [("e", plain())], tmp_path / "alone")
+    metrics = [
+        result["eval_result_metrics"]
+        for results in (together, later, alone)
+        for result in results.values()
+    ]
+    assert len(metrics) == 5
+    assert all(json_of(m) == json_of(metrics[0]) for m in metrics)
+    # nothing is left of what stood in for the first
+    assert not list(tmp_path.rglob("*stores*"))
+
+
 def check_equal_but_for_the_names(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """To the last digit, and nothing left out."""
     assert set(ours) == set(theirs)
@@ -221,11 +246,12 @@ def test_sparse_probing_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: P
                 llm_batch_size=32,
                 llm_dtype="float32",
             ),
-            [("plain", plain()), ("scaffold", scaffold.sparse_sae())],
+            [*FIRST, ("plain", plain()), ("scaffold", scaffold.sparse_sae())],
             "cpu",
             str(tmp_path / "sae-bench"),
             artifacts_path=str(tmp_path / "sae-bench-artifacts"),
         )
+    del theirs["first_custom_sae"]
     check_equal_but_for_the_names(ours, theirs)
     of_plain, of_scaffold = ours.values()
     assert (of_plain["judged_view"], of_plain["scaffold_rank"]) == ("whole", 0)
@@ -255,11 +281,12 @@ def test_tpp_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: Path):
                 llm_batch_size=32,
                 llm_dtype="float32",
             ),
-            [("plain", plain()), ("scaffold", scaffold.sparse_sae())],
+            [*FIRST, ("plain", plain()), ("scaffold", scaffold.sparse_sae())],
             "cpu",
             str(tmp_path / "sae-bench"),
             artifacts_path=str(tmp_path / "sae-bench-artifacts"),
         )
+    del theirs["first_custom_sae"]
     torch.set_grad_enabled(True)  # SAEBench switches them off
     check_equal_but_for_the_names(ours, theirs)
     assert all("2605.18229" in result["caveat"] for result in ours.values())
@@ -616,7 +643,9 @@ def test_an_interrupted_call_goes_on(
     a, b = ("a", plain(0)), ("b", plain(1))
     with pytest.raises(KeyboardInterrupt):
         run(sparse_probing, sp_config(data, random_seeds=[1, 2, 13]), [a, b], tmp_path)
-    assert runs == [(1, ["a", "b"]), (2, ["a", "b"]), (13, ["a", "b"])]
+    stored = ["stores"]
+    both = ["a", "b"]
+    assert runs == [(1, stored), (1, both), (2, stored), (2, both), (13, stored)]
     assert not list((tmp_path / "results").glob("*.json"))
 
     # a result that was not written to its end does not count, the others do
@@ -625,7 +654,7 @@ def test_an_interrupted_call_goes_on(
     runs.clear()
     config = sp_config(data, random_seeds=[1, 2, 3])
     resumed = run(sparse_probing, config, [a, b], tmp_path)
-    assert runs == [(2, ["b"]), (3, ["a", "b"])]
+    assert runs == [(2, ["b"]), (3, stored), (3, both)]
     fresh = run(sparse_probing, config, [a, b], tmp_path / "fresh")
     assert [r["metrics_over_seeds"] for r in resumed.values()] == [
         r["metrics_over_seeds"] for r in fresh.values()
@@ -652,7 +681,7 @@ def test_an_interrupted_call_goes_on(
         tmp_path,
         force_rerun=True,
     )
-    assert runs == [(1, ["a"]), (1, ["a"])]
+    assert runs == [(1, ["a"]), (1, stored), (1, ["a"])]
 
 
 def test_activations_are_kept_or_not_as_in_sae_bench(texts: Path, tmp_path: Path):

@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_SEED = 42  # SAEBench's
 
+_STAND_IN = "stores-activations"
+"""Name of the SAE whose result is not used, among SAEBench's results of a seed."""
 
 DATASETS_DESCRIPTION = (
     "SAEBench's names of its datasets, or any other labelled text: a dataset on the Hub, a "
@@ -211,7 +213,7 @@ class SaeBenchEvaluator(NamedTuple):
         extra_fields: Fields of its output that are averaged beside metrics and details.
         knows: Whether a dataset is one of SAEBench's own.
         activations_depend_on_seed: Whether each seed reads other text, as those do that
-            draw their rows first.
+            draw their rows, and then their probes, from one stream of random numbers.
     """
 
     eval_type_id: str
@@ -432,16 +434,35 @@ def _run_missing(
         for file in files.values():
             file.unlink(missing_ok=True)
     missing = [sae for sae in saes if _read(files[sae.key]) is None]
-    if evaluator.activations_depend_on_seed and not any(folder.glob("*.json")):
-        # SAEBench writes the first result once all activations are stored. Without one,
-        # a call may have been interrupted while they were.
-        shutil.rmtree(seed_run.activations, ignore_errors=True)
     if missing:
-        pairs = [(names[sae.key], sae.sae) for sae in missing]
         # TPP switches gradients off and sparse probing on, and both leave it at that
         with torch.set_grad_enabled(torch.is_grad_enabled()):
+            if evaluator.activations_depend_on_seed and seed_run.save_activations:
+                _store_activations(evaluator, seed_run, missing[0])
+            pairs = [(names[sae.key], sae.sae) for sae in missing]
             evaluator.run(seed_run._replace(selected_saes=pairs))
     return {key: json.loads(file.read_text("utf-8")) for key, file in files.items()}
+
+
+def _store_activations(
+    evaluator: SaeBenchEvaluator, seed_run: SeedRun, sae: SelectedSAE
+) -> None:
+    """
+    Have SAEBench store activations, and train its own probes, before any SAE is judged.
+
+    Both use up random numbers that the SAE's probes are drawn from as well. Left to the
+    first SAE of a call, they would give it other draws than those after it, in each seed,
+    and so a difference between equal SAEs.
+    """
+    stored = seed_run.activations / "stored"
+    if stored.exists():
+        return
+    shutil.rmtree(seed_run.activations, ignore_errors=True)  # of an interrupted call
+    evaluator.run(seed_run._replace(selected_saes=[(_STAND_IN, sae.sae)]))
+    folder = seed_run.results / evaluator.results_folder
+    result = general_utils.get_results_filepath(str(folder), _STAND_IN, "custom_sae")
+    Path(result).unlink()
+    stored.touch()
 
 
 def _read(file: Path) -> Any:
@@ -465,9 +486,9 @@ def _over_seeds(
         for name, first in by_seed[0].items():
             if first is not None:
                 values = [float(of_seed[name]) for of_seed in by_seed]
-                mean, low, high = student_interval(values, config.confidence)
+                _, low, high = student_interval(values, config.confidence)
                 ends = (low, high) if len(values) > 1 else (None, None)
-                metrics[name] = MetricOverSeeds(mean, *ends, values)
+                metrics[name] = MetricOverSeeds(fmean(values), *ends, values)
     is_sparse = metadata.scaffold_view == "sparse"
     return {
         **{

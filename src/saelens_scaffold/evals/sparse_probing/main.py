@@ -69,7 +69,7 @@ def run_eval(
     Run SAEBench's sparse probing once with each seed.
 
     Of a scaffold SAE the sparse dictionary alone is judged. With one seed, the metrics of
-    a plain SAE are those of SAEBench.
+    a plain SAE are those that SAEBench gives to one after the first of a call.
 
     Args:
         config: The configuration.

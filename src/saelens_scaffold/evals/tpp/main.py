@@ -74,8 +74,8 @@ def run_eval(
     Run SAEBench's targeted probe perturbation (TPP) once with each seed.
 
     Of a scaffold SAE the sparse dictionary alone is judged: the scaffold's part is in the
-    error term, which TPP keeps. With one seed, the metrics of a plain SAE are those of
-    SAEBench.
+    error term, which TPP keeps. With one seed, the metrics of a plain SAE are those
+    that SAEBench gives to one after the first of a call.
 
     Args:
         config: The configuration.

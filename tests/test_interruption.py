@@ -67,6 +67,17 @@ def test_nothing_is_left_behind() -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+def test_ignored_signals_are_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with interruptible():
+            send(number)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_demo(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
     command = ["demo", "--quick", "--out", str(out)]

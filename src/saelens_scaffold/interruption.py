@@ -16,7 +16,8 @@ def interruptible() -> Iterator[None]:
     Python drops an exception that comes while a generator is cleaned up, and libraries
     turn some into errors of their own. So long work calls `raise_if_interrupted` between
     its steps, and an error after an interruption is taken for the interruption. SIGTERM
-    is what a cluster sends before it takes the machine away.
+    is what a cluster sends before it takes the machine away. A signal that was ignored
+    still is.
 
     Raises:
         KeyboardInterrupt: As said; from another thread than the main one, where Python
@@ -28,14 +29,17 @@ def interruptible() -> Iterator[None]:
         return
     _interrupted = False
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [(number, signal.signal(number, _interrupt)) for number in signals]
+    before = {number: signal.getsignal(number) for number in signals}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as a shell does for what runs in the background
+            signal.signal(number, _interrupt)
     try:
         yield
     except Exception:
         raise_if_interrupted()
         raise
     finally:
-        for number, handler in before:
+        for number, handler in before.items():
             if handler is not None:  # None: one that was not set by Python
                 signal.signal(number, handler)
         _interrupted = False

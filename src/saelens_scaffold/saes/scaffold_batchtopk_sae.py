@@ -530,9 +530,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         """
         This SAE as `save_inference_model` saves it, without the way over the disk.
 
-        The weights are copies.
+        The weights are copies, and the training may go on.
         """
-        plugins.end_training(self)
         state_dict = self.state_dict()
         self.process_state_dict_for_saving_inference(state_dict)
         cfg = ScaffoldJumpReLUSAEConfig.from_dict(self.cfg.get_inference_sae_cfg_dict())

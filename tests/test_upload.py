@@ -30,7 +30,7 @@ from hub_fixtures import (
     save_sae,
     some_activations,
 )
-from hub_server import CUT, READ_TOKEN, Blob, HubServer
+from hub_server import CUT, LOST, READ_TOKEN, Blob, HubServer
 from saelens_scaffold import (
     ScaffoldJumpReLUSAE,
     load_scaffold_sae,
@@ -434,6 +434,16 @@ def test_what_passes_by_itself_is_waited_for(
     upload({"sae": eval_sae(rank=4)})
     assert paths_in(hub, "sae") == SCAFFOLD_FILES
     assert hub.repositories[REPO].titles.count("Upload SAE sae") == 1
+
+
+def test_commit_of_which_the_answer_is_lost(hub: HubServer) -> None:
+    upload({"sae": eval_sae(rank=4)})
+    hub.fail(COMMIT, LOST, Retry_After="0")
+    # it deletes the plain form, which cannot be deleted twice
+    summary = upload({"sae": eval_sae(rank=3)}, jumprelu=False)
+    assert summary.commits["sae"] is not None
+    assert paths_in(hub, "sae") == {"cfg.json", "sae_weights.safetensors"}
+    assert load_scaffold_sae(REPO, "sae").cfg.scaffold_rank == 3  # type: ignore[attr-defined]
 
 
 def test_downloads_that_break(hub: HubServer) -> None:

@@ -216,6 +216,7 @@ def test_no_path_of_the_users_machine_is_published(
     results.mkdir(parents=True)
     result = {
         "eval_result_metrics": {},
+        "eval_result_unstructured": {"tokens": ["/*", "/usr/bin"]},
         "eval_config": {"dataset": f"{home}/texts"},
         "sae_cfg_dict": {"metadata": {"weights_sha256": weights_sha256(sae)}},
     }
@@ -231,6 +232,9 @@ def test_no_path_of_the_users_machine_is_published(
     assert not [path for path, text in texts.items() if "private/" in text]
     assert "| `model` |" in texts["README.md"]
     assert json.loads(texts["sae/cfg.json"])["metadata"]["model_name"] == "model"
+    stored = json.loads(texts["sae/eval_results/dense_latents.json"])
+    assert stored["eval_result_unstructured"] == result["eval_result_unstructured"]
+    assert stored["eval_config"] == {"dataset": "texts"}
     assert sae.cfg.metadata.model_name == f"{home}/model"
 
 

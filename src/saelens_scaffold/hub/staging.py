@@ -17,6 +17,9 @@ from saelens_scaffold.hub.sae_ids import PLAIN_FORM, RESULTS_FOLDER
 from saelens_scaffold.hub.sources import UploadedSAE
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 
+_CONFIGURATIONS = ("eval_config", "sae_cfg_dict")
+"""What of an evaluation result says how it came about."""
+
 
 def write_files(
     uploaded: UploadedSAE, folder: Path, hf_repo_id: str, jumprelu: bool
@@ -36,12 +39,15 @@ def write_files(
         _save_sparsity(uploaded.log_sparsity, folder)
     if uploaded.runner_cfg is not None:
         runner_cfg = json.loads(uploaded.runner_cfg.read_text(encoding="utf-8"))
-        _write_json(runner_cfg, folder / RUNNER_CFG_FILENAME)
+        _write_json(without_directories(runner_cfg), folder / RUNNER_CFG_FILENAME)
     if uploaded.results:
         (folder / RESULTS_FOLDER).mkdir()
         names = file_names(uploaded.results)
         for name, result in zip(names, uploaded.results, strict=True):
-            _write_json(result.content, folder / RESULTS_FOLDER / name)
+            # not in all of it, where text that was read may look like a path
+            about = {k: v for k, v in result.content.items() if k in _CONFIGURATIONS}
+            content = {**result.content, **without_directories(about)}
+            _write_json(content, folder / RESULTS_FOLDER / name)
 
     if jumprelu and isinstance(sae, ScaffoldMixin):
         plain = folder / PLAIN_FORM
@@ -86,8 +92,7 @@ def _save(sae: SAE[Any], folder: Path, hint: str) -> None:
 
 
 def _write_json(content: Any, file: Path) -> None:
-    text = json.dumps(without_directories(content), indent=2)
-    file.write_text(text, encoding="utf-8")
+    file.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _save_sparsity(log_sparsity: torch.Tensor, folder: Path) -> None:

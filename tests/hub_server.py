@@ -26,6 +26,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CUT = "cut"
 """As a failure's status: the connection ends in the middle of the file."""
 
+LOST = "lost"
+"""As a failure's status: what is asked is done, and a gateway's 504 is the answer."""
+
 PART_SIZE = 20_000
 MULTIPART_ABOVE = 50_000
 """Bytes. The Hub's are in megabytes."""
@@ -83,7 +86,7 @@ class Failure:
     """
     Attributes:
         pattern: Regular expression for "METHOD /path" of the requests that fail.
-        status: Of the answer, or CUT.
+        status: Of the answer, or CUT, or LOST.
         times: How many requests are still to fail.
         headers: Of the answer.
     """
@@ -203,6 +206,9 @@ class HubServer:
         for failure in self._failures:
             if failure.times > 0 and re.search(failure.pattern, line):
                 failure.times -= 1
+                if failure.status == LOST:
+                    await handler(request)
+                    return _error(504, "injected", **failure.headers)
                 if failure.status != CUT:
                     return _error(int(failure.status), "injected", **failure.headers)
                 if request.method in ("GET", "HEAD"):
@@ -366,7 +372,9 @@ class HubServer:
                     return _error(422, f"LFS object of {value['path']} does not exist")
                 files[value["path"]] = Blob(self._lfs[value["oid"]], True)
             elif key == "deletedFile":
-                del files[value["path"]]
+                if files.pop(value["path"], None) is None:
+                    message = "A file with this name doesn't exist"
+                    return _error(404, message, "EntryNotFound")
             else:
                 return _error(400, f"unknown operation {key}")
         revision = unquote(request.match_info["revision"])

@@ -159,3 +159,12 @@ def test_bad_options(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         options("--seeds", "0")
     assert "must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_directory_that_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert demo.run(options("--out", str(tmp_path / "out"))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--out" in line and f"{tmp_path}/out" in line

@@ -271,6 +271,33 @@ def test_reduction_against_a_baseline(tmp_path: Path) -> None:
     assert results["base"]["eval_result_metrics"]["dense_latents"]["reduction"] is None
 
 
+def test_result_does_not_depend_on_what_was_measured_before(tmp_path: Path) -> None:
+    saes = {"plain": eval_sae(), "scaffold": eval_sae(rank=4, seed=1)}
+    together = evaluate(tmp_path / "together", saes)
+    assert together["plain"]["pca_rank"] == 4
+    for first in saes:
+        folder = tmp_path / first
+        alone = evaluate(folder, {first: saes[first]})[first]
+        resumed = evaluate(folder, saes)
+        for name in saes:
+            assert resumed[name]["pca_rank"] == 4
+            assert resumed[name]["dense_latents"] == together[name]["dense_latents"]
+        # of a scaffold SAE, the others of the call change nothing
+        kept = resumed[first]["eval_id"] == alone["eval_id"]
+        assert kept == (first == "scaffold")
+
+
+def test_baseline_that_was_measured_before_it_was_one(tmp_path: Path) -> None:
+    saes = {"base": eval_sae(), "sae": eval_sae(seed=1)}
+    alone = evaluate(tmp_path, {"base": saes["base"]})["base"]
+    results = evaluate(tmp_path, saes, baseline="base")
+    assert results["base"]["eval_id"] == alone["eval_id"]  # read, not measured
+    assert results["sae"]["eval_result_metrics"]["dense_latents"]["reduction"]
+    # and of the other, there now is a result against a baseline
+    with pytest.raises(ValueError, match=r"baseline 'base' \(now None\).*force_rerun"):
+        evaluate(tmp_path, saes)
+
+
 def test_baseline_of_a_release_is_found_where_sae_bench_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import venv
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def test_hooks_fire_in_saelenss_trainer(tmp_path: Path) -> None:
     assert recorder.steps == [0, 1, 2]
 
 
-def test_hooks_fire_in_a_loop_of_ones_own() -> None:
+def test_hooks_fire_in_a_loop_of_ones_own(tmp_path: Path) -> None:
     sae, other = scaffold_sae(), scaffold_sae(seed=1)
     recorder, of_other = recorded(sae), recorded(other)
     optimizer = torch.optim.SGD(sae.parameters(), lr=1e-3)
@@ -113,10 +114,33 @@ def test_hooks_fire_in_a_loop_of_ones_own() -> None:
         ]
         both[0].loss.backward()
         optimizer.step()
-    sae.to_inference()
+    sae.save_inference_model(tmp_path)
     assert recorder.calls == ["initialize", *STEP * 2, "ended", "saving"]
     # another SAE's optimizer never stepped
     assert "before_step" not in of_other.calls
+
+
+def test_looking_at_a_view_does_not_end_the_training(tmp_path: Path) -> None:
+    class Views:
+        @hookimpl
+        def training_metrics(self, sae: Any) -> dict[str, Any]:
+            sae.sparse_sae()
+            sae.to_jumprelu()
+            return {}
+
+    sae = scaffold_sae(
+        scaffold_init="random", scaffold_plugins={"schedule": {"frozen_from": 0}}
+    )
+    plugins.plugins_of(sae).register(Views())
+    recorder, before = recorded(sae), state(sae)
+    train(sae, steps=2)
+    calls = [call for call in recorder.calls if call != "saving"]
+    assert calls == STEP * 2
+    for name in ("A", "B"):
+        assert torch.equal(state(sae)[name], before[name])
+    sae.save_inference_model(tmp_path)
+    sae.save_inference_model(tmp_path)
+    assert recorder.calls.count("ended") == 1
 
 
 def test_hooks_fire_in_saelenss_runner_of_many_saes(
@@ -255,6 +279,16 @@ def test_wrong_choice(chosen: Any, message: str) -> None:
         scaffold_config(scaffold_plugins=chosen)
 
 
+def test_error_of_a_plugins_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(size: Any = 1) -> Any:
+        return size + "a"
+
+    monkeypatch.setattr(plugins, "load_plugin", lambda _: make)
+    message = "'mine' fails with the options {}: TypeError: unsupported operand"
+    with pytest.raises(ValueError, match=message):
+        scaffold_config(scaffold_plugins={"mine": {}})
+
+
 def test_hook_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     class Misspelt:
         @hookimpl
@@ -284,7 +318,7 @@ def state(sae: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("architecture", ["scaffold_batchtopk", "scaffold_matryoshka"])
 def test_schedule_trains_the_scaffold_alone_and_then_freezes_it(
-    architecture: str,
+    architecture: str, tmp_path: Path
 ) -> None:
     schedule = {"alone_until": 2, "frozen_from": 4}
     sae = scaffold_sae(architecture, scaffold_plugins={"schedule": schedule})
@@ -304,8 +338,42 @@ def test_schedule_trains_the_scaffold_alone_and_then_freezes_it(
         assert [changed(step, name) for step in range(1, 6)] == [1, 1, 1, 0, 0]
     for name in ("W_enc", "W_dec"):
         assert [changed(step, name) for step in range(1, 6)] == [0, 1, 1, 1, 1]
-    sae.to_inference()
+    sae.save_inference_model(tmp_path)
     assert sae.activation_fn.sparse_activation.k == K
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+def test_dictionary_is_not_revived_before_it_could_fire(kernels: str) -> None:
+    sae = scaffold_sae(
+        kernels=kernels, scaffold_plugins={"schedule": {"alone_until": 6}}
+    )
+    sae.b_enc.data[-1] = -1e3  # one that is dead for good
+    trainer, data = trainer_for(sae, 14, batches(), dead_feature_window=2), batches()
+    before, losses = state(sae), []
+    for step in range(14):
+        output = trainer.step(next(data))
+        trainer.n_training_steps += 1
+        losses.append(output.losses["auxiliary_reconstruction_loss"].item())
+        if step < 6:
+            for name in ("W_enc", "W_dec", "b_enc"):
+                assert torch.equal(state(sae)[name], before[name])
+    assert losses[:12] == [0.0] * 12
+    assert min(losses[12:]) > 0
+
+
+def test_dictionary_that_was_never_trained_is_noticed(tmp_path: Path) -> None:
+    def trained(steps: int) -> Any:
+        chosen = {"schedule": {"alone_until": 2}}
+        return train(scaffold_sae(scaffold_plugins=chosen), steps=steps)
+
+    sae = trained(2)
+    for save in (sae.to_inference, lambda: sae.save_inference_model(tmp_path)):
+        with pytest.warns(UserWarning, match="alone_until=2 steps, so the dictionary"):
+            save()
+    assert sae.activation_fn.sparse_activation.k == K
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(3).to_inference()
 
 
 def test_learning_rate_factor_scales_the_step() -> None:
@@ -344,6 +412,45 @@ def test_orthonormal_decoder() -> None:
         OrthonormalDecoder().after_optimizer_step(other)
     after = (other.W_enc[:, :RANK] @ other.W_dec[:RANK]).detach()
     assert torch.allclose(before, after, atol=1e-5)
+
+
+def test_orthonormal_decoder_is_as_exact_as_the_sae() -> None:
+    sae = scaffold_sae(
+        dtype="float64",
+        scaffold_init="random",
+        scaffold_plugins={"orthonormal_decoder": {}},
+    )
+    train(sae, steps=2)
+    B = sae.W_dec[:RANK].detach()
+    assert torch.allclose(B @ B.T, torch.eye(RANK).double(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("schedule_first", [True, False])
+def test_orthonormal_decoder_with_a_schedule(schedule_first: bool) -> None:
+    """Whichever is chosen first, rows are orthonormal, and what is frozen stays."""
+
+    def chosen(schedule: dict[str, Any]) -> dict[str, Any]:
+        both: dict[str, Any] = {"schedule": schedule, "orthonormal_decoder": {}}
+        return both if schedule_first else dict(reversed(both.items()))
+
+    sae = scaffold_sae(
+        scaffold_init="random", scaffold_plugins=chosen({"lr_factor": 5.0})
+    )
+    train(sae, steps=30)
+    B = sae.W_dec[:RANK].detach()
+    assert torch.allclose(B @ B.T, torch.eye(RANK), atol=1e-5)
+
+    sae = scaffold_sae(
+        scaffold_init="random", scaffold_plugins=chosen({"frozen_from": 1})
+    )
+    trainer, data = trainer_for(sae, 20, batches()), batches()
+    states = []
+    for _ in range(20):
+        trainer.step(next(data))
+        trainer.n_training_steps += 1
+        states.append(state(sae))
+    for name in ("A", "B"):
+        assert torch.equal(states[0][name], states[-1][name])
 
 
 def test_decorrelation() -> None:
@@ -536,11 +643,53 @@ def test_plugin_offers_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plugins, "available_plugins", lambda: {"own": None})
         monkeypatch.setattr(plugins, "load_plugin", lambda _: plugin)
 
+    install(lambda: Own())  # made by a function
+    assert registry.evaluations_named("own_eval,core")[0] is own
     install(Own)
     assert registry.evaluations_named("own_eval,core")[0] is own
     monkeypatch.setitem(registry.EVALUATIONS, "own_eval", own)
     with pytest.raises(ValueError, match="offers an evaluation 'own_eval'"):
         registry.evaluations_named("core")
+
+
+def test_plugin_that_cannot_be_made_takes_no_evaluation_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Needs:
+        def __init__(self, path: str) -> None: ...
+
+        @hookimpl
+        def evaluations(self) -> list[Any]:
+            return []
+
+    class Misspelt:
+        @hookimpl
+        def evaluations(self, sae: Any) -> list[Any]:
+            return []
+
+    class Works:
+        @hookimpl
+        def evaluations(self) -> list[Any]:
+            return []
+
+    class OnlyTrains:
+        def __init__(self, coefficient: float) -> None: ...
+
+    installed = {
+        "needs": Needs,
+        "misspelt": Misspelt,
+        "works": Works,
+        "trains": OnlyTrains,
+    }
+    monkeypatch.setattr(plugins, "available_plugins", lambda: installed)
+    monkeypatch.setattr(plugins, "load_plugin", installed.__getitem__)
+    found = plugins.evaluation_plugins()
+    assert found.hook.evaluations() == [[]]
+    assert found.has_plugin("works")
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 2
+    assert "'misspelt'" in warned[0]
+    assert "'needs'" in warned[1] and "'path'" in warned[1]
 
 
 def test_chosen_on_saelenss_command_line() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("sae_bench")
 
 from eval_helpers import HOOK, eval_sae
+from saelens_scaffold.rank import command as rank_command
 from saelens_scaffold.rank.analysis import (
     RankCandidate,
     _shuffled,
@@ -122,6 +123,26 @@ def test_sae_of_another_hook_point(run: Any, tmp_path: Path) -> None:
     status, _, err = run("--dataset=python-stdlib", f"--sae_path={tmp_path}/sae", other)
     assert status == 2
     assert f"was trained at {HOOK}, not at blocks.1" in err.splitlines()[-1]
+
+
+def test_scaffold_sae_is_no_plain_one(run: Any, tmp_path: Path) -> None:
+    sae = eval_sae(rank=4)
+    for name, form in ("scaffold", sae), ("jumprelu", sae.to_jumprelu()):
+        form.save_model(tmp_path / name)
+        status, _, err = run("--dataset=python-stdlib", f"--sae_path={tmp_path / name}")
+        assert status == 2
+        assert "has a scaffold (of rank 4)" in err.splitlines()[-1]
+
+
+def test_folder_is_seen_to_before_the_work(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_command, "analyse_rank", None)  # not even called
+    (tmp_path / "out").write_text("a file")
+    args = ["--model=py-neox", f"--hook_name={HOOK}", "--dataset=python-stdlib"]
+    status, _, err = run(*args)
+    assert status == 2
+    assert f"{tmp_path}/out" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

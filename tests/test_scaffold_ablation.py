@@ -397,6 +397,14 @@ def test_matched_latent_is_the_nearest_in_frequency() -> None:
     assert matched.tolist() == [2, 3]
 
 
+def test_plain_sae_lines_up_with_what_was_measured_before(tmp_path: Path) -> None:
+    saes = {"plain": eval_sae(seed=1), "scaffold": eval_sae(rank=RANK)}
+    settings: dict[str, Any] = {"n_tokens": 200, "n_fit_tokens": 500}
+    evaluate(tmp_path, {"scaffold": saes["scaffold"]}, **settings)
+    found = evaluate(tmp_path, saes, **settings)["plain"]["eval_result_metrics"]
+    assert found["geometry"]["pca_rank"] == RANK
+
+
 def test_dead_latents_are_not_the_most_aligned() -> None:
     decoder = torch.eye(4)[[0, 0, 1]] + 0.1 * torch.eye(4)[[1, 1, 0]]
     latents, cosines = most_aligned(

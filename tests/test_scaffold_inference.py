@@ -172,9 +172,9 @@ def test_a_new_inference_sae_has_linear_latents():
     assert (acts[:, 4:] >= 0).all()
 
 
-@pytest.mark.parametrize("rank", [-1, D_SAE])
-def test_inference_config_errors(rank: int):
-    with pytest.raises(ValueError, match=f"scaffold_rank must be .* got {rank}"):
+@pytest.mark.parametrize("rank", [-1, D_IN, D_SAE, 2.5, True, "3"])
+def test_inference_config_errors(rank: Any):
+    with pytest.raises(ValueError, match=f"scaffold_rank must be .* got {rank!r}"):
         ScaffoldJumpReLUSAEConfig(D_IN, D_SAE, scaffold_rank=rank)
 
 

@@ -30,13 +30,15 @@ from hub_fixtures import (
     save_sae,
     some_activations,
 )
-from hub_server import CUT, READ_TOKEN, Blob, HubServer
+from hub_server import CUT, LOST, READ_TOKEN, Blob, HubServer
 from saelens_scaffold import (
     ScaffoldJumpReLUSAE,
     load_scaffold_sae,
     upload_scaffold_saes,
 )
+from saelens_scaffold.digest import weights_sha256
 from saelens_scaffold.hub.hub_errors import HubUploadError
+from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.hub.validation import InvalidSAEError
 from saelens_scaffold_cli import main
 
@@ -183,6 +185,71 @@ def test_training_saes_are_uploaded_in_inference_form(hub: HubServer) -> None:
     torch.testing.assert_close(loaded(x), sae.to_inference()(x))
     readme = hub.repositories[REPO].files()["README.md"].content.decode()
     assert front_matter(readme)["base_model"] == "gpt2"
+
+
+def test_the_card_of_a_scaffold_sae_without_scaffold(hub: HubServer) -> None:
+    """Of rank 0, as the end of a sweep: it needs this package like the others."""
+    sae = scaffold_sae(scaffold_rank=0)
+    train(sae, steps=2)
+    sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = "gpt2", "hook"
+    upload({"sae": sae})
+    readme = hub.repositories[REPO].files()["README.md"].content.decode()
+    assert "Plain SAEs load with SAELens alone" not in readme
+    snippets = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert "import saelens_scaffold" in snippets[0]
+    assert '"sae/jumprelu"' in snippets[1]
+    for snippet in snippets:
+        exec(compile(snippet, "card", "exec"), {})
+
+
+def test_no_path_of_the_users_machine_is_published(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    home = "/home/alice/private"
+    sae = save_sae(tmp_path / "sae", rank=4)
+    sae.cfg.metadata.model_name = f"{home}/model"
+    sae.cfg.metadata.dataset_path = f"{home}/texts"
+    sae.save_model(tmp_path / "sae")
+    runner_cfg = {"output_path": f"{home}/out", "sae": {"dataset": "~/private"}}
+    (tmp_path / "sae" / "runner_cfg.json").write_text(json.dumps(runner_cfg))
+    results = tmp_path / "results" / "dense_latents"
+    results.mkdir(parents=True)
+    result = {
+        "eval_result_metrics": {},
+        "eval_result_unstructured": {"tokens": ["/*", "/usr/bin"]},
+        "eval_config": {"dataset": f"{home}/texts"},
+        "sae_cfg_dict": {"metadata": {"weights_sha256": weights_sha256(sae)}},
+    }
+    (results / "sae.json").write_text(json.dumps(result))
+    upload({"sae": tmp_path / "sae"}, eval_results=tmp_path / "results")
+    files = hub.repositories[REPO].files()
+    texts = {
+        path: blob.content.decode()
+        for path, blob in files.items()
+        if path.endswith((".md", ".json"))
+    }
+    assert len(texts) == 5
+    assert not [path for path, text in texts.items() if "private/" in text]
+    assert "| `model` |" in texts["README.md"]
+    assert json.loads(texts["sae/cfg.json"])["metadata"]["model_name"] == "model"
+    stored = json.loads(texts["sae/eval_results/dense_latents.json"])
+    assert stored["eval_result_unstructured"] == result["eval_result_unstructured"]
+    assert stored["eval_config"] == {"dataset": "texts"}
+    assert sae.cfg.metadata.model_name == f"{home}/model"
+
+
+@pytest.mark.parametrize(
+    ("value", "published"),
+    [
+        ("user/model", "user/model"),
+        ("./texts", "texts"),
+        (r"C:\Users\alice\texts", "texts"),
+        ({"a": [1, None, "~/texts/"]}, {"a": [1, None, "texts"]}),
+        ("/", "/"),
+    ],
+)
+def test_what_is_left_of_a_path(value: Any, published: Any) -> None:
+    assert without_directories(value) == published
 
 
 def test_a_directory_tree_gives_ids_by_path(hub: HubServer, tmp_path: Path) -> None:
@@ -434,6 +501,16 @@ def test_what_passes_by_itself_is_waited_for(
     upload({"sae": eval_sae(rank=4)})
     assert paths_in(hub, "sae") == SCAFFOLD_FILES
     assert hub.repositories[REPO].titles.count("Upload SAE sae") == 1
+
+
+def test_commit_of_which_the_answer_is_lost(hub: HubServer) -> None:
+    upload({"sae": eval_sae(rank=4)})
+    hub.fail(COMMIT, LOST, Retry_After="0")
+    # it deletes the plain form, which cannot be deleted twice
+    summary = upload({"sae": eval_sae(rank=3)}, jumprelu=False)
+    assert summary.commits["sae"] is not None
+    assert paths_in(hub, "sae") == {"cfg.json", "sae_weights.safetensors"}
+    assert load_scaffold_sae(REPO, "sae").cfg.scaffold_rank == 3  # type: ignore[attr-defined]
 
 
 def test_downloads_that_break(hub: HubServer) -> None:

@@ -26,7 +26,7 @@ from hub_server import Blob, HubServer
 from saelens_scaffold import load_scaffold_sae, upload_scaffold_saes
 from saelens_scaffold.hub.loading import checked_disk_loader, checked_huggingface_loader
 from saelens_scaffold.hub.sae_ids import check_sae_id, check_sae_path, sae_id_of_path
-from saelens_scaffold.hub.validation import InvalidSAEError
+from saelens_scaffold.hub.validation import InvalidSAEError, check_config
 
 __all__ = ["hub"]  # a fixture
 
@@ -303,6 +303,12 @@ mutations = st.one_of(
     damaged_weights_file(),
     damaged_cfg_file(),
 )
+
+
+def test_what_one_field_may_be_is_not_what_others_may() -> None:
+    check_config({**SAE_CFG, "normalize_activations": "constant_norm_rescale"})
+    with pytest.raises(InvalidSAEError, match="reshape_activations must be one of"):
+        check_config({**SAE_CFG, "reshape_activations": "constant_norm_rescale"})
 
 
 @pytest.fixture(scope="module")

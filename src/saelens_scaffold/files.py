@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 
 @contextmanager
@@ -58,6 +59,19 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def make_writable(directory: Path) -> None:
+    """
+    Make a directory if there is none, and see that files can be written there, before
+    the long work of which they are to be the results.
+
+    Raises:
+        OSError: They cannot.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=directory):
+        pass
 
 
 def _beside(path: Path) -> Path:

@@ -64,7 +64,11 @@ class ScaffoldSpecs:
     def before_training_forward_pass(
         self, sae: "ScaffoldBatchTopKTrainingSAE", step_input: "TrainStepInput"
     ) -> None:
-        """Before each training forward pass; `step_input.n_training_steps` counts them."""
+        """
+        Before each training forward pass; `step_input.n_training_steps` counts them.
+
+        What is set in `step_input` holds for the step.
+        """
 
     @hookspec
     def training_losses(
@@ -111,8 +115,11 @@ class ScaffoldSpecs:
     @hookspec
     def training_ended(self, sae: "ScaffoldBatchTopKTrainingSAE") -> None:
         """
-        After the last step, before anything is folded into the weights or saved for
-        inference. Once, if the SAE was trained in this process.
+        After the last step, before anything is folded into the weights or
+        `save_inference_model` saves the SAE. Once, if it was trained in this process.
+
+        An SAE is not told when a training ends in which neither follows: with
+        normalize_activations="none" and no output_path, this is never called.
         """
 
     @hookspec

@@ -11,6 +11,7 @@ Those that come with this package are in `default_plugins`; others are entry poi
 group "saelens_scaffold". Nothing of a plugin is imported before it is chosen.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -91,6 +92,28 @@ def load_plugin(name: str) -> Callable[..., Any]:
         ) from error
 
 
+def _make(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """
+    An instance of a plugin.
+
+    Raises:
+        ValueError: It does not take these options, or not values of their types.
+    """
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"the scaffold plugin {name!r} does not take the options {dict(options)}: {error}"
+        ) from error
+    try:
+        return make(**options)
+    except TypeError as error:  # of its own, or of an option's value
+        raise ValueError(
+            f"the scaffold plugin {name!r} fails with the options {dict(options)}: "
+            f"TypeError: {error}"
+        ) from error
+
+
 def make_plugins(chosen: Mapping[str, Mapping[str, Any]]) -> pluggy.PluginManager:
     """
     A plugin manager with an instance of each plugin that is chosen.
@@ -104,13 +127,9 @@ def make_plugins(chosen: Mapping[str, Mapping[str, Any]]) -> pluggy.PluginManage
     """
     manager = plugin_manager(ScaffoldSpecs, EvaluationSpecs)
     for name, options in chosen.items():
-        make = load_plugin(name)
+        plugin = _make(name, load_plugin(name), options)
         try:
-            manager.register(make(**options), name=name)
-        except TypeError as error:
-            raise ValueError(
-                f"the scaffold plugin {name!r} does not take the options {dict(options)}: {error}"
-            ) from error
+            manager.register(plugin, name=name)
         except pluggy.PluginValidationError as error:
             raise ValueError(f"the scaffold plugin {name!r}: {error}") from error
     try:
@@ -126,18 +145,24 @@ def evaluation_plugins() -> pluggy.PluginManager:
     """
     A plugin manager with every installed plugin that offers evaluations or metrics.
 
-    One that cannot be imported is left out, and a warning names it.
+    They are made without options. One that cannot be is left out, and a warning names it.
     """
     manager = plugin_manager(EvaluationSpecs)
     for name in sorted(set(available_plugins()) - set(DEFAULT_PLUGINS)):
         try:
             make = load_plugin(name)
-        except ValueError as error:
-            logger.warning("%s", error)
-            continue
-        if hasattr(make, "evaluations") or hasattr(make, "comparison_metrics"):
-            manager.register(make(), name=name)
+            # a class need not be made to see; what a function makes cannot be seen else
+            if not inspect.isclass(make) or _offers_evaluations(make):
+                plugin = _make(name, make, {})
+                if _offers_evaluations(plugin):
+                    manager.register(plugin, name=name)
+        except Exception as error:  # whoever installed it may not even have chosen it
+            logger.warning("no evaluations of the plugin %r: %s", name, error)
     return manager
+
+
+def _offers_evaluations(plugin: Any) -> bool:
+    return any(hasattr(plugin, hook) for hook in ("evaluations", "comparison_metrics"))
 
 
 # ---- the plugins of each SAE

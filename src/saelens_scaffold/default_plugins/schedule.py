@@ -1,5 +1,6 @@
 """When the scaffold is trained, and how fast."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ class ScaffoldSchedule:
 
     Args:
         alone_until: Steps in which the scaffold is trained alone: no sparse latent fires,
-            and none is trained.
+            and none is trained. For as many steps again, none is revived as dead, since
+            until then a latent has been silent for want of a chance to fire.
         frozen_from: Step from which the scaffold's encoder and decoder stay as they are.
             None never freezes it.
         lr_factor: The scaffold's learning rate as a multiple of the SAE's.
@@ -38,22 +40,27 @@ class ScaffoldSchedule:
         self.alone_until = alone_until
         self.frozen_from = frozen_from
         self.lr_factor = lr_factor
+        self._alone = False
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @hookimpl
     def before_training_forward_pass(
         self, sae: Any, step_input: TrainStepInput
     ) -> None:
-        alone = step_input.n_training_steps < self.alone_until
+        step = step_input.n_training_steps
         # set in every step, so that a resumed run is where it would have been
-        sae.activation_fn.sparse_activation.k = 0 if alone else sae.cfg.k
+        self._alone = step < self.alone_until
+        sae.activation_fn.sparse_activation.k = 0 if self._alone else sae.cfg.k
+        if step < 2 * self.alone_until:
+            step_input.dead_neuron_mask = None
 
     @hookimpl
     def before_optimizer_step(self, sae: TrainingSAE, n_training_steps: int) -> None:
         if self._factor(n_training_steps) != 1:
             self._before = tuple(part.detach().clone() for part in _scaffold(sae))  # type: ignore[assignment]
 
-    @hookimpl
+    # first, so that what other plugins make of the weights is no part of the step
+    @hookimpl(tryfirst=True)
     def after_optimizer_step(self, sae: TrainingSAE, n_training_steps: int) -> None:
         if self._before is None:
             return
@@ -66,6 +73,14 @@ class ScaffoldSchedule:
     @hookimpl
     def training_ended(self, sae: Any) -> None:
         sae.activation_fn.sparse_activation.k = sae.cfg.k
+
+    @hookimpl
+    def before_saving_inference(self) -> None:
+        if self._alone:
+            warnings.warn(
+                f"schedule: the training has not passed alone_until={self.alone_until} "
+                "steps, so the dictionary of this SAE is untrained"
+            )
 
     def _factor(self, n_training_steps: int) -> float:
         frozen = self.frozen_from is not None and n_training_steps >= self.frozen_from

@@ -32,7 +32,7 @@ from saelens_scaffold.demo.report import (
     print_part,
     write_picture,
 )
-from saelens_scaffold.files import new_directory, new_file
+from saelens_scaffold.files import make_writable, new_directory, new_file
 from saelens_scaffold.interruption import interruptible
 from saelens_scaffold.quiet import quiet
 from saelens_scaffold.versions import versions
@@ -76,9 +76,15 @@ def run(options: argparse.Namespace) -> int:
         options: What `add_arguments` parsed.
 
     Returns:
-        The exit status: 0, 130 after an interruption.
+        The exit status: 0, 2 if nothing can be written to the directory, 130 after an
+        interruption.
     """
     quiet()
+    try:
+        make_writable(options.out)
+    except OSError as error:
+        print(f"saelens-scaffold demo: error: --out: {error}", file=sys.stderr)
+        return 2
     try:
         with interruptible():
             _run(options)
@@ -104,7 +110,6 @@ def _run(options: argparse.Namespace) -> None:
             pca_contexts=64,
         )
     seeds = range(options.seed, options.seed + options.seeds)
-    options.out.mkdir(parents=True, exist_ok=True)
 
     parts = [
         Part(

@@ -4,7 +4,6 @@ import argparse
 import copy
 import sys
 import traceback
-import warnings
 from contextlib import redirect_stdout
 
 import torch
@@ -14,6 +13,7 @@ from saelens_scaffold.evals.plan import Job, make_plan
 from saelens_scaffold.evals.selected_saes import SelectedSAEs
 from saelens_scaffold.evals.table import FAILED, Outcome, judged_views, results_table
 from saelens_scaffold.interruption import interruptible, raise_if_interrupted
+from saelens_scaffold.quiet import ignore_model_kwargs
 
 
 def run(options: argparse.Namespace) -> int:
@@ -27,8 +27,7 @@ def run(options: argparse.Namespace) -> int:
         The exit status: 0, 1 if an evaluation failed, 2 if nothing was run because the
         command line makes no sense, 130 after an interruption.
     """
-    # true of many SAEs, which SAEBench and this package give no heed to
-    warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
+    ignore_model_kwargs()
     try:
         plan = make_plan(options)
     except BAD_INPUT as error:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +52,7 @@ def run_evaluation(
     output_path: str | os.PathLike[str],
     force_rerun: bool,
     view: View = "whole",
+    rank_in: Callable[[dict[str, Any]], int | None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
     Evaluate the SAEs that have no result yet, and write one JSON file for each.
@@ -66,6 +67,8 @@ def run_evaluation(
         output_path: Folder for the results.
         force_rerun: Whether to evaluate SAEs again that have a result.
         view: The form of a scaffold SAE that is judged.
+        rank_in: Finds in a result which `SelectedSAE.subspace_rank` it was measured with,
+            if that matters. An SAE for which the call has another is evaluated again.
 
     Returns:
         The results as dictionaries, those that were there already included, under the
@@ -76,7 +79,7 @@ def run_evaluation(
             or of other weights in that folder and force_rerun is False.
     """
     saes = resolve_saes(selected_saes, device, getattr(config, "llm_dtype", ""), view)
-    done = {} if force_rerun else _existing(saes, config, output_path)
+    done = {} if force_rerun else _existing(saes, config, output_path, rank_in)
     missing = [sae for sae in saes if sae.key not in done]
     for key in done:
         logger.info("Skipping %s, whose result is in %s", key, output_path)
@@ -85,7 +88,6 @@ def run_evaluation(
     if missing:
         Path(output_path).mkdir(parents=True, exist_ok=True)
         about_this_run = {
-            "eval_config": config,
             "eval_id": get_eval_uuid(),
             "sae_bench_commit_hash": get_sae_bench_version(),
             "sae_lens_version": get_sae_lens_version(),
@@ -93,6 +95,7 @@ def run_evaluation(
         for sae, result in measure(config, missing, device):
             fields = {
                 **about_this_run,
+                "eval_config": _config_of(sae, config),
                 "datetime_epoch_millis": int(datetime.now().timestamp() * 1000),
                 "sae_lens_id": sae.sae_id,
                 "sae_lens_release_id": sae.release,
@@ -148,11 +151,33 @@ def check_result(
     return result
 
 
+def _config_of(sae: SelectedSAE, config: Any) -> Any:
+    """The configuration as it is for one SAE: the baseline is compared with nothing."""
+    if getattr(config, "baseline", None) == sae.label:
+        return replace(config, baseline=None)
+    return config
+
+
 def _existing(
-    saes: list[SelectedSAE], config: Any, output_path: str | os.PathLike[str]
+    saes: list[SelectedSAE],
+    config: Any,
+    output_path: str | os.PathLike[str],
+    rank_in: Callable[[dict[str, Any]], int | None] | None,
 ) -> dict[str, dict[str, Any]]:
-    return {
-        sae.key: check_result(sae.result_path(output_path), config, sae)
-        for sae in saes
-        if sae.result_path(output_path).exists()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for sae in saes:
+        file = sae.result_path(output_path)
+        if not file.exists():
+            continue
+        result = check_result(file, _config_of(sae, config), sae)
+        rank = rank_in(result) if rank_in is not None else None
+        wanted = getattr(config, "pca_rank", None) or sae.subspace_rank
+        if rank is not None and rank != wanted:
+            logger.warning(
+                "Measuring %s again, beside subspaces of rank %d, by the SAEs of this "
+                "call; %s is of rank %d. (pca_rank sets it for every call.)",
+                *(sae.label, wanted, file, rank),
+            )
+            continue
+        found[sae.key] = result
+    return found

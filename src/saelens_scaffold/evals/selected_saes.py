@@ -51,11 +51,15 @@ class SelectedSAE:
         release: Its SAELens release, or the name it was given.
         sae_id: Its id in the release, or "custom_sae", as in SAEBench.
         sae: The SAE.
+        subspace_rank: Rank of the subspaces (PCA, random) that its scaffold is compared
+            with: the rank of its scaffold; for a plain SAE the largest in the call, so
+            that tables line up, else 24, the paper's.
     """
 
     release: str
     sae_id: str
     sae: SAE[Any]
+    subspace_rank: int = PAPER_RANK
 
     @property
     def key(self) -> str:
@@ -79,26 +83,16 @@ class SelectedSAE:
 
     def result_path(self, output_path: str | os.PathLike[str]) -> Path:
         """Where SAEBench keeps this SAE's result."""
-        return Path(
-            general_utils.get_results_filepath(
-                os.fspath(output_path), self.release, self.sae_id
-            )
-        )
+        return result_path(output_path, self.release, self.sae_id)
 
 
-def subspace_rank(sae: SelectedSAE, saes: Sequence[SelectedSAE]) -> int:
-    """
-    Rank of the subspaces (PCA, random) that an SAE's scaffold is compared with.
-
-    Args:
-        sae: The SAE.
-        saes: All SAEs of the call.
-
-    Returns:
-        The rank of its scaffold; for a plain SAE the largest in the call, so that tables
-        line up, else 24, the paper's.
-    """
-    return sae.rank or max(other.rank for other in saes) or PAPER_RANK
+def result_path(
+    output_path: str | os.PathLike[str], release: str, sae_id: str = CUSTOM_SAE_ID
+) -> Path:
+    """Where SAEBench keeps the result of an SAE, which need not be there."""
+    return Path(
+        general_utils.get_results_filepath(os.fspath(output_path), release, sae_id)
+    )
 
 
 def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[Any]]]:
@@ -183,6 +177,9 @@ def resolve_saes(
         # The weights are the SAE, and SAEBench's results carry the metadata.
         sae.cfg.metadata.weights_sha256 = weights_sha256(sae)
         resolved.append(SelectedSAE(release, sae_id, sae))
+    largest = max(sae.rank for sae in resolved)
+    for sae in resolved:
+        sae.subspace_rank = sae.rank or largest or PAPER_RANK
 
     files = [sae.result_path("") for sae in resolved]
     twice = sorted({file.name for file in files if files.count(file) > 1})

@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-import warnings
 
 from saelens_scaffold.hub.hub_errors import HubUploadError
 from saelens_scaffold.hub.plan import README, UploadSummary
 from saelens_scaffold.hub.sources import given_saes, results_folders, split_id
 from saelens_scaffold.hub.upload import upload_scaffold_saes
 from saelens_scaffold.interruption import interruptible
+from saelens_scaffold.quiet import ignore_model_kwargs
 
 
 def run(options: argparse.Namespace) -> int:
@@ -22,8 +22,7 @@ def run(options: argparse.Namespace) -> int:
         The exit status: 0, 1 if the Hub refused or could not be reached, 2 if the input
         makes no sense, 130 after an interruption.
     """
-    # true of many SAEs, and nothing to those who upload them
-    warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
+    ignore_model_kwargs()
     try:
         # One directory may be a run, whose own files go along.
         saes = given_saes(options.saes)

@@ -1,12 +1,18 @@
 """Carrying an upload out: a commit for each SAE, and one for the card."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+)
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -178,18 +184,27 @@ class HubUpload:
             revision=self.revision,
             create_pr=self.opens_pr,
         )
-        commit = try_again(
-            lambda: self.api.create_commit(
+
+        def commit_without(paths: Iterable[str]) -> CommitInfo:
+            return self.api.create_commit(
                 self.repo_id,
-                [*additions, *map(CommitOperationDelete, left_over)],
+                [*additions, *map(CommitOperationDelete, paths)],
                 commit_message=title,
                 revision=self.revision,
                 create_pr=self.opens_pr,
-            ),
-            # A commit made twice is harmless, as the second changes nothing; a pull
-            # request opened twice is not.
-            NOTHING_DONE if self.opens_pr else TRY_AGAIN,
-        )
+            )
+
+        def make() -> CommitInfo:
+            try:
+                return commit_without(left_over)
+            except EntryNotFoundError:
+                # what is to go is gone, as after a commit of which the answer was lost
+                there = self.api.list_repo_files(self.repo_id, revision=self.revision)
+                return commit_without(sorted(set(left_over) & set(there)))
+
+        # A commit made twice is harmless, as the second changes nothing; a pull request
+        # opened twice is not.
+        commit = try_again(make, NOTHING_DONE if self.opens_pr else TRY_AGAIN)
         self.remote_files = (self.remote_files | set(files)) - set(left_over)
         if commit.oid == self.head:
             return None

@@ -14,6 +14,7 @@ from sae_lens.saes.sae import SAE
 
 from saelens_scaffold.digest import weights_sha256
 from saelens_scaffold.evals.registry import Evaluation, Metric, known_evaluations
+from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 
 
@@ -61,11 +62,7 @@ class EvaluationResult:
         field = self.evaluation.data_field if self.evaluation else "dataset"
         named = self.config.get(field)
         names = named if isinstance(named, list) else [named or self.name]
-        # of a path, the directories are nobody's business
-        return ", ".join(
-            Path(name).name if Path(name).is_absolute() or name[:1] == "." else name
-            for name in map(str, names)
-        )
+        return ", ".join(without_directories(str(name)) for name in names)
 
     def metrics(self) -> Iterator[tuple[Metric, float]]:
         """The headline metrics that it has a value for."""

@@ -14,6 +14,7 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from saelens_scaffold.evals.table import markdown
 from saelens_scaffold.hub.evaluation_results import model_index_entries
 from saelens_scaffold.hub.facts import Facts, facts_of, shown
+from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.hub.sae_ids import PLAIN_FORM
 from saelens_scaffold.hub.sources import UploadedSAE
 
@@ -82,7 +83,7 @@ def model_card(
     """
     name = hf_repo_id.partition("/")[2]
     facts = {sae.sae_id: facts_of(sae) for sae in saes}
-    scaffold = [sae for sae in saes if sae.rank]
+    scaffold = [sae for sae in saes if sae.in_scaffold_form]
     parts = [f"# {name}", _introduction(saes), _WHAT_IT_IS if scaffold else ""]
     if has_figure:
         parts.append(_figure(facts))
@@ -107,7 +108,7 @@ def _front_matter(
     datasets = (
         list(settings.datasets) if settings.datasets is not None else _datasets(saes)
     )
-    has_scaffold = any(sae.rank for sae in saes)
+    has_scaffold = any(sae.in_scaffold_form for sae in saes)
     entries = [
         entry for sae in saes for entry in model_index_entries(sae.sae_id, sae.results)
     ]
@@ -161,7 +162,9 @@ def _introduction(saes: Sequence[UploadedSAE]) -> str:
     n_scaffold = sum(bool(sae.rank) for sae in saes)
     kinds = [f"{n_scaffold} with a scaffold"] * bool(n_scaffold)
     kinds += [f"{len(saes) - n_scaffold} plain"] * (n_scaffold < len(saes))
-    models = dict.fromkeys(str(sae.cfg.metadata.model_name) for sae in saes)
+    models = dict.fromkeys(
+        without_directories(str(sae.cfg.metadata.model_name)) for sae in saes
+    )
     return (
         f"Sparse autoencoders (SAEs) of {_code(models)}, for "
         f"[SAELens](https://github.com/decoderesearch/SAELens): {' and '.join(kinds)}."
@@ -197,11 +200,11 @@ def _overview(saes: Sequence[UploadedSAE], facts: Mapping[str, Facts]) -> str:
         l0_total = None if known.l0_sparse is None else known.l0_sparse + sae.rank
         table.add_row(
             _code([sae.sae_id]),
-            _code([metadata.model_name]),
+            _code([without_directories(metadata.model_name)]),
             _code([metadata.hook_name]),
             str(sae.cfg.d_in),
             str(sae.cfg.d_sae),
-            str(sae.rank or "-"),
+            str(sae.rank) if sae.in_scaffold_form else "-",
             shown(known.l0_sparse, 1),
             shown(l0_total, 1),
             escape(known.dense_latents),
@@ -272,8 +275,8 @@ checks it before it is loaded."""
 
 
 def _load_plain(saes: Sequence[UploadedSAE], hf_repo_id: str, jumprelu: bool) -> str:
-    scaffold = [sae for sae in saes if sae.rank]
-    plain = [sae for sae in saes if not sae.rank]
+    scaffold = [sae for sae in saes if sae.in_scaffold_form]
+    plain = [sae for sae in saes if not sae.in_scaffold_form]
     if scaffold and jumprelu:
         rank = scaffold[0].rank
         said = (
@@ -333,18 +336,11 @@ def _training(saes: Sequence[UploadedSAE]) -> str:
             _code([sae.sae_id]),
             _plain(metadata.training_architecture or sae.cfg.architecture()),
             _plain(details.get("k") if isinstance(details, dict) else None),
-            _plain(_dataset_name(metadata.dataset_path)),
+            _plain(without_directories(metadata.dataset_path)),
             _plain(metadata.context_size),
             sae.cfg.dtype,
         )
     return markdown(table)
-
-
-def _dataset_name(path: object) -> object:
-    # of a path on somebody's disk, the directories are nobody's business
-    if isinstance(path, str) and (path[:1] in "./~" or Path(path).is_absolute()):
-        return Path(path).name
-    return path
 
 
 def _table(*columns: str, n_text: int) -> Table:

@@ -73,8 +73,8 @@ class UploadedSAE:
         return int(getattr(self.cfg, "scaffold_rank", 0))
 
     @property
-    def has_scaffold(self) -> bool:
-        """Whether it is in the form that needs this package."""
+    def in_scaffold_form(self) -> bool:
+        """Whether it is in the form that needs this package, whatever its rank is."""
         return self.cfg.architecture() == "scaffold_jumprelu"
 
     @property

@@ -1,7 +1,7 @@
 """The files of an SAE as they are in the repository."""
 
 import copy
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,13 @@ from safetensors.torch import save_file
 
 from saelens_scaffold.digest import weights_sha256
 from saelens_scaffold.hub.evaluation_results import file_names
+from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.hub.sae_ids import PLAIN_FORM, RESULTS_FOLDER
 from saelens_scaffold.hub.sources import UploadedSAE
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
+
+_CONFIGURATIONS = ("eval_config", "sae_cfg_dict")
+"""What of an evaluation result says how it came about."""
 
 
 def write_files(
@@ -34,12 +38,16 @@ def write_files(
     if uploaded.log_sparsity is not None:
         _save_sparsity(uploaded.log_sparsity, folder)
     if uploaded.runner_cfg is not None:
-        shutil.copyfile(uploaded.runner_cfg, folder / RUNNER_CFG_FILENAME)
+        runner_cfg = json.loads(uploaded.runner_cfg.read_text(encoding="utf-8"))
+        _write_json(without_directories(runner_cfg), folder / RUNNER_CFG_FILENAME)
     if uploaded.results:
         (folder / RESULTS_FOLDER).mkdir()
         names = file_names(uploaded.results)
         for name, result in zip(names, uploaded.results, strict=True):
-            shutil.copyfile(result.file, folder / RESULTS_FOLDER / name)
+            # not in all of it, where text that was read may look like a path
+            about = {k: v for k, v in result.content.items() if k in _CONFIGURATIONS}
+            content = {**result.content, **without_directories(about)}
+            _write_json(content, folder / RESULTS_FOLDER / name)
 
     if jumprelu and isinstance(sae, ScaffoldMixin):
         plain = folder / PLAIN_FORM
@@ -54,7 +62,7 @@ def write_files(
 def how_to_load(uploaded: UploadedSAE, hf_repo_id: str, jumprelu: bool) -> str:
     """What the configuration says to those who read it because the SAE does not load."""
     call = _load_call(uploaded, hf_repo_id)
-    if not uploaded.has_scaffold:
+    if not uploaded.in_scaffold_form:
         return call
     text = f"pip install saelens-scaffold; then import saelens_scaffold, and {call}"
     if jumprelu:
@@ -76,9 +84,15 @@ def _save(sae: SAE[Any], folder: Path, hint: str) -> None:
         sae.cfg = copy.deepcopy(cfg)  # that of an SAE of the user's stays as it is
         sae.cfg.metadata.how_to_load = hint
         sae.cfg.metadata.weights_sha256 = weights_sha256(sae)
+        for name, value in sae.cfg.metadata.to_dict().items():
+            setattr(sae.cfg.metadata, name, without_directories(value))
         sae.save_model(folder)
     finally:
         sae.cfg = cfg
+
+
+def _write_json(content: Any, file: Path) -> None:
+    file.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _save_sparsity(log_sparsity: torch.Tensor, folder: Path) -> None:

@@ -136,6 +136,9 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     architecture = cfg.get("architecture")
     cfg_class = _config_class(architecture)
     hints = get_type_hints(cfg_class)
+    # SAELens allows this one, and does not annotate it
+    of_saelens = get_args(hints["normalize_activations"])
+    hints["normalize_activations"] = Literal[(*of_saelens, "constant_norm_rescale")]
     known = {field.name for field in fields(cfg_class)}
     unknown = sorted(set(cfg) - known - _NO_FIELDS)
     if unknown:
@@ -339,8 +342,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_is_of(value, option) for option in get_args(hint))
     if origin is Literal:
-        # SAELens allows this one for normalize_activations, and does not annotate it
-        return value in (*get_args(hint), "constant_norm_rescale")
+        return value in get_args(hint)
     if hint is type(None):
         return value is None
     if isinstance(value, bool):  # which to Python is an int

@@ -82,6 +82,11 @@ def analyse_rank(
             f"the model {config.model_name} has no hook point {hook_name!r} in a layer"
         )
     if sae is not None:
+        if sae.rank:
+            raise ValueError(
+                f"SAE {sae.label!r} has a scaffold (of rank {sae.rank}), which has taken "
+                "over dense latents already; name a plain SAE of this hook point, or none"
+            )
         if sae.hook_name != hook_name:
             raise ValueError(
                 f"SAE {sae.label!r} was trained at {sae.hook_name}, not at {hook_name}"
@@ -111,7 +116,7 @@ def analyse_rank(
     if sae is not None and firing is not None:
         dense = (firing.fired / moments.n > DENSE_THRESHOLD).cpu()
         n_dense = int(dense.sum())
-        decoder = sae.sae.W_dec[sae.rank :].detach().cpu()[dense]
+        decoder = sae.sae.W_dec.detach().cpu()[dense]
         candidates += dense_latent_candidates(decoder, directions.cpu())
     return RankAnalysis(
         suggestion=suggested(candidates),

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -11,7 +10,9 @@ from saelens_scaffold.evals.configs import common_model_name, make_config
 from saelens_scaffold.evals.selected_saes import load_saes, resolve_saes
 from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME
 from saelens_scaffold.evals.text_eval_config import TextEvalConfig
+from saelens_scaffold.files import make_writable
 from saelens_scaffold.interruption import interruptible
+from saelens_scaffold.quiet import ignore_model_kwargs
 from saelens_scaffold.rank.analysis import analyse_rank
 from saelens_scaffold.rank.report import analysis_text, write_analysis
 
@@ -26,7 +27,8 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit status: 0, 2 if the input makes no sense, 130 after an interruption.
     """
-    warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
+    ignore_model_kwargs()
+    out = Path(options.out)
     try:
         loaded = load_saes([options.sae_path] if options.sae_path else [])
         model_name = options.model_name or (common_model_name(loaded) if loaded else "")
@@ -55,7 +57,9 @@ def run(options: argparse.Namespace) -> int:
         )
         # what TransformerLens prints goes to stderr
         with interruptible(), redirect_stdout(sys.stderr):
+            make_writable(out)
             analysis = analyse_rank(config, hook_name, device, sae)
+        write_analysis(analysis, out)
     except BAD_INPUT as error:
         print(f"saelens-scaffold rank: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -63,8 +67,5 @@ def run(options: argparse.Namespace) -> int:
         print("\nsaelens-scaffold rank: interrupted.", file=sys.stderr)
         return 130
     print(analysis_text(analysis))
-    write_analysis(analysis, Path(options.out))
-    print(
-        f"The spectrum is in {Path(options.out, 'rank.png')}, all numbers in rank.json."
-    )
+    print(f"The spectrum is in {out / 'rank.png'}, all numbers in rank.json.")
     return 0

@@ -31,8 +31,7 @@ def analysis_text(analysis: RankAnalysis) -> str:
 
 
 def write_analysis(analysis: RankAnalysis, folder: Path) -> None:
-    """Write rank.json and rank.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write rank.json and rank.png into a folder."""
     with new_file(folder / "rank.json") as file:
         file.write_text(json.dumps(asdict(analysis), indent=2), encoding="utf-8")
     with new_file(folder / "rank.png") as file:

@@ -155,6 +155,23 @@ def scaffold_rank(sae: SAE[Any]) -> int:
     return int(getattr(sae.cfg, "scaffold_rank", 0))
 
 
+def check_scaffold_rank(cfg: Any) -> None:
+    """
+    See that an SAE configuration's `scaffold_rank` is one that it can have.
+
+    Raises:
+        ValueError: It is none.
+    """
+    rank, max_rank = cfg.scaffold_rank, min(cfg.d_in, cfg.d_sae) - 1
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise ValueError(f"scaffold_rank must be an int, got {rank!r}.")
+    if not 0 <= rank <= max_rank:
+        raise ValueError(
+            f"scaffold_rank must be from 0 to {max_rank} (less than d_in={cfg.d_in} and "
+            f"d_sae={cfg.d_sae}), got {rank}."
+        )
+
+
 @torch.no_grad()
 def build_sae(
     sae_class: type[SAE[Any]], cfg: Any, state_dict: dict[str, torch.Tensor]

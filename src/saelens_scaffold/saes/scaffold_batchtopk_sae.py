@@ -28,6 +28,7 @@ from saelens_scaffold.saes.scaffold import (
     ScaffoldActivation,
     ScaffoldMixin,
     build_sae,
+    check_scaffold_rank,
     is_hooked,
 )
 from saelens_scaffold.saes.scaffold_jumprelu_sae import (
@@ -118,18 +119,7 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         Raises:
             ValueError: If a field has a value that a scaffold SAE cannot be trained with.
         """
-        max_rank = min(self.d_in, self.d_sae) - 1
-        if not isinstance(self.scaffold_rank, int) or isinstance(
-            self.scaffold_rank, bool
-        ):
-            raise ValueError(
-                f"scaffold_rank must be an int, got {self.scaffold_rank!r}."
-            )
-        if not 0 <= self.scaffold_rank <= max_rank:
-            raise ValueError(
-                f"scaffold_rank must be from 0 to {max_rank} (less than "
-                f"d_in={self.d_in} and d_sae={self.d_sae}), got {self.scaffold_rank}."
-            )
+        check_scaffold_rank(self)
         n_sparse = self.d_sae - self.scaffold_rank
         if not 0 < self.k <= n_sparse:
             raise ValueError(
@@ -530,9 +520,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         """
         This SAE as `save_inference_model` saves it, without the way over the disk.
 
-        The weights are copies.
+        The weights are copies, and the training may go on.
         """
-        plugins.end_training(self)
         state_dict = self.state_dict()
         self.process_state_dict_for_saving_inference(state_dict)
         cfg = ScaffoldJumpReLUSAEConfig.from_dict(self.cfg.get_inference_sae_cfg_dict())

@@ -14,6 +14,7 @@ from saelens_scaffold.kernels.inference import decode_few, jumprelu_encode
 from saelens_scaffold.saes.scaffold import (
     ScaffoldActivation,
     ScaffoldMixin,
+    check_scaffold_rank,
     is_hooked,
 )
 
@@ -47,11 +48,7 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.scaffold_rank < self.d_sae:
-            raise ValueError(
-                f"scaffold_rank must be from 0 to d_sae - 1 = {self.d_sae - 1}, "
-                f"got {self.scaffold_rank!r}."
-            )
+        check_scaffold_rank(self)
         check_kernels(self.kernels)
 
 

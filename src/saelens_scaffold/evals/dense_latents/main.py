@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sae_bench.sae_bench_utils import general_utils
 
 from saelens_scaffold.evals.bootstrap import Interval, SequenceBootstrap, interval
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
@@ -40,7 +39,7 @@ from saelens_scaffold.evals.selected_saes import (
     SelectedSAE,
     SelectedSAEs,
     label_of,
-    subspace_rank,
+    result_path,
 )
 from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.subspaces import (
@@ -93,7 +92,7 @@ def run_eval(
                 f"baseline is {config.baseline!r}; it must be one of the SAEs in the call: {labels}"
             )
         pair = pairs[labels.index(config.baseline)]
-        baseline_file = Path(general_utils.get_results_filepath(output_path, *pair))
+        baseline_file = result_path(output_path, *pair)
     return run_evaluation(
         partial(_measure, baseline_file=baseline_file),
         DenseLatentsEvalOutput,
@@ -102,6 +101,7 @@ def run_eval(
         device,
         output_path,
         force_rerun,
+        rank_in=lambda result: result.get("pca_rank"),
     )
 
 
@@ -143,7 +143,6 @@ def _measure(
         if baseline is None:  # its result is there from an earlier call
             baseline = _stored_dense_counts(baseline_file)
     for sae in saes:
-        rank = config.pca_rank or subspace_rank(sae, saes)
         yield (
             sae,
             _result(
@@ -153,7 +152,7 @@ def _measure(
                 text[sae.hook_name],
                 counts_of[sae.label],
                 None if sae.label == config.baseline else baseline,
-                rank,
+                config.pca_rank or sae.subspace_rank,
             ),
         )
 

@@ -44,11 +44,7 @@ from saelens_scaffold.evals.scaffold_ablation.topics import (
     TopicTexts,
     load_topic_texts,
 )
-from saelens_scaffold.evals.selected_saes import (
-    SelectedSAE,
-    SelectedSAEs,
-    subspace_rank,
-)
+from saelens_scaffold.evals.selected_saes import SelectedSAE, SelectedSAEs
 from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.subspaces import ActivationMoments
 
@@ -96,6 +92,7 @@ def run_eval(
         device,
         output_path,
         force_rerun,
+        rank_in=lambda result: result["eval_result_metrics"]["geometry"]["pca_rank"],
     )
 
 
@@ -111,7 +108,7 @@ def _measure(
             if config.topics
             else None
         )
-        ranks = {sae.key: config.pca_rank or subspace_rank(sae, saes) for sae in group}
+        ranks = {sae.key: config.pca_rank or sae.subspace_rank for sae in group}
         fit, of = _fit(config, hooked, group, stream)
         changes = {
             sae.key: interventions(config, fit, of[sae.key], ranks[sae.key])

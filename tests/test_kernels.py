@@ -337,6 +337,22 @@ def test_a_lazy_tensor_is_made_once_and_when_it_is_needed():
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("first_look", [torch.no_grad, torch.inference_mode])
+def test_a_lazy_tensor_has_its_gradient_whoever_looks_first(first_look: Any):
+    weight = torch.tensor(2.0, requires_grad=True)
+    z, active, place = weight * torch.ones(2, 1), weight * torch.ones(1), torch.zeros(1)
+    acts = SparseActivations(z, active, place.long(), place.long(), 3)
+    with first_look():
+        assert not acts[:, 1:].max().requires_grad
+        detached = acts.detach()
+    (weight * acts[:, 1:]).sum().backward()
+    assert weight.grad == 4
+    assert not (detached + 0).requires_grad
+    with torch.no_grad():
+        without = LazyTensor(lambda: 2 * weight, (), weight)
+    assert not (without + 0).requires_grad
+
+
 @given(n_tokens=st.integers(1, 5), rank=st.integers(0, 3), n=st.integers(0, 20))
 @settings(max_examples=50, deadline=None)
 def test_sparse_activations_are_as_the_dense_ones(n_tokens: int, rank: int, n: int):

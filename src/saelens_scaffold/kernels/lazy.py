@@ -29,7 +29,8 @@ class LazyTensor(torch.Tensor):
     A tensor that is made when first an operation needs its elements, and then kept.
 
     What makes it may be differentiable: the operation gets the tensor as it was made,
-    gradients and all.
+    gradients and all. Whether they are is decided where the lazy tensor is made, as for any
+    other tensor, and not by who looks into it first.
 
     Args:
         make: Makes the tensor.
@@ -39,6 +40,7 @@ class LazyTensor(torch.Tensor):
 
     _make: Callable[[], torch.Tensor]
     _made: torch.Tensor | None
+    _with_grad: bool
 
     @staticmethod
     def __new__(
@@ -51,6 +53,7 @@ class LazyTensor(torch.Tensor):
             cls, shape, dtype=like.dtype, device=like.device
         )
         tensor._make, tensor._made = make, None
+        tensor._with_grad = torch.is_grad_enabled()
         return tensor
 
     def __init__(self, *_: Any):
@@ -59,7 +62,8 @@ class LazyTensor(torch.Tensor):
     def made(self) -> torch.Tensor:
         """The tensor itself."""
         if self._made is None:
-            self._made = self._make()
+            with torch.inference_mode(False), torch.set_grad_enabled(self._with_grad):
+                self._made = self._make()
         return self._made
 
     @classmethod

@@ -21,7 +21,7 @@ from helpers import (
     train,
     trainer_for,
 )
-from saelens_scaffold import ScaffoldBatchTopKTrainingSAE
+from saelens_scaffold import ScaffoldBatchTopKTrainingSAE, plugins
 from saelens_scaffold.kernels import choice, torch_ops
 from saelens_scaffold.kernels.lazy import SparseActivations
 
@@ -185,6 +185,26 @@ def test_pre_activations_are_not_those_of_changed_weights():
         output.hidden_pre.sum()
 
 
+def test_pre_activations_are_not_those_of_changed_weights_where_biases_are_frozen():
+    sae = scaffold_sae(kernels="torch")
+    sae.b_enc.requires_grad_(False)
+    sae.b_dec.requires_grad_(False)
+    optimizer = torch.optim.Adam(sae.parameters())
+    output = step(sae, activations(100), None)
+    output.loss.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="before the optimizer's step"):
+        output.hidden_pre.sum()
+
+
+def test_weights_that_are_not_numbers_have_not_changed():
+    sae = scaffold_sae(kernels="torch")
+    x = activations(100)
+    step(sae, x, None)
+    sae.b_enc.data[RANK] = torch.nan
+    assert step(sae, x, None).hidden_pre[:, RANK].isnan().all()
+
+
 def test_few_positive_pre_activations():
     saes = twins("scaffold_batchtopk", k=40.0)
     x = activations(100, seed=77)
@@ -220,24 +240,56 @@ def test_a_loss_that_is_not_a_number_is_one_in_kernels_too():
     assert step(sae, x, None).loss.isnan()
 
 
-def test_hooks_get_dense_code():
-    sae, reference = twins("scaffold_batchtopk")
-    x = activations(100, seed=77)
-    expected = step(reference, x, None)
-    seen: list[torch.Tensor] = []
+HOOK_POINTS = [
+    "hook_sae_input",
+    "hook_sae_acts_pre",
+    "hook_sae_acts_post",
+    "hook_sae_recons",
+]
 
-    def see(tensor: torch.Tensor, hook: Any) -> None:
-        seen.append(tensor)
 
-    for point in ("hook_sae_acts_pre", "hook_sae_acts_post"):
-        with sae.hooks(fwd_hooks=[(point, see)]):
-            output = step(sae, x, None)
-        assert type(seen[-1]) is torch.Tensor and seen[-1].shape == (100, D_SAE)
-        torch.testing.assert_close(output.feature_acts, expected.feature_acts)
-    with sae.hooks(fwd_hooks=[("hook_sae_recons", zero)]):
-        output = step(sae, x, None)
-    assert isinstance(output.feature_acts, SparseActivations)
-    assert (output.sae_out == 0).all()
+@pytest.mark.parametrize("point", HOOK_POINTS)
+def test_hooks_do_what_they_do_in_dense_code(point: str):
+    saes = twins("scaffold_batchtopk")
+    x, dead = activations(100, seed=77), torch.ones(D_SAE, dtype=torch.bool)
+    outputs, factors = [], []
+    for sae in saes:
+        factor = torch.tensor(0.5, requires_grad=True)
+
+        def scaled(
+            tensor: torch.Tensor, hook: Any, factor: torch.Tensor = factor
+        ) -> torch.Tensor:
+            assert type(tensor) is torch.Tensor
+            return factor * tensor
+
+        with sae.hooks(fwd_hooks=[(point, scaled)]):
+            outputs.append(step(sae, x, dead))
+        outputs[-1].loss.backward()
+        factors.append(factor)
+    for name, loss in outputs[1].losses.items():
+        torch.testing.assert_close(outputs[0].losses[name], loss)
+    assert factors[0].grad is not None
+    torch.testing.assert_close(factors[0].grad, factors[1].grad)
+    assert_same_gradients(saes, 1e-5)
+
+
+def test_hooks_that_a_plugin_attaches_before_a_step_fire_in_it():
+    sae = scaffold_sae(kernels="torch")
+    seen: list[torch.Size] = []
+
+    class Watches:
+        @plugins.hookimpl
+        def before_training_forward_pass(
+            self, sae: ScaffoldBatchTopKTrainingSAE
+        ) -> None:
+            sae.reset_hooks()
+            sae.add_hook(
+                "hook_sae_acts_post", lambda acts, hook: seen.append(acts.shape)
+            )
+
+    plugins.plugins_of(sae).register(Watches())
+    step(sae, activations(100), None)
+    assert seen == [(100, D_SAE)]
 
 
 def zero(tensor: torch.Tensor, hook: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch.autograd import forward_ad
 
 from helpers import (
     D_IN,
@@ -176,6 +177,15 @@ def test_losses_of_ones_own_on_activations_and_pre_activations(architecture: str
         own = output.feature_acts.abs().sum() + output.hidden_pre.pow(2).sum()
         (output.loss + own).backward()
     assert_same_gradients(saes, 1e-5)
+
+
+def test_gradients_that_the_loss_does_not_have_are_not_kept():
+    output = step(scaffold_sae(kernels="torch"), activations(100), None)
+    for lazy in (output.feature_acts, output.hidden_pre):
+        with pytest.raises(RuntimeError, match="retain_grad .* kernels='reference'"):
+            lazy.retain_grad()
+        with pytest.raises(RuntimeError, match="register_hook .*'hook_sae_acts_post'"):
+            lazy.register_hook(lambda grad: grad)
 
 
 def test_pre_activations_are_not_those_of_changed_weights():
@@ -451,6 +461,35 @@ def test_hooks_and_autocast_at_inference():
             torch.testing.assert_close(
                 sae.decode(expected).float(), sae.decode(expected), rtol=2e-2, atol=2e-2
             )
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.compile(f, backend="eager", fullgraph=True)(x),
+        lambda f, x: torch.func.vmap(f)(x),
+        lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+        lambda f, x: tangent_of(f, x),
+    ],
+    ids=["compile", "vmap", "jvp", "forward-mode"],
+)
+def test_transformations_get_dense_code(transform: Any):
+    sparse = train(scaffold_sae(), steps=10).to_inference()
+    dense = copy.deepcopy(sparse)
+    sparse.cfg.kernels, dense.cfg.kernels = "torch", "reference"
+    x = activations(20)
+    for part in (lambda sae: sae.encode, lambda sae: sae):
+        with torch.no_grad():
+            ours, theirs = (transform(part(sae), x) for sae in (sparse, dense))
+        torch.testing.assert_close(ours, theirs)
+
+
+def tangent_of(function: Any, x: torch.Tensor) -> torch.Tensor:
+    with forward_ad.dual_level():
+        output = function(forward_ad.make_dual(x, x))
+        tangent = forward_ad.unpack_dual(output).tangent
+    assert tangent is not None
+    return tangent
 
 
 def test_no_warning_is_given_on_a_cpu():

@@ -22,6 +22,7 @@ _DESCRIPTIONS = {
     torch.Tensor.numel,
     torch.Tensor.__len__,
 }
+_OF_THE_BACKWARD_PASS = {torch.Tensor.retain_grad, torch.Tensor.register_hook}
 
 
 class LazyTensor(torch.Tensor):
@@ -29,7 +30,8 @@ class LazyTensor(torch.Tensor):
     A tensor that is made when first an operation needs its elements, and then kept.
 
     What makes it may be differentiable: the operation gets the tensor as it was made,
-    gradients and all. Whether they are is decided where the lazy tensor is made, as for any
+    gradients and all. But a loss that was computed without the tensor does not go backward
+    through it, so it refuses to keep that gradient, which would be none. Whether they are is decided where the lazy tensor is made, as for any
     other tensor, and not by who looks into it first.
 
     Args:
@@ -77,6 +79,13 @@ class LazyTensor(torch.Tensor):
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func in _OF_THE_BACKWARD_PASS:
+            raise RuntimeError(
+                f"{func.__name__} on a tensor that sparse kernels go backward without: it "
+                "would see no gradient of the loss. Hook the point where the tensor is made "
+                "(as in sae.add_hook('hook_sae_acts_post', ...)), or use "
+                "kernels='reference'."
+            )
         return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
 
     @classmethod

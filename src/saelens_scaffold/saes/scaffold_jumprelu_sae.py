@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from torch import nn
+from torch.autograd import forward_ad
 from typing_extensions import override
 
 from saelens_scaffold.kernels.choice import Kernels, check_kernels, choose_kernels
@@ -135,7 +136,14 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
 
     def _kernels(self) -> ModuleType | None:
         """The sparse kernels for what is computed now, or None for dense code."""
-        if torch.is_grad_enabled():
+        if (
+            torch.is_grad_enabled()
+            # where the number of active latents is none to ask for, nor a tensor one to
+            # write into: compiled code, vmap and jvp, forward-mode gradients
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
             return None
         return choose_kernels(self.cfg.kernels, self.W_enc.device, worthwhile=True)
 

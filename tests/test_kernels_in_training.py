@@ -294,7 +294,7 @@ def test_hooks_that_a_plugin_attaches_before_a_step_fire_in_it():
         ) -> None:
             sae.reset_hooks()
             sae.add_hook(
-                "hook_sae_acts_post", lambda acts, hook: seen.append(acts.shape)
+                "hook_sae_acts_post", lambda tensor, hook: seen.append(tensor.shape)
             )
 
     plugins.plugins_of(sae).register(Watches())
@@ -341,13 +341,25 @@ def test_triton_is_asked_for_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch)
         is_sparse(scaffold_sae(kernels="triton"))
 
 
+@pytest.mark.parametrize(
+    ("has_triton", "capability", "message"),
+    [
+        (False, (9, 0), "Triton is not installed"),
+        (True, (6, 1), "does not support GeForce, which is too old"),
+    ],
+)
 def test_on_cuda_without_triton_pytorch_s_operations_run_and_a_warning_says_so_once(
+    has_triton: bool,
+    capability: tuple[int, int],
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.delenv(choice.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(choice, "has_triton", lambda: False)
-    choice._warn_of_missing_triton.cache_clear()
-    with pytest.warns(UserWarning, match="Triton is not installed") as warned:
+    monkeypatch.setattr(choice, "has_triton", lambda: has_triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GeForce")
+    choice._warn_of_no_triton.cache_clear()
+    with pytest.warns(UserWarning, match=message) as warned:
         for _ in range(3):
             ops = choice.choose_kernels("auto", torch.device("cuda"), worthwhile=True)
             assert ops is torch_ops

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import DEVICES, scaffold_sae, train
-from saelens_scaffold.kernels import torch_ops
+from saelens_scaffold.kernels import choice, torch_ops
 from test_kernels import (
     check_gradients,
     check_operations,
@@ -132,6 +132,17 @@ def test_training_is_that_of_the_reference(architecture: str):
         torch.testing.assert_close(
             value, trained[1].get_parameter(name), atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("source", ["kernels", choice.ENVIRONMENT_VARIABLE])
+def test_they_are_asked_for_on_a_cpu(source: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_ops, "INTERPRETED", False)
+    monkeypatch.delenv(choice.ENVIRONMENT_VARIABLE, raising=False)
+    if source != "kernels":
+        monkeypatch.setenv(source, "triton")
+    asked = "triton" if source == "kernels" else "auto"
+    with pytest.raises(ValueError, match=f"{source}='triton' needs .* got 'cpu'"):
+        choice.choose_kernels(asked, torch.device("cpu"), worthwhile=True)
 
 
 COMPILE = """

@@ -214,6 +214,9 @@ def test_encode_and_decode_take_no_tokens_and_sparse_activations():
         torch.testing.assert_close(sae.decode(acts.to_sparse()), sae.decode(acts))
 
 
-def test_an_sae_trained_in_triton_can_be_used_without():
+def test_an_sae_trained_in_triton_can_be_used_without(tmp_path: Path):
     sae = scaffold_sae("scaffold_batchtopk", kernels="triton").to_inference()
     assert sae.cfg.kernels == "auto"
+    sae.cfg.kernels = "triton"
+    sae.save_model(tmp_path)
+    assert ScaffoldJumpReLUSAE.load_from_disk(tmp_path).cfg.kernels == "auto"

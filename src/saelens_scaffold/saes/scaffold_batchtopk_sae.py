@@ -102,13 +102,6 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         return ScaffoldJumpReLUSAEConfig
 
     @override
-    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
-        cfg = super().get_inference_sae_cfg_dict()
-        if self.kernels == "triton":  # which those who use the SAE may not have
-            cfg["kernels"] = "auto"
-        return cfg
-
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         self.validate()

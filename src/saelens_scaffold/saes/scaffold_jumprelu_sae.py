@@ -29,8 +29,9 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
             scaffold.
         kernels (Literal["auto", "reference", "torch", "triton"]): What encodes and decodes
             where no gradient is asked for. "auto" uses sparse kernels, "reference"
-            SAELens's own dense code. The environment's SAELENS_SCAFFOLD_KERNELS overrides
-            it. See docs/kernels.md.
+            SAELens's own dense code. "triton" becomes "auto", which is the same where
+            Triton can run; those who use the SAE may be elsewhere. The environment's
+            SAELENS_SCAFFOLD_KERNELS overrides it. See docs/kernels.md.
         d_in (int): Input dimension (dimensionality of the activations being encoded).
             Inherited from SAEConfig.
         d_sae (int): Number of latents, those of the scaffold included. Inherited from
@@ -54,6 +55,8 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
                 f"got {self.scaffold_rank!r}."
             )
         check_kernels(self.kernels)
+        if self.kernels == "triton":
+            self.kernels = "auto"
 
 
 class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):

@@ -305,6 +305,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             or type(competing.sparse_activation) is not BatchTopK
             or sae_in.requires_grad
             or sae_in.ndim != 2
+            or len(sae_in) == 0
         ):
             return None
         n_sparse = self.cfg.d_sae - self.cfg.scaffold_rank

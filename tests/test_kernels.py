@@ -173,19 +173,22 @@ def test_not_a_number_is_the_largest_as_for_topk():
     # not by a product, in which the NaN would spread
     select = TopSelection()
     encoder = Encoder(torch.ones(20, 1), torch.zeros(1, 30), torch.zeros(30), None)
-    ops = ModuleType("with a NaN")
-    ops.block_elements = lambda _: 10**9  # type: ignore[attr-defined]
-    ops.above = lambda _, cuts: torch_ops.above(h, cuts)  # type: ignore[attr-defined]
+    passes: list[torch.Tensor] = []
+    ops = counting(passes)
+    above = ops.above
+    ops.above = lambda _, cuts: above(h, cuts)  # type: ignore[attr-defined]
     places, values = select(encoder, 10, ops)
     assert places[values.isnan()].tolist() == [3 * 30 + 4]
     finite = h.flatten().nan_to_num(-1).topk(9).values
     assert torch.equal(values[~values.isnan()].sort(descending=True).values, finite)
     # and the next batch is selected as if nothing had been
     h = torch.rand(20, 30)
+    passes.clear()
     assert torch.equal(
         select(encoder, 10, ops).values.sort(descending=True).values,
         h.flatten().topk(10).values,
     )
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("max_elements", [1, 100, 10**6])

@@ -82,13 +82,14 @@ def test_the_selection_with_biases_and_scales(dtype: torch.dtype, n: int):
         torch.rand(300).to(dtype) + 0.1,
     )
     assert encoder.scale is not None
-    h = (encoder.x @ encoder.W + encoder.b) * encoder.scale
     select = TopSelection()
     for shift in (1.0, 1.3, 0.7, 1.0):  # the guess of one batch is wrong for the next
-        moved = encoder._replace(scale=encoder.scale * shift)
+        scale = encoder.scale * shift
+        moved = encoder._replace(scale=scale)
         places, selected = select(moved, n, torch_ops)
-        expected = (h * shift).relu().flatten().topk(n).values
-        torch.testing.assert_close(
+        h = (encoder.x @ encoder.W + encoder.b) * scale
+        expected = h.relu().flatten().topk(n).values
+        assert torch.equal(
             selected.sort(descending=True).values, expected[expected > 0]
         )
         assert len(places.unique()) == len(places)

@@ -30,9 +30,10 @@ class LazyTensor(torch.Tensor):
     A tensor that is made when first an operation needs its elements, and then kept.
 
     What makes it may be differentiable: the operation gets the tensor as it was made,
-    gradients and all. But a loss that was computed without the tensor does not go backward
-    through it, so it refuses to keep that gradient, which would be none. Whether they are is decided where the lazy tensor is made, as for any
-    other tensor, and not by who looks into it first.
+    gradients and all, if they were enabled where the lazy tensor was, as for any other
+    tensor, and not where someone happened to look into it first. But what was computed
+    without the tensor does not go backward through it, so it cannot be asked for the
+    gradient of a loss (`retain_grad`, `register_hook`).
 
     Args:
         make: Makes the tensor.

@@ -132,7 +132,8 @@ class SparseForward(torch.autograd.Function):
         # in single precision at least, for these may be many to sum up; and not by
         # index_add_, which on a GPU adds in another order each time
         precise = torch.promote_types(W_enc.dtype, torch.float32)
-        one, of_bias = (W_enc.new_ones(n, 1, dtype=precise) for n in (1, S.shape[1]))
+        one = W_enc.new_ones(1, 1, dtype=precise)
+        of_bias = one.new_empty(S.shape[1], 1)
         ops.row_sums(
             entries.latent_offsets, torch.zeros_like(tokens), weights, one, of_bias
         )

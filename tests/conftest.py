@@ -7,6 +7,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # The tests' tensors are small: threads cost more than they bring, and pytest-xdist uses
 # the other cores. Set before torch is imported, and inherited by subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Triton's kernels run on a CPU where Triton interprets them, which it must know when it
-# is imported.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch  # noqa: E402
+
+# Without a GPU, Triton's kernels run where Triton interprets them, which it must know
+# when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

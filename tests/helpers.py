@@ -16,6 +16,9 @@ from saelens_scaffold import (
 
 D_IN, D_SAE, RANK, K = 16, 64, 3, 4.0
 
+# for what runs on a GPU too, where there is one
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
 
 def scaffold_config(
     architecture: str = "scaffold_batchtopk", **overrides: Any

@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from helpers import DEVICES
 from saelens_scaffold.kernels import torch_ops
 from saelens_scaffold.kernels.entries import Entries, sorted_entries
 from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
@@ -81,22 +82,21 @@ def test_the_selection_with_biases_and_scales(dtype: torch.dtype, n: int):
         torch.rand(300).to(dtype) + 0.1,
     )
     assert encoder.scale is not None
-    h = (encoder.x @ encoder.W + encoder.b) * encoder.scale
     select = TopSelection()
     for shift in (1.0, 1.3, 0.7, 1.0):  # the guess of one batch is wrong for the next
-        moved = encoder._replace(scale=encoder.scale * shift)
+        scale = encoder.scale * shift
+        moved = encoder._replace(scale=scale)
         places, selected = select(moved, n, torch_ops)
-        expected = (h * shift).relu().flatten().topk(n).values
-        torch.testing.assert_close(
+        h = (encoder.x @ encoder.W + encoder.b) * scale
+        expected = h.relu().flatten().topk(n).values
+        assert torch.equal(
             selected.sort(descending=True).values, expected[expected > 0]
         )
         assert len(places.unique()) == len(places)
 
 
-def test_a_good_guess_needs_one_pass_and_a_bad_one_another():
-    torch.manual_seed(0)
-    encoder = encoder_of(torch.randn(256, 512))
-    passes: list[torch.Tensor] = []
+def counting(passes: list[torch.Tensor]) -> ModuleType:
+    """Operations on all latents at a time, which note their passes."""
     ops = ModuleType("counting")
 
     def above(values: torch.Tensor, cuts: torch.Tensor):
@@ -104,6 +104,14 @@ def test_a_good_guess_needs_one_pass_and_a_bad_one_another():
         return torch_ops.above(values, cuts)
 
     ops.above, ops.block_elements = above, lambda _: 10**9  # type: ignore[attr-defined]
+    return ops
+
+
+def test_a_good_guess_needs_one_pass_and_a_bad_one_another():
+    torch.manual_seed(0)
+    encoder = encoder_of(torch.randn(256, 512))
+    passes: list[torch.Tensor] = []
+    ops = counting(passes)
     select = TopSelection()
     select(encoder, 2000, ops)
     assert len(passes) == 1, "from a sample"
@@ -113,25 +121,75 @@ def test_a_good_guess_needs_one_pass_and_a_bad_one_another():
     assert len(passes) == 4, "the last batch's is too high, a sample's is not"
 
 
+def in_bfloat16(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("products", "bias", "scale", "guess"),
+    [
+        # 1 + b is rounded up, and so is its multiple, to 1.9921875
+        (
+            in_bfloat16(1.0, 1.984375),
+            in_bfloat16(0.003936767578125, 0.0),
+            in_bfloat16(1.9765625, 1.0),
+            1.98436,
+        ),
+        # guess - b is rounded up, from 2^20 + 1.2 to 2^20 + 1.25
+        (
+            torch.tensor([2.0**20 + 1.25, 1.22]),
+            torch.tensor([-(2.0**20), 0.0]),
+            None,
+            1.2,
+        ),
+    ],
+)
+def test_what_rounding_lifts_above_the_guess_is_not_missed(
+    products: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | None, guess: float
+):
+    encoder = Encoder(torch.ones_like(bias[:1, None]), products[None], bias, scale)
+    h = encoder.pre_activations(products)
+    assert float(h[0]) > float(h[1]) > guess, "the case that is meant"
+    select = TopSelection()
+    select._last_guess = guess
+    assert select(encoder, 1, torch_ops).values == h[0]
+
+
+def test_a_large_bias_costs_no_further_pass():
+    torch.manual_seed(0)
+    encoder = encoder_of(torch.randn(256, 512).to(torch.bfloat16))
+    encoder.b[0] = -100
+    passes: list[torch.Tensor] = []
+    ops = counting(passes)
+    select = TopSelection()
+    select(encoder, 2000, ops)
+    passes.clear()
+    select(encoder, 2000, ops)
+    assert len(passes) == 1
+
+
 def test_not_a_number_is_the_largest_as_for_topk():
     h = torch.randn(20, 30)
     h[3, 4] = torch.nan
     # not by a product, in which the NaN would spread
     select = TopSelection()
     encoder = Encoder(torch.ones(20, 1), torch.zeros(1, 30), torch.zeros(30), None)
-    ops = ModuleType("with a NaN")
-    ops.block_elements = lambda _: 10**9  # type: ignore[attr-defined]
-    ops.above = lambda _, cuts: torch_ops.above(h, cuts)  # type: ignore[attr-defined]
+    passes: list[torch.Tensor] = []
+    ops = counting(passes)
+    above = ops.above
+    ops.above = lambda _, cuts: above(h, cuts)  # type: ignore[attr-defined]
     places, values = select(encoder, 10, ops)
     assert places[values.isnan()].tolist() == [3 * 30 + 4]
     finite = h.flatten().nan_to_num(-1).topk(9).values
     assert torch.equal(values[~values.isnan()].sort(descending=True).values, finite)
     # and the next batch is selected as if nothing had been
     h = torch.rand(20, 30)
+    passes.clear()
     assert torch.equal(
         select(encoder, 10, ops).values.sort(descending=True).values,
         h.flatten().topk(10).values,
     )
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("max_elements", [1, 100, 10**6])
@@ -170,13 +228,15 @@ def random_entries(
     return Entries(rows, latents, n_tokens, n_rows, n_latents), places
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n", [0, 1, 300])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_row_sums_and_entry_dots_are_products(
-    n: int, transposed: bool, dtype: torch.dtype
+    device: str, n: int, transposed: bool, dtype: torch.dtype
 ):
-    check_operations(torch_ops, n, transposed, dtype)
+    with torch.device(device):
+        check_operations(torch_ops, n, transposed, dtype)
 
 
 def check_operations(
@@ -276,6 +336,7 @@ def check_gradients_numerically(
     assert torch.autograd.gradcheck(outputs, arguments)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("rank", "n_parts"), [(0, 1), (3, 1), (2, 3)])
 @pytest.mark.parametrize(
@@ -283,9 +344,15 @@ def check_gradients_numerically(
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)],
 )
 def test_gradients_are_those_of_dense_code(
-    rank: int, n_parts: int, residual: bool, dtype: torch.dtype, tolerance: float
+    device: str,
+    rank: int,
+    n_parts: int,
+    residual: bool,
+    dtype: torch.dtype,
+    tolerance: float,
 ):
-    check_gradients(torch_ops, rank, n_parts, residual, dtype, tolerance)
+    with torch.device(device):
+        check_gradients(torch_ops, rank, n_parts, residual, dtype, tolerance)
 
 
 def check_gradients(
@@ -335,6 +402,22 @@ def test_a_lazy_tensor_is_made_once_and_when_it_is_needed():
     (torch.ones(2, 3) @ lazy).sum().backward()
     assert weight.grad == 24
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("first_look", [torch.no_grad, torch.inference_mode])
+def test_a_lazy_tensor_has_its_gradient_whoever_looks_first(first_look: Any):
+    weight = torch.tensor(2.0, requires_grad=True)
+    z, active, place = weight * torch.ones(2, 1), weight * torch.ones(1), torch.zeros(1)
+    acts = SparseActivations(z, active, place.long(), place.long(), 3)
+    with first_look():
+        assert not acts[:, 1:].max().requires_grad
+        detached = acts.detach()
+    (weight * acts[:, 1:]).sum().backward()
+    assert weight.grad == 4
+    assert not (detached + 0).requires_grad
+    with torch.no_grad():
+        without = LazyTensor(lambda: 2 * weight, (), weight)
+    assert not (without + 0).requires_grad
 
 
 @given(n_tokens=st.integers(1, 5), rank=st.integers(0, 3), n=st.integers(0, 20))

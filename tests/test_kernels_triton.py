@@ -1,14 +1,18 @@
-"""The Triton kernels, as far as a machine without a GPU can tell: interpreted, and compiled."""
+"""
+The Triton kernels: on a GPU where there is one, else as far as one can tell without:
+interpreted, and compiled.
+"""
 
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
-from helpers import scaffold_sae, train
-from saelens_scaffold.kernels import torch_ops
+from helpers import DEVICES, scaffold_sae, train
+from saelens_scaffold.kernels import choice, torch_ops
 from test_kernels import (
     check_gradients,
     check_operations,
@@ -18,11 +22,20 @@ pytest.importorskip("triton", reason="Triton is made for Linux alone")
 
 from saelens_scaffold.kernels import triton_ops  # noqa: E402
 
-
-def test_the_tests_run_interpreted_kernels():
-    assert triton_ops.INTERPRETED
+DEVICE = DEVICES[-1]
 
 
+@pytest.fixture
+def on_device() -> Any:
+    with torch.device(DEVICE):
+        yield
+
+
+def test_the_tests_run_interpreted_kernels_where_there_is_no_gpu():
+    assert (DEVICE == "cpu") == triton_ops.INTERPRETED
+
+
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("n", [0, 1, 100])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -32,10 +45,12 @@ def test_row_sums_and_entry_dots_are_products(
     check_operations(triton_ops, n, transposed, dtype, d=70)
 
 
+@pytest.mark.usefixtures("on_device")
 def test_rows_wider_than_a_block():
     check_operations(triton_ops, 5, False, torch.float64, d=triton_ops.BLOCK + 70)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.9])
 def test_above(share: float):
     values = torch.rand(70, 90)
@@ -48,6 +63,7 @@ def test_above(share: float):
     assert torch.equal(found[order].nan_to_num(), expected_values.nan_to_num())
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(("rank", "n_parts"), [(0, 1), (2, 3)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
@@ -57,16 +73,76 @@ def test_gradients(rank: int, n_parts: int, dtype: torch.dtype, tolerance: float
     check_gradients(triton_ops, rank, n_parts, True, dtype, tolerance)
 
 
+@pytest.mark.usefixtures("on_device")
+def test_kernels_are_launched_on_the_device_of_their_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # Triton's launches are on the current device, which a second GPU is not
+    was_initialized, entered = torch.cuda.is_initialized(), []
+
+    class DeviceOf(torch.cuda.device_of):
+        def __init__(self, tensor: torch.Tensor):
+            self.tensor = tensor
+            super().__init__(tensor)
+
+        def __enter__(self) -> None:
+            entered.append(self.tensor.data_ptr())
+            super().__enter__()
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    values, one = torch.rand(3, 4), torch.ones(1, dtype=torch.long)
+    out = torch.empty(1, 4)
+    triton_ops.above(values, torch.zeros(4))
+    triton_ops.row_sums(torch.tensor([0, 1]), one, torch.ones(1), values, out)
+    assert entered == [values.data_ptr(), out.data_ptr()]
+    dots = triton_ops.entry_dots(torch.tensor([0, 1]), one - 1, one, out, values)
+    assert entered[2:] == [dots.data_ptr()]
+    assert torch.cuda.is_initialized() == was_initialized
+
+
+@pytest.mark.usefixtures("on_device")
+def test_places_of_any_strides():
+    columns = torch.tensor([[1, 0], [2, 0]])[:, 0]
+    weights = torch.tensor([[3.0, 0.0], [5.0, 0.0]])[:, 0]
+    table, out, offsets = torch.rand(3, 4), torch.empty(1, 4), torch.tensor([0, 2])
+    triton_ops.row_sums(offsets, columns, weights, table, out)
+    torch.testing.assert_close(out[0], 3 * table[1] + 5 * table[2])
+    dots = triton_ops.entry_dots(offsets, 0 * columns, columns, out, table)
+    torch.testing.assert_close(dots, table[1:] @ out[0])
+
+
+@pytest.mark.usefixtures("on_device")
+def test_few_candidates_do_not_keep_the_room_for_many():
+    indices, found = triton_ops.above(torch.rand(64, 2048), torch.full((2048,), 0.99))
+    for kept in (indices, found):
+        assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+
+
 @pytest.mark.parametrize("architecture", ["scaffold_batchtopk", "scaffold_matryoshka"])
 def test_training_is_that_of_the_reference(architecture: str):
     trained = [
-        train(scaffold_sae(architecture, kernels=kernels), steps=4, batch_size=32)
+        train(
+            scaffold_sae(architecture, kernels=kernels, device=DEVICE),
+            steps=4,
+            batch_size=32,
+        )
         for kernels in ("triton", "reference")
     ]
     for name, value in trained[0].named_parameters():
         torch.testing.assert_close(
             value, trained[1].get_parameter(name), atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("source", ["kernels", choice.ENVIRONMENT_VARIABLE])
+def test_they_are_asked_for_on_a_cpu(source: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_ops, "INTERPRETED", False)
+    monkeypatch.delenv(choice.ENVIRONMENT_VARIABLE, raising=False)
+    if source != "kernels":
+        monkeypatch.setenv(source, "triton")
+    asked = "triton" if source == "kernels" else "auto"
+    with pytest.raises(ValueError, match=f"{source}='triton' needs .* got 'cpu'"):
+        choice.choose_kernels(asked, torch.device("cpu"), worthwhile=True)
 
 
 COMPILE = """

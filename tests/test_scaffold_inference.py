@@ -10,7 +10,7 @@ import pytest
 import torch
 from sae_lens import SAE, JumpReLUSAE
 
-from helpers import D_IN, D_SAE, activations, scaffold_sae, train
+from helpers import D_IN, D_SAE, RANK, activations, scaffold_sae, train
 from saelens_scaffold import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
 
 ARCHITECTURES = ["scaffold_batchtopk", "scaffold_matryoshka"]
@@ -214,6 +214,24 @@ def test_encode_and_decode_take_no_tokens_and_sparse_activations():
         torch.testing.assert_close(sae.decode(acts.to_sparse()), sae.decode(acts))
 
 
-def test_an_sae_trained_in_triton_can_be_used_without():
+def test_a_residual_input_is_folded_more_precisely_than_it_is_kept():
+    sae = scaffold_sae(
+        "scaffold_batchtopk", dtype="bfloat16", rescale_acts_by_decoder_norm=False
+    )
+    sae.initialize_scaffold(activations(100))
+    # so that what is left of what the sparse encoder reads is a small difference
+    weights = torch.randn(RANK, D_SAE - RANK).to(sae.dtype)
+    sae.W_enc.data[:, RANK:] += 10 * sae.W_enc[:, :RANK] @ weights
+    A, S = sae.W_enc.double().split([RANK, D_SAE - RANK], dim=1)
+    folded = (S - A @ (sae.W_dec[:RANK].double() @ S)).to(torch.bfloat16)
+    torch.testing.assert_close(
+        sae.to_inference().W_enc[:, RANK:], folded, rtol=2**-7, atol=1e-5
+    )
+
+
+def test_an_sae_trained_in_triton_can_be_used_without(tmp_path: Path):
     sae = scaffold_sae("scaffold_batchtopk", kernels="triton").to_inference()
     assert sae.cfg.kernels == "auto"
+    sae.cfg.kernels = "triton"
+    sae.save_model(tmp_path)
+    assert ScaffoldJumpReLUSAE.load_from_disk(tmp_path).cfg.kernels == "auto"

@@ -23,6 +23,9 @@ Kernels = Literal["auto", "reference", "torch", "triton"]
 ENVIRONMENT_VARIABLE = "SAELENS_SCAFFOLD_KERNELS"
 """Overrides what configurations ask for."""
 
+OLDEST_CAPABILITY = (7, 0)
+"""The oldest CUDA compute capability that PyTorch uses Triton on (V100's)."""
+
 
 def check_kernels(asked: str, name: str = "kernels") -> None:
     """
@@ -50,10 +53,11 @@ def choose_kernels(
     Raises:
         ValueError: There are no such kernels, or they are not for this device.
     """
+    asked_by = "kernels"
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     if from_environment:
-        check_kernels(from_environment, f"the environment's {ENVIRONMENT_VARIABLE}")
-        asked = from_environment
+        asked, asked_by = from_environment, f"the environment's {ENVIRONMENT_VARIABLE}"
+        check_kernels(asked, asked_by)
     if asked == "auto":
         asked = _automatic(device) if worthwhile else "reference"
     if asked == "reference":
@@ -62,15 +66,15 @@ def choose_kernels(
         return torch_ops
     if not has_triton():
         raise ValueError(
-            "kernels='triton' needs Triton, which comes with PyTorch's CUDA builds for "
-            "Linux: install it (pip install triton), or use kernels='auto'."
+            f"{asked_by}='triton' needs Triton, which comes with PyTorch's CUDA builds "
+            "for Linux: install it (pip install triton), or use 'auto'."
         )
     from saelens_scaffold.kernels import triton_ops
 
     if device.type != "cuda" and not triton_ops.INTERPRETED:
         raise ValueError(
-            f"kernels='triton' needs an SAE on a CUDA device, got {str(device)!r}: use "
-            "kernels='auto'."
+            f"{asked_by}='triton' needs an SAE on a CUDA device, got {str(device)!r}: use "
+            "'auto'."
         )
     return triton_ops
 
@@ -85,15 +89,19 @@ def _automatic(device: torch.device) -> str:
         return "torch"
     if device.type != "cuda":
         return "reference"
-    if has_triton():
-        return "triton"
-    _warn_of_missing_triton()
-    return "torch"
+    if not has_triton():
+        _warn_of_no_triton("Triton is not installed (pip install triton)")
+        return "torch"
+    if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        _warn_of_no_triton(f"Triton does not support {name}, which is too old for it")
+        return "torch"
+    return "triton"
 
 
 @cache
-def _warn_of_missing_triton() -> None:
+def _warn_of_no_triton(why: str) -> None:
     warnings.warn(
-        "Triton is not installed, so scaffold SAEs use sparse kernels made of PyTorch's "
-        "operations, which are slower on CUDA. Install it with pip install triton."
+        f"{why}, so scaffold SAEs use sparse kernels made of PyTorch's operations, which "
+        "are slower on CUDA."
     )

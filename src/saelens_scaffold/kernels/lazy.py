@@ -22,6 +22,7 @@ _DESCRIPTIONS = {
     torch.Tensor.numel,
     torch.Tensor.__len__,
 }
+_OF_THE_BACKWARD_PASS = {torch.Tensor.retain_grad, torch.Tensor.register_hook}
 
 
 class LazyTensor(torch.Tensor):
@@ -29,7 +30,10 @@ class LazyTensor(torch.Tensor):
     A tensor that is made when first an operation needs its elements, and then kept.
 
     What makes it may be differentiable: the operation gets the tensor as it was made,
-    gradients and all.
+    gradients and all, if they were enabled where the lazy tensor was, as for any other
+    tensor, and not where someone happened to look into it first. But what was computed
+    without the tensor does not go backward through it, so it cannot be asked for the
+    gradient of a loss (`retain_grad`, `register_hook`).
 
     Args:
         make: Makes the tensor.
@@ -39,6 +43,7 @@ class LazyTensor(torch.Tensor):
 
     _make: Callable[[], torch.Tensor]
     _made: torch.Tensor | None
+    _with_grad: bool
 
     @staticmethod
     def __new__(
@@ -51,6 +56,7 @@ class LazyTensor(torch.Tensor):
             cls, shape, dtype=like.dtype, device=like.device
         )
         tensor._make, tensor._made = make, None
+        tensor._with_grad = torch.is_grad_enabled()
         return tensor
 
     def __init__(self, *_: Any):
@@ -59,7 +65,8 @@ class LazyTensor(torch.Tensor):
     def made(self) -> torch.Tensor:
         """The tensor itself."""
         if self._made is None:
-            self._made = self._make()
+            with torch.inference_mode(False), torch.set_grad_enabled(self._with_grad):
+                self._made = self._make()
         return self._made
 
     @classmethod
@@ -73,6 +80,13 @@ class LazyTensor(torch.Tensor):
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func in _OF_THE_BACKWARD_PASS:
+            raise RuntimeError(
+                f"{func.__name__} on a tensor that sparse kernels go backward without: it "
+                "would see no gradient of the loss. Hook the point where the tensor is made "
+                "(as in sae.add_hook('hook_sae_acts_post', ...)), or use "
+                "kernels='reference'."
+            )
         return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
 
     @classmethod

@@ -148,7 +148,7 @@ def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
     0 that is exact.
     """
     n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
-    precise = torch.promote_types(encoder.b.dtype, torch.float32)
+    precise = _dtype_of_cuts(encoder)
     cuts = -encoder.b.to(precise)
     if cut > 0:
         cuts += cut if encoder.scale is None else cut / encoder.scale.to(precise)
@@ -160,10 +160,13 @@ def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
     # All blocks at once, since each operation is a rendezvous of a CPU's threads. Places
     # in blocks side by side, of which the last is narrower, become places in all.
     indices = torch.cat([of_block for of_block, _ in found])
-    starts = torch.arange(0, n_latents, at_a_time)
-    sizes = torch.tensor([len(of_block) for of_block, _ in found])
-    widths = (n_latents - starts).clamp_max(at_a_time).to(indices.device)
-    block = torch.arange(len(found)).repeat_interleave(sizes).to(indices.device)
+    device = indices.device
+    starts = torch.arange(0, n_latents, at_a_time, device=device)
+    widths = (n_latents - starts).clamp_max(at_a_time)
+    sizes = torch.tensor([len(of_block) for of_block, _ in found], device=device)
+    block = torch.arange(len(found), device=device).repeat_interleave(
+        sizes, output_size=len(indices)
+    )
     width = widths[block]
     tokens = indices // width
     latents = indices - tokens * width + block * at_a_time
@@ -172,10 +175,22 @@ def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
 
 
 def _safely_above(guess: float, encoder: Encoder) -> float:
-    """A value that no pre-activation has that `_above(guess)` leaves out."""
+    """
+    A value that no pre-activation exceeds that `_above(guess)` leaves out.
+
+    What is left out is a product p <= fl(guess / scale - b), so that (p + b) · scale is at
+    most the guess but for the rounding of that cut, relative to guess and bias in the
+    cut's precision, and at most two roundings of its own, relative to itself in the
+    bias's precision. How products are rounded plays no part, for they are what they are.
+    """
     scaled_bias = encoder.b if encoder.scale is None else encoder.b * encoder.scale
-    eps = torch.finfo(encoder.b.dtype).eps
-    return guess + 8 * eps * (guess + float(scaled_bias.abs().max()))
+    of_values = torch.finfo(encoder.b.dtype).eps
+    of_cuts = torch.finfo(_dtype_of_cuts(encoder)).eps
+    return guess + 8 * (of_values * guess + of_cuts * float(scaled_bias.abs().max()))
+
+
+def _dtype_of_cuts(encoder: Encoder) -> torch.dtype:
+    return torch.promote_types(encoder.b.dtype, torch.float32)
 
 
 def _cut(selected: torch.Tensor, n: int) -> float:

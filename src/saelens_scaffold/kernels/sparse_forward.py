@@ -129,10 +129,15 @@ class SparseForward(torch.autograd.Function):
         ops.row_sums(
             entries.latent_offsets, tokens, weights, read, grad_W_enc[:, rank:].T
         )
-        # in single precision at least, for these may be many to sum up
-        precise = grad_values.to(torch.promote_types(W_enc.dtype, torch.float32))
-        of_bias = precise.new_zeros(S.shape[1]).index_add_(0, entries.latents, precise)
-        grad_b_enc[rank:] = of_bias
+        # in single precision at least, for these may be many to sum up; and not by
+        # index_add_, which on a GPU adds in another order each time
+        precise = torch.promote_types(W_enc.dtype, torch.float32)
+        one = W_enc.new_ones(1, 1, dtype=precise)
+        of_bias = one.new_empty(S.shape[1], 1)
+        ops.row_sums(
+            entries.latent_offsets, torch.zeros_like(tokens), weights, one, of_bias
+        )
+        grad_b_enc[rank:] = of_bias[:, 0]
 
         # what it reads is without z B
         if ctx.residual:

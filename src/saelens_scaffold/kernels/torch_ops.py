@@ -58,7 +58,7 @@ def row_sums(
     table, weights = table.contiguous(), weights.to(table.dtype)
     # Through the cache, since `out` may be transposed. A GPU gains nothing from that, and
     # would have to be asked for the offsets.
-    rows_at_a_time = max(1, 2**19 // d) if out.device.type == "cpu" else n_rows
+    rows_at_a_time = max(1, 2**19 // d if out.device.type == "cpu" else n_rows)
     starts = range(0, n_rows, rows_at_a_time)
     bounds = [0] if len(starts) < 2 else offsets[::rows_at_a_time].tolist()
     for start, first in zip(starts, bounds, strict=False):

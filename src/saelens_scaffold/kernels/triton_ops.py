@@ -4,6 +4,8 @@ Each takes one pass: `above` writes the few candidates as it reads the pre-activ
 PyTorch makes a mask, counts it and lists it; the others read each row of a table
 that an entry names, and write each result once, whatever its strides.
 
+Triton launches on the current CUDA device, so each makes its tensors' device that one.
+
 With TRITON_INTERPRET=1 in the environment, Triton runs them on a CPU, slowly, as the tests do.
 """
 
@@ -34,14 +36,16 @@ def above(
     found = values.new_empty(capacity)
     count = torch.zeros(1, dtype=torch.int32, device=values.device)
     grid = (triton.cdiv(values.numel(), BLOCK),)
-    _above[grid](
-        values, cuts, indices, found, count, values.numel(), values.shape[1], capacity,
-        BLOCK=BLOCK,  # type: ignore[arg-type]
-    )  # fmt: skip
+    with torch.cuda.device_of(values):
+        _above[grid](
+            values, cuts, indices, found, count, values.numel(), values.shape[1],
+            capacity, BLOCK=BLOCK,  # type: ignore[arg-type]
+        )  # fmt: skip
     n = int(count)
     if n > capacity:
         return torch_ops.above(values, cuts)
-    return indices[:n], found[:n]
+    # copies, for views of a few would keep it all until the last block is done
+    return indices[:n].clone(), found[:n].clone()
 
 
 @triton.jit
@@ -74,10 +78,12 @@ def row_sums(
     if n_rows == 0 or d == 0:
         return
     block = _block(d)
-    _row_sums[(n_rows, triton.cdiv(d, block))](
-        offsets, columns, weights, table, out, d, *table.stride(), *out.stride(),
-        SUM_TYPE=_sum_type(table.dtype), BLOCK=block,  # type: ignore[arg-type]
-    )  # fmt: skip
+    columns, weights = columns.contiguous(), weights.contiguous()
+    with torch.cuda.device_of(out):
+        _row_sums[(n_rows, triton.cdiv(d, block))](
+            offsets, columns, weights, table, out, d, *table.stride(), *out.stride(),
+            SUM_TYPE=_sum_type(table.dtype), BLOCK=block,  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 @triton.jit
@@ -87,7 +93,8 @@ def _row_sums(
     SUM_TYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # 64 bits, since a transposed gradient is strided by d_sae
+    i = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = i < d
     total = tl.zeros((BLOCK,), dtype=SUM_TYPE)
     entry = tl.load(offsets + row)
@@ -99,8 +106,7 @@ def _row_sums(
             SUM_TYPE
         )
         entry += 1
-    # 64 bits, since a transposed gradient is strided by d_sae
-    place = row * out_row + i.to(tl.int64) * out_column
+    place = row * out_row + i * out_column
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -116,10 +122,12 @@ def entry_dots(
     if len(columns) == 0:
         return dots
     d = left.shape[1]
-    _entry_dots[(len(columns),)](
-        rows, columns, left, right, dots, d, *left.stride(), *right.stride(),
-        SUM_TYPE=_sum_type(right.dtype), BLOCK=_block(d),  # type: ignore[arg-type]
-    )  # fmt: skip
+    rows, columns = rows.contiguous(), columns.contiguous()
+    with torch.cuda.device_of(dots):
+        _entry_dots[(len(columns),)](
+            rows, columns, left, right, dots, d, *left.stride(), *right.stride(),
+            SUM_TYPE=_sum_type(right.dtype), BLOCK=_block(d),  # type: ignore[arg-type]
+        )  # fmt: skip
     return dots
 
 
@@ -135,7 +143,7 @@ def _entry_dots(
     right += tl.load(columns + entry) * right_row
     total = tl.zeros((BLOCK,), dtype=SUM_TYPE)
     for start in range(0, d, BLOCK):
-        i = start + tl.arange(0, BLOCK)
+        i = (start + tl.arange(0, BLOCK)).to(tl.int64)
         inside = i < d
         a = tl.load(left + i * left_column, mask=inside, other=0.0).to(SUM_TYPE)
         b = tl.load(right + i * right_column, mask=inside, other=0.0).to(SUM_TYPE)

@@ -103,13 +103,6 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         return ScaffoldJumpReLUSAEConfig
 
     @override
-    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
-        cfg = super().get_inference_sae_cfg_dict()
-        if self.kernels == "triton":  # which those who use the SAE may not have
-            cfg["kernels"] = "auto"
-        return cfg
-
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         self.validate()
@@ -255,6 +248,11 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if self._awaits_start:
+            self.initialize_scaffold(step_input.sae_in)
+        if self.has_plugins:
+            plugins.before_forward(self, step_input)
+        # after the plugins, which may have hooked something
         kernels = self._kernels_for(step_input.sae_in)
         if kernels is None:
             return self._training_step(step_input, None)
@@ -270,10 +268,6 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     def _training_step(
         self, step_input: TrainStepInput, kernels: ModuleType | None
     ) -> TrainStepOutput:
-        if self._awaits_start:
-            self.initialize_scaffold(step_input.sae_in)
-        if self.has_plugins:
-            plugins.before_forward(self, step_input)
         for_sparse_latents = self._for_sparse_latents(step_input)
         if kernels is not None:
             fuse_adam_of(self)
@@ -295,13 +289,13 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         """The sparse kernels for a training step, or None for dense code."""
         competing = self.activation_fn
         if (
-            # what one hooks is what one wants to have, or to change
-            is_hooked(self.hook_sae_acts_pre)
-            or is_hooked(self.hook_sae_acts_post)
+            # what one hooks is what one wants to have, to change, or to train
+            any(is_hooked(point) for point in self.hook_dict.values())
             or not isinstance(competing, ScaffoldActivation)
             or type(competing.sparse_activation) is not BatchTopK
             or sae_in.requires_grad
             or sae_in.ndim != 2
+            or len(sae_in) == 0
         ):
             return None
         n_sparse = self.cfg.d_sae - self.cfg.scaffold_rank
@@ -355,10 +349,12 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             selection=self._selection,
             k=self.activation_fn.sparse_activation.k,  # type: ignore[union-attr]
         )
-        biases = torch.cat([self.b_enc, self.b_dec]).detach()
+        then = self._some_weights()
 
         def hidden_pre() -> torch.Tensor:
-            if not torch.equal(torch.cat([self.b_enc, self.b_dec]), biases):
+            if not torch.allclose(
+                self._some_weights(), then, rtol=0, atol=0, equal_nan=True
+            ):
                 raise RuntimeError(
                     "hidden_pre is computed when it is first looked into, and the weights "
                     "have changed since this training step: look into it before the "
@@ -367,6 +363,12 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             return self._hidden_pre(x)
 
         return feature_acts, LazyTensor(hidden_pre, (len(x), cfg.d_sae), x)
+
+    @torch.no_grad()
+    def _some_weights(self) -> torch.Tensor:
+        """Copies of weights of every kind and latent, by which to see that they changed."""
+        # PyTorch's own counters of changes do not count fused optimizers' steps
+        return torch.cat([self.W_enc[0], self.W_dec[:, 0], self.b_enc, self.b_dec])
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:

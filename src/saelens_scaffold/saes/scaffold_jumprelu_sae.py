@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from torch import nn
+from torch.autograd import forward_ad
 from typing_extensions import override
 
 from saelens_scaffold.kernels.choice import Kernels, check_kernels, choose_kernels
@@ -29,8 +30,9 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
             scaffold.
         kernels (Literal["auto", "reference", "torch", "triton"]): What encodes and decodes
             where no gradient is asked for. "auto" uses sparse kernels, "reference"
-            SAELens's own dense code. The environment's SAELENS_SCAFFOLD_KERNELS overrides
-            it. See docs/kernels.md.
+            SAELens's own dense code. "triton" becomes "auto", which is the same where
+            Triton can run; those who use the SAE may be elsewhere. The environment's
+            SAELENS_SCAFFOLD_KERNELS overrides it. See docs/kernels.md.
         d_in (int): Input dimension (dimensionality of the activations being encoded).
             Inherited from SAEConfig.
         d_sae (int): Number of latents, those of the scaffold included. Inherited from
@@ -50,6 +52,8 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
         super().__post_init__()
         check_scaffold_rank(self)
         check_kernels(self.kernels)
+        if self.kernels == "triton":
+            self.kernels = "auto"
 
 
 class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
@@ -132,7 +136,14 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
 
     def _kernels(self) -> ModuleType | None:
         """The sparse kernels for what is computed now, or None for dense code."""
-        if torch.is_grad_enabled():
+        if (
+            torch.is_grad_enabled()
+            # where the number of active latents is none to ask for, nor a tensor one to
+            # write into: compiled code, vmap and jvp, forward-mode gradients
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
             return None
         return choose_kernels(self.cfg.kernels, self.W_enc.device, worthwhile=True)
 

@@ -151,6 +151,13 @@ def test_saes_that_are_there_count_as_trained(out: Path, finished: Path) -> None
         again(out, data_seed=1)
 
 
+def test_a_damaged_sae_is_named(out: Path) -> None:
+    file = out / "saes" / NAME / "sae_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{NAME}/sae_weights.safetensors is damaged"):
+        again(out)
+
+
 def test_an_sae_that_was_lost_is_trained_again(out: Path, finished: Path) -> None:
     shutil.rmtree(out / "saes" / NAME)
     again(out)

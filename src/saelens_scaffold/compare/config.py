@@ -166,7 +166,7 @@ class CompareConfig:
     b_dec_init: Literal["mean", "zeros"] = Field(
         default="mean",
         title="b_dec Initialisation",
-        description="Where b_dec of SAEs without a scaffold starts: at the activations' mean, as that of scaffold SAEs does, or at zero, as in SAELens",
+        description="Where b_dec of SAEs starts that do not start it themselves, as a scaffold does that starts by PCA: at the activations' mean, as there, or at zero, as in SAELens",
     )
     baselines: dict[str, str] = Field(
         default_factory=lambda: {

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from saelens_scaffold.compare.config import CompareConfig
@@ -124,7 +125,10 @@ class Evaluator:
         missing = [job for job in self.jobs if not self._is_done(job, group, usable)]
         if not missing or not usable:
             return []
-        saes = load_saes([self.saes_path / name for name in usable])
+        try:
+            saes = load_saes([self.saes_path / name for name in usable])
+        except ValueError as error:
+            return [Outcome(job.evaluation, {}, error) for job in missing]
         outcomes: list[Outcome] = []
         for job in missing:
             name = job.evaluation.name
@@ -237,10 +241,16 @@ def _weights_of(directory: Path) -> tuple[str, bool]:
 @cache
 def _read_weights(file: Path, mtime_ns: int) -> tuple[str, bool]:  # noqa: ARG001
     content = file.read_bytes()
+    try:
+        read = load(content)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); remove {file.parent} to train this SAE again"
+        ) from error
     is_finite = all(
         # minus infinity is the threshold of linear latents
         bool((weights.isfinite() | (weights.isneginf() & (name == "threshold"))).all())
-        for name, weights in load(content).items()
+        for name, weights in read.items()
     )
     return sha256(content).hexdigest(), is_finite
 

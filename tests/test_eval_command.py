@@ -364,7 +364,7 @@ def test_local_text_of_another_column(run: Any, saes: dict[str, str]) -> None:
         (["fake", "--device=nope"], "device 'nope' cannot be used"),
         (["fake", "--dataset=./nope.jsonl"], "there is no dataset ./nope.jsonl"),
         (["fake", "--sae_regex_pattern=.*"], "go together"),
-        (["autointerp"], "give --api_key_file FILE, or set OPENAI_API_KEY"),
+        (["autointerp"], "set OPENAI_API_KEY, or give `saelens-scaffold eval` --api_"),
         (["autointerp", "--api_key_file=nope"], "nope"),
     ],
 )

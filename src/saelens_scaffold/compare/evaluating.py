@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
+from glob import has_magic
 from hashlib import sha256
 from pathlib import Path
 
@@ -108,6 +109,7 @@ class Evaluator:
                 for run in group
             ]
             if undone:
+                self._check_path(job)
                 check_inputs(job, undone)
 
     def evaluate(self, group: Sequence[Run]) -> list[Outcome]:
@@ -173,6 +175,15 @@ class Evaluator:
         # of which only the name goes into the path
         sae = SelectedSAE(name, CUSTOM_SAE_ID, sae=None)  # type: ignore[arg-type]
         return sae.result_path(self.results_path / evaluation)
+
+    def _check_path(self, job: Job) -> None:
+        path = str(self.results_path.resolve())
+        reads_copy = job.evaluation.is_sae_benchs and job.evaluation.data == "text"
+        if reads_copy and has_magic(path):
+            raise ValueError(
+                f"{job.evaluation.name} reads text in {path}, which the datasets library "
+                "takes for a pattern; choose an --output_path without any of [ * ?"
+            )
 
     def _usable(self, group: Sequence[Run]) -> dict[str, str]:
         """The SAEs that can be evaluated, by name, with digests of their weights."""

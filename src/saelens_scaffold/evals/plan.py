@@ -243,8 +243,8 @@ def _api_key(options: Options) -> str:
     key = os.environ.get("OPENAI_API_KEY", "")
     if not key:
         raise ValueError(
-            "autointerp asks a model of OpenAI; give --api_key_file FILE, or set "
-            "OPENAI_API_KEY"
+            "autointerp asks a model of OpenAI; set OPENAI_API_KEY, or give "
+            "`saelens-scaffold eval` --api_key_file FILE"
         )
     return key
 

@@ -34,6 +34,7 @@ def experiment(
             "n_checkpoints": 0,
         },
         "evaluations": {"dense_latents": None},
+        "evaluation_data": {"dataset": "python-stdlib"},
     }
 
 
@@ -45,11 +46,11 @@ def measure(content: dict[str, Any]) -> None:
     from saelens_scaffold.evals.language_model import load_language_model
 
     config = CompareConfig(**content)
-    plan = make_plan(config, device="cpu")
-    (wave,) = plan.waves
-    load_language_model("py-neox", "cpu")  # what importing and loading take once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with tempfile.TemporaryDirectory() as folder:
+        plan = make_plan(config, folder, device="cpu")
+        (wave,) = plan.waves
+        load_language_model("py-neox", "cpu")  # what importing and loading take once
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         trainer = WaveTrainer(
             config, "cpu", Path(folder, "saes"), Path(folder, "training"), scales=False
         )

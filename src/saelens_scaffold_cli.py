@@ -215,11 +215,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_eval(argv: Sequence[str]) -> argparse.Namespace:
-    """What `saelens-scaffold eval` makes of a command line, without running it."""
-    return _build_parsers()[0].parse_args(["eval", *argv])
-
-
 def _need_sae_bench(parser: argparse.ArgumentParser, command: str) -> None:
     if find_spec("sae_bench") is None:
         parser.exit(

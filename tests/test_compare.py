@@ -166,6 +166,8 @@ def test_centred_saes_start_at_the_mean(tmp_path: Path) -> None:
     training = {**SMALL["training"], "lr": 1e-12, "training_tokens": 512}
     grid = {
         "architecture": ["batchtopk", "scaffold_batchtopk"],
+        "scaffold_rank": [0, 2],
+        "scaffold_init": ["pca", "random"],
         "b_dec_init": ["mean", "zeros"],
         "seed": [0],
     }
@@ -173,7 +175,7 @@ def test_centred_saes_start_at_the_mean(tmp_path: Path) -> None:
         tmp_path,
         grid=grid,
         training=training,
-        sae={**SMALL["sae"], "k": 4, "scaffold_rank": 2},
+        sae={**SMALL["sae"], "k": 4},
         evaluations={"dense_latents": SMALL["evaluations"]["dense_latents"]},
     )
     compare(read_config(file), tmp_path / "out")
@@ -181,12 +183,14 @@ def test_centred_saes_start_at_the_mean(tmp_path: Path) -> None:
         path.name: SAE.load_from_disk(path).b_dec
         for path in (tmp_path / "out/saes").iterdir()
     }
-    at_zero = b_dec["batchtopk-b_dec_init_zeros-seed_0"]
-    centred = b_dec["batchtopk-b_dec_init_mean-seed_0"]
-    scaffold = b_dec["scaffold_batchtopk-seed_0"]
-    assert at_zero.norm() < 1e-6
-    # means of two batches of 256 tokens
-    assert (centred - scaffold).norm() < 0.3 * scaffold.norm()
+    scaffold = b_dec.pop("scaffold_batchtopk-scaffold_init_pca-scaffold_rank_2-seed_0")
+    # batchtopk, ranks 0 and 2 started at random, and rank 0 that PCA can do nothing for
+    assert len(b_dec) == 2 + 2 * 3
+    for name, started_at in b_dec.items():
+        if "b_dec_init_zeros" in name:
+            assert started_at.norm() < 1e-6, name
+        else:  # means of two batches of 256 tokens
+            assert (started_at - scaffold).norm() < 0.3 * scaffold.norm(), name
 
 
 BROKEN_OFF = """
@@ -261,13 +265,10 @@ def test_as_many_waves_as_memory_needs_and_the_same_results(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_config(write(tmp_path))
-    whole = make_plan(config).estimate
+    whole = make_plan(config, tmp_path / "out").estimate
     memory_gb = (whole.shared + 3.5 * max(whole.per_sae.values())) / 1e9
-    assert [len(wave) for wave in make_plan(config, memory_gb=memory_gb).waves] == [
-        3,
-        3,
-        2,
-    ]
+    plan = make_plan(config, tmp_path / "out", memory_gb=memory_gb)
+    assert [len(wave) for wave in plan.waves] == [3, 3, 2]
     # a wave that has not begun is split anew for the memory that there is then
     train = WaveTrainer.train
     monkeypatch.setattr(
@@ -316,12 +317,43 @@ def test_command(
     printed = capsys.readouterr().out
     assert "8 SAEs:\n  batchtopk k=4, seed 0, 1\n" in printed
     assert "hours at 0.1 TFLOP/s" in printed
+    arm = "scaffold_batchtopk k=4 scaffold_rank=2"
+    pairs = "batchtopk k=4 (same k), batchtopk k=6 (same l0_total)"
+    assert f"comparisons:\n  {arm} with {pairs}\n" in printed
 
     changed = write(tmp_path, data_seed=1)
     assert main(["compare", str(changed), "--output_path", str(unbroken)]) == 2
     error = capsys.readouterr().err
     assert "-data_seed: 42" in error
     assert "+data_seed: 1" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tflops", "0"], "tflops must be a number above 0, got 0.0"),
+        (["--tflops", "-3"], "tflops must be a number above 0, got -3.0"),
+        (["--memory_gb", "inf"], "memory_gb must be a number above 0, got inf"),
+        (["--memory_gb", "nan"], "memory_gb must be a number above 0, got nan"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(write(tmp_path)), "--plan", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_text_that_evaluations_take_by_default_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("saelens_scaffold.evals.text_data.load_dataset", no_network)
+    config = read_config(write(tmp_path, evaluation_data={}))
+    with pytest.raises(ValueError, match="core: .*/openwebtext' cannot be"):
+        make_plan(config, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -337,7 +369,7 @@ def test_command(
         ({"hook_name": "ln_final.hook_normalized"}, "must be a hook point of a layer"),
         (
             {"training": {**SMALL["training"], "lr": "fast"}},
-            "lr must be a number, got 'fast'",
+            "lr is 'fast': Input should be a valid number",
         ),
         ({"training": {"train_batch_size_tokens": 10**6}}, "the buffer has"),
         ({"baselines": {"scaffold_batchtopk": "batchtop"}}, "did you mean 'batchtopk'"),
@@ -346,8 +378,47 @@ def test_command(
             {"evaluations": {"dense_latents": {"baseline": "x"}}},
             "must have no baseline",
         ),
-        ({"training": {"training_tokens": 1.5}}, "training_tokens must be an int"),
+        (
+            {"training": {"training_tokens": 1.5}},
+            "training_tokens is 1.5: Input should be a valid integer",
+        ),
         ({"reference": [{"what": "x"}]}, "reference.0"),
+        # what evaluations would find out after the training
+        (
+            {"evaluations": {"tpp": {"train_set_size": 40, "test_set_size": 20}}},
+            "tpp: n_values has 500, but SAE",
+        ),
+        (
+            {"evaluations": {"sparse_probing": {"probe_train_set_size": 10**6}}},
+            "sparse_probing: probe_train_set_size 1000000",
+        ),
+        (
+            {"evaluations": {"scaffold_ablation": {"topic_train_size": 10**6}}},
+            "scaffold_ablation: dataset 'python-stdlib' has fewer than",
+        ),
+        (
+            {
+                "evaluation_data": {
+                    "dataset": "python-stdlib",
+                    "labelled_dataset": "python-stdlib",
+                }
+            },
+            "error: labelled_dataset means nothing to core, dense_latents",
+        ),
+        # and later waves
+        (
+            {"grid": {**SMALL["grid"], "lr_scheduler_name": ["constant", "cosin"]}},
+            "batchtopk k=4 lr_scheduler_name=cosin: Unsupported scheduler: cosin",
+        ),
+        (
+            {
+                "grid": {
+                    **SMALL["grid"],
+                    "hook_name": [SMALL["hook_name"], "blocks.1.hook_nonsense"],
+                }
+            },
+            "py-neox has no hook point 'blocks.1.hook_nonsense'",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_is_trained(
@@ -362,6 +433,14 @@ def test_mistakes_are_found_before_anything_is_trained(
     assert error.startswith("saelens-scaffold compare: error: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_path_that_core_cannot_read_text_in(tmp_path: Path) -> None:
+    config = read_config(write(tmp_path))
+    with pytest.raises(ValueError, match=r"core reads text in .*out \[1\]"):
+        make_plan(config, tmp_path / "out [1]")
+    only = {"dense_latents": SMALL["evaluations"]["dense_latents"]}
+    make_plan(read_config(write(tmp_path, evaluations=only)), tmp_path / "out [1]")
 
 
 def test_one_process_at_a_time(unbroken: Path, tmp_path: Path) -> None:
@@ -443,8 +522,18 @@ def test_an_sae_that_came_to_nothing_leaves_a_report_of_the_rest(
     )
     out = tmp_path / "out"
     assert main(["compare", str(file), "--output_path", str(out)]) == 1
-    captured = capsys.readouterr()
-    assert "dense_latents failed" in captured.err
+    errors = capsys.readouterr().err
     results = json.loads((out / "results.json").read_text())
     assert len(results["saes"]) == 8
+    for sae in results["saes"]:
+        is_healthy = sae["axes"]["lr"] == 1e-3
+        assert bool(sae["evaluations"]) == is_healthy
+        # each of the others is named
+        assert (f"{sae['name']}: its weights are not finite" in errors) != is_healthy
+    compared = [c for c in results["comparisons"] if c["differences"]]
+    assert compared
+    for comparison in compared:
+        assert comparison["treatment"]["axes"]["lr"] == 1e-3
+        assert sorted(comparison["differences"]) == ["0", "1"]
+    assert "repeat the command" not in errors  # which would change nothing
     assert (out / "report.html").exists()

@@ -1,5 +1,6 @@
 """The configuration of `saelens-scaffold compare`, and the SAEs that it means."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ pytest.importorskip("sae_bench")
 
 from saelens_scaffold.compare.config import (  # noqa: E402
     CompareConfig,
+    ConfigChanged,
+    check_unchanged,
     config_yaml,
     keep_config,
     read_config,
 )
 from saelens_scaffold.compare.grid import runs_of  # noqa: E402
 from saelens_scaffold.compare.memory import estimate  # noqa: E402
+from saelens_scaffold.compare.pairs import pairs_text  # noqa: E402
 from saelens_scaffold.training_runner import initial_sae  # noqa: E402
 
 CONFIG: dict[str, Any] = {
@@ -113,6 +117,14 @@ def test_plain_saes_start_at_the_mean_unless_told_otherwise() -> None:
     both = runs_of(grid(architecture=["batchtopk"], b_dec_init=["mean", "zeros"]))
     assert {run.centre_b_dec for run in both} == {True, False}
     assert not any(run.centre_b_dec for run in runs_of(config(b_dec_init="zeros")))
+    # a scaffold starts there itself only if it is there, and started by PCA
+    inits = {"scaffold_rank": [0, 2], "scaffold_init": ["pca", "random", "zeros"]}
+    scaffolds = runs_of(grid(architecture=["scaffold_matryoshka"], k=[4], **inits))
+    assert {
+        (run.scaffold_rank, run.arm.axes["scaffold_init"])
+        for run in scaffolds
+        if not run.centre_b_dec
+    } == {(2, "pca")}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +133,11 @@ def test_plain_saes_start_at_the_mean_unless_told_otherwise() -> None:
         ({"grid": {"k": [4]}}, "architecture"),
         ({"grid": {"architecture": ["batchtopk"], "k": []}}, "grid: k has no values"),
         ({"training": {"learning_rate": 1.0}}, "training has no field 'learning_rate'"),
+        ({"training": {"save_final_checkpoint": True}}, "no field 'save_final_che"),
+        (
+            {"grid": {"architecture": ["topk"], "k": [4, 4.0]}},
+            "k has the value 4.0 twice",
+        ),
         ({"training": {"trainng_tokens": 1}}, "did you mean 'training_tokens'"),
         ({"sae": {"d_in": 256, "k": 4}}, "k is in the grid and fixed as well"),
         ({"evaluations": {}}, "evaluations must name at least one"),
@@ -150,6 +167,7 @@ def test_bad_fields_are_named(
         ({"scafold_rank": [2]}, "did you mean 'scaffold_rank'"),
         ({"scaffold_rank": [64]}, "scaffold_rank must be from 0 to 63"),
         ({"seed": ["one"]}, "seed must be an int, got 'one'"),
+        ({"seed": [True]}, "seed must be an int, got True"),
         ({"k": ["many"]}, "batchtopk k=many"),
         ({"b_dec_init": ["median"]}, "b_dec_init must be 'mean' or 'zeros'"),
     ],
@@ -205,13 +223,47 @@ def test_what_is_kept_is_read_as_the_same_and_a_change_is_refused(
     kept = tmp_path / "experiment" / "compare.yaml"
     keep_config(config(), kept)
     assert read_config(kept) == config()
-    keep_config(read_config(kept), kept)
+    check_unchanged(read_config(kept), kept)
     changed = config(sae={**CONFIG["sae"], "d_sae": 128})
     with pytest.raises(ValueError) as raised:
-        keep_config(changed, kept)
+        check_unchanged(changed, kept)
     assert "-  d_sae: 64" in str(raised.value)
     assert "+  d_sae: 128" in str(raised.value)
     assert kept.read_text() == config_yaml(config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        ({"sae": dict(reversed([*CONFIG["sae"].items()]))}, True),
+        ({"training": dict(reversed([*CONFIG["training"].items()]))}, True),
+        ({"title": "Another", "confidence": 0.9, "evaluations": {"core": None}}, True),
+        ({"baselines": {}, "evaluation_seeds": [7]}, True),
+        # names of SAEs follow the axes' order
+        ({"grid": dict(reversed([*CONFIG["grid"].items()]))}, False),
+        ({"b_dec_init": "zeros"}, False),
+        ({"dataset_path": "./other.jsonl"}, False),
+    ],
+)
+def test_only_what_decides_the_training_is_held_fast(
+    changes: dict[str, Any], is_same: bool, tmp_path: Path
+) -> None:
+    keep_config(config(), tmp_path / "compare.yaml")
+    expected = nullcontext() if is_same else pytest.raises(ConfigChanged)
+    with expected:
+        check_unchanged(config(**changes), tmp_path / "compare.yaml")
+
+
+def test_what_will_be_compared_with_what() -> None:
+    said = pairs_text(config(), runs_of(config())).splitlines()
+    k8 = "batchtopk k=8 (same k)"
+    assert f"  scaffold_batchtopk k=8 scaffold_rank=2 with {k8}" in said
+    matryoshka = "scaffold_matryoshka k=4 scaffold_rank=2"
+    assert f"  {matryoshka} with nothing: it has no partner" in said
+    alone = grid(architecture=["scaffold_matryoshka"])
+    assert "none, as the grid has no SAE together with its baseline" in pairs_text(
+        alone, runs_of(alone)
+    )
 
 
 def test_experiments_that_come_with_the_project_make_sense() -> None:

@@ -68,9 +68,27 @@ def test_estimate_counts_weights_and_operations() -> None:
         ),
         (
             {"training": {**CONFIG["training"], "training_tokens": 0}},
-            "training_tokens must be an int",
+            "training_tokens is 0: Input should be greater than or equal to 1",
         ),
         ({"training": {"lr_scheduler_name": 3, "context_size": "x"}}, "context_size"),
+        *(
+            ({"training": {**CONFIG["training"], field: value}}, message)
+            for field, value, message in (
+                ("dtype", "floaty", "dtype is 'floaty': Value error, Invalid dtype"),
+                (
+                    "model_from_pretrained_kwargs",
+                    {"dtype": "floaty"},
+                    "model_from_pretrained_kwargs has the dtype 'floaty'; allowed are",
+                ),
+                ("n_checkpoints", "many", "n_checkpoints is 'many': Input should be"),
+                ("adam_beta1", 2.0, "adam_beta1 is 2.0: Input should be less than 1"),
+                ("activations_mixing_fraction", 7, "activations_mixing_fraction is 7"),
+                ("lr", float("nan"), "lr is nan"),
+                ("lr_warm_up_steps", 5, "lr_warm_up_steps is 5 and lr_decay_steps 0"),
+                ("training_tokens", 1000, "at least train_batch_size_tokens"),
+                ("prepend_bos", 1, "prepend_bos is 1: Input should be a valid bool"),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_said_before(
@@ -80,3 +98,19 @@ def test_what_cannot_be_trained_is_said_before(
     with pytest.raises(ValueError) as raised:
         estimate(changed, runs_of(changed))
     assert message in str(raised.value)
+
+
+def test_the_largest_runner_of_all_must_fit() -> None:
+    def shared(sizes: list[int], **more: Any) -> int:
+        training = {**CONFIG["training"], **more}
+        changed = config(
+            training=training, grid={**CONFIG["grid"], "n_batches_in_buffer": sizes}
+        )
+        return estimate(changed, runs_of(changed)).shared
+
+    small, large = shared([32]), shared([3200])
+    assert shared([32, 3200]) == shared([3200, 32]) == large
+    # three copies of so many more sequences of 64 tokens, of dimension 256, in float32
+    assert large - small == 3 * (3200 - 32) * 64 * 256 * 4
+    half = {"model_from_pretrained_kwargs": {"dtype": "bf16"}}
+    assert shared([32], **half) < small

@@ -171,3 +171,12 @@ def test_the_stream_goes_on_where_it_was_without_the_language_model(
 def test_prefetching_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prefetch_llm_batches must be False"):
         runner(tmp_path, prefetch_llm_batches=True).run()
+
+
+def test_the_last_checkpoint_is_the_furthest_whole_one(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for name in ("512", "2048", "final_7680"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "activation_stream.json").touch()
+    (tmp_path / "4096").mkdir()
+    assert last_checkpoint(tmp_path) == tmp_path / "2048"

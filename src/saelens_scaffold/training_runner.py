@@ -142,7 +142,12 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
 
 def last_checkpoint(checkpoint_path: Path) -> Path | None:
     """The last whole checkpoint that a `RepeatableMultiSAETrainingRunner` left, if any."""
-    whole = [file.parent for file in checkpoint_path.glob(f"*/{STREAM_FILENAME}")]
+    whole = [
+        file.parent
+        for file in checkpoint_path.glob(f"*/{STREAM_FILENAME}")
+        # SAELens's final checkpoint has a name, and nothing follows it
+        if file.parent.name.isdecimal()
+    ]
     return max(whole, key=lambda path: int(path.name), default=None)
 
 

@@ -14,6 +14,7 @@ from saelens_scaffold.compare.experiment import (
     compare,
     make_plan,
 )
+from saelens_scaffold.compare.pairs import pairs_text
 from saelens_scaffold.compare.table import comparison_text, plan_text
 from saelens_scaffold.evals.command_line import BAD_INPUT, one_line
 from saelens_scaffold.interruption import interruptible
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         options: What the command line's parser made of it.
 
     Returns:
-        The exit status: 0, 1 if an evaluation failed, 2 if the input makes no sense,
+        The exit status: 0, 1 if an SAE diverged or an evaluation failed, 2 if the input makes no sense,
         130 after an interruption.
     """
     quiet()
@@ -37,8 +38,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         config = read_config(options.config)
         if options.plan:
-            plan = make_plan(config, options.device, options.memory_gb)
+            with redirect_stdout(sys.stderr):
+                plan = make_plan(config, output_path, options.device, options.memory_gb)
             print(plan_text(plan, options.tflops))
+            print(pairs_text(config, plan.runs))
             return 0
         # what TransformerLens and SAEBench print goes to stderr
         with interruptible(), redirect_stdout(sys.stderr):
@@ -66,11 +69,8 @@ def run(options: argparse.Namespace) -> int:
         print(comparison_text(error.results))
         for reason in error.reasons:
             print(reason, file=sys.stderr)
-        print(
-            f"The report in {output_path} is of the rest; repeat the command to try "
-            "again what failed.",
-            file=sys.stderr,
-        )
+        again = "; repeat the command to try again what failed" * error.can_repeat
+        print(f"The report in {output_path} is of the rest{again}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(

@@ -26,6 +26,7 @@ _NOT_FOR_TRAINING = {
     "evaluator",
     "checkpoint_path",
     "output_path",
+    "save_final_checkpoint",
     "resume_from_checkpoint",
     "prefetch_llm_batches",
     "logger",
@@ -55,6 +56,18 @@ SHARED_FIELDS = {
 }
 AXIS_FIELDS = sorted(set(TRAINING_FIELDS) - SHARED_FIELDS)
 """Fields of the runner that can be axes of the grid."""
+
+# Fields of an experiment's configuration that decide what is trained.
+_DECIDES_TRAINING = (
+    "model_name",
+    "hook_name",
+    "dataset_path",
+    "sae",
+    "grid",
+    "training",
+    "data_seed",
+    "b_dec_init",
+)
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -153,7 +166,7 @@ class CompareConfig:
     b_dec_init: Literal["mean", "zeros"] = Field(
         default="mean",
         title="b_dec Initialisation",
-        description="Where b_dec of SAEs without a scaffold starts: at the activations' mean, as that of scaffold SAEs does, or at zero, as in SAELens",
+        description="Where b_dec of SAEs starts that do not start it themselves, as a scaffold does that starts by PCA: at the activations' mean, as there, or at zero, as in SAELens",
     )
     baselines: dict[str, str] = Field(
         default_factory=lambda: {
@@ -193,6 +206,10 @@ class CompareConfig:
         empty = [axis for axis, values in self.grid.items() if not values]
         if empty:
             raise ValueError(f"grid: {empty[0]} has no values")
+        for axis, values in self.grid.items():
+            for i, value in enumerate(values):
+                if value in values[:i]:
+                    raise ValueError(f"grid: {axis} has the value {value!r} twice")
         unknown = sorted(set(self.training) - set(TRAINING_FIELDS))
         if unknown:
             raise ValueError(
@@ -287,30 +304,45 @@ def config_yaml(config: CompareConfig) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def keep_config(config: CompareConfig, file: Path) -> None:
+def check_unchanged(config: CompareConfig, file: Path) -> None:
     """
-    Write the configuration of an experiment, or see that it is still the same.
+    See that SAEs are still those with which an experiment was begun.
+
+    Whatever else a configuration says can change at any time: what follows from it is
+    done anew.
+
+    Args:
+        config: The experiment.
+        file: What `keep_config` wrote of it.
 
     Raises:
-        ValueError: The experiment in this folder was begun with another configuration.
+        ConfigChanged: They are not.
     """
-    now = config_yaml(config)
-    if file.exists():
-        then = file.read_text(encoding="utf-8")
-        # by what they mean: a later version may write more fields, with their defaults
-        if config_yaml(read_config(file)) != now:
-            diff = difflib.unified_diff(
-                then.splitlines(), now.splitlines(), str(file), "now", n=1, lineterm=""
-            )
-            raise ConfigChanged(
-                f"the experiment in {file.parent} was begun with another configuration; "
-                "choose another --output_path, or undo the change:\n" + "\n".join(diff)
-            )
-        return
+    then, now = (_training_yaml(each) for each in (read_config(file), config))
+    if then != now:
+        diff = difflib.unified_diff(
+            then.splitlines(), now.splitlines(), str(file), "now", n=1, lineterm=""
+        )
+        raise ConfigChanged(
+            f"SAEs in {file.parent} were trained with another configuration; choose "
+            "another --output_path, or undo the change:\n" + "\n".join(diff)
+        )
+
+
+def keep_config(config: CompareConfig, file: Path) -> None:
+    """Write the configuration of an experiment."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with new_file(file) as temporary:
-        temporary.write_text(now, encoding="utf-8")
+        temporary.write_text(config_yaml(config), encoding="utf-8")
+
+
+def _training_yaml(config: CompareConfig) -> str:
+    """All of a configuration that decides what is trained, the same if it means the same."""
+    values = {name: getattr(config, name) for name in _DECIDES_TRAINING}
+    # in order: SAEs are named and ordered by the axes
+    values["grid"] = [{axis: of_axis} for axis, of_axis in config.grid.items()]
+    return yaml.safe_dump(values, allow_unicode=True)
 
 
 class ConfigChanged(ValueError):
-    """The configuration is not that with which the experiment was begun."""
+    """SAEs are not those with which the experiment was begun."""

@@ -1,6 +1,5 @@
 """An experiment from its configuration to its report; what is finished is not done again."""
 
-import itertools
 import json
 import shlex
 import sys
@@ -12,10 +11,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from saelens_scaffold.compare.config import CompareConfig, keep_config
+from saelens_scaffold.compare.config import (
+    CompareConfig,
+    check_unchanged,
+    keep_config,
+)
 from saelens_scaffold.compare.evaluating import Evaluator
 from saelens_scaffold.compare.grid import Run, runs_of
-from saelens_scaffold.compare.memory import Estimate, available_memory, estimate
+from saelens_scaffold.compare.memory import (
+    Estimate,
+    available_memory,
+    check_positive,
+    estimate,
+)
 from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.compare.report import write_page
 from saelens_scaffold.compare.results import collect, results_csv
@@ -23,6 +31,8 @@ from saelens_scaffold.compare.training import (
     ESTIMATED_SCALES,
     WAVE_FILENAME,
     WaveTrainer,
+    check_training,
+    is_trained,
     training_text,
 )
 from saelens_scaffold.evals.command import reason
@@ -37,18 +47,30 @@ WAVES_FILENAME = "waves.json"
 
 class EvaluationsFailed(RuntimeError):
     """
-    Evaluations have failed; everything else is finished and kept.
+    SAEs have come to nothing, or evaluations have failed; everything else is finished and
+    kept.
 
     Attributes:
         reasons: One line for each of them.
+        can_repeat: Whether something is left to try again.
         results: What `compare` would have returned.
     """
 
-    def __init__(self, outcomes: Sequence[Outcome], results: dict[str, Any]):
+    def __init__(
+        self,
+        diverged: Sequence[str],
+        outcomes: Sequence[Outcome],
+        results: dict[str, Any],
+    ):
         self.results = results
+        self.can_repeat = bool(outcomes)
         self.reasons = [
-            f"{outcome.evaluation.name} failed: {reason(outcome)}"
-            for outcome in outcomes
+            *(
+                f"{name}: its weights are not finite, since its training diverged; it "
+                "was left out of the evaluations"
+                for name in diverged
+            ),
+            *(f"{o.evaluation.name} failed: {reason(o)}" for o in outcomes),
         ]
         super().__init__("; ".join(self.reasons))
 
@@ -63,47 +85,60 @@ class Plan:
         estimate: What training them is expected to need.
         available: Bytes that training may use.
         waves: The SAEs, split into what is trained together.
+        evaluator: Evaluates them.
     """
 
     runs: list[Run]
     estimate: Estimate
     available: int
     waves: list[list[Run]]
+    evaluator: Evaluator
 
 
 def make_plan(
     config: CompareConfig,
+    output_path: str | Path,
     device: str | None = None,
     memory_gb: float | None = None,
-    begun: Sequence[Sequence[str]] = (),
 ) -> Plan:
     """
     Find everything that an experiment needs, and split its SAEs into waves.
 
     Args:
         config: The experiment.
+        output_path: Its folder, of which what is finished is looked at.
         device: Where it will be run; by default a GPU where there is one.
         memory_gb: Memory that training may use, in 10^9 bytes; by default most of what
             is free on the device.
-        begun: Waves that stay as they are, by the names of their SAEs: a checkpoint is
-            one of a whole wave.
 
     Raises:
-        ValueError: Something makes no sense, or not even one SAE fits into memory.
+        ValueError: Something makes no sense, not even one SAE fits into memory, or the
+            folder holds SAEs that were trained with another configuration.
         FileNotFoundError: A file is missing.
     """
+    output_path = Path(output_path)
+    config_file = output_path / CONFIG_FILENAME
+    if config_file.exists() and _has_begun(output_path):
+        # before anything else is said of the changed one
+        check_unchanged(config, config_file)
     device = choose_device(device)
+    if memory_gb is not None:
+        check_positive("memory_gb", memory_gb)
     runs = runs_of(config, device)
     estimated = estimate(config, runs)
+    check_training(config, runs)
     training_text(config)
-    metrics_of(Evaluator(config, device, Path(), Path()).evaluations)
+    evaluator = Evaluator(
+        config, runs, device, output_path / "saes", output_path / "eval_results"
+    )
+    metrics_of(evaluator.evaluations)
+    evaluator.check()
     available = (
         available_memory(device) if memory_gb is None else int(memory_gb * 10**9)
     )
-    by_name = {run.name: run for run in runs}
-    waves = [[by_name.pop(name) for name in wave] for wave in begun]
-    waves += estimated.waves([*by_name.values()], available)
-    return Plan(runs, estimated, available, waves)
+    waves, others = _begun(output_path, runs)
+    waves += estimated.waves(others, available)
+    return Plan(runs, estimated, available, waves, evaluator)
 
 
 def compare(
@@ -119,7 +154,8 @@ def compare(
     In the folder are afterwards the SAEs (`saes/`), SAEBench's result files
     (`eval_results/`), results.json, results.csv and report.html. What an earlier, broken
     call finished there is not done again, and a training goes on from its last
-    checkpoint, with the same results in the end.
+    checkpoint, with the same results in the end. What the configuration says beyond the
+    training may have changed since then; evaluations that it changes are done again.
 
     Args:
         config: The experiment.
@@ -133,39 +169,33 @@ def compare(
         What is written as results.json.
 
     Raises:
-        ValueError: Something makes no sense; the folder holds an experiment with another
-            configuration, or another process is at work in it.
+        ValueError: Something makes no sense; the folder holds SAEs that were trained with
+            another configuration, or another process is at work in it.
         FileNotFoundError: A file is missing.
-        EvaluationsFailed: Some evaluation failed. The report is of the others.
+        EvaluationsFailed: An SAE has come to nothing, or an evaluation failed. The report
+            is of the others.
     """
     output_path = Path(output_path)
     device = choose_device(device)
-    config_file = output_path / CONFIG_FILENAME
-    if config_file.exists():  # before anything else is said of the changed one
-        keep_config(config, config_file)
-    begun = _begun_waves(output_path / TRAINING)
-    plan = make_plan(config, device, memory_gb, begun)
-    evaluator = Evaluator(
-        config, device, output_path / "saes", output_path / "eval_results"
-    )
-    evaluator.check(plan.runs[0])
-    keep_config(config, config_file)
+    plan = make_plan(config, output_path, device, memory_gb)
+    output_path.mkdir(parents=True, exist_ok=True)
     with _alone_in(output_path):
+        keep_config(config, output_path / CONFIG_FILENAME)
         training = _train(config, plan, device, output_path)
         outcomes: list[Outcome] = []
-        for group in groups(plan.runs):
+        for group in plan.evaluator.groups:
             print(
                 f"evaluating {len(group)} SAEs of seed {group[0].seed} at "
                 f"{group[0].hook_name}",
                 file=sys.stderr,
             )
-            outcomes += evaluator.evaluate(group)
+            outcomes += plan.evaluator.evaluate(group)
         results = collect(
             config,
             plan.runs,
-            metrics_of(evaluator.evaluations),
-            _result_files(evaluator, plan.runs),
-            evaluator.saes_path,
+            metrics_of(plan.evaluator.evaluations),
+            _result_files(plan.evaluator),
+            plan.evaluator.saes_path,
             training,
             device,
             command or shlex.join(sys.argv),
@@ -175,9 +205,10 @@ def compare(
         with new_file(output_path / "results.csv") as file:
             file.write_text(results_csv(results), encoding="utf-8")
         write_page(results, output_path / "report.html")
+        diverged = plan.evaluator.diverged()
     failed = [outcome for outcome in outcomes if outcome.error is not None]
-    if failed:
-        raise EvaluationsFailed(failed, results)
+    if diverged or failed:
+        raise EvaluationsFailed(diverged, failed, results)
     return results
 
 
@@ -203,10 +234,37 @@ def _train(
     ]
 
 
-def groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """SAEs that are evaluated together: those of one seed at one hook point."""
-    key = lambda run: (run.seed, run.hook_name)
-    return [[*group] for _, group in itertools.groupby(sorted(runs, key=key), key)]
+def _has_begun(output_path: Path) -> bool:
+    """Whether anything was trained in a folder."""
+    return any(output_path.glob("saes/*")) or any(
+        output_path.glob(f"{TRAINING}/wave-*")
+    )
+
+
+def _begun(output_path: Path, runs: Sequence[Run]) -> tuple[list[list[Run]], list[Run]]:
+    """
+    The waves that were begun, which stay as they are since a checkpoint is one of a whole
+    wave, and the SAEs that are in none of those and are not there.
+    """
+    training_path = output_path / TRAINING
+    file = training_path / WAVES_FILENAME
+    by_name = {run.name: run for run in runs}
+    waves: list[list[Run]] = []
+    in_training: set[str] = set()
+    for number, names in enumerate(_read(file) if file.is_file() else []):
+        directory = training_path / f"wave-{number}"
+        if not directory.exists():  # they are trained in order
+            break
+        waves.append([by_name[name] for name in names])
+        if not (directory / WAVE_FILENAME).is_file():
+            in_training.update(names)
+    others = [
+        run
+        for run in runs
+        if run.name not in in_training
+        and not is_trained(output_path / "saes" / run.name)
+    ]
+    return waves, others
 
 
 @contextmanager
@@ -235,17 +293,15 @@ def _begun_waves(training_path: Path) -> list[list[str]]:
     return waves[: sum(begun)]
 
 
-def _result_files(
-    evaluator: Evaluator, runs: Sequence[Run]
-) -> dict[str, dict[str, Path]]:
+def _result_files(evaluator: Evaluator) -> dict[str, dict[str, Path]]:
     """The results that there are, by SAE and evaluation."""
     return {
         run.name: {
             name: file
             for name in evaluator.config.evaluations
-            if (file := evaluator.result_file(name, run)).is_file()
+            if (file := evaluator.result_file(name, run.name)).is_file()
         }
-        for run in runs
+        for run in evaluator.runs
     }
 
 

@@ -68,7 +68,8 @@ class Run:
         config: Its configuration.
         hook_name: Where it reads the language model.
         training: Values of the runner's fields that the grid gives.
-        centre_b_dec: Whether its b_dec starts at the activations' mean.
+        centre_b_dec: Whether its b_dec is to be started at the activations' mean; a
+            scaffold with scaffold_init="pca" starts it there itself.
     """
 
     name: str
@@ -130,23 +131,25 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
     architecture, seed = values.pop("architecture"), values.pop("seed")
     fields = _fields_of(architecture)
     b_dec_init = values.get("b_dec_init", config.b_dec_init)
-    has_scaffold = "scaffold_rank" in fields
+    sae = {
+        name: value
+        for name, value in {"device": device, **config.sae, **values}.items()
+        if name in fields
+    }
+    centres_itself = _value(architecture, sae, "scaffold_init") == "pca" and bool(
+        _value(architecture, sae, "scaffold_rank")
+    )
     axes = {
         axis: value
         for axis, value in values.items()
         if axis in fields
         or axis in ("hook_name", *AXIS_FIELDS)
-        or (axis == "b_dec_init" and not has_scaffold)
+        or (axis == "b_dec_init" and not centres_itself)
     }
     arm = Arm(architecture, axes)
-    sae = {
-        name: value
-        for name, value in {"device": device, **config.sae, **axes}.items()
-        if name in fields
-    }
     name = _file_name("-".join([*arm.label.split(" "), f"seed={seed}"]))
     try:
-        if not isinstance(seed, int):
+        if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed must be an int, got {seed!r}")
         if b_dec_init not in ("mean", "zeros"):
             raise ValueError(
@@ -164,7 +167,7 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
         config=sae_config,
         hook_name=str(axes.get("hook_name", config.hook_name)),
         training={name: axes[name] for name in axes if name in AXIS_FIELDS},
-        centre_b_dec=b_dec_init == "mean" and not has_scaffold,
+        centre_b_dec=b_dec_init == "mean" and not centres_itself,
     )
 
 
@@ -196,6 +199,12 @@ def _check_fields(config: CompareConfig) -> None:
 
 def _fields_of(architecture: str) -> set[str]:
     return set(get_sae_training_class(architecture)[1].__dataclass_fields__)
+
+
+def _value(architecture: str, sae: Mapping[str, Any], name: str) -> Any:
+    """What a field of an SAE's configuration will be; None if there is no such field."""
+    field = get_sae_training_class(architecture)[1].__dataclass_fields__.get(name)
+    return sae.get(name, field and field.default)
 
 
 def _shown(value: Any) -> str:

@@ -1,6 +1,7 @@
 """How many SAEs fit into memory at once, and how long training them takes, estimated."""
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ from typing import Any
 
 import psutil
 import torch
-from sae_lens import TrainingSAE
+from sae_lens import MultiSAETrainingRunnerConfig, TrainingSAE
+from sae_lens.util import str_to_dtype
+from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
 from saelens_scaffold.compare.config import CompareConfig
@@ -92,7 +95,13 @@ class Estimate:
         return waves
 
     def seconds(self, waves: Sequence[Sequence[Run]], tflops: float) -> float:
-        """How long training takes on a device that attains so many TFLOP/s."""
+        """
+        How long training takes on a device that attains so many TFLOP/s.
+
+        Raises:
+            ValueError: It attains none.
+        """
+        check_positive("tflops", tflops)
         saes = sum(self.sae_flops[run.name] for wave in waves for run in wave)
         return (len(waves) * self.llm_flops + saes) / (tflops * 1e12)
 
@@ -123,43 +132,39 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
     runners = {
         run.name: cfg
         for same in _with_same_runner(runs)
-        for cfg in [runner_config(config, same, device="cpu")]
+        for cfg in [runner_config(config, same)]
         for run in same
     }
-    # the largest of each, should runners differ
-    wave = max(runners.values(), key=lambda cfg: cfg.train_batch_size_tokens)
     tokens = max(cfg.training_tokens for cfg in runners.values())
     hook_dims = sum({run.hook_name: run.config.d_in for run in runs}.values())
-    itemsize = _itemsize(wave.dtype)
-    # n_params counts the blocks only
-    embeddings = 2 * model.d_vocab * model.d_model
+    scales = any(run.config.normalize_activations in ESTIMATED_SCALES for run in runs)
     pre_activations = {
         run.name: runners[run.name].train_batch_size_tokens
         * run.config.d_sae
         * _itemsize(run.config.dtype)
         for run in runs
     }
-    shared = (
-        (model.n_params + embeddings)
-        * _itemsize(
-            str((wave.model_from_pretrained_kwargs or {}).get("dtype", "float32"))
+
+    def activations(cfg: MultiSAETrainingRunnerConfig) -> int:
+        """Bytes of the activations that are waiting or being made."""
+        values = _COPIES_OF_BUFFER * cfg.n_batches_in_buffer * cfg.context_size
+        if scales:  # which SAELens keeps to estimate the scale of activations
+            values += cfg.n_batches_for_norm_estimate * cfg.train_batch_size_tokens
+        values *= hook_dims
+        values += (
+            _RESIDUAL_STREAMS
+            * cfg.store_batch_size_prompts
+            * cfg.context_size
+            * model.d_model
         )
-        + _COPIES_OF_BUFFER
-        * wave.n_batches_in_buffer
-        * wave.context_size
-        * hook_dims
-        * itemsize
-        # which SAELens keeps to estimate the scale of activations
-        + wave.n_batches_for_norm_estimate
-        * wave.train_batch_size_tokens
-        * hook_dims
-        * itemsize
-        * any(run.config.normalize_activations in ESTIMATED_SCALES for run in runs)
-        + _RESIDUAL_STREAMS
-        * wave.store_batch_size_prompts
-        * wave.context_size
-        * model.d_model
-        * itemsize
+        return values * _itemsize(cfg.dtype)
+
+    some_cfg = next(iter(runners.values()))  # the language model is the same for all
+    # n_params counts the blocks only
+    weights = model.n_params + 2 * model.d_vocab * model.d_model
+    shared = (
+        weights * _model_itemsize(some_cfg)
+        + max(map(activations, runners.values()))
         + _COPIES_OF_ACTIVATIONS * max(pre_activations.values())
     )
     params = {run.name: _n_params(run) for run in runs}
@@ -191,6 +196,15 @@ def available_memory(device: str) -> int:
     return int(_USABLE_SHARE * free)
 
 
+def check_positive(name: str, value: float) -> None:
+    """
+    Raises:
+        ValueError: A number is not above 0, or not finite.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
 def _with_same_runner(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -204,7 +218,17 @@ def _n_params(run: Run) -> int:
 
 
 def _itemsize(dtype: str) -> int:
-    return getattr(torch, dtype.removeprefix("torch.")).itemsize
+    return str_to_dtype(dtype).itemsize
+
+
+def _model_itemsize(cfg: MultiSAETrainingRunnerConfig) -> int:
+    dtype = (cfg.model_from_pretrained_kwargs or {}).get("dtype", "float32")
+    if dtype not in DTYPE_FROM_STRING:
+        raise ValueError(
+            f"training: model_from_pretrained_kwargs has the dtype {dtype!r}; allowed are "
+            f"{', '.join(DTYPE_FROM_STRING)}"
+        )
+    return DTYPE_FROM_STRING[dtype].itemsize
 
 
 def _layer(hook_name: str) -> int:

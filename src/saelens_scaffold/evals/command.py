@@ -8,8 +8,8 @@ from contextlib import redirect_stdout
 
 import torch
 
-from saelens_scaffold.evals.command_line import BAD_INPUT, one_line
-from saelens_scaffold.evals.plan import Job, make_plan
+from saelens_scaffold.evals.command_line import BAD_INPUT, one_line, select_saes
+from saelens_scaffold.evals.plan import Job, make_plan, typed_options
 from saelens_scaffold.evals.selected_saes import SelectedSAEs
 from saelens_scaffold.evals.table import FAILED, Outcome, judged_views, results_table
 from saelens_scaffold.interruption import interruptible, raise_if_interrupted
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """
     ignore_model_kwargs()
     try:
-        plan = make_plan(options)
+        plan = make_plan(typed_options(options), select_saes(options))
     except BAD_INPUT as error:
         print(f"saelens-scaffold eval: error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -141,6 +141,5 @@ def check_model_name(model_name: str) -> None:
         # TransformerLens's own message is the list of the hundreds that it knows
         raise ValueError(
             f"there is no language model {model_name!r}; give the name of a model of "
-            f"TransformerLens, the directory of a local one, or {EMBEDDED_MODEL_NAME!r} "
-            "(--model)"
+            f"TransformerLens, the directory of a local one, or {EMBEDDED_MODEL_NAME!r}"
         ) from None

@@ -1,15 +1,15 @@
-"""What `saelens-scaffold eval` is asked to do, found to make sense before it is done."""
+"""What evaluations are asked to do, found to make sense before it is done."""
 
 import argparse
 import copy
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saelens_scaffold.evals.command_line import choose_device, select_saes
+from saelens_scaffold.evals.command_line import choose_device
 from saelens_scaffold.evals.configs import (
     config_fields,
     language_model_values,
@@ -32,7 +32,7 @@ from saelens_scaffold.evals.text_data import (
     rows_with,
 )
 
-# Flags that are fields of configurations under the same name.
+# Options that are fields of configurations under the same name.
 _FIELDS = (
     "dataset_split",
     "text_column",
@@ -45,6 +45,54 @@ _FIELDS = (
 )
 
 
+@dataclass(frozen=True)
+class Options:
+    """
+    What evaluations are told. Without a value, each takes its own default.
+
+    Attributes:
+        evaluations: Their names, each with fields of its configuration.
+        api_key_file: File with the key of OpenAI.
+        output_folder: Gets a folder for each evaluation.
+
+    The others are as the flags of `saelens-scaffold eval`.
+    """
+
+    evaluations: Mapping[str, Mapping[str, Any]]
+    model_name: str | None = None
+    dataset: str | None = None
+    dataset_split: str | None = None
+    labelled_dataset: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    random_seeds: Sequence[int] | None = None
+    llm_batch_size: int | None = None
+    llm_dtype: str | None = None
+    sae_batch_size: int | None = None
+    baseline: str | None = None
+    api_key_file: str | None = None
+    device: str | None = None
+    output_folder: str = "eval_results"
+    artifacts_path: str = "artifacts"
+    force_rerun: bool = False
+    clean_up_activations: bool = False
+    save_activations: bool = True
+
+
+def typed_options(arguments: argparse.Namespace) -> Options:
+    """
+    What was typed after `saelens-scaffold eval`.
+
+    Raises:
+        ValueError: There is no such evaluation, or --set is not of the form
+            NAME.FIELD=VALUE.
+    """
+    names = {field.name for field in fields(Options)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    evaluations = evaluations_named(arguments.names)
+    return Options(_parse_settings(arguments.settings, evaluations), **given)
+
+
 class Job(NamedTuple):
     """One evaluation of all SAEs."""
 
@@ -55,40 +103,40 @@ class Job(NamedTuple):
 
 @dataclass
 class Plan:
-    """Everything that a command line asks for, found to make sense."""
+    """Everything that is asked for, found to make sense."""
 
     selected_saes: SelectedSAEs
     saes: list[SelectedSAE]
     jobs: list[Job]
 
 
-def make_plan(
-    options: argparse.Namespace, selected_saes: SelectedSAEs | None = None
-) -> Plan:
+def make_plan(options: Options, selected_saes: SelectedSAEs) -> Plan:
     """
     Find everything that is named, before anything is run.
 
     Args:
-        options: What the command line's parser made of it.
-        selected_saes: (name, SAE object) pairs instead of those that it names.
+        options: What to do.
+        selected_saes: (release, sae_id) or (name, SAE object) pairs, as in SAEBench.
 
     Raises:
         ValueError: Something makes no sense.
         FileNotFoundError: A file is missing.
     """
-    evaluations = evaluations_named(options.names)
-    settings = _parse_settings(options.settings, evaluations)
-    if selected_saes is None:
-        selected_saes = select_saes(options)
+    evaluations = evaluations_named(",".join(options.evaluations))
+    for evaluation in evaluations:
+        _check_fields(evaluation, options.evaluations[evaluation.name])
     # in a copy, since an evaluation may ask for another dtype or view
     saes = resolve_saes(copy.deepcopy(selected_saes), "cpu", "float32")
     _check_dataset(options, evaluations)
-    api_key = _api_key(options) if "autointerp" in settings else None
+    api_key = _api_key(options) if "autointerp" in options.evaluations else None
     device = choose_device(options.device)
     used: set[str] = set()
     jobs: list[Job] = []
     for evaluation in evaluations:
-        values = _values(evaluation, options, saes, used) | settings[evaluation.name]
+        values = {
+            **_values(evaluation, options, saes, used),
+            **options.evaluations[evaluation.name],
+        }
         config_class = evaluation.config_class()
         values = language_model_values(
             config_class, values, selected_saes, evaluation.batch_divisor
@@ -115,21 +163,21 @@ def make_plan(
 
 def _values(
     evaluation: Evaluation,
-    options: argparse.Namespace,
+    options: Options,
     saes: Sequence[SelectedSAE],
     used: set[str],
 ) -> dict[str, Any]:
-    """The fields of a configuration that flags give; adds the flags to those used."""
+    """The fields of a configuration that options give; adds these to those used."""
     fields = config_fields(evaluation.config_class())
     values = dict(evaluation.defaults)
 
-    def take(flag: str, field: str, value: Any) -> None:
+    def take(option: str, field: str, value: Any) -> None:
         if value is not None and field in fields:
             values[field] = value
-            used.add(flag)
+            used.add(option)
 
-    for flag in _FIELDS:
-        take(flag, flag, getattr(options, flag))
+    for option in _FIELDS:
+        take(option, option, getattr(options, option))
     take("model_name", "model_name", options.model_name)
     if options.random_seeds and "random_seeds" not in fields:
         take("random_seeds", "random_seed", options.random_seeds[0])
@@ -140,9 +188,9 @@ def _values(
         if "dataset_split" in fields and (split := _dataset_split(options)):
             values["dataset_split"] = split
     if evaluation.data == "labelled":
-        flag = "dataset" if options.labelled_dataset is None else "labelled_dataset"
-        dataset = getattr(options, flag)
-        take(flag, evaluation.data_field, None if dataset is None else [dataset])
+        option = "dataset" if options.labelled_dataset is None else "labelled_dataset"
+        dataset = getattr(options, option)
+        take(option, evaluation.data_field, None if dataset is None else [dataset])
     if "topic_dataset" in fields:
         # any text will do for the rest of it, but topics need labels
         embedded = options.dataset == EMBEDDED_DATASET_NAME
@@ -158,28 +206,26 @@ def _values(
     return values
 
 
-def _dataset_split(options: argparse.Namespace) -> str | None:
+def _dataset_split(options: Options) -> str | None:
     """The split asked for; of the embedded text that which is not trained on."""
     embedded = options.dataset == EMBEDDED_DATASET_NAME
     return options.dataset_split or ("test" if embedded else None)
 
 
 def _check_used(
-    options: argparse.Namespace, used: set[str], evaluations: Sequence[Evaluation]
+    options: Options, used: set[str], evaluations: Sequence[Evaluation]
 ) -> None:
-    """A flag that changes nothing is a mistake, and not one to find out afterwards."""
-    flags = (*_FIELDS, "dataset", "labelled_dataset", "api_key_file")
-    unused = [f for f in flags if getattr(options, f) is not None and f not in used]
+    """An option that changes nothing is a mistake, and not one to find out afterwards."""
+    given = (*_FIELDS, "dataset", "labelled_dataset", "api_key_file")
+    unused = [o for o in given if getattr(options, o) is not None and o not in used]
     if unused:
         names = ", ".join(evaluation.name for evaluation in evaluations)
-        raise ValueError(f"--{unused[0]} means nothing to {names}")
+        raise ValueError(f"{unused[0]} means nothing to {names}")
 
 
-def _check_dataset(
-    options: argparse.Namespace, evaluations: Sequence[Evaluation]
-) -> None:
+def _check_dataset(options: Options, evaluations: Sequence[Evaluation]) -> None:
     """See that a text that is on this machine can be read."""
-    for name in {options.dataset, options.labelled_dataset} - {None}:
+    for name in filter(None, (options.dataset, options.labelled_dataset)):
         path = Path(name)
         looks_local = path.is_absolute() or name.startswith(".")
         if looks_local and not path.exists():
@@ -191,16 +237,25 @@ def _check_dataset(
         rows_with(rows, options.dataset, options.text_column or "text")
 
 
-def _api_key(options: argparse.Namespace) -> str:
+def _api_key(options: Options) -> str:
     if options.api_key_file is not None:
         return Path(options.api_key_file).read_text(encoding="utf-8").strip()
     key = os.environ.get("OPENAI_API_KEY", "")
     if not key:
         raise ValueError(
-            "autointerp asks a model of OpenAI; give --api_key_file FILE, or set "
-            "OPENAI_API_KEY"
+            "autointerp asks a model of OpenAI; set OPENAI_API_KEY, or give "
+            "`saelens-scaffold eval` --api_key_file FILE"
         )
     return key
+
+
+def _check_fields(evaluation: Evaluation, values: Mapping[str, Any]) -> None:
+    known = list(config_fields(evaluation.config_class()))
+    for field in values:
+        if field not in known:
+            raise ValueError(
+                f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
+            )
 
 
 def _parse_settings(
@@ -210,12 +265,11 @@ def _parse_settings(
     Values of fields, for each evaluation, from NAME.FIELD=VALUE.
 
     Raises:
-        ValueError: One is not of that form, or there is no such evaluation or field.
+        ValueError: One is not of that form, or there is no such evaluation.
     """
     parsed: dict[str, dict[str, Any]] = {
         evaluation.name: {} for evaluation in evaluations
     }
-    fields = {e.name: list(config_fields(e.config_class())) for e in evaluations}
     for setting in settings:
         target, equals, text = setting.partition("=")
         name, dot, field = target.partition(".")
@@ -225,11 +279,6 @@ def _parse_settings(
             raise ValueError(
                 f"--set {setting}: {name!r} is none of the evaluations to run: "
                 f"{', '.join(parsed)}"
-            )
-        if field not in fields[name]:
-            raise ValueError(
-                f"--set {setting}: {name} has no field {field!r}; it has "
-                f"{', '.join(fields[name])}"
             )
         try:
             parsed[name][field] = json.loads(text)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from saelens_scaffold.evals.bootstrap import Interval, SequenceBootstrap, interval
-from saelens_scaffold.evals.labelled_data import load_labelled_data
+from saelens_scaffold.evals.labelled_data import TextsByLabel, load_labelled_data
 from saelens_scaffold.evals.language_model import (
     HookedBatch,
     HookedModel,
@@ -63,6 +63,29 @@ class TopicTexts:
     chance: float
 
 
+def read_topics(
+    config: ScaffoldAblationEvalConfig,
+) -> tuple[TextsByLabel, TextsByLabel]:
+    """
+    The texts of each topic, those to train on and those to test on.
+
+    Raises:
+        ValueError: They cannot be read, or there are too few.
+    """
+    is_mmlu = config.topic_dataset == MMLU
+    return load_labelled_data(
+        config.topic_dataset,
+        config.topic_text_column or ("question" if is_mmlu else "text"),
+        config.topic_label_column or ("subject" if is_mmlu else "label"),
+        config.topic_train_size,
+        config.topic_test_size,
+        config.random_seed,
+        subset=config.topic_subset or ("all" if is_mmlu else None),
+        split=config.topic_split or ("test" if is_mmlu else None),
+        max_classes=config.max_topics,
+    )
+
+
 def load_topic_texts(
     config: ScaffoldAblationEvalConfig, model: HookedTransformer, context_size: int
 ) -> TopicTexts:
@@ -75,18 +98,7 @@ def load_topic_texts(
     Raises:
         ValueError: The texts cannot be read, or there are too few.
     """
-    is_mmlu = config.topic_dataset == MMLU
-    train, test = load_labelled_data(
-        config.topic_dataset,
-        config.topic_text_column or ("question" if is_mmlu else "text"),
-        config.topic_label_column or ("subject" if is_mmlu else "label"),
-        config.topic_train_size,
-        config.topic_test_size,
-        config.random_seed,
-        subset=config.topic_subset or ("all" if is_mmlu else None),
-        split=config.topic_split or ("test" if is_mmlu else None),
-        max_classes=config.max_topics,
-    )
+    train, test = read_topics(config)
     topics = list(train)
     texts = [
         (text, topics.index(topic))

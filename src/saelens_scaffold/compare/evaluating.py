@@ -33,6 +33,7 @@ from saelens_scaffold.evals.selected_saes import (
     CUSTOM_SAE_ID,
     SelectedSAE,
     load_saes,
+    result_path,
 )
 from saelens_scaffold.evals.table import Outcome
 from saelens_scaffold.files import new_file
@@ -172,9 +173,7 @@ class Evaluator:
 
     def result_file(self, evaluation: str, name: str) -> Path:
         """Where an SAE's result is, once it is there."""
-        # of which only the name goes into the path
-        sae = SelectedSAE(name, CUSTOM_SAE_ID, sae=None)  # type: ignore[arg-type]
-        return sae.result_path(self.results_path / evaluation)
+        return result_path(self.results_path / evaluation, name)
 
     def _check_path(self, job: Job) -> None:
         path = str(self.results_path.resolve())

@@ -324,7 +324,7 @@ def _measure(
             )
         if evaluator.check_sae is not None:
             evaluator.check_sae(config, sae)
-    texts = _read_texts(evaluator, config)
+    texts = read_texts(evaluator, config)
     model = load_language_model(
         config.model_name, device, getattr(config, "llm_dtype", "float32")
     )
@@ -361,7 +361,13 @@ def _measure(
         yield sae, _over_seeds(evaluator, config, sae, raw[sae.key])
 
 
-def _read_texts(evaluator: SaeBenchEvaluator, config: Any) -> list[LabelledText]:
+def read_texts(evaluator: SaeBenchEvaluator, config: Any) -> list[LabelledText]:
+    """
+    The text that SAEBench does not know.
+
+    Raises:
+        ValueError: There is none, or it cannot be read or used.
+    """
     if not config.dataset_names:
         raise ValueError("dataset_names is empty; name at least one dataset")
     texts = [

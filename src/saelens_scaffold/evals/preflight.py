@@ -41,6 +41,6 @@ def check_inputs(job: Job, saes: Sequence[SelectedSAE]) -> None:
             for sae in saes:
                 if main.EVALUATOR.check_sae is not None:
                     main.EVALUATOR.check_sae(config, sae)
-            over_seeds._read_texts(main.EVALUATOR, config)
+            over_seeds.read_texts(main.EVALUATOR, config)
     except ValueError as error:
         raise ValueError(f"{evaluation.name}: {error}") from error

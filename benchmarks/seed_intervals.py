@@ -14,11 +14,12 @@ import numpy as np
 from saelens_scaffold.compare.statistics import seed_interval
 from saelens_scaffold.evals.bootstrap import student_interval
 
+COUNTS = "counts (Poisson, mean 2)"
 DIFFERENCES: dict[str, tuple[Callable[..., np.ndarray], float]] = {
     "normal": (lambda rng, n: rng.normal(size=n), 0.0),
     "skewed (exponential)": (lambda rng, n: rng.exponential(size=n), 1.0),
     "heavy tails (t, 3 d.f.)": (lambda rng, n: rng.standard_t(3, size=n), 0.0),
-    "counts (Poisson, mean 2)": (lambda rng, n: rng.poisson(2, size=n) - 2.0, 0.0),
+    COUNTS: (lambda rng, n: rng.poisson(2, size=n) - 2.0, 0.0),
 }
 
 
@@ -45,7 +46,8 @@ def main() -> None:
             held = np.zeros(3)
             for _ in range(options.draws):
                 values = draw(rng, n)
-                ours, _ = seed_interval(values, 0.95)
+                ours, _ = seed_interval(values, 0.95, is_count=name == COUNTS)
+                assert ours is not None, "equal draws of no counts"
                 student = student_interval(values.tolist(), 0.95)
                 for i, (low, high) in enumerate(
                     (

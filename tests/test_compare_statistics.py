@@ -86,13 +86,19 @@ def test_intervals_hold_the_truth_as_often_as_they_say(
 @example([1.9, 1.9, 1.9])  # whose mean is not 1.9
 @example([0.1, 0.1, 0.1, 0.1, 0.1])
 def test_intervals_are_around_the_mean(values: list[float]) -> None:
-    (mean, low, high), method = seed_interval(np.array(values), 0.95)
+    found, method = seed_interval(np.array(values), 0.95)
+    all_equal = np.ptp(values) <= 1e-9 * np.abs(values).max()
+    assert (found is None) == (method == "sign test") == all_equal
+    if found is None:
+        return
+    mean, low, high = found
     assert low <= mean + 1e-6 * abs(mean) and mean - 1e-6 * abs(mean) <= high
     assert math.isclose(mean, np.mean(values), rel_tol=1e-9, abs_tol=1e-9)
     assert math.isfinite(low) and math.isfinite(high)
     # fewer seeds than four leave the studentised bootstrap without a finite interval
     assert method == "student_t" or len(values) > 3
     mirrored, _ = seed_interval(-np.array(values), 0.95)
+    assert mirrored is not None
     assert math.isclose(
         mirrored.low, -high, rel_tol=0.05, abs_tol=0.1 * (high - low) + 1e-9
     )
@@ -102,19 +108,82 @@ def test_intervals_are_around_the_mean(values: list[float]) -> None:
 def test_counts_without_a_difference_are_not_told_apart(n_seeds: int) -> None:
     rng = np.random.default_rng(0)
     verdicts = [
-        judge(dict(enumerate(rng.integers(-1, 2, n_seeds).astype(float))), 0.95).verdict
+        judge(dict(enumerate(rng.integers(-1, 2, n_seeds).astype(float))), 0.95, True)
         for _ in range(1000)
     ]
-    assert verdicts.count("not distinguishable") >= 950
+    told_apart = [v for v in verdicts if v.verdict != "not distinguishable"]
+    assert len(told_apart) <= 50
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 4])
+def test_shares_of_few_examples_without_a_difference_are_not_told_apart(
+    n_seeds: int,
+) -> None:
+    # accuracies on 200 examples, whose differences are often equal, but for rounding
+    rng = np.random.default_rng(0)
+    told_apart = 0
+    for _ in range(1000):
+        plain, scaffold = (rng.integers(158, 163, n_seeds) / 200 for _ in range(2))
+        (found,) = compared(
+            *(measured("plain", 4, seed, x) for seed, x in enumerate(plain)),
+            *(measured("scaffold", 4, s, x, rank=2) for s, x in enumerate(scaffold)),
+            matching="k",
+        )
+        told_apart += found.judgement.verdict != "not distinguishable"
+    assert told_apart <= 50 + 3 * 7  # three standard errors
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 6])
+def test_no_difference_in_any_seed_has_no_interval_unless_of_counts(
+    n_seeds: int,
+) -> None:
+    found = judge(dict.fromkeys(range(n_seeds), 0.0), 0.95)
+    assert (found.verdict, found.method) == ("not distinguishable", "sign test")
+    assert (found.mean, found.ci_low, found.ci_high) == (0.0, None, None)
+    counts = judge(dict.fromkeys(range(n_seeds), 0.0), 0.95, is_count=True)
+    assert counts.verdict == "not distinguishable"
+    # equal counts have a spread that rounding hides
+    assert counts.ci_low is not None and counts.ci_high == -counts.ci_low > 0
+
+
+def test_differences_are_equal_but_for_rounding() -> None:
+    found = judge({0: 0.8 - 0.75, 1: 0.85 - 0.8}, 0.95)
+    assert (found.verdict, found.ci_low) == ("not distinguishable", None)
+    # of numbers so large that the differences are little but rounding
+    large = {seed: (1e6 + seed + 0.1) - (1e6 + seed) for seed in range(3)}
+    assert judge(large, 0.95, magnitude=1e6).method == "sign test"
+    nothing = dict(enumerate([0.1 + 0.2 - 0.3] * 6))
+    assert judge(nothing, 0.95, magnitude=0.3).verdict == "not distinguishable"
+    # equal values among others leave no absurdly large t
+    found = judge({0: 0.8 - 0.75, 1: 0.85 - 0.8, 2: 0.05, 3: 0.05, 4: 0.06}, 0.95)
+    assert found.method == "student_t"
+    assert found.ci_low is not None and 0.04 < found.ci_low < 0.06
+
+
+def test_whether_a_metric_is_a_count_is_said_by_it_and_not_by_its_values() -> None:
+    assert ComparisonMetric("dense", "dense", lambda _: None, digits=0).is_count
+    assert not METRIC.is_count
+    saes = [
+        measured(architecture, 4, seed, 1.0, rank=rank)
+        for architecture, rank in (("plain", 0), ("scaffold", 2))
+        for seed in range(3)
+    ]
+    (found, _) = compare_arms(saes, [METRIC], {"scaffold": "plain"}, 0.95)
+    assert found.judgement.ci_low is None
+    assert curves(saes, [METRIC], 0.95)[0].points[0].ci_low is None
+    count = METRIC._replace(digits=0)
+    (found, _) = compare_arms(saes, [count], {"scaffold": "plain"}, 0.95)
+    assert found.judgement.ci_low == pytest.approx(-1.0141, abs=1e-4)
 
 
 def test_verdicts() -> None:
     assert judge({}, 0.95).verdict == "not measured"
     assert judge({0: 3.0}, 0.95).verdict == "one seed"
     assert judge({0: 3.0}, 0.95).ci_low is None
-    assert judge({0: 7.0, 1: 7.0, 2: 7.0}, 0.95).verdict == "higher"
-    # counts that differ by one, and accuracies that agree to the last digit
-    assert judge({0: 1.0, 1: 1.0, 2: 1.0}, 0.95).verdict == "not distinguishable"
+    # counts that differ by seven and by one, and accuracies that agree to the last digit
+    assert judge({0: 7.0, 1: 7.0, 2: 7.0}, 0.95, is_count=True).verdict == "higher"
+    ones = judge({0: 1.0, 1: 1.0, 2: 1.0}, 0.95, is_count=True)
+    assert ones.verdict == "not distinguishable"
     assert judge({0: 0.1, 1: 0.1, 2: 0.1}, 0.95).verdict == "not distinguishable"
     assert judge(dict.fromkeys(range(6), 0.1), 0.95).verdict == "higher"
     assert judge({0: 0.0, 1: 0.0, 2: 0.0}, 0.95).verdict == "not distinguishable"
@@ -124,7 +193,9 @@ def test_verdicts() -> None:
 
 def test_student_interval_of_three_seeds() -> None:
     # by hand: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.302653
-    (mean, low, high), method = seed_interval(np.array([1.0, 2.0, 3.0]), 0.95)
+    found, method = seed_interval(np.array([1.0, 2.0, 3.0]), 0.95)
+    assert found is not None
+    mean, low, high = found
     assert method == "student_t"
     assert mean == pytest.approx(2)
     assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))

@@ -70,7 +70,7 @@ class CurvePoint(NamedTuple):
         arm: The SAEs.
         l0_total: Mean of their active latents per token.
         mean: Mean of the metric.
-        ci_low: Lower end of its interval; None with a single seed.
+        ci_low: Lower end of its interval; None with a single seed, or if all agree.
         ci_high: Upper end.
         n_seeds: Number of seeds.
     """
@@ -126,8 +126,8 @@ def compare_arms(
             if arm.architecture == baselines.get(treatment.architecture)
         ]
         for metric in metrics:
-            comparisons += _at_same_k(treatment, rivals, arms, metric.id, confidence)
-            comparisons += _at_same_l0(treatment, rivals, arms, metric.id, confidence)
+            comparisons += _at_same_k(treatment, rivals, arms, metric, confidence)
+            comparisons += _at_same_l0(treatment, rivals, arms, metric, confidence)
     # in the order in which they are read, all of one matching first
     return sorted(comparisons, key=lambda comparison: comparison.matching)
 
@@ -153,7 +153,7 @@ def curves(
             ]
             if pairs:
                 points.setdefault(arm.without("k"), []).append(
-                    _curve_point(arm, pairs, confidence)
+                    _curve_point(arm, pairs, metric, confidence)
                 )
         found += [
             Curve(arm, metric.id, sorted(of_arm, key=lambda point: point.l0_total))
@@ -177,7 +177,11 @@ def _by_arm(saes: Sequence[MeasuredSAE]) -> dict[Arm, dict[int, MeasuredSAE]]:
 
 
 def _at_same_k(
-    treatment: Arm, rivals: Sequence[Arm], arms: _Arms, metric: str, confidence: float
+    treatment: Arm,
+    rivals: Sequence[Arm],
+    arms: _Arms,
+    metric: ComparisonMetric,
+    confidence: float,
 ) -> list[Comparison]:
     return [
         comparison
@@ -189,7 +193,11 @@ def _at_same_k(
 
 
 def _at_same_l0(
-    treatment: Arm, rivals: Sequence[Arm], arms: _Arms, metric: str, confidence: float
+    treatment: Arm,
+    rivals: Sequence[Arm],
+    arms: _Arms,
+    metric: ComparisonMetric,
+    confidence: float,
 ) -> list[Comparison]:
     some_run = next(iter(arms[treatment].values())).run
     if some_run.scaffold_rank == 0 or some_run.nominal_l0_total is None:
@@ -210,7 +218,7 @@ def _at_same_l0(
             comparisons += _direct(
                 "l0_total", treatment, exact[0], arms, metric, confidence
             )
-        elif not _is_sparsity(metric):  # which would be compared with itself
+        elif not _is_sparsity(metric.id):  # which would be compared with itself
             comparisons += _interpolated(
                 treatment, curve, rivals_of_curve, arms, metric, confidence
             )
@@ -226,13 +234,13 @@ def _direct(
     treatment: Arm,
     rival: Arm,
     arms: _Arms,
-    metric: str,
+    metric: ComparisonMetric,
     confidence: float,
 ) -> list[Comparison]:
     pairs = {
-        seed: (value, arms[rival][seed].values.get(metric))
+        seed: (value, arms[rival][seed].values.get(metric.id))
         for seed, sae in arms[treatment].items()
-        if (value := sae.values.get(metric)) is not None and seed in arms[rival]
+        if (value := sae.values.get(metric.id)) is not None and seed in arms[rival]
     }
     return _comparison(matching, treatment, rival, False, metric, pairs, confidence)
 
@@ -242,18 +250,18 @@ def _interpolated(
     curve: Arm,
     rivals: Sequence[Arm],
     arms: _Arms,
-    metric: str,
+    metric: ComparisonMetric,
     confidence: float,
 ) -> list[Comparison]:
     pairs: dict[int, tuple[float, float | None]] = {}
     outside: list[str] = []
     for seed, sae in arms[treatment].items():
-        value = sae.values.get(metric)
+        value = sae.values.get(metric.id)
         points = sorted(
             (rival_sae.l0_total, rival_value)
             for rival in rivals
             if (rival_sae := arms[rival].get(seed)) is not None
-            and (rival_value := rival_sae.values.get(metric)) is not None
+            and (rival_value := rival_sae.values.get(metric.id)) is not None
             and rival_sae.l0_total is not None
         )
         if value is None or not points or sae.l0_total is None:
@@ -277,7 +285,7 @@ def _interpolated(
                 treatment,
                 curve,
                 interpolated=True,
-                metric=metric,
+                metric=metric.id,
                 treatment_mean=None,
                 baseline_mean=None,
                 differences={},
@@ -293,7 +301,7 @@ def _comparison(
     treatment: Arm,
     rival: Arm,
     interpolated: bool,
-    metric: str,
+    metric: ComparisonMetric,
     pairs: Mapping[int, tuple[float, float | None]],
     confidence: float,
 ) -> list[Comparison]:
@@ -311,22 +319,31 @@ def _comparison(
             treatment,
             rival,
             interpolated,
-            metric,
+            metric.id,
             fmean(value for value, _ in whole.values()),
             fmean(other for _, other in whole.values()),
             differences,
-            judge(differences, confidence),
+            judge(
+                differences,
+                confidence,
+                metric.is_count,
+                magnitude=max(abs(value) for pair in whole.values() for value in pair),
+            ),
         )
     ]
 
 
 def _curve_point(
-    arm: Arm, pairs: Sequence[tuple[float, float]], confidence: float
+    arm: Arm,
+    pairs: Sequence[tuple[float, float]],
+    metric: ComparisonMetric,
+    confidence: float,
 ) -> CurvePoint:
     values = np.array([value for _, value in pairs])
     low = high = None
     if len(values) > 1:
-        (_, low, high), _ = seed_interval(values, confidence)
+        found, _ = seed_interval(values, confidence, metric.is_count)
+        low, high = found[1:] if found else (None, None)
     return CurvePoint(
         arm, fmean(l0 for l0, _ in pairs), float(values.mean()), low, high, len(pairs)
     )

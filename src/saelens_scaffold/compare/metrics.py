@@ -18,7 +18,7 @@ class ComparisonMetric(NamedTuple):
         id: A name of its own, as in "dense_latents.sparsity.l0_sparse".
         title: What a table calls it.
         value: Its value for an SAE, of whose results it is given; None if there is none.
-        digits: How many to show after the point.
+        digits: How many to show after the point; 0 for a count.
         better: Which direction is the better one, if either is.
         evaluation: The evaluation that it is read from, for metrics that only read one.
         interval: Its interval within that evaluation, if it has one.
@@ -31,6 +31,11 @@ class ComparisonMetric(NamedTuple):
     better: Literal["higher", "lower"] | None = None
     evaluation: str | None = None
     interval: Callable[[Results], tuple[float, float] | None] = lambda _: None
+
+    @property
+    def is_count(self) -> bool:
+        """Whether it is a whole number: intervals over seeds take that into account."""
+        return self.digits == 0
 
 
 def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:

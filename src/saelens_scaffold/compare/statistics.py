@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
-from saelens_scaffold.evals.bootstrap import Interval
+from saelens_scaffold.evals.bootstrap import Interval, student_interval
 
 Verdict = Literal[
     "higher", "lower", "not distinguishable", "one seed", "out of range", "not measured"
@@ -22,7 +21,11 @@ MIN_BOOTSTRAPPED = 4
 """Of three values, more than one resample in twenty is one value three times over."""
 
 ROUNDING_SPREAD = (1 / 6) ** 0.5
-"""Standard deviation of the difference of two numbers that is due to rounding them."""
+"""Standard deviation of the difference of two counts that is due to their being whole."""
+
+EQUAL_WITHIN = 1e-9
+"""Share of their magnitude by which values differ that are equal but for the rounding of
+floating-point numbers. Of subtracted ones, that of the numbers they were subtracted from."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Judgement:
 
     Attributes:
         mean: The mean difference; None if there is no pair.
-        ci_low: Lower end of its interval; None with fewer than two pairs.
+        ci_low: Lower end of its interval; None with fewer than two pairs, or if they are
+            all equal.
         ci_high: Upper end, likewise.
         method: How the interval was found.
         verdict: What it says.
@@ -45,32 +49,41 @@ class Judgement:
     verdict: Verdict
 
 
-def judge(differences: Mapping[int, float], confidence: float) -> Judgement:
+def judge(
+    differences: Mapping[int, float],
+    confidence: float,
+    is_count: bool = False,
+    magnitude: float = 0.0,
+) -> Judgement:
     """
     Say whether paired differences tell two kinds of SAEs apart.
 
     They do if the interval of their mean leaves out zero. Each interval stands for
     itself: of twenty comparisons without any difference one is expected to "find" one.
+    Differences that are equal in all seeds, zero or not, have no interval: there is no
+    spread to learn from, and they say only that all seeds agree on a direction, as by
+    chance they do once in 2^(n - 1) times.
 
     Args:
         differences: Judged SAE minus baseline, for each seed.
         confidence: As in 0.95.
+        is_count: Whether they are of counts.
+        magnitude: The largest absolute value that was subtracted, or subtracted from.
     """
     values = np.array([*differences.values()], dtype=float)
-    verdict: Verdict
     if len(values) == 0:
         return Judgement(None, None, None, "", "not measured")
     if len(values) == 1:
         return Judgement(float(values[0]), None, None, "", "one seed")
-    if np.ptp(values) == 0 and not _are_counts(values):
-        # No spread to learn from: only that all seeds agree, as chance does once in
-        # 2^(n - 1) times.
-        verdict = "not distinguishable"
-        if values[0] != 0 and 2.0 ** (1 - len(values)) <= 1 - confidence:
-            verdict = "higher" if values[0] > 0 else "lower"
-        return Judgement(float(values[0]), None, None, "sign test", verdict)
-    (mean, low, high), method = seed_interval(values, confidence)
-    verdict = "not distinguishable"
+    found, method = seed_interval(values, confidence, is_count, magnitude)
+    verdict: Verdict = "not distinguishable"
+    if found is None:
+        mean = float(values.mean())
+        is_zero = abs(mean) <= _tolerance(values, magnitude)
+        if not is_zero and 2.0 ** (1 - len(values)) <= 1 - confidence:
+            verdict = "higher" if mean > 0 else "lower"
+        return Judgement(mean, None, None, method, verdict)
+    mean, low, high = found
     if low > 0:
         verdict = "higher"
     elif high < 0:
@@ -78,7 +91,12 @@ def judge(differences: Mapping[int, float], confidence: float) -> Judgement:
     return Judgement(mean, low, high, method, verdict)
 
 
-def seed_interval(values: np.ndarray, confidence: float) -> tuple[Interval, str]:
+def seed_interval(
+    values: np.ndarray,
+    confidence: float,
+    is_count: bool = False,
+    magnitude: float = 0.0,
+) -> tuple[Interval | None, str]:
     """
     Mean and interval of a few values, one a seed.
 
@@ -87,30 +105,35 @@ def seed_interval(values: np.ndarray, confidence: float) -> tuple[Interval, str]
     themselves: of three values, such an interval holds the truth three times out of four
     at best. Where so many resamples have no spread that the studentised bootstrap has no
     finite interval, with fewer than MIN_BOOTSTRAPPED values, or among many equal ones, it
-    is Student's t. See benchmarks/README.md for how often each covers the truth. Counts
-    are taken for rounded numbers: their spread is at least what rounding makes.
+    is Student's t. See benchmarks/README.md for how often each covers the truth.
 
     Args:
         values: At least two.
         confidence: As in 0.95.
+        is_count: Whether they are whole numbers, or differences of whole numbers: their
+            spread is taken to be at least what rounding makes.
+        magnitude: Of the numbers that the values are differences of, if they are larger.
 
     Returns:
-        The interval, and the method: "bootstrap_t" or "student_t".
+        The interval, None if values that are no counts are all equal, and the method:
+        "bootstrap_t", "student_t" or, if there is none, "sign test".
     """
     n, mean = len(values), float(values.mean())
+    tolerance = _tolerance(values, magnitude)
+    if np.ptp(values) <= tolerance and not is_count:
+        return None, "sign test"
+    floor = ROUNDING_SPREAD if is_count else 0.0
+    student = student_interval(values.tolist(), confidence, least_spread=floor)
     spread = float(values.std(ddof=1))
-    floor = ROUNDING_SPREAD if _are_counts(values) else 0.0
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * max(spread, floor) / n**0.5
-    student = Interval(mean, mean - half, mean + half)
-    # equal values can have a spread by rounding
-    if len(values) < MIN_BOOTSTRAPPED or spread <= floor or np.ptp(values) == 0:
+    if n < MIN_BOOTSTRAPPED or spread <= floor:
         return student, "student_t"
     # its own generator, so that an interval does not depend on what was computed before
     draws = np.random.default_rng(0).integers(n, size=(N_RESAMPLES, n))
     resamples = values[draws]
     shift = resamples.mean(axis=1) - values.mean()
     errors = resamples.std(axis=1, ddof=1) / math.sqrt(n)
-    errors[np.ptp(resamples, axis=1) == 0] = 0  # but for rounding
+    shift[np.abs(shift) <= tolerance] = 0  # but for rounding, as the next
+    errors[np.ptp(resamples, axis=1) <= tolerance] = 0
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         # without a spread a resample is infinitely far off, in its direction
         t = np.nan_to_num(shift / errors, nan=0.0, posinf=np.inf, neginf=-np.inf)
@@ -124,5 +147,6 @@ def seed_interval(values: np.ndarray, confidence: float) -> tuple[Interval, str]
     return Interval(mean, *ends), "bootstrap_t"
 
 
-def _are_counts(values: np.ndarray) -> bool:
-    return bool((values == values.round()).all())
+def _tolerance(values: np.ndarray, magnitude: float) -> float:
+    """By how much values differ that are equal."""
+    return EQUAL_WITHIN * max(magnitude, float(np.abs(values).max()))

@@ -66,7 +66,9 @@ def interval(statistics: torch.Tensor, confidence: float) -> Interval:
     return Interval(float(statistics[0]), low, high)
 
 
-def student_interval(values: list[float], confidence: float) -> Interval:
+def student_interval(
+    values: list[float], confidence: float, least_spread: float = 0.0
+) -> Interval:
     """
     Mean of a few independent values (one a seed) with its Student-t interval.
 
@@ -74,6 +76,7 @@ def student_interval(values: list[float], confidence: float) -> Interval:
         values: At least one. Of a single value nothing can be said but the value, and
             the ends are NaN.
         confidence: As in 0.95.
+        least_spread: What their standard deviation is known to be at least.
     """
     # imported here, since scipy is SAEBench's dependency and takes its time to load
     from scipy import stats
@@ -82,6 +85,6 @@ def student_interval(values: list[float], confidence: float) -> Interval:
     mean = float(sample.mean())
     if len(values) < 2:
         return Interval(mean, float("nan"), float("nan"))
-    standard_error = float(sample.std()) / len(values) ** 0.5
+    standard_error = max(float(sample.std()), least_spread) / len(values) ** 0.5
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * standard_error
     return Interval(mean, mean - half, mean + half)

@@ -22,7 +22,7 @@ class Metric(NamedTuple):
         title: Its head.
         path: Where it is in `eval_result_metrics`, as in "sparsity.l0". `PATH_ci_low` and
             `PATH_ci_high` are the ends of its interval, where it has one.
-        digits: How many to show after the point.
+        digits: How many to show after the point; 0 for a count.
         better: Which direction is the better one, if either is.
         of_sae: Whether it depends on the SAE, and not on language model and text alone.
     """

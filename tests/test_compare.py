@@ -2,14 +2,14 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,11 +21,15 @@ from saelens_scaffold_cli import main
 
 pytest.importorskip("sae_bench")
 
+from playwright.sync_api import sync_playwright  # noqa: E402
+
+from chromium import launch  # noqa: E402
 from saelens_scaffold import hookimpl, plugins  # noqa: E402
-from saelens_scaffold.compare import compare, read_config  # noqa: E402
+from saelens_scaffold.compare import CompareConfig, compare, read_config  # noqa: E402
 from saelens_scaffold.compare.experiment import EvaluationsFailed, make_plan  # noqa: E402
 from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
 from saelens_scaffold.compare.training import WaveTrainer  # noqa: E402
+from test_compare_page import visit  # noqa: E402
 
 SMALL: dict[str, Any] = {
     "title": "A small <experiment>",
@@ -194,49 +198,49 @@ def test_centred_saes_start_at_the_mean(tmp_path: Path) -> None:
 
 
 BROKEN_OFF = """
-import sys
+import os, signal, sys, threading, time
+from pathlib import Path
 from saelens_scaffold_cli import main
-sys.exit(main(["compare", sys.argv[1], "--output_path", sys.argv[2]]))
+
+file, out, pattern, number = sys.argv[1:]
+
+def watch():
+    while not any(Path(out).glob(pattern)):
+        time.sleep(0.01)
+    os.kill(os.getpid(), int(number))
+
+threading.Thread(target=watch, daemon=True).start()
+sys.exit(main(["compare", file, "--output_path", out]))
 """
 
 
-def break_off(
-    file: Path, out: Path, when: Callable[[], bool], number: int
-) -> tuple[int, str]:
+def break_off(file: Path, out: Path, pattern: str, number: int) -> tuple[int, str]:
     """
-    Run the command in another process until something is there, and send a signal.
+    Run the command in another process, which gets a signal once there is such a file.
 
     Returns:
         Its exit status, and the end of what it wrote to stderr.
     """
-    with subprocess.Popen(
-        [sys.executable, "-c", BROKEN_OFF, str(file), str(out)],
+    # the process sends it itself: on a busy machine another might come too late
+    finished = subprocess.run(
+        [sys.executable, "-c", BROKEN_OFF, *map(str, (file, out, pattern, number))],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-    ) as process:
-        while not when():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, written = process.communicate(timeout=120)
-    return process.returncode, written[-3000:]
+        timeout=300,
+    )
+    return finished.returncode, finished.stderr[-3000:]
 
 
 def test_killed_twice_with_the_same_results(unbroken: Path, tmp_path: Path) -> None:
     file, out = write(tmp_path), tmp_path / "out"
-    checkpoints = out / "training/wave-0/checkpoints"
+    in_training = "training/wave-0/checkpoints/*/activation_stream.json"
+    in_evaluation = "eval_results/dense_latents"
 
-    def in_training() -> bool:
-        return any(checkpoints.glob("*/activation_stream.json"))
-
-    def in_evaluation() -> bool:
-        return (out / "eval_results/dense_latents").is_dir()
-
-    status, written = break_off(file, out, in_training, signal.SIGKILL)
+    status, written = break_off(file, out, in_training, int(signal.SIGKILL))
     assert status == -signal.SIGKILL, written
     assert not (out / "results.json").exists()
-    status, written = break_off(file, out, in_evaluation, signal.SIGTERM)
+    status, written = break_off(file, out, in_evaluation, int(signal.SIGTERM))
     assert status == 130, written
     assert not (out / "results.json").exists()
     made = {path: path.stat().st_mtime_ns for path in (out / "saes").glob("*/*")}
@@ -484,6 +488,9 @@ def test_a_failed_evaluation_leaves_a_report_of_the_rest(
 def test_plugins_offer_metrics(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+
     def per_latent(results: Any) -> float | None:
         metrics = results["dense_latents"]["eval_result_metrics"]
         return (
@@ -496,11 +503,18 @@ def test_plugins_offer_metrics(
             return [
                 ComparisonMetric("own.dense_share", "dense per active", per_latent),
                 ComparisonMetric("own.broken", "broken", lambda _: 1 / 0),
+                ComparisonMetric("own.text", "text", lambda _: "no number"),  # type: ignore[arg-type]
+                ComparisonMetric(
+                    "own.numpy",
+                    "of numpy",
+                    lambda _: np.float32(0.5),  # type: ignore[arg-type]
+                    interval=lambda _: (float("nan"), 1.0),
+                ),
             ]
 
     monkeypatch.setattr(plugins, "available_plugins", lambda: {"own": None})
     monkeypatch.setattr(plugins, "load_plugin", lambda _: Own)
-    results = compare(read_config(write(tmp_path)), unbroken)
+    results = compare(read_config(write(tmp_path)), out)
     for sae in results["saes"]:
         dense = sae["evaluations"]["dense_latents"]
         expected = (
@@ -508,7 +522,61 @@ def test_plugins_offer_metrics(
         )
         assert sae["metrics"]["own.dense_share"]["value"] == expected
         assert sae["metrics"]["own.broken"]["value"] is None
+        assert sae["metrics"]["own.text"]["value"] is None
+        found = sae["metrics"]["own.numpy"]
+        assert (found["value"], found["ci_low"], found["ci_high"]) == (0.5, None, 1.0)
     assert any(c["metric"] == "own.dense_share" for c in results["comparisons"])
+
+    with sync_playwright() as playwright, launch(playwright) as browser:
+        page, complaints, _ = visit(browser, out / "report.html")
+        page.wait_for_selector("svg.main-svg")
+        assert not complaints
+        for section in ("#verdicts", "#numbers"):
+            text = page.locator(section).inner_text()
+            assert "dense per active" in text
+            assert "None" not in text
+
+
+def test_reference_is_of_chosen_pairs_and_says_what_it_leaves_out(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    figure = {**SMALL["reference"][0], "where": {"k": 4, "seed": 1}}
+    for file in (out / "eval_results/dense_latents").glob("batchtopk-k_6-*.json"):
+        result = json.loads(file.read_text())
+        result["eval_result_metrics"]["sparsity"]["l0_total"] = 0
+        file.write_text(json.dumps(result))
+    all_k = SMALL["reference"][0]
+    too_short = {**figure, "metric": "dense_latents.sparsity", "where": {}}
+    file = write(tmp_path, reference=[figure, all_k, too_short])
+    results = compare(read_config(file), out)
+    l0 = {
+        sae["name"]: sae["evaluations"]["dense_latents"]["sparsity"]["l0_total"]
+        for sae in results["saes"]
+    }
+    expected = (
+        l0["scaffold_batchtopk-k_4-scaffold_rank_2-seed_1"] / l0["batchtopk-k_4-seed_1"]
+    ) - 1
+    of_one, of_all, of_none = (figure["ours"] for figure in results["reference"])
+    assert of_one == f"{expected:+.0%}"
+    assert of_all.endswith("2 SAEs); 2 with a baseline of 0 left out")
+    assert of_none is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "scafold_batchtopk"}, "no architecture 'scafold_batchtopk'"),
+        ({"architecture": "batchtopk"}, "relative_to_baseline needs"),
+        ({"metric": "dense.dense_latents"}, "no evaluation 'dense'"),
+        ({"where": {"kk": 4}}, "no axis of the grid 'kk'"),
+    ],
+)
+def test_references_that_no_sae_can_have(change: dict[str, Any], message: str) -> None:
+    config = {**SMALL, "reference": [{**SMALL["reference"][0], **change}]}
+    with pytest.raises(ValueError, match=message):
+        CompareConfig(**config)
 
 
 def test_an_sae_that_came_to_nothing_leaves_a_report_of_the_rest(

@@ -97,6 +97,7 @@ def make_results() -> dict[str, Any]:
                     "wave": wave,
                     "saes": [sae["name"] for sae in saes[wave::2]],
                     "seconds": 812.4,
+                    "hardware": "a GPU",
                     "versions": {"sae-lens": "6.54.12", "torch": f"2.15.{wave}"},
                 }
                 for wave in range(2)
@@ -299,7 +300,7 @@ def _comparison(
         "ci_low": low,
         "ci_high": high,
         "confidence": 0.95,
-        "method": "paired bootstrap over seeds",
+        "method": "" if missing else "student_t",
         "verdict": verdict,
         "note": "the baseline has no scaffold" if missing else "",
     }
@@ -581,10 +582,10 @@ def test_verdicts_say_which_and_whether_it_is_better(
         comparisons = [c for c in results["comparisons"] if c["matching"] == matching]
         assert len(cells) == len(comparisons)
         told_apart = sum(c["verdict"] in ("higher", "lower") for c in comparisons)
-        judged = sum(c["ci_low"] is not None for c in comparisons)
+        judged = sum(c["method"] != "" for c in comparisons)
         assert 0 < told_apart < judged < len(comparisons)
         assert f"{told_apart} of {judged} differences" in legend
-        assert "the 95% interval of the mean difference (paired bootstrap" in legend
+        assert "the 95% interval of the mean difference (student_t)" in legend
         assert ("†" in legend) == (matching == "l0_total")
         for cell, comparison in zip(cells, comparisons, strict=True):
             metric, difference, verdict, judged = cell
@@ -825,6 +826,23 @@ def test_page_is_one_file_that_a_failure_leaves_alone(
     assert html.count("plotly.js v") == 1
     # the results are JSON, and so is what the page is made of
     assert page(json.loads(json.dumps(results))) == html
+
+
+def test_hook_points_that_differ_are_not_said(results: dict[str, Any]) -> None:
+    summary = {**results["summary"], "hook_name": None}
+    said = " ".join(page({**results, "summary": summary}).split())
+    assert "</b>, trained on the same" in said
+
+
+def test_metrics_of_no_evaluation_and_missing_seeds(results: dict[str, Any]) -> None:
+    metrics = [{**metric, "evaluation": None} for metric in results["metrics"]]
+    few = [
+        {**comparison, "differences": {"0": 1.0}, "verdict": "one seed"}
+        for comparison in results["comparisons"]
+    ]
+    html = page({**results, "metrics": metrics, "comparisons": few})
+    assert "None" not in html.partition('id="provenance"')[0]
+    assert f"one seed (1 of {len(SEEDS)} seeds)" in html
 
 
 def test_tokens_that_differ_are_not_said(results: dict[str, Any]) -> None:

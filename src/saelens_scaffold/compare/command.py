@@ -50,12 +50,7 @@ def run(options: argparse.Namespace) -> int:
                 output_path,
                 options.device,
                 options.memory_gb,
-                command=shlex.join(
-                    [
-                        *("saelens-scaffold", "compare", options.config),
-                        *("--output_path", str(output_path)),
-                    ]
-                ),
+                command=_command(options, output_path),
             )
     except ConfigChanged as error:
         print(f"saelens-scaffold compare: error: {error}", file=sys.stderr)
@@ -82,3 +77,17 @@ def run(options: argparse.Namespace) -> int:
     print(comparison_text(results))
     print(f"Written to {output_path}: report.html, results.json, results.csv, saes/.")
     return 0
+
+
+def _command(options: argparse.Namespace, output_path: Path) -> str:
+    """The command line, with its defaults, as far as results depend on it."""
+    flags = {
+        "output_path": output_path,
+        "device": options.device,
+        "memory_gb": options.memory_gb,
+    }
+    words = ["saelens-scaffold", "compare", options.config]
+    for flag, value in flags.items():
+        if value is not None:
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_scaffold.evals.configs import config_fields, make_config
+from saelens_scaffold.evals.registry import known_evaluations
 from saelens_scaffold.files import new_file
 
 # What the experiment itself decides of SAELens's runner.
@@ -112,6 +114,11 @@ class ReferenceFigure:
         default=None,
         title="Metric",
         description="EVALUATION.PATH of our figure in the evaluation's results, as in scaffold_ablation.cross_entropy.ce_ratio_scaffold_subtracted",
+    )
+    where: dict[str, Any] = Field(
+        default_factory=dict,
+        title="Where",
+        description="Axes of the grid with the value that our SAEs have on each, as in k: 4; by default SAEs of all values are taken together",
     )
     relative_to_baseline: bool = Field(
         default=False,
@@ -243,6 +250,38 @@ class CompareConfig:
             raise ValueError("evaluations must name at least one, as in dense_latents:")
         if not self.evaluation_seeds:
             raise ValueError("evaluation_seeds must name at least one seed")
+        for figure in self.reference:
+            _check_reference(figure, self)
+
+
+def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:
+    """
+    Raises:
+        ValueError: It names what there is not. What there is, and the experiment leaves
+            out, is only not measured.
+    """
+
+    def check(field: str, value: str, known: Collection[str]) -> None:
+        if value not in known:
+            raise ValueError(
+                f"reference {figure.what!r}: there is no {field} {value!r}"
+                f"{did_you_mean(value, sorted(known))}; there are {', '.join(known)}"
+            )
+
+    if figure.architecture is not None:
+        check("architecture", figure.architecture, SAE_TRAINING_CLASS_REGISTRY)
+    for axis in figure.where:
+        check("axis of the grid", axis, config.grid)
+    if figure.metric is not None:
+        check("evaluation", figure.metric.partition(".")[0], known_evaluations())
+    if figure.relative_to_baseline and (
+        figure.metric is None or figure.architecture not in config.baselines
+    ):
+        raise ValueError(
+            f"reference {figure.what!r}: relative_to_baseline needs a metric, and an "
+            f"architecture that has a baseline: {', '.join(config.baselines)}; the "
+            f"architecture is {figure.architecture!r}, the metric {figure.metric!r}"
+        )
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

@@ -38,6 +38,12 @@ class ComparisonMetric(NamedTuple):
         return self.digits == 0
 
 
+def metric_name(metric: Mapping[str, Any]) -> str:
+    """What a metric of results.json is called where all evaluations' stand together."""
+    of = metric["evaluation"]
+    return f"{of}: {metric['title']}" if of else metric["title"]
+
+
 def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:
     """
     The metrics of an experiment.

@@ -79,20 +79,23 @@ def collect(
     measured = [
         MeasuredSAE(
             run,
-            {metric.id: _value(metric, read[run.name]) for metric in metrics},
+            {metric.id: _value(metric, read[run.name])[0] for metric in metrics},
             l0_total(run, read[run.name]),
         )
         for run in runs
     ]
     found = compare_arms(measured, metrics, config.baselines, config.confidence)
     seeds = sorted({run.seed for run in runs})
+    hook_names = {run.hook_name for run in runs}
+    hook_name = hook_names.pop() if len(hook_names) == 1 else None
+    at = f"at {hook_name} of" if hook_name else "of"
     tokens = {runner_config(config, [run], device).training_tokens for run in runs}
     return {
-        "title": config.title or f"SAEs at {config.hook_name} of {config.model_name}",
+        "title": config.title or f"SAEs {at} {config.model_name}",
         "summary": {
             "model_name": config.model_name,
-            "hook_name": config.hook_name,
             # None where the grid has several
+            "hook_name": hook_name,
             "training_tokens": tokens.pop() if len(tokens) == 1 else None,
             "seeds": seeds,
             "n_saes": len(runs),
@@ -186,23 +189,25 @@ def _cell(
     results: Mapping[str, Mapping[str, Path]],
     root: Path,
 ) -> dict[str, Any]:
-    low, high = metric.interval(read[sae.run.name]) or (None, None)
+    value, low, high = _value(metric, read[sae.run.name])
     file = results[sae.run.name].get(metric.evaluation or "")
     return {
-        "value": sae.values[metric.id],
+        "value": value,
         "ci_low": low,
         "ci_high": high,
         "file": file and os.fspath(file.relative_to(root)),
     }
 
 
-def _value(metric: ComparisonMetric, results: Results) -> float | None:
+def _value(metric: ComparisonMetric, results: Results) -> list[float | None]:
+    """An SAE's value, and the ends of its interval; None for what is missing."""
     try:
-        value = metric.value(results)
+        found = [metric.value(results), *(metric.interval(results) or (None, None))]
+        numbers = [None if number is None else float(number) for number in found]
     except Exception as error:  # a plugin's; the rest is worth a report without it
         logger.warning("metric %s: %s: %s", metric.id, type(error).__name__, error)
-        return None
-    return value if value is not None and math.isfinite(value) else None
+        return [None, None, None]
+    return [n if n is not None and math.isfinite(n) else None for n in numbers]
 
 
 def _of_weights(path: Path) -> dict[str, Any]:
@@ -279,13 +284,15 @@ def _reference(
     command: str,
 ) -> dict[str, Any]:
     """A published figure, and ours: mean and range of the SAEs that it is about."""
-    values = _figures(figure, measured, read, config)
+    values, n_without = _figures(figure, measured, read, config)
     form = "+.0%" if figure.relative_to_baseline else ".3g"
     ours = f"{fmean(values):{form}}" if values else None
     if len(values) > 1:
         ours = (
             f"{ours} ({min(values):{form}} to {max(values):{form}}, {len(values)} SAEs)"
         )
+    if n_without:
+        ours = f"{ours or '-'}; {n_without} with a baseline of 0 left out"
     return {
         "what": figure.what,
         "value": figure.value,
@@ -300,9 +307,10 @@ def _figures(
     measured: Sequence[MeasuredSAE],
     read: Mapping[str, Results],
     config: CompareConfig,
-) -> list[float]:
+) -> tuple[list[float], int]:
+    """Ours, and how many pairs there are whose baseline is 0, of which none is a part."""
     if figure.metric is None:
-        return []
+        return [], 0
     evaluation, _, path = figure.metric.partition(".")
 
     def value(run: Run) -> float | None:
@@ -313,11 +321,13 @@ def _figures(
         sae.run
         for sae in measured
         if figure.architecture in (None, sae.run.arm.architecture)
+        and all(_axes(sae.run).get(a) == value for a, value in figure.where.items())
     ]
     if not figure.relative_to_baseline:
-        return [v for run in of_arm if (v := value(run)) is not None]
+        return [v for run in of_arm if (v := value(run)) is not None], 0
     baseline = config.baselines.get(figure.architecture or "")
     shares: list[float] = []
+    n_without = 0
     for run in of_arm:
         for other in (sae.run for sae in measured):
             is_twin = (
@@ -326,6 +336,13 @@ def _figures(
                 and run.arm.agrees_with(other.arm)
             )
             mine, theirs = value(run), value(other)
-            if is_twin and mine is not None and theirs:
-                shares.append(mine / theirs - 1)
-    return shares
+            if is_twin and mine is not None and theirs is not None:
+                if theirs:
+                    shares.append(mine / theirs - 1)
+                else:
+                    n_without += 1
+    return shares, n_without
+
+
+def _axes(run: Run) -> dict[str, Any]:
+    return {**run.arm.axes, "seed": run.seed}

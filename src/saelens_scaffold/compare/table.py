@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from saelens_scaffold.compare.memory import GB
+from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.evals.table import markdown
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def comparison_text(results: Mapping[str, Any]) -> str:
             metric = metrics[comparison["metric"]]
             table.add_row(
                 *map(escape, names),
-                escape(_metric_name(metric)),
+                escape(metric_name(metric)),
                 *_numbers(comparison, int(metric["digits"])),
                 _verdict(comparison, seeds),
             )
@@ -87,11 +88,6 @@ def plan_text(plan: "Plan", tflops: float | None) -> str:
         hours = needs.seconds(plan.waves, tflops) / 3600
         lines.append(f"training: about {hours:.1f} hours at {tflops:g} TFLOP/s")
     return "\n".join(lines)
-
-
-def _metric_name(metric: Mapping[str, Any]) -> str:
-    of = metric["evaluation"]
-    return f"{of}: {metric['title']}" if of else metric["title"]
 
 
 def _verdict(comparison: Mapping[str, Any], n_seeds: int) -> str:

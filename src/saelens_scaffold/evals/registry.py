@@ -38,7 +38,7 @@ class Metric(NamedTuple):
         value: Any = result.get("eval_result_metrics", {})
         for key in self.path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return value if isinstance(value, (int, float)) else None
 
     def interval(self, result: Mapping[str, Any]) -> tuple[float, float] | None:
         """Its interval: that beside it, or what is said over seeds, if either."""

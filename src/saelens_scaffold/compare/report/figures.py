@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from plotly import graph_objects as go
 
+from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.report.drawing import (
     Trace,
     error_bars,
@@ -57,7 +58,7 @@ def metric_curves(results: Results) -> list[Plot]:
         if curves:
             figure = new_figure(curves)
             figure.update_xaxes(title_text="l0_total", **log_axis(l0))
-            title = f"{metric['evaluation']}: {metric['title']}"
+            title = metric_name(metric)
             plots.append(Plot(title, curves, figure))
     return plots
 

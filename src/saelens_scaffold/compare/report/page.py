@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.report import figures
 from saelens_scaffold.compare.report.figures import Plot, Results
 from saelens_scaffold.compare.report.series import Style, styles
@@ -243,7 +244,9 @@ def _verdict_tables(results: Results) -> list[dict[str, Any]]:
         for comparison in comparisons:
             pair = (comparison["treatment"]["arm"], comparison["baseline"]["arm"])
             metric = next(m for m in metrics if m["id"] == comparison["metric"])
-            cells.setdefault(pair, {})[metric["id"]] = _cell(comparison, metric)
+            cells.setdefault(pair, {})[metric["id"]] = _cell(
+                comparison, metric, len(results["summary"]["seeds"])
+            )
         title, text = MATCHINGS.get(matching, (f"At the same {matching}", ""))
         tables.append(
             {
@@ -261,8 +264,11 @@ def _verdict_tables(results: Results) -> list[dict[str, Any]]:
     return tables
 
 
-def _cell(comparison: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str, Any]:
+def _cell(
+    comparison: Mapping[str, Any], metric: Mapping[str, Any], n_seeds: int
+) -> dict[str, Any]:
     """What a comparison shows of itself."""
+    n_pairs = len(comparison["differences"])
     # means of counts are no counts
     digits = max(metric["digits"], 1)
     verdict = comparison["verdict"]
@@ -276,9 +282,10 @@ def _cell(comparison: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str,
     }
     return {
         "metric": metric["id"],
-        "metric_title": f"{metric['evaluation']}: {metric['title']}",
+        "metric_title": metric_name(metric),
         "kind": kind,
-        "verdict": verdict,
+        "verdict": verdict
+        + (f" ({n_pairs} of {n_seeds} seeds)" if 0 < n_pairs < n_seeds else ""),
         "difference": _estimate(estimate, digits, sign="+"),
         "interpolated": comparison["interpolated"] and comparison["mean"] is not None,
         "treatment": _number(comparison["treatment_mean"], digits),
@@ -295,7 +302,7 @@ def _cell(comparison: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str,
 def _legend(comparisons: Iterable[Mapping[str, Any]]) -> str:
     """What stands below a table of verdicts."""
     comparisons = list(comparisons)
-    judged = [c for c in comparisons if c["ci_low"] is not None]
+    judged = [c for c in comparisons if c["method"]]
     told_apart = [c for c in judged if c["verdict"] in ("higher", "lower")]
     sentences: list[str] = []
     if judged:

@@ -22,7 +22,8 @@ from safetensors.torch import load
 
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run
-from saelens_scaffold.compare.training import is_trained, runner_config
+from saelens_scaffold.compare.runner_config import runner_config
+from saelens_scaffold.compare.training import is_trained
 from saelens_scaffold.evals.command import run_job
 from saelens_scaffold.evals.configs import config_fields
 from saelens_scaffold.evals.plan import Job, Options, make_plan

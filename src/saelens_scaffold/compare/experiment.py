@@ -27,11 +27,11 @@ from saelens_scaffold.compare.memory import (
 from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.compare.report import write_page
 from saelens_scaffold.compare.results import collect, results_csv
+from saelens_scaffold.compare.runner_config import check_training
 from saelens_scaffold.compare.training import (
     ESTIMATED_SCALES,
     WAVE_FILENAME,
     WaveTrainer,
-    check_training,
     is_trained,
     training_text,
 )

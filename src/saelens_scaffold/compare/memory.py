@@ -16,7 +16,8 @@ from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run
-from saelens_scaffold.compare.training import ESTIMATED_SCALES, runner_config
+from saelens_scaffold.compare.runner_config import runner_config
+from saelens_scaffold.compare.training import ESTIMATED_SCALES
 from saelens_scaffold.evals.configs import check_model_name
 from saelens_scaffold.evals.language_model import known_model_name
 

@@ -27,7 +27,8 @@ from saelens_scaffold.compare.matching import (
     l0_total,
 )
 from saelens_scaffold.compare.metrics import ComparisonMetric, Results
-from saelens_scaffold.compare.training import hardware, runner_config
+from saelens_scaffold.compare.runner_config import runner_config
+from saelens_scaffold.compare.training import hardware
 from saelens_scaffold.evals.registry import Metric
 from saelens_scaffold.evals.selected_saes import weights_sha256
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE

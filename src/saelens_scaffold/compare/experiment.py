@@ -283,16 +283,6 @@ def _alone_in(output_path: Path) -> Iterator[None]:
         ) from error
 
 
-def _begun_waves(training_path: Path) -> list[list[str]]:
-    """Names of the SAEs of each wave that was begun; they are trained in order."""
-    file = training_path / WAVES_FILENAME
-    waves: list[list[str]] = _read(file) if file.is_file() else []
-    begun = [
-        (training_path / f"wave-{number}").exists() for number in range(len(waves))
-    ]
-    return waves[: sum(begun)]
-
-
 def _result_files(evaluator: Evaluator) -> dict[str, dict[str, Path]]:
     """The results that there are, by SAE and evaluation."""
     return {

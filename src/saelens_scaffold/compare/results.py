@@ -77,10 +77,17 @@ def collect(
         }
         for run in runs
     }
+    cells = {
+        run.name: {
+            metric.id: _cell(metric, read[run.name], results[run.name], root)
+            for metric in metrics
+        }
+        for run in runs
+    }
     measured = [
         MeasuredSAE(
             run,
-            {metric.id: _value(metric, read[run.name])[0] for metric in metrics},
+            {metric: cell["value"] for metric, cell in cells[run.name].items()},
             l0_total(run, read[run.name]),
         )
         for run in runs
@@ -131,10 +138,7 @@ def collect(
                 "scaffold_rank": sae.run.scaffold_rank,
                 "l0_nominal": sae.run.nominal_l0_total,
                 "l0_total": sae.l0_total,
-                "metrics": {
-                    metric.id: _cell(metric, sae, read, results, root)
-                    for metric in metrics
-                },
+                "metrics": cells[sae.run.name],
                 "evaluations": {
                     name: result["eval_result_metrics"]
                     for name, result in read[sae.run.name].items()
@@ -185,13 +189,12 @@ def results_csv(results: Mapping[str, Any]) -> str:
 
 def _cell(
     metric: ComparisonMetric,
-    sae: MeasuredSAE,
-    read: Mapping[str, Results],
-    results: Mapping[str, Mapping[str, Path]],
+    results: Results,
+    files: Mapping[str, Path],
     root: Path,
 ) -> dict[str, Any]:
-    value, low, high = _value(metric, read[sae.run.name])
-    file = results[sae.run.name].get(metric.evaluation or "")
+    value, low, high = _numbers(metric, results)
+    file = files.get(metric.evaluation or "")
     return {
         "value": value,
         "ci_low": low,
@@ -200,7 +203,7 @@ def _cell(
     }
 
 
-def _value(metric: ComparisonMetric, results: Results) -> list[float | None]:
+def _numbers(metric: ComparisonMetric, results: Results) -> list[float | None]:
     """An SAE's value, and the ends of its interval; None for what is missing."""
     try:
         found = [metric.value(results), *(metric.interval(results) or (None, None))]

@@ -19,7 +19,6 @@ from unittest.mock import patch
 import torch
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 from pydantic.dataclasses import dataclass
-from sae_bench.sae_bench_utils import general_utils
 from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
@@ -38,7 +37,11 @@ from saelens_scaffold.evals.language_model import (
 )
 from saelens_scaffold.evals.model_config import ModelConfig
 from saelens_scaffold.evals.run import SPEED_ONLY, Result, run_evaluation
-from saelens_scaffold.evals.selected_saes import SelectedSAE, SelectedSAEs
+from saelens_scaffold.evals.selected_saes import (
+    SelectedSAE,
+    SelectedSAEs,
+    result_path,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -432,10 +435,7 @@ def _run_missing(
         for sae in saes
     }
     folder = seed_run.results / evaluator.results_folder
-    files = {
-        key: Path(general_utils.get_results_filepath(str(folder), name, "custom_sae"))
-        for key, name in names.items()
-    }
+    files = {key: result_path(folder, name) for key, name in names.items()}
     if seed_run.force_rerun:
         for file in files.values():
             file.unlink(missing_ok=True)
@@ -466,8 +466,7 @@ def _store_activations(
     shutil.rmtree(seed_run.activations, ignore_errors=True)  # of an interrupted call
     evaluator.run(seed_run._replace(selected_saes=[(_STAND_IN, sae.sae)]))
     folder = seed_run.results / evaluator.results_folder
-    result = general_utils.get_results_filepath(str(folder), _STAND_IN, "custom_sae")
-    Path(result).unlink()
+    result_path(folder, _STAND_IN).unlink()
     stored.touch()
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from saelens_scaffold.compare.grid import Arm
+
 # Each can be told from the others, and from both a white and a black page.
 COLOURS = ("#3b7dd8", "#d9742b", "#2f9e77", "#b65fc4", "#b8931f", "#d1495b", "#7d8794")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star")
@@ -36,8 +38,7 @@ class Style(NamedTuple):
 
 def series_of(architecture: str, axes: Mapping[str, Any]) -> str:
     """The name of what a curve over k is of: the architecture and all axes but k."""
-    varied = (f"{name}={value}" for name, value in axes.items() if name != "k")
-    return " ".join([architecture, *varied])
+    return Arm(architecture, axes).without("k").label
 
 
 def styles(results: Mapping[str, Any]) -> dict[str, Style]:

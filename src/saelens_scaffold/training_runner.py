@@ -3,7 +3,7 @@
 import json
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +21,11 @@ from typing_extensions import override
 
 from saelens_scaffold.files import new_file
 from saelens_scaffold.interruption import raise_if_interrupted
+from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
+from saelens_scaffold.saes.calibration import RecentBatches, calibrate_threshold
 
+RECENT_FILENAME = "recent_activations.safetensors"
+"""The activations before a checkpoint, for thresholds to be calibrated on."""
 STREAM_FILENAME = "activation_stream.json"
 """Where in the activations' stream a checkpoint was made. Written last, so that a
 checkpoint that has it is whole."""
@@ -76,9 +80,16 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
 
     `cfg.seed` seeds the shuffling. `cfg.prefetch_llm_batches` must be off: what has been
     fetched ahead of a checkpoint would be lost.
+
+    Attributes:
+        calibrated: Names of the BatchTopK SAEs, plain or with a scaffold, whose threshold
+            is calibrated at the end of training, on the same activations. By default
+            scaffold SAEs with `calibrate_threshold`.
     """
 
+    calibrated: Collection[str] | None = None
     _stream: "ActivationStream"
+    _batches: RecentBatches
     _resume_from: str | None = None
 
     @override
@@ -100,14 +111,34 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         self, trainer: MultiSAETrainer
     ) -> dict[str, TrainingSAE[Any]]:
         self._stream = ActivationStream(self.activations_store, self.cfg.seed)
-        trainer.data_provider = self._stream
+        self._batches = RecentBatches(self._stream)
+        trainer.data_provider = self._batches
+        calibrated = self._calibrate_here()
         trainer._update_pbar = _ProgressOfMany(trainer)
         if self._resume_from is None:
             self._stream.begin()
             self.before_first_step(trainer)
         else:
             self._load_checkpoint(trainer, Path(self._resume_from))
-        return trainer.fit()
+        saes = trainer.fit()
+        for name in calibrated:
+            recent = self._batches.recent[self.cfg.hook_names_per_sae[name]]
+            calibrate_threshold(saes[name], recent)  # type: ignore[arg-type]
+        return saes
+
+    def _calibrate_here(self) -> Collection[str]:
+        """Which SAEs to calibrate, instead of each by itself: they saw the same."""
+        calibrated = self.calibrated
+        scaffolds = {
+            name: sae
+            for name, sae in self.saes.items()
+            if isinstance(sae, ScaffoldBatchTopKTrainingSAE)
+        }
+        if calibrated is None:
+            calibrated = [name for name, sae in scaffolds.items() if sae.calibrates]
+        for sae in scaffolds.values():
+            sae.calibrates = False
+        return calibrated
 
     def before_first_step(self, trainer: MultiSAETrainer) -> None:
         """Called once in a training, not again when it is resumed; for subclasses."""
@@ -124,6 +155,8 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
             for threshold in trainer.checkpoint_thresholds
             if threshold >= trainer.n_training_samples
         ]
+        batch_size = self.cfg.train_batch_size_tokens
+        self._batches.load(checkpoint / RECENT_FILENAME, batch_size)
         state = json.loads((checkpoint / STREAM_FILENAME).read_text())
         self._stream.begin(**state)
 
@@ -132,6 +165,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         if checkpoint_path is None:
             return
         super()._save_runner_checkpoint_files(checkpoint_path)
+        self._batches.save(checkpoint_path / RECENT_FILENAME)
         state = self._stream.begin_anew()
         with new_file(checkpoint_path / STREAM_FILENAME) as file:
             file.write_text(json.dumps(state))

@@ -69,6 +69,7 @@ _DECIDES_TRAINING = (
     "training",
     "data_seed",
     "b_dec_init",
+    "calibrate_thresholds",
 )
 
 _STRICT = ConfigDict(extra="forbid")
@@ -174,6 +175,11 @@ class CompareConfig:
         default="mean",
         title="b_dec Initialisation",
         description="Where b_dec of SAEs starts that do not start it themselves, as a scaffold does that starts by PCA: at the activations' mean, as there, or at zero, as in SAELens",
+    )
+    calibrate_thresholds: bool = Field(
+        default=True,
+        title="Calibrate Thresholds",
+        description="Whether all BatchTopK SAEs, plain ones too, get the threshold at which k sparse latents fire per token; otherwise SAELens's running average, which is too low after a short training",
     )
     baselines: dict[str, str] = Field(
         default_factory=lambda: {

@@ -18,6 +18,7 @@ from sae_lens.constants import (
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
 )
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
@@ -154,6 +155,13 @@ class WaveTrainer:
             override_model=self._model if hook_names == self._hook_names else None,
             override_saes={run.name: initial_sae(run.config, run.seed) for run in wave},
         )
+        runner.calibrated = [
+            run.name
+            for run in wave
+            if self.config.calibrate_thresholds
+            and isinstance(run.config, BatchTopKTrainingSAEConfig)
+            and getattr(run.config, "calibrate_threshold", True)
+        ]
         runner.centred = [run.name for run in wave if run.centre_b_dec]
         runner.scales = self.scales
         self._model, self._hook_names = runner.model, hook_names

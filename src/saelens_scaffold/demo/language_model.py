@@ -11,7 +11,6 @@ from sae_lens import (
     SAE,
     ActivationsStore,
     LoggingConfig,
-    MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
 )
 from sae_lens.evals import EvalConfig, run_evals
@@ -28,7 +27,10 @@ from saelens_scaffold.embedded import (
     load_stdlib_text,
 )
 from saelens_scaffold.saes.pca import principal_subspace
-from saelens_scaffold.training_runner import initial_sae
+from saelens_scaffold.training_runner import (
+    RepeatableMultiSAETrainingRunner,
+    initial_sae,
+)
 
 CENTRED = " (centred)"
 """Ending of the names of SAEs whose b_dec starts at the activations' mean."""
@@ -49,8 +51,6 @@ class LanguageModelSettings:
         training_tokens: Tokens trained on.
         batch_size: Tokens a step.
         lr: Adam's learning rate, which falls to a tenth over the last fifth.
-        topk_threshold_lr: SAELens's rate for the running threshold, whose default of
-            0.01 lags behind in runs of a few hundred steps.
         context_size: Tokens a context, BOS included.
         eval_contexts: Held-out contexts measured.
         eval_contexts_ce: How many of them for the cross-entropy.
@@ -67,7 +67,6 @@ class LanguageModelSettings:
     training_tokens: int = 400_000
     batch_size: int = 1024
     lr: float = 1e-3
-    topk_threshold_lr: float = 0.05
     context_size: int = 256
     eval_contexts: int = 256
     eval_contexts_ce: int = 96
@@ -84,7 +83,6 @@ def language_model_configs(
         k=settings.k,
         scaffold_rank=settings.scaffold_rank,
         matryoshka_widths=settings.matryoshka_widths,
-        topk_threshold_lr=settings.topk_threshold_lr,
         normalize_activations="expected_average_only_in",
     )
 
@@ -149,12 +147,13 @@ def train_on_language_model(
     for name, sae in training_saes.items():
         if name.endswith(CENTRED):
             sae.b_dec.data.copy_(activations.mean)
-    runner = MultiSAETrainingRunner(
+    runner = RepeatableMultiSAETrainingRunner(
         _runner_config(activations.settings, saes, seed, output_path),
         override_dataset=activations.train_text,
         override_model=activations.model,
         override_saes=training_saes,
     )
+    runner.calibrated = [*saes]
     torch.manual_seed(seed)
     runner.run()
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from saelens_scaffold.demo.architectures import twin_configs
 from saelens_scaffold.demo.measures import Measured, measured
+from saelens_scaffold.saes.calibration import RecentBatches, calibrate_threshold
 from saelens_scaffold.saes.scaffold import scaffold_rank
 from saelens_scaffold.training_runner import initial_sae
 
@@ -48,8 +49,6 @@ class PlantedSettings:
         steps: Training steps.
         batch_size: Samples a step.
         lr: Adam's learning rate.
-        topk_threshold_lr: SAELens's rate for the running threshold, whose default of
-            0.01 lags behind in runs of a few hundred steps.
         eval_samples: Held-out samples measured.
     """
 
@@ -63,7 +62,6 @@ class PlantedSettings:
     steps: int = 500
     batch_size: int = 1024
     lr: float = 1e-3
-    topk_threshold_lr: float = 0.05
     eval_samples: int = 16_384
 
 
@@ -75,7 +73,6 @@ def planted_configs(settings: PlantedSettings) -> dict[str, TrainingSAEConfig]:
         k=settings.k,
         scaffold_rank=settings.dense_rank,
         matryoshka_widths=settings.matryoshka_widths,
-        topk_threshold_lr=settings.topk_threshold_lr,
     )
 
 
@@ -174,13 +171,16 @@ def train_on_planted(
     """
     settings = planted.settings
     training_saes = {name: initial_sae(cfg, seed) for name, cfg in saes.items()}
+    batches = RecentBatches(iter(planted))
     torch.manual_seed(seed)
     MultiSAETrainer(
         cfg=_trainer_config(settings),
         saes=training_saes,
         hook_names=dict.fromkeys(saes, HOOK_NAME),
-        data_provider=iter(planted),
+        data_provider=batches,
     ).fit()
+    for sae in training_saes.values():
+        calibrate_threshold(sae, batches.recent[HOOK_NAME])  # type: ignore[arg-type]
 
     torch.manual_seed(
         seed + 1_000_000

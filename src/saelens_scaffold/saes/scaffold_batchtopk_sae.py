@@ -22,6 +22,12 @@ from saelens_scaffold.hookspecs import ScaffoldStart
 from saelens_scaffold.kernels.choice import Kernels, check_kernels, choose_kernels
 from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
 from saelens_scaffold.kernels.selection import TopSelection
+from saelens_scaffold.saes.calibration import (
+    RecentActivations,
+    calibrate_threshold,
+    calibrated_threshold,
+    record_calibration,
+)
 from saelens_scaffold.saes.fused_adam import fuse_adam_of
 from saelens_scaffold.saes.pca import principal_subspace
 from saelens_scaffold.saes.scaffold import (
@@ -68,6 +74,10 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             step. "auto" uses sparse kernels where there is a scaffold and k is small beside
             d_sae, "reference" SAELens's own dense code. The environment's
             SAELENS_SCAFFOLD_KERNELS overrides it. See docs/kernels.md.
+        calibrate_threshold (bool): Whether the threshold of the inference form is the one
+            at which k sparse latents fire per token on the activations trained on last.
+            Otherwise it is SAELens's running average, which is far too low after a short
+            training. With scaffold_rank=0 it is always SAELens's.
         k (float): Average number of sparse latents to keep active across the batch,
             scaffold latents not counted. Inherited from BatchTopKTrainingSAEConfig.
         topk_threshold_lr (float): Learning rate for updating the global topk threshold.
@@ -92,6 +102,7 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     scaffold_init: ScaffoldInit = "pca"
     scaffold_plugins: dict[str, dict[str, Any]] = dict_field(default={})
     kernels: Kernels = "auto"
+    calibrate_threshold: bool = True
 
     @override
     @classmethod
@@ -174,6 +185,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     cfg: ScaffoldBatchTopKTrainingSAEConfig  # type: ignore[assignment]
     scaffold_is_initialized: torch.Tensor
+    calibrates: bool
+    """Whether it calibrates its threshold itself, rather than whoever trains it."""
 
     def __init__(
         self, cfg: ScaffoldBatchTopKTrainingSAEConfig, use_error_term: bool = False
@@ -185,6 +198,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         self.has_plugins = bool(cfg.scaffold_plugins)
         self._selection = TopSelection()
         self._sparse_step: SparseStep | None = None
+        self.recent_activations = RecentActivations()
+        self.calibrates = cfg.calibrate_threshold and cfg.scaffold_rank > 0
         self._awaits_start = cfg.scaffold_rank > 0 and (
             cfg.scaffold_init == "pca" or self._plugins_initialize()
         )
@@ -252,11 +267,17 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             self.initialize_scaffold(step_input.sae_in)
         if self.has_plugins:
             plugins.before_forward(self, step_input)
+        if self.calibrates:
+            self._remember(step_input.sae_in)
         # after the plugins, which may have hooked something
         kernels = self._kernels_for(step_input.sae_in)
         if kernels is None:
             return self._training_step(step_input, None)
         return self._sparse_training_step(step_input, kernels)
+
+    @torch.compiler.disable()
+    def _remember(self, sae_in: torch.Tensor) -> None:
+        self.recent_activations.add(sae_in)
 
     # not compiled: nothing is left in it that could be fused
     @torch.compiler.disable()
@@ -484,18 +505,40 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     @override
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        plugins.end_training(self)
+        self._end_training()
         super().fold_activation_norm_scaling_factor(scaling_factor)
 
     @override
     def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
-        plugins.end_training(self)
+        self._end_training()
         super().fold_activation_whitening(*args, **kwargs)
+
+    def _end_training(self) -> None:
+        """Before normalisation is folded into the weights."""
+        plugins.end_training(self)
+        if self.calibrates and len(self.recent_activations) > 0:
+            calibrate_threshold(self, self.recent_activations)
+            # they are in units that the weights will no longer have
+            self.recent_activations.clear()
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         plugins.end_training(self)
         return super().save_inference_model(path)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """Of checkpoints and of the inference form: their threshold is calibrated."""
+        super().process_state_dict_for_saving(state_dict)
+        if self.calibrates and len(self.recent_activations) > 0:
+            # The running average of a training that goes on stays SAELens's.
+            threshold = calibrated_threshold(self, self.recent_activations)
+            state_dict["topk_threshold"] = torch.full_like(
+                self.topk_threshold, threshold
+            )
+            record_calibration(self, len(self.recent_activations))
+        elif self.cfg.metadata.threshold_calibration is None:
+            record_calibration(self, n_tokens=0)
 
     @override
     def process_state_dict_for_saving_inference(

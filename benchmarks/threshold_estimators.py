@@ -4,16 +4,18 @@
     python benchmarks/threshold_estimators.py --steps 64 500 --seeds 1
 
 Scaffold SAEs of both architectures are trained on the embedded language model, and each
-is saved with the thresholds of several estimators. L0 is counted on held-out text.
+is saved with the thresholds of several estimators. L0 is counted on files held out.
 """
 
 import argparse
+import random
 from collections import deque
 from collections.abc import Iterator
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from datasets import Dataset
 from sae_lens import LoggingConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -32,33 +34,42 @@ HOOK_NAME = "blocks.2.hook_resid_post"
 D_IN, D_SAE, RANK, WIDTHS = 256, 2048, 8, [128, 512, 2048]
 CONTEXT, LR = 256, 1e-3
 CUTS_AVERAGED = 16
-RECENT = {"1 batch": 0, "2,048": 2048, "8,192": 8192, "32,768": 32_768}
+RECENT = {
+    "the last batch": 0,
+    "2,048 tokens": 2048,
+    "8,192 tokens": 8192,
+    "32,768 tokens": 32_768,
+}
 """Tokens of recent activations that are encoded anew, by name."""
 
 
 @torch.no_grad()
-def activations(split: str, n_tokens: int) -> torch.Tensor:
-    """Activations of a split's text in random order, shape (n_tokens, D_IN)."""
-    model = load_embedded_model()
-    bos = model.tokenizer.bos_token_id  # type: ignore[union-attr]
-    batches: list[torch.Tensor] = []
-    ids: list[int] = []
-    n = 0
+def activations(files: Dataset, n_tokens: int) -> torch.Tensor:
+    """
+    Activations of one passage of each file, in random order, shape (n_tokens, D_IN).
+
+    One passage of each, since files differ much in how many latents fire.
+    """
+    model: Any = load_embedded_model()
+    draw = random.Random(0)
+    contexts: list[list[int]] = []
+    per_file = -(-n_tokens // (len(files) * CONTEXT))
+    n_chars = 6 * per_file * CONTEXT
+    for text in tqdm(files["text"], desc="Reading"):
+        start = draw.randrange(max(1, len(text) - n_chars))
+        ids = model.tokenizer(text[start : start + n_chars]).input_ids
+        for place in range(0, per_file * (CONTEXT - 1), CONTEXT - 1):
+            context = [model.tokenizer.bos_token_id, *ids[place:][: CONTEXT - 1]]
+            if len(context) == CONTEXT:
+                contexts.append(context)
     layer = int(HOOK_NAME.split(".")[1])
-    for row in tqdm(load_stdlib_text(split, seed=0), desc=f"Activations of {split}"):
-        ids += [bos, *model.tokenizer(row["text"]).input_ids]  # type: ignore[misc]
-        while len(ids) >= 16 * (CONTEXT - 1):
-            block = torch.tensor(ids[: 16 * (CONTEXT - 1)]).view(16, -1)
-            ids = ids[16 * (CONTEXT - 1) :]
-            tokens = torch.cat([torch.full((16, 1), bos), block], dim=1)
-            _, cache = model.run_with_cache(
-                tokens, names_filter=HOOK_NAME, stop_at_layer=layer + 1
-            )
-            batches.append(cache[HOOK_NAME].flatten(0, 1))
-            n += len(batches[-1])
-        if n >= n_tokens:
-            break
-    x = torch.cat(batches)[:n_tokens]
+    batches: list[torch.Tensor] = []
+    for tokens in tqdm(torch.tensor(contexts).split(32), desc="Activations"):
+        _, cache = model.run_with_cache(
+            tokens, names_filter=HOOK_NAME, stop_at_layer=layer + 1
+        )
+        batches.append(cache[HOOK_NAME].flatten(0, 1))
+    x = torch.cat(batches)
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
 
 
@@ -80,7 +91,7 @@ class Watched(Iterator[dict[str, torch.Tensor]]):
     def __init__(self, x: torch.Tensor, batch_size: int, seed: int):
         self.x, self.batch_size = x, batch_size
         self.generator = torch.Generator().manual_seed(seed)
-        self.recent = {n: RecentActivations(max(n, 1)) for n in RECENT.values()}
+        self.recent = {n: RecentActivations(n or batch_size) for n in RECENT.values()}
         self.order = torch.empty(0, dtype=torch.long)
 
     def __next__(self) -> dict[str, torch.Tensor]:
@@ -119,9 +130,7 @@ def thresholds(sae: Any, cuts: Cuts, data: Watched, steps: int) -> dict[str, flo
         "last batch's cut": cuts.last[-1],
         f"mean of {CUTS_AVERAGED} cuts": mean(cuts.last),
     } | {
-        f"encoded anew, {name} tokens".replace("batch tokens", "batch"): (
-            calibrated_threshold(sae, data.recent[n])
-        )
+        f"encoded anew, {name}": (calibrated_threshold(sae, data.recent[n]))
         for name, n in RECENT.items()
     }
 
@@ -166,15 +175,16 @@ def main() -> None:
     parser.add_argument("--k", type=float, nargs="+", default=[4, 32])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train_tokens", type=int, default=1_000_000)
-    parser.add_argument("--held_out_tokens", type=int, default=100_000)
+    parser.add_argument("--held_out_tokens", type=int, default=200_000)
     options = parser.parse_args()
 
-    train = activations("train", options.train_tokens)
-    held_out = activations("test", options.held_out_tokens)
+    files = load_stdlib_text("train", seed=0).train_test_split(test_size=0.25, seed=0)
+    train = activations(files["train"], options.train_tokens)
+    held_out = activations(files["test"], options.held_out_tokens)
     scale = D_IN**0.5 / train.norm(dim=-1).mean()
     train, held_out = train * scale, held_out * scale
     print(f"{len(train):,} tokens to train on, {len(held_out):,} held out")
-    print("L0 / k on held-out text, mean ± standard deviation over seeds\n")
+    print("L0 / k on the held-out files, mean ± standard deviation over seeds\n")
 
     for steps in options.steps:
         # as many tokens as there are, and no more than 1,024 a step

@@ -30,7 +30,8 @@ class RecentActivations:
     Copies, since batches are views of the store's buffer, which they would keep alive.
 
     Args:
-        n_tokens: How many are kept, in whole batches but for one that is larger.
+        n_tokens: How many are kept at least, in whole batches; of a larger batch, so
+            many.
     """
 
     def __init__(self, n_tokens: int = N_RECENT_TOKENS):

@@ -24,7 +24,6 @@ from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
 from saelens_scaffold.kernels.selection import TopSelection
 from saelens_scaffold.saes.calibration import (
     RecentActivations,
-    calibrate_threshold,
     calibrated_threshold,
     record_calibration,
 )
@@ -185,6 +184,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     cfg: ScaffoldBatchTopKTrainingSAEConfig  # type: ignore[assignment]
     scaffold_is_initialized: torch.Tensor
+    calibrated_threshold: torch.Tensor
+    """The threshold that fits the weights of a checkpoint; -1 while training goes on."""
     calibrates: bool
     """Whether it calibrates its threshold itself, rather than whoever trains it."""
 
@@ -206,6 +207,9 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         self.register_buffer(
             "scaffold_is_initialized",
             torch.tensor(not self._awaits_start, device=self.W_dec.device),
+        )
+        self.register_buffer(
+            "calibrated_threshold", torch.full_like(self.topk_threshold, -1.0)
         )
         self.register_load_state_dict_post_hook(_read_scaffold_is_initialized)
 
@@ -278,6 +282,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     @torch.compiler.disable()
     def _remember(self, sae_in: torch.Tensor) -> None:
         self.recent_activations.add(sae_in)
+        self.calibrated_threshold.fill_(-1.0)
 
     # not compiled: nothing is left in it that could be fused
     @torch.compiler.disable()
@@ -516,10 +521,21 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     def _end_training(self) -> None:
         """Before normalisation is folded into the weights."""
         plugins.end_training(self)
-        if self.calibrates and len(self.recent_activations) > 0:
-            calibrate_threshold(self, self.recent_activations)
-            # they are in units that the weights will no longer have
-            self.recent_activations.clear()
+        threshold = self._calibrated_threshold()
+        if threshold >= 0:
+            self.topk_threshold.copy_(threshold)
+        # of weights and activations in units that will no longer be theirs
+        self.calibrated_threshold.fill_(-1.0)
+        self.recent_activations.clear()
+
+    def _calibrated_threshold(self) -> torch.Tensor:
+        """The calibrated threshold of the weights as they are, -1 if there is none."""
+        n_tokens = len(self.recent_activations)
+        if not self.calibrates or n_tokens == 0:
+            return self.calibrated_threshold
+        record_calibration(self, n_tokens)
+        threshold = calibrated_threshold(self, self.recent_activations)
+        return torch.full_like(self.calibrated_threshold, threshold)
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -528,17 +544,9 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        """Of checkpoints and of the inference form: their threshold is calibrated."""
         super().process_state_dict_for_saving(state_dict)
-        if self.calibrates and len(self.recent_activations) > 0:
-            # The running average of a training that goes on stays SAELens's.
-            threshold = calibrated_threshold(self, self.recent_activations)
-            state_dict["topk_threshold"] = torch.full_like(
-                self.topk_threshold, threshold
-            )
-            record_calibration(self, len(self.recent_activations))
-        elif self.cfg.metadata.threshold_calibration is None:
-            record_calibration(self, n_tokens=0)
+        # beside the running average, with which a resumed training goes on
+        state_dict["calibrated_threshold"] = self._calibrated_threshold()
 
     @override
     def process_state_dict_for_saving_inference(
@@ -547,6 +555,11 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         if self.has_plugins:
             plugins.before_saving_inference(self, state_dict)
         super().process_state_dict_for_saving_inference(state_dict)
+        threshold = state_dict.pop("calibrated_threshold")
+        if threshold >= 0:
+            state_dict["threshold"].fill_(float(threshold))
+        elif self.cfg.metadata.threshold_calibration is None:
+            record_calibration(self, n_tokens=0)
         del state_dict["scaffold_is_initialized"]
         rank = self.cfg.scaffold_rank
         state_dict["threshold"][:rank] = -torch.inf

@@ -12,6 +12,10 @@ from saelens_scaffold.evals.language_model import (
     check_finite,
     load_language_model,
 )
+from saelens_scaffold.evals.overlap import (
+    TextSeenInTraining,
+    text_seen_in_training,
+)
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.evals.text_eval_config import TextEvalConfig
@@ -91,6 +95,7 @@ class RankAnalysis:
         null_draws: From how many draws.
         n_tokens: Tokens that it was measured on.
         n_dense_latents: Dense latents of the plain SAE; None if there is none.
+        text_seen_in_training: Whether it was trained on this text; None likewise.
     """
 
     suggestion: RankCandidate | None
@@ -104,6 +109,7 @@ class RankAnalysis:
     null_draws: int
     n_tokens: int
     n_dense_latents: int | None = None
+    text_seen_in_training: TextSeenInTraining | None = None
 
 
 def analyse_rank(
@@ -140,6 +146,9 @@ def analyse_rank(
                 f"SAE {sae.label!r} was trained at {sae.hook_name}, not at {hook_name}"
             )
         by_hook_point(model, [sae])  # sees that it fits
+    seen = text_seen_in_training(
+        [sae] if sae else [], config.dataset, config.dataset_split, config.text_column
+    )
     stream = TokenStream(config, model, [sae] if sae else [])
     firing = FiringStatistics(sae, n_replicates=0) if sae else None
     moments: ActivationMoments | None = None
@@ -162,6 +171,7 @@ def analyse_rank(
         decoder = sae.sae.W_dec.detach().cpu()[dense]
         analysis.candidates += dense_latent_candidates(decoder, directions.cpu())
         analysis.n_dense_latents = int(dense.sum())
+        analysis.text_seen_in_training = seen[sae.key]
         analysis.suggestion = suggested(analysis.candidates)
     return analysis
 

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("sae_bench")
 
 from eval_helpers import eval_sae, write_texts
+from saelens_scaffold.embedded import load_stdlib_text
 from saelens_scaffold.evals import overlap
 from saelens_scaffold.evals.overlap import TextSeenInTraining, text_seen_in_training
 from saelens_scaffold.evals.selected_saes import SelectedSAE
@@ -78,12 +79,9 @@ def test_local_text_is_compared(tmp_path: Path):
 
 
 def test_the_embedded_text_in_a_file_is_found(tmp_path: Path):
-    from saelens_scaffold.embedded import load_stdlib_text
-
-    for split, seen in ("train", True), ("test", False):
-        file = write_texts(
-            tmp_path / f"{split}.jsonl", load_stdlib_text(split)["text"][:9]
-        )
+    texts = {True: load_stdlib_text("train"), False: load_stdlib_text("test")}
+    for seen, dataset in texts.items():
+        file = write_texts(tmp_path / f"{seen}.jsonl", dataset["text"][:9])
         assert ask("python-stdlib", file).seen is seen
 
 

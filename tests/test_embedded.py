@@ -50,7 +50,7 @@ def make_library(root: Path, files: int, chars: int) -> None:
     for i in range(files):
         file = root / f"package{i % 7}" / f"module{i}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"# {i}".ljust(chars, "x"))
+        file.write_text((f"# {i}\n" * chars)[:chars])  # no two have a line in common
 
 
 def set_library(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
@@ -125,12 +125,69 @@ def test_the_model_predicts_the_library_and_both_libraries_agree(
 
 def test_the_splits_share_no_file_and_hold_all(train: Dataset, test: Dataset):
     paths = {source.path for source in read_stdlib()}
-    assert set(train["path"]) | set(test["path"]) == paths
-    assert not set(train["path"]) & set(test["path"])
-    assert 0.03 < len(test) / len(paths) < 0.06
+    held_out = {path for path in paths if is_held_out(path, TEXT_TEST_FRACTION)}
+    assert set(train["path"]) == paths - held_out
+    # a few hold nothing that others do not
+    assert set(test["path"]) <= held_out
+    assert len(set(test["path"])) > 0.9 * len(held_out)
+    assert 0.03 < len(held_out) / len(paths) < 0.06
     assert "import" in "".join(test["text"])
     assert all(len(text) > 500 for text in train["text"])
     assert not any("site-packages" in path for path in paths)
+
+
+def repeated_windows(
+    texts: list[str], training: list[str], chars: int, step: int
+) -> list[str]:
+    """The windows of texts that occur in training, at any place.
+
+    The whole lines of such a window are lines there, which rules out most of them fast.
+    """
+    lines = {line for text in training for line in text.split("\n")}
+    return [
+        window
+        for text in texts
+        for window in (
+            text[start : start + chars]
+            for start in range(0, len(text) - chars + 1, step)
+        )
+        if all(line in lines for line in window.split("\n")[1:-1])
+        and any(window in other for other in training)
+    ]
+
+
+def test_no_chunk_of_the_test_text_occurs_in_the_training_text(
+    train: Dataset, test: Dataset
+):
+    assert repeated_windows(test["text"], train["text"], 512, step=64) == []
+    # as it would without the cuts
+    whole = [
+        source.text
+        for source in read_stdlib()
+        if is_held_out(source.path, TEXT_TEST_FRACTION)
+    ]
+    assert len(repeated_windows(whole, train["text"], 512, step=512)) > 0
+    assert sum(map(len, test["text"])) > 0.9 * sum(map(len, whole))
+
+
+@pytest.mark.parametrize("chars", [512, 300])
+def test_no_labelled_chunk_is_in_both_splits_or_twice_in_one(chars: int):
+    train, test = (load_stdlib_chunks(split, chars) for split in ("train", "test"))
+    for chunks in (train, test):
+        assert len(set(chunks["text"])) == len(chunks)
+    files = [
+        source.text
+        for source in read_stdlib()
+        if not is_held_out(source.path, PROBING_TEST_FRACTION)
+    ]
+    assert repeated_windows(test["text"], files, chars, step=1) == []
+
+
+def test_the_labels_asked_for_change_no_labels_chunks():
+    alone = load_stdlib_chunks("test", labels=["email"])
+    among = load_stdlib_chunks("test", labels=["asyncio", "email", "logging"])
+    of_email = [row["text"] for row in among.to_list() if row["label"] == "email"]
+    assert sorted(alone["text"]) == sorted(of_email)
 
 
 def test_the_split_is_fixed(

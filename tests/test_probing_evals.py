@@ -91,8 +91,8 @@ def scaffold() -> Any:
     return inference
 
 
-def rows() -> list[dict[str, str]]:
-    rng = random.Random(0)
+def rows(seed: int = 0) -> list[dict[str, str]]:
+    rng = random.Random(seed)
     rows = [
         {"text": " ".join(rng.choices(words, k=12)) + f" {i}", "label": label}
         for label, words in WORDS.items()
@@ -111,9 +111,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset.to_json(folder / "data.jsonl")
     dataset.to_parquet(folder / "data.parquet")
     dataset.save_to_disk(folder / "saved")
-    DatasetDict(train=dataset, test=dataset.select(range(200))).save_to_disk(
-        folder / "split"
-    )
+    unseen = Dataset.from_list(rows(seed=1)).select(range(200))
+    DatasetDict(train=dataset, test=unseen).save_to_disk(folder / "split")
     one_class = dataset.filter(lambda row: row["label"] == "files")
     one_class.to_json(folder / "one-class.jsonl")
     dataset.select(range(30)).to_json(folder / "few.jsonl")
@@ -430,7 +429,7 @@ def test_rows_are_drawn_apart_and_again(texts: Path):
     assert load(0) == (train, test)
     assert load(1)[0] != train
     # a test split is drawn from for the test, and from nowhere else
-    in_test = {row["text"] for row in rows()[:200]}
+    in_test = {row["text"] for row in rows(seed=1)[:200]}
     _, test = load(0, "split")
     assert all(set(texts_of) <= in_test for texts_of in test.values())
 
@@ -450,11 +449,12 @@ def test_the_most_frequent_classes(tmp_path: Path):
 
 def test_text_from_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch):
     dataset = Dataset.from_list(rows()).to_iterable_dataset()
+    unseen = Dataset.from_list(rows(seed=1)).to_iterable_dataset()
     opened: list[Any] = []
 
     def load_dataset(*args: Any, **kwargs: Any) -> IterableDatasetDict:
         opened.append((args, kwargs))
-        return IterableDatasetDict({"train": dataset, "test": dataset.take(60)})
+        return IterableDatasetDict({"train": dataset, "test": unseen.take(60)})
 
     monkeypatch.setattr("saelens_scaffold.evals.text_data.load_dataset", load_dataset)
     monkeypatch.setattr("saelens_scaffold.evals.labelled_data.MAX_STREAMED_ROWS", 200)
@@ -463,6 +463,34 @@ def test_text_from_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch):
     assert text.test is not None
     assert sum(map(len, text.test.values())) == 60
     assert all(call == (("user/name", "en"), {"streaming": True}) for call in opened)
+
+
+def test_no_text_is_trained_and_tested_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    train, test = rows(), rows(seed=1)
+    copies = DatasetDict(
+        train=Dataset.from_list([*train, *train[:40]]),
+        test=Dataset.from_list([*test, *train[:20], *test[:10]]),
+    )
+    copies.save_to_disk(tmp_path / "copies")
+    text = read_labelled_text(str(tmp_path / "copies"), "text", "label")
+    assert "70 texts occur again" in caplog.text
+    assert text.test is not None
+    found = [
+        sorted(text for texts in part.values() for text in texts)
+        for part in (text.train, text.test)
+    ]
+    assert found == [sorted(row["text"] for row in part) for part in (train, test)]
+
+    # where the halves are drawn from one split
+    Dataset.from_list([*train, *train]).to_json(tmp_path / "twice.jsonl")
+    halves = load_labelled_data(
+        str(tmp_path / "twice.jsonl"), "text", "label", ROWS_PER_CLASS - 10, 10, seed=0
+    )
+    drawn = [{text for texts in half.values() for text in texts} for half in halves]
+    assert drawn[0].isdisjoint(drawn[1])
+    assert len(drawn[0]) + len(drawn[1]) == len(train)
 
 
 def test_embedded_text():

@@ -1,4 +1,9 @@
-"""The standard library of the user's own Python as text: no download, no copy shipped."""
+"""The standard library of the user's own Python as text: no download, no copy shipped.
+
+Files of the library repeat each other (character tables, grammars, licences), so the test
+splits are held out by file and then cut: what a training file has verbatim is left out.
+Verbatim is meant: copies that differ in a space or a letter are not looked for.
+"""
 
 import os
 import random
@@ -6,6 +11,7 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import sha3_256
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,6 +19,7 @@ from typing import Literal, NamedTuple
 from datasets import Dataset
 
 from saelens_scaffold.files import new_directory
+from saelens_scaffold.passages import Passages
 
 Split = Literal["train", "test"]
 
@@ -57,7 +64,7 @@ def read_stdlib() -> list[SourceFile]:
         RuntimeError: There is too little: some distributions ship a standard library that
             is zipped or compiled only.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = _library()
     sources: list[SourceFile] = []
     for file in root.rglob("*.py"):
         relative = file.relative_to(root)
@@ -128,6 +135,9 @@ def load_stdlib_text(split: Split, seed: int = 0) -> Dataset:
     SAELens takes it as `override_dataset`. It reads a dataset in order, so the files come
     shuffled: by path, one package would follow another.
 
+    No 512 characters of the test split are in the training split: a held-out file that
+    repeats others has a row for each piece between the repetitions.
+
     Args:
         split: "train", or "test" for the 4.5 % of files held out of it.
         seed: Of the order. The split does not depend on it.
@@ -139,7 +149,9 @@ def load_stdlib_text(split: Split, seed: int = 0) -> Dataset:
         RuntimeError: The standard library holds too little text.
         ValueError: There is no such split.
     """
-    sources = _split(read_stdlib(), split, TEXT_TEST_FRACTION)
+    sources = _split(
+        read_stdlib(), split, TEXT_TEST_FRACTION, CHUNK_CHARS, MIN_FILE_CHARS
+    )
     random.Random(seed).shuffle(sources)
     return Dataset.from_dict(
         {
@@ -159,8 +171,9 @@ def load_stdlib_chunks(
 ) -> Dataset:
     """Pieces of the standard library, labelled by package, for probing tasks.
 
-    The splits share no file. This test split has 20 % of all files, and so includes that
-    of `load_stdlib_text`.
+    The splits share no file and no chunk: none of the test split occurs verbatim in a
+    training file, and none occurs twice in its own split. This test split is of 20 % of
+    all files, and so includes that of `load_stdlib_text`.
 
     Args:
         split: "train" or "test".
@@ -183,15 +196,19 @@ def load_stdlib_chunks(
         raise ValueError(
             f"per_label is {per_label}; it must be at least 1, or None for all"
         )
-    sources = read_stdlib()
-    labels = _most_frequent_labels(sources) if labels is None else labels
+    if split not in ("train", "test"):
+        raise ValueError(_no_split(split))
+    splits = _probing_splits(_library(), chars)
+    labels = _most_frequent_labels(splits) if labels is None else labels
+    # before the labels are chosen, so that no label's chunks depend on the others asked for
+    label_of_chunk: dict[str, str] = {}
+    for source in splits[split]:
+        for start in range(0, len(source.text) - chars + 1, chars):
+            label_of_chunk.setdefault(source.text[start : start + chars], source.label)
     pieces: dict[str, list[str]] = {label: [] for label in labels}
-    for source in _split(sources, split, PROBING_TEST_FRACTION):
-        if source.label in pieces:
-            pieces[source.label] += [
-                source.text[start : start + chars]
-                for start in range(0, len(source.text) - chars + 1, chars)
-            ]
+    for text, label in label_of_chunk.items():
+        if label in pieces:
+            pieces[label].append(text)
 
     needed = per_label or 1
     short = {
@@ -226,7 +243,7 @@ def probing_labels(count: int = 5) -> list[str]:
     Raises:
         RuntimeError: The standard library holds too little text.
     """
-    return _most_frequent_labels(read_stdlib(), count)
+    return _most_frequent_labels(_probing_splits(_library(), CHUNK_CHARS), count)
 
 
 def write_stdlib_dataset(
@@ -256,23 +273,66 @@ def write_stdlib_dataset(
 
 
 def _split(
-    sources: list[SourceFile], split: Split, test_fraction: float
+    sources: list[SourceFile],
+    split: Split,
+    test_fraction: float,
+    chars: int,
+    min_chars: int,
 ) -> list[SourceFile]:
+    """The files of a split; of the test split, what repeats no others.
+
+    Args:
+        sources: All files.
+        split: "train" or "test".
+        test_fraction: The test split's share of all files.
+        chars: How many characters in a row must not be in both splits.
+        min_chars: Shorter pieces of a file that is cut are left out.
+    """
     if split not in ("train", "test"):
-        raise ValueError(f"split is {split!r}; it must be 'train' or 'test'")
+        raise ValueError(_no_split(split))
+    train, held_out = [], []
+    for source in sources:
+        of_test = is_held_out(source.path, test_fraction)
+        (held_out if of_test else train).append(source)
+    if split == "train":
+        return train
+    seen = Passages(chars)
+    for source in train:
+        seen.add(source.text)
     return [
-        source
-        for source in sources
-        if is_held_out(source.path, test_fraction) == (split == "test")
+        source._replace(text=piece)
+        for source in held_out
+        for piece in seen.new_pieces(source.text)
+        if len(piece) >= min_chars
     ]
 
 
-def _most_frequent_labels(sources: list[SourceFile], count: int = 5) -> list[str]:
-    chars: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for source in sources:
-        held_out = is_held_out(source.path, PROBING_TEST_FRACTION)
-        chars[held_out][source.label] += len(source.text)
+@lru_cache(maxsize=1)  # takes seconds, and labels, train and test are asked for in turn
+def _probing_splits(library: Path, chars: int) -> dict[Split, list[SourceFile]]:  # noqa: ARG001
+    """Both splits of labelled text; library is what the cache knows the sources by."""
+    sources = read_stdlib()
+    return {
+        split: _split(sources, split, PROBING_TEST_FRACTION, chars, chars)
+        for split in ("train", "test")
+    }
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _no_split(split: str) -> str:
+    return f"split is {split!r}; it must be 'train' or 'test'"
+
+
+def _most_frequent_labels(
+    splits: dict[Split, list[SourceFile]], count: int = 5
+) -> list[str]:
+    chars: dict[Split, Counter[str]] = {"train": Counter(), "test": Counter()}
+    for split, sources in splits.items():
+        for source in sources:
+            chars[split][source.label] += len(source.text)
     # A label is worth as much as its smaller split, which is not always the test split.
-    chars_in_smaller = chars[True] & chars[False]
+    chars_in_smaller = chars["train"] & chars["test"]
     del chars_in_smaller["test"]
     return [label for label, _ in chars_in_smaller.most_common(count)]

@@ -1,5 +1,6 @@
 """Labelled text for probes: from anywhere, and made known to SAEBench."""
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from sae_bench.evals.scr_and_tpp import main as scr_and_tpp
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
 from saelens_scaffold.evals.text_data import open_dataset, rows_with, split_names
+
+logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 5
 """Default number of classes: no class set of SAEBench has more."""
@@ -153,7 +156,8 @@ def read_labelled_text(
     Read a dataset's most frequent classes, to draw from with several seeds.
 
     Of a split that is streamed from the Hub the first 200,000 rows are read. A class is as
-    frequent as it is in the smaller of the splits.
+    frequent as it is in the smaller of the splits. A text that occurs again, in the same
+    split or the other, is left out there, so that none is both trained and tested on.
 
     Args:
         dataset: As for `load_labelled_data`, and so are the others.
@@ -170,13 +174,27 @@ def read_labelled_text(
     if max_classes < 2:
         raise ValueError(f"max_classes is {max_classes}; it must be at least 2")
 
+    seen: set[str] = set()
+    repeated = 0
+
     def read(split: str) -> TextsByLabel:
-        return _texts_by_label(dataset, text_column, label_column, subset, split)
+        nonlocal repeated
+        texts, again = _texts_by_label(
+            dataset, text_column, label_column, subset, split, seen
+        )
+        repeated += again
+        return texts
 
     train = read(split or "train")
     test = None
     if split is None and {"train", "test"} <= set(split_names(dataset, subset)):
         test = read("test")
+    if repeated:
+        logger.warning(
+            "dataset %r: %d texts occur again, and are left out there",
+            dataset,
+            repeated,
+        )
     counts = {
         label: min(len(texts), len(texts if test is None else test.get(label, [])))
         for label, texts in train.items()
@@ -199,13 +217,20 @@ def read_labelled_text(
 
 
 def _texts_by_label(
-    dataset: str, text_column: str, label_column: str, subset: str | None, split: str
-) -> TextsByLabel:
+    dataset: str,
+    text_column: str,
+    label_column: str,
+    subset: str | None,
+    split: str,
+    seen: set[str],
+) -> tuple[TextsByLabel, int]:
+    """The texts that are not in `seen`, which gets them, and the number of those that are."""
     opened = open_dataset(dataset, split, subset, chunked=True)
     rows = rows_with(opened, dataset, text_column, label_column)
     if isinstance(opened, IterableDataset):
         rows = islice(rows, MAX_STREAMED_ROWS)
     texts: TextsByLabel = {}
+    repeated = 0
     for text, label in rows:
         if text is None or label is None:
             continue
@@ -214,9 +239,12 @@ def _texts_by_label(
                 f"dataset {dataset!r}: column {text_column!r} holds "
                 f"{type(text).__name__}, not text; name another text_column"
             )
-        if text.strip():
+        if text in seen:
+            repeated += 1
+        elif text.strip():
+            seen.add(text)
             texts.setdefault(str(label), []).append(text)
-    return texts
+    return texts, repeated
 
 
 def is_known_to_sae_bench(dataset: str) -> bool:

@@ -25,6 +25,7 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from saelens_scaffold.embedded import EMBEDDED_MODEL_NAME, embedded_model_path
 from saelens_scaffold.evals.configs import config_fields
 from saelens_scaffold.evals.language_model import known_model_name
+from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.registry import Evaluation, RunSettings
 from saelens_scaffold.evals.run import check_result
 from saelens_scaffold.evals.selected_saes import (
@@ -82,6 +83,7 @@ def run_eval(
     """
     dtype = getattr(config, "llm_dtype", None) or getattr(config, "dtype", "float32")
     saes = resolve_saes(selected_saes, settings.device, dtype, evaluation.view)
+    text = getattr(config, evaluation.data_field, None)
     config = _for_sae_bench(evaluation, config, settings)
     for sae in saes:
         _set_model_name(sae, getattr(config, "model_name", None))
@@ -94,6 +96,11 @@ def run_eval(
     if not missing:
         return results
 
+    if evaluation.data == "text" and text is not None:
+        # SAEBench's outputs have no field for it, so that a warning is all there is
+        text_seen_in_training(
+            missing, text, settings.dataset_split, settings.text_column
+        )
     settings.output_path.mkdir(parents=True, exist_ok=True)
     pairs = [
         (sae.release, sae.sae if sae.sae_id == "custom_sae" else sae.sae_id)

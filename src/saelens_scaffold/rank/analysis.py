@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from saelens_scaffold.evals.dense_latents.firing import FiringStatistics
@@ -11,9 +12,23 @@ from saelens_scaffold.evals.language_model import (
     check_finite,
     load_language_model,
 )
+from saelens_scaffold.evals.overlap import (
+    TextSeenInTraining,
+    text_seen_in_training,
+)
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.evals.text_eval_config import TextEvalConfig
+from saelens_scaffold.rank.spectrum import (
+    NULL_DRAWS,
+    NULL_QUANTILE,
+    OUTLIER_RATIO,
+    OUTLIER_Z,
+    knee_of,
+    outlier_dimensions,
+    parallel_analysis,
+    without_dimensions,
+)
 from saelens_scaffold.subspaces import ActivationMoments, share_in_subspace
 
 DENSE_THRESHOLD = 0.1
@@ -25,14 +40,40 @@ SPANNED = 0.95
 COVERED = 0.8
 """Share of them that counts as covered by principal directions."""
 
+MAX_NAMED = 12
+"""How many outlier dimensions a reason names; rank.json has all."""
+
 
 @dataclass
 class RankCandidate:
-    """A rank, and what speaks for it."""
+    """
+    A rank, and what speaks for it.
+
+    Attributes:
+        name: How it was counted.
+        rank: 0 if nothing stands out.
+        reason: What the count means.
+    """
 
     name: str
     rank: int
     reason: str
+
+
+@dataclass
+class OutlierDimension:
+    """
+    A dimension of the residual stream with far more variance than most.
+
+    Attributes:
+        dimension: Its index.
+        variance_share: Its share of the whole variance.
+        ratio_to_median: Its variance, as a multiple of the median dimension's.
+    """
+
+    dimension: int
+    variance_share: float
+    ratio_to_median: float
 
 
 @dataclass
@@ -41,21 +82,34 @@ class RankAnalysis:
     What activations say of a scaffold's rank.
 
     Attributes:
-        suggestion: The candidate that is suggested.
+        suggestion: The candidate that is suggested; None if nothing stands out.
         candidates: All candidates.
+        outlier_dimensions: Largest variance first.
+        dimension_variances: Variance of each dimension.
         variance_shares: Share of the variance along each principal direction, largest
             first.
-        noise_shares: The same where every dimension is shuffled over the tokens.
+        correlation_eigenvalues: Those of the correlations of the dimensions that are no
+            outliers, what is linear in the outliers removed; largest first.
+        null_eigenvalues: The null's quantile of each.
+        null_quantile: Which quantile that is.
+        null_draws: From how many draws.
         n_tokens: Tokens that it was measured on.
         n_dense_latents: Dense latents of the plain SAE; None if there is none.
+        text_seen_in_training: Whether it was trained on this text; None likewise.
     """
 
-    suggestion: RankCandidate
+    suggestion: RankCandidate | None
     candidates: list[RankCandidate]
+    outlier_dimensions: list[OutlierDimension]
+    dimension_variances: list[float] = field(repr=False)
     variance_shares: list[float] = field(repr=False)
-    noise_shares: list[float] = field(repr=False)
+    correlation_eigenvalues: list[float] = field(repr=False)
+    null_eigenvalues: list[float] = field(repr=False)
+    null_quantile: float
+    null_draws: int
     n_tokens: int
     n_dense_latents: int | None = None
+    text_seen_in_training: TextSeenInTraining | None = None
 
 
 def analyse_rank(
@@ -92,63 +146,118 @@ def analyse_rank(
                 f"SAE {sae.label!r} was trained at {sae.hook_name}, not at {hook_name}"
             )
         by_hook_point(model, [sae])  # sees that it fits
+    seen = text_seen_in_training(
+        [sae] if sae else [], config.dataset, config.dataset_split, config.text_column
+    )
     stream = TokenStream(config, model, [sae] if sae else [])
     firing = FiringStatistics(sae, n_replicates=0) if sae else None
     moments: ActivationMoments | None = None
-    shuffled: ActivationMoments | None = None
-    generator = torch.Generator().manual_seed(config.random_seed)
     for tokens, counts in stream.batches(config.n_tokens, "Reading activations"):
         x = activations_at(model, tokens, [hook_name])[hook_name][counts]
         check_finite(x, hook_name)
-        if moments is None or shuffled is None:
+        if moments is None:
+            _check_enough(config.n_tokens, x.shape[1], hook_name)
             moments = ActivationMoments(x.shape[1], device)
-            shuffled = ActivationMoments(x.shape[1], device)
         moments.update(x)
-        shuffled.update(_shuffled(x, generator))
         if firing is not None:
             firing.update_unsampled(x)
-    assert moments is not None and shuffled is not None
-    variances, directions = moments.principal_directions()
-    noise, _ = shuffled.principal_directions()
+    assert moments is not None
+    _check_enough(moments.n, len(moments.mean), hook_name)
 
-    candidates = spectrum_candidates(variances.cpu(), noise.cpu())
-    n_dense = None
+    analysis = analyse_covariance(moments.covariance, moments.n, config.random_seed)
     if sae is not None and firing is not None:
         dense = (firing.fired / moments.n > DENSE_THRESHOLD).cpu()
-        n_dense = int(dense.sum())
+        _, directions = moments.principal_directions()
         decoder = sae.sae.W_dec.detach().cpu()[dense]
-        candidates += dense_latent_candidates(decoder, directions.cpu())
+        analysis.candidates += dense_latent_candidates(decoder, directions.cpu())
+        analysis.n_dense_latents = int(dense.sum())
+        analysis.text_seen_in_training = seen[sae.key]
+        analysis.suggestion = suggested(analysis.candidates)
+    return analysis
+
+
+def _check_enough(n_tokens: int, d_in: int, hook_name: str) -> None:
+    if n_tokens <= d_in:
+        raise ValueError(
+            f"n_tokens is {n_tokens}; a spectrum of the {d_in} dimensions at {hook_name} "
+            f"needs more than {d_in} tokens, and says little with fewer than {10 * d_in}"
+        )
+
+
+def analyse_covariance(
+    covariance: torch.Tensor, n_tokens: int, seed: int
+) -> RankAnalysis:
+    """
+    Look at the covariance of activations.
+
+    Args:
+        covariance: Shape (d_in, d_in).
+        n_tokens: Tokens that it is of, more than d_in.
+        seed: Of the null's draws.
+    """
+    covariance = covariance.double().cpu()
+    of_dimensions = covariance.diagonal()
+    outliers = outlier_dimensions(of_dimensions)
+    # each outlier dimension takes a degree of freedom
+    beyond = parallel_analysis(
+        without_dimensions(covariance, outliers),
+        n_tokens - len(outliers),
+        np.random.default_rng(seed),
+    )
+    variances = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
+    total = of_dimensions.sum()
+    found = [
+        OutlierDimension(
+            int(i),
+            float(of_dimensions[i] / total),
+            float(of_dimensions[i] / of_dimensions.median()),
+        )
+        for i in outliers
+    ]
+    candidates = spectrum_candidates(variances, found, beyond.rank)
     return RankAnalysis(
         suggestion=suggested(candidates),
         candidates=candidates,
+        outlier_dimensions=found,
+        dimension_variances=of_dimensions.tolist(),
         variance_shares=(variances / variances.sum()).tolist(),
-        noise_shares=(noise / noise.sum()).tolist(),
-        n_tokens=moments.n,
-        n_dense_latents=n_dense,
+        correlation_eigenvalues=beyond.eigenvalues.tolist(),
+        null_eigenvalues=beyond.null.tolist(),
+        null_quantile=NULL_QUANTILE,
+        null_draws=NULL_DRAWS,
+        n_tokens=n_tokens,
     )
 
 
-def _shuffled(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Every dimension with its own order of tokens: the variances, but no correlation."""
-    order = torch.rand(x.shape, generator=generator).argsort(dim=0).to(x.device)
-    return x.gather(0, order)
-
-
 def spectrum_candidates(
-    variances: torch.Tensor, noise: torch.Tensor
+    variances: torch.Tensor, outliers: list[OutlierDimension], beyond_chance: int
 ) -> list[RankCandidate]:
     """
-    Ranks that the variances along the principal directions speak for.
+    Ranks that the variances speak for.
 
     Args:
-        variances: Largest first, shape (d_in,).
-        noise: Those of shuffled activations, largest first, shape (d_in,).
+        variances: Along the principal directions, largest first, shape (d_in,).
+        outliers: The outlier dimensions.
+        beyond_chance: Number of principal directions of the other dimensions'
+            correlations that are more than chance.
     """
     shares = variances / variances.sum()
     participation = float(1 / shares.pow(2).sum())
-    above = int((variances > noise).int().cumprod(0).sum())
     knee = knee_of(variances)
+    held = sum(outlier.variance_share for outlier in outliers)
+    named = ", ".join(str(outlier.dimension) for outlier in outliers[:MAX_NAMED])
+    if len(outliers) > MAX_NAMED:
+        named += f" and {len(outliers) - MAX_NAMED} more"
     return [
+        RankCandidate(
+            "outlier dimensions",
+            len(outliers),
+            f"dimensions {named} hold {held:.0%} of the variance; each has more than "
+            f"{OUTLIER_RATIO:g} times the median: a lower bound"
+            if outliers
+            else f"no dimension has more than {OUTLIER_RATIO:g} times the median variance, "
+            f"and a modified z-score above {OUTLIER_Z}",
+        ),
         RankCandidate(
             "knee",
             knee,
@@ -163,23 +272,12 @@ def spectrum_candidates(
         ),
         RankCandidate(
             "parallel analysis",
-            max(1, above),
-            f"{above} directions have more variance than those of activations whose "
-            "dimensions are shuffled (Horn 1965): an upper bound",
+            len(outliers) + beyond_chance,
+            f"the outlier dimensions, and {beyond_chance} directions of the others whose "
+            f"correlations exceed the {NULL_QUANTILE:.0%} quantile of chance (Horn 1965, "
+            "Glorfeld 1995): an upper bound",
         ),
     ]
-
-
-def knee_of(variances: torch.Tensor) -> int:
-    """
-    The number of directions before the spectrum's knee: where the logarithm of the
-    variances lies farthest below the line through the first and the median one.
-
-    The upper half of the spectrum only, as the smallest variances fall off again.
-    """
-    logs = variances[: max(3, len(variances) // 2)].clamp_min(1e-30).log()
-    line = torch.linspace(float(logs[0]), float(logs[-1]), len(logs)).to(logs)
-    return max(1, int((line - logs).argmax()))
 
 
 def dense_latent_candidates(
@@ -218,14 +316,16 @@ def dense_latent_candidates(
     ]
 
 
-def suggested(candidates: list[RankCandidate]) -> RankCandidate:
+def suggested(candidates: list[RankCandidate]) -> RankCandidate | None:
     """
     The candidate to try first: the span of the dense latents that the scaffold is to take
-    over, if they are known; else the knee, but no more than parallel analysis allows.
+    over, if they are known; else the knee, but no less than the outlier dimensions and no
+    more than parallel analysis allows. None if that is 0.
     """
     by_name = {candidate.name: candidate for candidate in candidates}
     if "dense latents" in by_name:
         return by_name["dense latents"]
-    return min(
-        by_name["knee"], by_name["parallel analysis"], key=lambda found: found.rank
-    )
+    bounds = [by_name[n] for n in ("outlier dimensions", "knee", "parallel analysis")]
+    middle = sorted(bounds, key=lambda candidate: candidate.rank)[1]
+    # a knee there always is, even in noise
+    return middle if bounds[-1].rank else None

@@ -9,6 +9,7 @@ from sae_bench.evals.base_eval_output import (
 )
 
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
+from saelens_scaffold.evals.overlap import TextSeenInTraining
 
 EVAL_TYPE_ID_DENSE_LATENTS = "dense_latents"
 
@@ -239,6 +240,11 @@ class DenseLatentsEvalOutput(
         default=None,
         title="PCA Rank",
         description="Rank of the PCA subspace that the dense latents were compared with.",
+    )
+    text_seen_in_training: TextSeenInTraining | None = Field(
+        default=None,
+        title="Text Seen in Training",
+        description="Whether the SAE was trained on text that it is evaluated on.",
     )
     judged_view: str = Field(
         default="sparse",

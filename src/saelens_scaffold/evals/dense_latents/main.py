@@ -33,6 +33,7 @@ from saelens_scaffold.evals.language_model import (
     check_finite,
     load_language_model,
 )
+from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.run import Result, run_evaluation
 from saelens_scaffold.evals.selected_saes import (
     CUSTOM_SAE_ID,
@@ -119,6 +120,9 @@ def _measure(
         for hook_name, group in groups.items()
     }
     bootstrap = SequenceBootstrap(config.n_bootstrap, config.random_seed)
+    seen = text_seen_in_training(
+        saes, config.dataset, config.dataset_split, config.text_column
+    )
     stream = TokenStream(config, model, saes)
     for tokens, counts in stream.batches(config.n_tokens, "Counting dense latents"):
         weights = bootstrap.draw(len(tokens))
@@ -153,7 +157,8 @@ def _measure(
                 counts_of[sae.label],
                 None if sae.label == config.baseline else baseline,
                 config.pca_rank or sae.subspace_rank,
-            ),
+            )
+            | {"text_seen_in_training": seen[sae.key]},
         )
 
 

@@ -8,6 +8,7 @@ from sae_bench.evals.base_eval_output import (
     BaseResultDetail,
 )
 
+from saelens_scaffold.evals.overlap import TextSeenInTraining
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )
@@ -343,6 +344,11 @@ class ScaffoldAblationEvalOutput(
         default=None,
         title="Predictions",
         description="Number of next-token predictions evaluated.",
+    )
+    text_seen_in_training: TextSeenInTraining | None = Field(
+        default=None,
+        title="Text Seen in Training",
+        description="Whether the SAE was trained on text that it is evaluated on.",
     )
     judged_view: str = Field(
         default="whole",

@@ -14,6 +14,7 @@ from saelens_scaffold.evals.language_model import (
     check_finite,
     load_language_model,
 )
+from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.run import Result, run_evaluation
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
@@ -100,6 +101,9 @@ def _measure(
     config: ScaffoldAblationEvalConfig, saes: list[SelectedSAE], device: str
 ) -> Iterator[tuple[SelectedSAE, Result]]:
     model = load_language_model(config.model_name, device, config.llm_dtype)
+    seen = text_seen_in_training(
+        saes, config.dataset, config.dataset_split, config.text_column
+    )
     for hooked, group in by_hook_point(model, saes):
         stream = TokenStream(config, model, group)
         # read before the long work, so that what is wrong with it is said now
@@ -134,6 +138,7 @@ def _measure(
                     "topic_accuracies": accuracies,
                     "principal_angles": angles,
                     "n_predictions": int(losses.n_predictions[0]),
+                    "text_seen_in_training": seen[sae.key],
                 },
             )
 

@@ -1,0 +1,175 @@
+"""Whether an evaluation's text was trained on, as far as that can be known."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from saelens_scaffold.embedded.text import CHUNK_CHARS
+from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.text_data import (
+    EMBEDDED_DATASET_NAME,
+    open_dataset,
+    rows_with,
+)
+from saelens_scaffold.passages import Passages
+
+logger = logging.getLogger(__name__)
+
+TRAINING_SPLIT = "train"
+"""The only split that SAELens trains on (`ActivationsStore`), from its first row on."""
+
+MAX_EVALUATED_CHARS = 1_000_000
+MAX_TRAINING_CHARS = 100_000_000
+"""How much of local text is compared: a few seconds, and 0.1 GB for the hashes."""
+
+
+@dataclass
+class TextSeenInTraining:
+    seen: bool | None = Field(
+        title="Seen",
+        description="Whether the SAE was trained on text that it is evaluated on; None where that cannot be known",
+    )
+    reason: str = Field(title="Reason", description="What that was found from")
+
+
+def text_seen_in_training(
+    saes: Sequence[SelectedSAE], dataset: str, split: str, text_column: str
+) -> dict[str, TextSeenInTraining]:
+    """
+    See which SAEs were trained on the text of an evaluation, and warn of it; warn also
+    where local text repeats itself, since a bootstrap takes each row for a text of its own.
+
+    The same split of the same dataset is known by name. Other text is compared where both
+    are on this machine: passages of 512 characters, verbatim, within the first 1 M
+    characters of the one and the first 100 M of the other. Text on the Hub is not fetched
+    for that, and the answer is then unknown.
+
+    Args:
+        saes: Their metadata say what they were trained on (`dataset_path`).
+        dataset: The text of the evaluation, as for `text_data.open_dataset`.
+        split: Its split.
+        text_column: Its column.
+
+    Returns:
+        The answer for each SAE, under its key.
+
+    Raises:
+        ValueError: The text of the evaluation cannot be read.
+    """
+    _warn_of_repetitions(dataset, split, text_column)
+    of_training_text: dict[str | None, TextSeenInTraining] = {}
+    found: dict[str, TextSeenInTraining] = {}
+    for sae in saes:
+        trained_on = sae.sae.cfg.metadata.dataset_path
+        if trained_on not in of_training_text:
+            of_training_text[trained_on] = _seen(
+                trained_on, dataset, split, text_column
+            )
+        found[sae.key] = of_training_text[trained_on]
+    for answer in of_training_text.values():
+        labels = [sae.label for sae in saes if found[sae.key] is answer]
+        if answer.seen:
+            logger.warning(
+                "%s trained on text of this evaluation: %s",
+                f"{', '.join(labels)} {'was' if len(labels) == 1 else 'were'}",
+                answer.reason,
+            )
+        elif answer.seen is None:
+            logger.info("%s: %s", ", ".join(labels), answer.reason)
+    return found
+
+
+def _warn_of_repetitions(dataset: str, split: str, text_column: str) -> None:
+    if dataset == EMBEDDED_DATASET_NAME or not _is_local(dataset):
+        return
+    texts = list(_texts(dataset, split, text_column, MAX_EVALUATED_CHARS))
+    repeated = len(texts) - len(set(texts))
+    if repeated:
+        logger.warning(
+            "dataset %r (%s): %d of the first %d texts repeat others; intervals over them "
+            "are too narrow",
+            *(dataset, split, repeated, len(texts)),
+        )
+
+
+def _seen(
+    trained_on: str | None, dataset: str, split: str, text_column: str
+) -> TextSeenInTraining:
+    if not trained_on:
+        return TextSeenInTraining(
+            None, "the SAE's metadata name no dataset_path that it was trained on"
+        )
+    same = _is_same(trained_on, dataset)
+    if same and (split == TRAINING_SPLIT or Path(dataset).is_file()):
+        return TextSeenInTraining(
+            True,
+            f"{dataset} ({split}) is what the SAE was trained on, and both begin with its "
+            "first row",
+        )
+    if same and dataset == EMBEDDED_DATASET_NAME:
+        return TextSeenInTraining(
+            False,
+            f"no {CHUNK_CHARS} characters of {dataset} ({split}) are in its training split",
+        )
+    for name in (trained_on, dataset):
+        if not _is_local(name):
+            return TextSeenInTraining(
+                None,
+                f"{dataset} ({split}) was not compared with {trained_on} "
+                f"({TRAINING_SPLIT}): {name} is not on this machine",
+            )
+    return _compared(trained_on, dataset, split, text_column)
+
+
+def _compared(
+    trained_on: str, dataset: str, split: str, text_column: str
+) -> TextSeenInTraining:
+    passages, n_training = Passages(CHUNK_CHARS), 0
+    try:
+        for text in _texts(trained_on, TRAINING_SPLIT, "text", MAX_TRAINING_CHARS):
+            passages.add(text)
+            n_training += len(text)
+    except ValueError as error:
+        return TextSeenInTraining(None, f"the training text cannot be read: {error}")
+    n_evaluated = n_repeated = 0
+    for text in _texts(dataset, split, text_column, MAX_EVALUATED_CHARS):
+        n_evaluated += len(text)
+        n_repeated += sum(end - start for start, end in passages.repetitions(text))
+    of = f"the first {n_evaluated:,} characters of {dataset} ({split})"
+    whole = n_training < MAX_TRAINING_CHARS
+    where = f"{trained_on} ({TRAINING_SPLIT})"
+    if not whole:
+        where = f"the first {n_training:,} characters of {where}"
+    if n_repeated:
+        share = n_repeated / n_evaluated
+        return TextSeenInTraining(True, f"{share:.1%} of {of} are verbatim in {where}")
+    return TextSeenInTraining(
+        False if whole else None,
+        f"no {CHUNK_CHARS} characters of {of} are verbatim in {where}",
+    )
+
+
+def _texts(dataset: str, split: str, column: str, max_chars: int) -> Iterator[str]:
+    """The first texts of a dataset, until they have so many characters."""
+    n_chars = 0
+    for (text,) in rows_with(open_dataset(dataset, split), dataset, column):
+        if n_chars >= max_chars:
+            return
+        if text:
+            n_chars += len(text)
+            yield text
+
+
+def _is_same(trained_on: str, dataset: str) -> bool:
+    return trained_on == dataset or (
+        Path(dataset).exists()
+        and Path(trained_on).exists()
+        and Path(trained_on).samefile(dataset)
+    )
+
+
+def _is_local(name: str) -> bool:
+    return name == EMBEDDED_DATASET_NAME or Path(name).exists()

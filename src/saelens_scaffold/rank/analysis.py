@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from saelens_scaffold.evals.dense_latents.firing import FiringStatistics
 from saelens_scaffold.evals.language_model import (
     activations_at,
     by_hook_point,
@@ -14,10 +13,8 @@ from saelens_scaffold.evals.language_model import (
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.evals.text_eval_config import TextEvalConfig
+from saelens_scaffold.firing import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.subspaces import ActivationMoments, share_in_subspace
-
-DENSE_THRESHOLD = 0.1
-"""Firing frequency of a dense latent (arXiv 2506.15679)."""
 
 SPANNED = 0.95
 """Share of dense latents' decoder directions that counts as their span."""
@@ -93,7 +90,7 @@ def analyse_rank(
             )
         by_hook_point(model, [sae])  # sees that it fits
     stream = TokenStream(config, model, [sae] if sae else [])
-    firing = FiringStatistics(sae, n_replicates=0) if sae else None
+    firing = FiringStatistics(sae.sae, n_replicates=0) if sae else None
     moments: ActivationMoments | None = None
     shuffled: ActivationMoments | None = None
     generator = torch.Generator().manual_seed(config.random_seed)

@@ -23,10 +23,6 @@ from saelens_scaffold.evals.dense_latents.eval_output import (
     SparsityMetrics,
     TokenMetrics,
 )
-from saelens_scaffold.evals.dense_latents.firing import (
-    FiringStatistics,
-    TextStatistics,
-)
 from saelens_scaffold.evals.language_model import (
     activations_at,
     by_hook_point,
@@ -42,6 +38,10 @@ from saelens_scaffold.evals.selected_saes import (
     result_path,
 )
 from saelens_scaffold.evals.text_data import TokenStream
+from saelens_scaffold.firing import (
+    FiringStatistics,
+    TextStatistics,
+)
 from saelens_scaffold.subspaces import (
     orthonormal_basis,
     share_in_subspace,
@@ -113,7 +113,7 @@ def _measure(
 ) -> Iterator[tuple[SelectedSAE, Result]]:
     model = load_language_model(config.model_name, device, config.llm_dtype)
     groups = {at.hook_name: group for at, group in by_hook_point(model, saes)}
-    firing = {sae.key: FiringStatistics(sae, config.n_bootstrap) for sae in saes}
+    firing = {sae.key: FiringStatistics(sae.sae, config.n_bootstrap) for sae in saes}
     text = {
         hook_name: TextStatistics(group[0].sae.cfg.d_in, config.n_bootstrap, device)
         for hook_name, group in groups.items()

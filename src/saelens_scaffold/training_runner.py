@@ -148,7 +148,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
                 "started from may have read"
             )
         if self.activations_store.exclude_special_tokens is None:
-            text += "; special tokens included, as in training"
+            text += "; special tokens count, as in training"
         return text
 
     def _unread_activations(self) -> Iterator[torch.Tensor]:

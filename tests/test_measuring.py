@@ -358,6 +358,48 @@ def test_a_warning_where_l0_and_k_differ_by_more_than_a_tenth(
     assert l0_warning("my-sae", l0, n_tokens, {"l1_coefficient": 5}) is None
 
 
+def test_the_dense_latent_evaluation_warns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("sae_bench")
+    for name, k in ("right", None), ("wrong", 3.0), ("unknown", None):
+        sae = eval_sae(rank=RANK)
+        sae.cfg.metadata.k = k
+        sae.save_model(tmp_path / name)
+    # as SAELens's runner writes it, for an SAE that does not know k itself
+    x_l0 = 33.0
+    (tmp_path / "right" / "runner_cfg.json").write_text(
+        json.dumps({"sae": {"k": x_l0}})
+    )
+    (tmp_path / "unknown" / "runner_cfg.json").write_text('{"saes": {}}')
+    command = ["eval", "dense_latents", "--dataset=python-stdlib", "--device=cpu"]
+    command += [
+        "--set=dense_latents.n_tokens=500",
+        "--set=dense_latents.n_bootstrap=10",
+    ]
+    command += [f"--output_folder={tmp_path / 'out'}", "--sae_path"]
+    command += [str(tmp_path / name) for name in ("right", "wrong", "unknown")]
+    for _ in range(2):  # the second time, of results that are there
+        caplog.clear()
+        assert main(command) == 0
+        warned = [r.message for r in caplog.records if "l0_sparse is" in r.message]
+        assert [message.partition(":")[0] for message in warned] == ["wrong"]
+    result = json.loads(
+        next((tmp_path / "out").rglob("wrong*.json")).read_text(encoding="utf-8")
+    )
+    metrics = result["eval_result_metrics"]
+    assert warned == [
+        l0_warning(
+            "wrong",
+            metrics["sparsity"]["l0_sparse"],
+            metrics["token_stats"]["n_tokens"],
+            {"k": 3.0},
+        )
+    ]
+    right = json.loads(next((tmp_path / "out").rglob("right*.json")).read_text())
+    assert right["sae_cfg_dict"]["metadata"]["k"] == x_l0
+
+
 def test_the_remedy_fits_the_threshold() -> None:
     def remedy(**metadata: Any) -> str:
         said = l0_warning("sae", 66, 1000, {"k": 4, **metadata})
@@ -366,7 +408,7 @@ def test_the_remedy_fits_the_threshold() -> None:
 
     running = {"estimator": "running_average", "n_tokens": 100}
     assert remedy() == remedy(threshold_calibration=running)
-    assert "calibrates it at the end" in remedy()
+    assert "where it is calibrated at the end" in remedy()
     recent = {"estimator": "recent_activations", "n_tokens": 100}
     assert "text of the same kind" in remedy(threshold_calibration=recent)
     assert trained_k({"k": True}) is None

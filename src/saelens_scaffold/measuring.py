@@ -1,12 +1,15 @@
 """What an SAE does in its inference form, on tokens that its training has not seen."""
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from sae_lens import SAE
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from typing_extensions import Self
 
 from saelens_scaffold.digest import weights_sha256
@@ -157,6 +160,25 @@ def trained_k(metadata: Metadata) -> float | None:
     return None
 
 
+def note_trained_k(sae: SAE[Any], directory: Path) -> None:
+    """
+    Let an SAE's metadata say what k was, where only the runner's configuration, beside
+    the weights, does: older SAELens did not write it into the SAE's own.
+
+    Args:
+        sae: The SAE.
+        directory: Where it was loaded from.
+    """
+    file = directory / RUNNER_CFG_FILENAME
+    if trained_k(sae.cfg.metadata) is not None or not file.is_file():
+        return
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        sae.cfg.metadata.k = trained_k(said["sae"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # of another program, or of several SAEs
+
+
 def l0_warning(
     name: str, l0_sparse: float, n_tokens: int, metadata: Metadata
 ) -> str | None:
@@ -192,5 +214,6 @@ def _remedy(metadata: Metadata) -> str:
         )
     return (
         "Its threshold is a running average, which lags in short trainings: train for "
-        "more steps, or with saelens-scaffold, which calibrates it at the end."
+        "more steps, or where it is calibrated at the end (scaffold architectures, and "
+        "`saelens-scaffold compare`)."
     )

@@ -358,7 +358,7 @@ def test_the_configuration_on_the_hub_says_what_was_measured(
     found = measure(sae, [some_activations()], 50, "held out: some").to_metadata()
     sae.cfg.metadata.measured = found
     upload({"sae": sae})
-    loaded = load_scaffold_sae(REPO, "sae")
+    loaded: Any = load_scaffold_sae(REPO, "sae")
     assert loaded.cfg.metadata.measured == found
     loaded.threshold.data[4:] *= 2
     upload({"sae": loaded})

@@ -410,5 +410,5 @@ def test_the_remedy_fits_the_threshold() -> None:
     assert remedy() == remedy(threshold_calibration=running)
     assert "where it is calibrated at the end" in remedy()
     recent = {"estimator": "recent_activations", "n_tokens": 100}
-    assert "text of the same kind" in remedy(threshold_calibration=recent)
+    assert "measure on more tokens" in remedy(threshold_calibration=recent)
     assert trained_k({"k": True}) is None

@@ -209,8 +209,9 @@ def _remedy(metadata: Metadata) -> str:
     calibration = metadata.get("threshold_calibration")
     if isinstance(calibration, dict) and "recent" in str(calibration.get("estimator")):
         return (
-            "Its threshold was calibrated on the training's last activations, which this "
-            "text is unlike: evaluate on text of the same kind, or train on such."
+            "Its threshold was calibrated on the last tokens of the training, and texts "
+            "differ: measure on more tokens of such text (`saelens-scaffold eval "
+            "dense_latents`)."
         )
     return (
         "Its threshold is a running average, which lags in short trainings: train for "

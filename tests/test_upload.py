@@ -40,6 +40,7 @@ from saelens_scaffold.digest import weights_sha256
 from saelens_scaffold.hub.hub_errors import HubUploadError
 from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.hub.validation import InvalidSAEError
+from saelens_scaffold.measuring import measure
 from saelens_scaffold_cli import main
 
 __all__ = ["hub"]  # a fixture
@@ -270,7 +271,8 @@ def test_a_directory_tree_gives_ids_by_path(hub: HubServer, tmp_path: Path) -> N
     files = hub.repositories[REPO].files()
     assert files["compare.yaml"].content == b"seeds: [0]\n"
     assert "results.json" in files and "report.html" not in files
-    assert files["firing_frequencies.png"].content.startswith(b"\x89PNG")
+    # the trainer's counts are not drawn as the SAEs'
+    assert "firing_frequencies.png" not in files
     SAE.from_pretrained(REPO, "seed-0/ScaffoldBatchTopK/jumprelu")
 
 
@@ -297,17 +299,15 @@ def test_the_card(hub: HubServer, tmp_path: Path) -> None:
     }
     rows = [line for line in card.text.splitlines() if line.startswith("| `scaffold`")]
     cells = [cell.strip() for cell in rows[0].split("|")[1:-1]]
-    # l0 by the firing frequencies: 9 at 0.2 and 83 at 0.01
+    # whatever the trainer counted: 9 latents at 0.2 and 83 at 0.01
     assert cells == [
         *("`scaffold`", "`py-neox`", f"`{HOOK}`", "256", "96", "4"),
-        *("2.6", "6.6", "9", "-", "-"),
+        *["not measured"] * 5,
     ]
-    plain = next(
-        line for line in card.text.splitlines() if line.startswith("| `plain`")
-    )
-    assert plain.count(" - ") == 6  # rank, both L0s, dense latents, reduction, variance
+    assert "Nothing was measured of `scaffold`, `plain`: run " in card.text
+    assert "`sparsity.safetensors` has the trainer's own" in card.text
     assert "2606.14040" in card.text and "@misc" in card.text
-    assert "![" in card.text
+    assert "![" not in card.text
     # every snippet is of the repository, and compiles
     snippets = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     assert len(snippets) == 2
@@ -315,6 +315,56 @@ def test_the_card(hub: HubServer, tmp_path: Path) -> None:
         namespace: dict[str, Any] = {}
         exec(compile(snippet, "card", "exec"), namespace)
         assert namespace["sae"].cfg.d_in == 256
+
+
+def test_the_card_says_what_was_measured_when_the_training_ended(
+    tmp_path: Path,
+) -> None:
+    sae = save_sae(tmp_path / "sae")
+    found = measure(sae, [some_activations(300)], 200, "held out: some")
+    sae.cfg.metadata.measured = found.to_metadata()
+    sae.save_model(tmp_path / "sae")
+    sae.threshold.data[4:] *= 2  # as somebody may who wants fewer latents to fire
+    sae.save_model(tmp_path / "changed")
+    readme = upload(
+        {"sae": tmp_path / "sae", "changed": tmp_path / "changed"}, dry_run=True
+    ).readme
+    cells = {
+        sae_id: [cell.strip() for cell in rest.split("|")[6:-1]]
+        for sae_id, rest in re.findall(
+            r"^\| `(\w+)` +(\| `py-neox`.*)$", readme, flags=re.MULTILINE
+        )
+    }
+    assert cells == {
+        "sae": [
+            f"{found.l0_sparse:.1f}",
+            f"{found.l0_sparse + 4:.1f}",
+            str(found.dense_latents),
+            "-",
+            f"{found.explained_variance:.3f}",
+        ],
+        "changed": ["not measured"] * 5,
+    }
+    assert (
+        "The numbers of `sae` were measured in inference form when the training ended, "
+        "on 200 tokens, held out: some. Nothing was measured of `changed`: run"
+    ) in readme
+
+
+def test_the_configuration_on_the_hub_says_what_was_measured(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    sae = eval_sae(rank=4)
+    found = measure(sae, [some_activations()], 50, "held out: some").to_metadata()
+    sae.cfg.metadata.measured = found
+    upload({"sae": sae})
+    loaded: Any = load_scaffold_sae(REPO, "sae")
+    assert loaded.cfg.metadata.measured == found
+    loaded.threshold.data[4:] *= 2
+    upload({"sae": loaded})
+    again = load_scaffold_sae(REPO, "sae").cfg.metadata
+    assert "measured" in again and again.measured is None
+    assert loaded.cfg.metadata.measured == found  # the user's SAE is as it was
 
 
 def test_a_readme_is_kept_unless_asked(hub: HubServer) -> None:

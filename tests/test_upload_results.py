@@ -115,6 +115,14 @@ def test_the_card_says_what_was_measured(hub: HubServer, run: Path) -> None:
         f"{dense['sparsity']['l0_sparse']:.1f}",
         f"{dense['sparsity']['l0_sparse'] + 4:.1f}",
     ]
+    n_tokens = dense["token_stats"]["n_tokens"]
+    assert (
+        "The numbers of `base`, `scaffold/rank_4` were measured in inference form by "
+        f"`saelens-scaffold eval dense_latents`, on {n_tokens:,} tokens of python-stdlib "
+        "(test)."
+    ) in readme
+    figure = hub.repositories[REPO].files()["firing_frequencies.png"]
+    assert figure.content.startswith(b"\x89PNG")
     assert cells[9].split()[0] == str(dense["dense_latents"]["dense_latents"])
     assert cells[10].split()[0] == f"{dense['dense_latents']['reduction']:.2f}"
     assert "to the dense latents of `base`" in readme

@@ -46,6 +46,10 @@ def train(args: Sequence[str]) -> int:
                 file=sys.stderr,
             )
         return 130
+    if runner.measurement is not None:
+        print(f"{runner.cfg.output_path}: {runner.measurement}")
+    elif runner.not_measured is not None:
+        print(f"{runner.cfg.output_path}: nothing was measured; {runner.not_measured}.")
     return 0
 
 

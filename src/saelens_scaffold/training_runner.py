@@ -1,28 +1,40 @@
 """SAELens's training runners, with checkpoints to resume from after an interruption."""
 
 import json
+import logging
 import shutil
 import weakref
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens import SAE, LanguageModelSAETrainingRunner
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from saelens_scaffold.files import new_file
 from saelens_scaffold.interruption import raise_if_interrupted
+from saelens_scaffold.measuring import (
+    Measurement,
+    NotMeasuredError,
+    l0_warning,
+    measure,
+)
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.saes.calibration import RecentBatches, calibrate_threshold
+
+logger = logging.getLogger(__name__)
 
 RECENT_FILENAME = "recent_activations.safetensors"
 """The activations before a checkpoint, for thresholds to be calibrated on."""
@@ -33,21 +45,44 @@ checkpoint that has it is whole."""
 
 class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
     """
-    `LanguageModelSAETrainingRunner` that loses nothing to Ctrl-C or SIGTERM.
+    `LanguageModelSAETrainingRunner` that loses nothing to Ctrl-C or SIGTERM, and measures
+    what it has saved.
 
     SAELens (6.54) saves the state of the activations store when it is interrupted, into
     a directory that does not exist, and neither the weights nor the optimizer. This
     runner saves a whole checkpoint first, from which `resume_from_checkpoint` goes on.
 
+    What SAELens counts in training is not what the saved SAE does: weights still change,
+    and BatchTopK selects where a threshold will. So the saved SAE is loaded, and measured
+    on the text that follows what training has read, on the tokens that the trainer would
+    take. `metadata.measured` in its cfg.json says what was found
+    (`saelens_scaffold.measuring.Measurement`), or, with `n_tokens` 0, why nothing was
+    measured.
+
     Attributes:
+        n_measured_tokens: How many tokens to measure on.
         interruption_checkpoint: Where the checkpoint of an interrupted run is; None
             before an interruption, or if `cfg.checkpoint_path` is None.
+        measurement: What was measured of the SAE in `cfg.output_path`, if anything.
+        not_measured: Why nothing was measured.
     """
 
+    n_measured_tokens: int = 16_384
     interruption_checkpoint: Path | None = None
+    measurement: Measurement | None = None
+    not_measured: str | None = None
+    _data_provider: Any = None
+    _first_epoch: Any = None
+
+    @override
+    def run(self) -> Any:
+        # the store makes another iterator whenever it starts the text over
+        self._first_epoch = getattr(self.activations_store, "iterable_sequences", None)
+        return super().run()
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
+        self._data_provider = trainer.data_provider
         fit = trainer.fit
 
         def fit_or_save() -> Any:
@@ -62,6 +97,81 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
 
         trainer.fit = fit_or_save
         return super().run_trainer_with_interruption_handling(trainer)
+
+    @override
+    def save_final_sae(
+        self,
+        sae: TrainingSAE[Any],
+        output_path: str,
+        log_feature_sparsity: torch.Tensor | None = None,
+    ) -> None:
+        # first, so that nothing which happens while measuring costs the training
+        super().save_final_sae(sae, output_path, log_feature_sparsity)
+        try:
+            self._measure_saved(output_path)
+        except (KeyboardInterrupt, InterruptedException):
+            self.not_measured = "the measuring was interrupted"
+        except NotMeasuredError as error:
+            self.not_measured = str(error)
+        cfg_path = Path(output_path) / SAE_CFG_FILENAME
+        cfg = json.loads(cfg_path.read_text())
+        cfg["metadata"]["measured"] = (
+            self.measurement.to_metadata()
+            if self.measurement is not None
+            else {"n_tokens": 0, "reason": self.not_measured}
+        )
+        with new_file(cfg_path) as file:
+            file.write_text(json.dumps(cfg))
+
+    def _measure_saved(self, output_path: str) -> None:
+        sae = SAE.load_from_disk(output_path, device=self.cfg.device)
+        if sae.cfg.reshape_activations == "hook_z":
+            sae.turn_off_forward_pass_hook_z_reshaping()
+        provider = self._data_provider
+        # which would read from the store at the same time
+        prefetching = isinstance(provider, PrefetchingIterator)
+        with provider.paused() if prefetching else nullcontext():
+            self.measurement = measure(
+                sae, self._unread_activations(), self.n_measured_tokens, self._text()
+            )
+        warning = l0_warning(
+            output_path,
+            self.measurement.l0_sparse,
+            self.measurement.n_tokens,
+            sae.cfg.metadata,
+        )
+        if warning is not None:
+            logger.warning(warning)
+
+    def _text(self) -> str:
+        """What the tokens are that are measured on."""
+        text = "held out: what follows in the training text"
+        if self.cfg.from_pretrained_path is not None:
+            text = (
+                "what follows in the training text, which the SAE that this training "
+                "started from may have read"
+            )
+        if self.activations_store.exclude_special_tokens is None:
+            text += "; special tokens count, as in training"
+        return text
+
+    def _unread_activations(self) -> Iterator[torch.Tensor]:
+        """
+        What comes after all that training has read, until the text ends.
+
+        Raises:
+            NotMeasuredError: Where that is cannot be known.
+        """
+        store = self.activations_store
+        if self._first_epoch is None:
+            raise NotMeasuredError(
+                "cached activations do not tell which of them were read"
+            )
+        while store.iterable_sequences is self._first_epoch:
+            try:
+                yield store.get_filtered_llm_batch(raise_on_epoch_end=True)
+            except StopIteration:
+                return
 
 
 class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):

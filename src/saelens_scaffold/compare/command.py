@@ -62,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
         return 2
     except EvaluationsFailed as error:
         print(comparison_text(error.results))
-        for reason in error.reasons:
-            print(reason, file=sys.stderr)
+        for line in (*error.results["warnings"], *error.reasons):
+            print(line, file=sys.stderr)
         again = "; repeat the command to try again what failed" * error.can_repeat
         print(f"The report in {output_path} is of the rest{again}.", file=sys.stderr)
         return 1
@@ -75,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
         )
         return 130
     print(comparison_text(results))
+    for warning in results["warnings"]:
+        print(warning, file=sys.stderr)
     print(f"Written to {output_path}: report.html, results.json, results.csv, saes/.")
     return 0
 

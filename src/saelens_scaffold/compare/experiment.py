@@ -37,6 +37,7 @@ from saelens_scaffold.compare.training import (
 )
 from saelens_scaffold.evals.command import reason
 from saelens_scaffold.evals.command_line import choose_device
+from saelens_scaffold.evals.dense_latents.main import l0_warning_of
 from saelens_scaffold.evals.table import Outcome
 from saelens_scaffold.files import new_file
 
@@ -200,6 +201,7 @@ def compare(
             device,
             command or shlex.join(sys.argv),
         )
+        results["warnings"] = _l0_warnings(plan.evaluator)
         with new_file(output_path / "results.json") as file:
             file.write_text(json.dumps(results, indent=1, allow_nan=False))
         with new_file(output_path / "results.csv") as file:
@@ -293,6 +295,15 @@ def _result_files(evaluator: Evaluator) -> dict[str, dict[str, Path]]:
         }
         for run in evaluator.runs
     }
+
+
+def _l0_warnings(evaluator: Evaluator) -> list[str]:
+    """A line for each SAE whose measured L0 is not the k that it was trained with."""
+    counted = (
+        files.get("dense_latents") for files in _result_files(evaluator).values()
+    )
+    said = (l0_warning_of(_read(file)) for file in counted if file is not None)
+    return [warning for warning in said if warning is not None]
 
 
 def _read(file: Path) -> Any:

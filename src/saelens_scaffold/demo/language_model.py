@@ -251,6 +251,7 @@ def _measure(
         sae,
         name,
         seed,
+        n_tokens=int(metrics["token_stats"]["total_tokens_eval_sparsity_variance"]),
         firing_frequencies=torch.tensor(latent_metrics["feature_density"]),
         explained_variance=metrics["reconstruction_quality"]["explained_variance"],
         dense_subspace=activations.principal_directions,

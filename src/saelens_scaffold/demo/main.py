@@ -149,6 +149,9 @@ def _run(options: argparse.Namespace) -> None:
         print_part(part, console)
         for sentence in dense_latent_summary(part):
             console.print(sentence)
+        for result in part.results:
+            if result.l0_warning is not None:
+                console.print(result.l0_warning)
     console.print(f"\n{COLUMNS}")
     console.print(f"\nWritten to {options.out}: demo.json, demo.png, and the SAEs.")
 

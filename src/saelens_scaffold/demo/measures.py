@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from saelens_scaffold.measuring import l0_warning
 from saelens_scaffold.saes.scaffold import scaffold_rank
 from saelens_scaffold.subspaces import orthonormal_basis, subspace_overlap
 
@@ -35,6 +36,7 @@ class Measured:
         feature_cosine: Mean, over living sparse latents, of the best cosine with a
             planted feature. None for a language model.
         firing_frequencies: Share of the tokens on which each sparse latent fires.
+        l0_warning: What to say if l0_sparse is not the k it was trained with.
     """
 
     sae: str
@@ -49,12 +51,14 @@ class Measured:
     ce_loss_score: float | None = None
     feature_cosine: float | None = None
     firing_frequencies: list[float] = field(default_factory=list, repr=False)
+    l0_warning: str | None = None
 
 
 def measured(
     sae: SAE[Any],
     name: str,
     seed: int,
+    n_tokens: int,
     firing_frequencies: torch.Tensor,
     explained_variance: float,
     dense_subspace: torch.Tensor,
@@ -67,6 +71,7 @@ def measured(
         sae: The SAE.
         name: Its name in the table.
         seed: The seed it was trained with.
+        n_tokens: Number of activations that it was measured on.
         firing_frequencies: Of all latents, scaffold included, shape (d_sae,).
         explained_variance: Share of the variance explained.
         dense_subspace: Orthonormal rows to compare the scaffold with, shape (n, d_in).
@@ -93,5 +98,8 @@ def measured(
             else None
         ),
         firing_frequencies=[round(f, 6) for f in sparse.tolist()],
+        l0_warning=l0_warning(
+            f"{name}, seed {seed}", l0_sparse, n_tokens, sae.cfg.metadata
+        ),
         **others,
     )

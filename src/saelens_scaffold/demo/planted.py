@@ -213,6 +213,7 @@ def _measure(
         sae,
         name,
         seed,
+        n_tokens=len(samples),
         firing_frequencies=frequencies,
         explained_variance=float(1 - residual.pow(2).sum() / variance),
         dense_subspace=planted.dense_directions,

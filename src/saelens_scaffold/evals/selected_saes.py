@@ -17,6 +17,7 @@ from saelens_scaffold.hub.validation import (
     check_sae_directory,
     read_json_object,
 )
+from saelens_scaffold.measuring import note_trained_k
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
 from saelens_scaffold.saes.scaffold import (
     ScaffoldMixin,
@@ -129,11 +130,13 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
         if _has_scaffold(directory):  # of others, SAELens has older forms, too
             check_sae_directory(directory)
         try:
-            selected.append((name, SAE.load_from_disk(directory)))
+            sae = SAE.load_from_disk(directory)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"{directory}: SAELens cannot load this SAE: {type(error).__name__}: {error}"
             ) from error
+        note_trained_k(sae, directory)
+        selected.append((name, sae))
     return selected
 
 

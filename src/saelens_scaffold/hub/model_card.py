@@ -13,7 +13,7 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_scaffold.evals.table import markdown
 from saelens_scaffold.hub.evaluation_results import model_index_entries
-from saelens_scaffold.hub.facts import Facts, facts_of, shown
+from saelens_scaffold.hub.facts import Facts, facts_of
 from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.hub.sae_ids import PLAIN_FORM
 from saelens_scaffold.hub.sources import UploadedSAE
@@ -175,8 +175,9 @@ def _figure(facts: Mapping[str, Facts]) -> str:
     threshold = next(iter(facts.values())).threshold
     return (
         f"![Firing-frequency distributions]({FIGURE_NAME})\n\n*How many sparse latents (y) "
-        "fire more often than x; scaffold SAEs solid, plain SAEs dashed. Right of the grey "
-        f"line, at {threshold:.0%} of the tokens, latents are dense.*"
+        "fire more often than x, by `saelens-scaffold eval dense_latents`; scaffold SAEs "
+        f"solid, plain SAEs dashed. Right of the grey line, at {threshold:.0%} of the "
+        "tokens, latents are dense.*"
     )
 
 
@@ -197,7 +198,6 @@ def _overview(saes: Sequence[UploadedSAE], facts: Mapping[str, Facts]) -> str:
     )
     for sae in saes:
         known, metadata = facts[sae.sae_id], sae.cfg.metadata
-        l0_total = None if known.l0_sparse is None else known.l0_sparse + sae.rank
         table.add_row(
             _code([sae.sae_id]),
             _code([without_directories(metadata.model_name)]),
@@ -205,8 +205,8 @@ def _overview(saes: Sequence[UploadedSAE], facts: Mapping[str, Facts]) -> str:
             str(sae.cfg.d_in),
             str(sae.cfg.d_sae),
             str(sae.rank) if sae.in_scaffold_form else "-",
-            shown(known.l0_sparse, 1),
-            shown(l0_total, 1),
+            escape(known.l0_sparse),
+            escape(known.l0_total),
             escape(known.dense_latents),
             escape(known.reduction),
             escape(known.explained_variance),
@@ -232,16 +232,34 @@ def _notes(facts: Mapping[str, Facts], others: Sequence[str]) -> str:
         )
     if any("[" in f.dense_latents for f in known):
         notes.append("In brackets are bootstrap intervals over sequences.")
-    if any(f.counted_in == "training" for f in known):
-        notes.append(
-            "Where there is no explained variance, the numbers are the trainer's, of the "
-            "end of the training."
-        )
-    if any(f.counted_in is None for f in known):
-        notes.append("A hyphen says that a number has not been measured.")
+    notes += _where_measured(facts)
     if others:
         notes.append(f"Also in this repository: {_code(others)}.")
     return " ".join(notes)
+
+
+def _where_measured(facts: Mapping[str, Facts]) -> list[str]:
+    """A sentence for all SAEs that were measured in the same way, or not at all."""
+    ways: dict[tuple[str | None, str], list[str]] = {}
+    for sae_id, known in facts.items():
+        ways.setdefault((known.measured_by, known.measured_on), []).append(sae_id)
+    said: list[str] = []
+    for (by, on), sae_ids in ways.items():
+        if by is None:
+            said.append(
+                f"Nothing was measured of {_code(sae_ids)}: run `saelens-scaffold eval "
+                "dense_latents` first."
+            )
+            continue
+        how = {
+            "evaluation": "by `saelens-scaffold eval dense_latents`",
+            "training": "when the training ended",
+        }[by]
+        said.append(
+            f"The numbers of {_code(sae_ids)} were measured in inference form {how}, on "
+            f"{_plain(on)}."
+        )
+    return said
 
 
 def _load_scaffold(
@@ -340,7 +358,14 @@ def _training(saes: Sequence[UploadedSAE]) -> str:
             _plain(metadata.context_size),
             sae.cfg.dtype,
         )
-    return markdown(table)
+    said = markdown(table)
+    if any(sae.log_sparsity is not None for sae in saes):
+        said += (
+            "\n`sparsity.safetensors` has the trainer's own firing frequencies, of the last "
+            "feature-sampling window of the training. They are of weights that still "
+            "changed, and are not used above."
+        )
+    return said
 
 
 def _table(*columns: str, n_text: int) -> Table:

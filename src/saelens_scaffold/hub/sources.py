@@ -30,6 +30,7 @@ from saelens_scaffold.hub.validation import (
     check_weights,
     read_json_object,
 )
+from saelens_scaffold.measuring import Measurement
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 
 MAX_RUNNER_CFG_BYTES = 1 << 24
@@ -55,6 +56,7 @@ class UploadedSAE:
         cfg: Its configuration.
         log_sparsity: log10 of the latents' firing frequencies in training, shape
             (d_sae,), if they are known.
+        measurement: What was measured of these weights when they were saved, if anything.
         results: Its evaluation results.
         reduction: How many fewer dense latents it has than a baseline, if a `compare` run
             says so.
@@ -64,6 +66,7 @@ class UploadedSAE:
     source: SAE[Any] | Path
     cfg: Any
     log_sparsity: torch.Tensor | None = None
+    measurement: Measurement | None = None
     results: list[EvaluationResult] = field(default_factory=list)
     reduction: Reduction | None = None
 
@@ -214,6 +217,7 @@ def prepare_sae(
     except InvalidSAEError as error:
         raise InvalidSAEError(f"SAE {sae_id!r}: {error}") from error
     uploaded.results = results_of(sae, results)
+    uploaded.measurement = Measurement.of(sae)
     return uploaded
 
 

@@ -34,7 +34,13 @@ def write_files(
         jumprelu: Whether to write a scaffold SAE's plain form as well.
     """
     sae = uploaded.load()
-    _save(sae, folder, how_to_load(uploaded, hf_repo_id, jumprelu))
+    # null says that nothing was measured of these weights
+    measured = uploaded.measurement.to_metadata() if uploaded.measurement else None
+
+    def save(sae: SAE[Any], folder: Path, hint: str) -> None:
+        _save(sae, folder, how_to_load=hint, measured=measured)
+
+    save(sae, folder, how_to_load(uploaded, hf_repo_id, jumprelu))
     if uploaded.log_sparsity is not None:
         _save_sparsity(uploaded.log_sparsity, folder)
     if uploaded.runner_cfg is not None:
@@ -51,7 +57,7 @@ def write_files(
 
     if jumprelu and isinstance(sae, ScaffoldMixin):
         plain = folder / PLAIN_FORM
-        _save(sae.to_jumprelu(), plain, _load_call(uploaded, hf_repo_id, plain=True))
+        save(sae.to_jumprelu(), plain, _load_call(uploaded, hf_repo_id, plain=True))
         if uploaded.log_sparsity is not None:
             scaffold, sparse = uploaded.log_sparsity.tensor_split([uploaded.rank])
             # Between them, the two halves of a linear latent fire as often as it does;
@@ -78,13 +84,12 @@ def _load_call(uploaded: UploadedSAE, hf_repo_id: str, plain: bool = False) -> s
     return f'SAE.from_pretrained("{hf_repo_id}", "{sae_id}")'
 
 
-def _save(sae: SAE[Any], folder: Path, hint: str) -> None:
+def _save(sae: SAE[Any], folder: Path, **metadata: Any) -> None:
     cfg = sae.cfg
     try:
         sae.cfg = copy.deepcopy(cfg)  # that of an SAE of the user's stays as it is
-        sae.cfg.metadata.how_to_load = hint
-        sae.cfg.metadata.weights_sha256 = weights_sha256(sae)
-        for name, value in sae.cfg.metadata.to_dict().items():
+        metadata["weights_sha256"] = weights_sha256(sae)
+        for name, value in {**sae.cfg.metadata.to_dict(), **metadata}.items():
             setattr(sae.cfg.metadata, name, without_directories(value))
         sae.save_model(folder)
     finally:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from saelens_scaffold.evals.dense_latents.firing import FiringStatistics
 from saelens_scaffold.evals.language_model import (
     activations_at,
     by_hook_point,
@@ -19,6 +18,7 @@ from saelens_scaffold.evals.overlap import (
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.evals.text_eval_config import TextEvalConfig
+from saelens_scaffold.firing import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.rank.spectrum import (
     NULL_DRAWS,
     NULL_QUANTILE,
@@ -30,9 +30,6 @@ from saelens_scaffold.rank.spectrum import (
     without_dimensions,
 )
 from saelens_scaffold.subspaces import ActivationMoments, share_in_subspace
-
-DENSE_THRESHOLD = 0.1
-"""Firing frequency of a dense latent (arXiv 2506.15679)."""
 
 SPANNED = 0.95
 """Share of dense latents' decoder directions that counts as their span."""
@@ -150,7 +147,7 @@ def analyse_rank(
         [sae] if sae else [], config.dataset, config.dataset_split, config.text_column
     )
     stream = TokenStream(config, model, [sae] if sae else [])
-    firing = FiringStatistics(sae, n_replicates=0) if sae else None
+    firing = FiringStatistics(sae.sae, n_replicates=0) if sae else None
     moments: ActivationMoments | None = None
     for tokens, counts in stream.batches(config.n_tokens, "Reading activations"):
         x = activations_at(model, tokens, [hook_name])[hook_name][counts]

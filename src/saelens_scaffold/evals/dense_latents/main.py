@@ -1,6 +1,7 @@
 """Firing frequencies of the sparse latents, and how many of them are dense."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,6 @@ from saelens_scaffold.evals.dense_latents.eval_output import (
     SparsityMetrics,
     TokenMetrics,
 )
-from saelens_scaffold.evals.dense_latents.firing import (
-    FiringStatistics,
-    TextStatistics,
-)
 from saelens_scaffold.evals.language_model import (
     activations_at,
     by_hook_point,
@@ -43,10 +40,17 @@ from saelens_scaffold.evals.selected_saes import (
     result_path,
 )
 from saelens_scaffold.evals.text_data import TokenStream
+from saelens_scaffold.firing import (
+    FiringStatistics,
+    TextStatistics,
+)
+from saelens_scaffold.measuring import l0_warning
 from saelens_scaffold.subspaces import (
     orthonormal_basis,
     share_in_subspace,
 )
+
+logger = logging.getLogger(__name__)
 
 HISTOGRAM_LOG10_EDGES = [-7 + i / 4 for i in range(29)]
 
@@ -94,7 +98,7 @@ def run_eval(
             )
         pair = pairs[labels.index(config.baseline)]
         baseline_file = result_path(output_path, *pair)
-    return run_evaluation(
+    results = run_evaluation(
         partial(_measure, baseline_file=baseline_file),
         DenseLatentsEvalOutput,
         config,
@@ -103,6 +107,22 @@ def run_eval(
         output_path,
         force_rerun,
         rank_in=lambda result: result.get("pca_rank"),
+    )
+    for result in results.values():
+        warning = l0_warning_of(result)
+        if warning is not None:
+            logger.warning(warning)
+    return results
+
+
+def l0_warning_of(result: dict[str, Any]) -> str | None:
+    """What to say of the SAE of a result if its L0 is not the k it was trained with."""
+    metrics = result["eval_result_metrics"]
+    return l0_warning(
+        label_of(result["sae_lens_release_id"], result["sae_lens_id"]),
+        metrics["sparsity"]["l0_sparse"],
+        metrics["token_stats"]["n_tokens"],
+        result["sae_cfg_dict"].get("metadata") or {},
     )
 
 
@@ -114,7 +134,7 @@ def _measure(
 ) -> Iterator[tuple[SelectedSAE, Result]]:
     model = load_language_model(config.model_name, device, config.llm_dtype)
     groups = {at.hook_name: group for at, group in by_hook_point(model, saes)}
-    firing = {sae.key: FiringStatistics(sae, config.n_bootstrap) for sae in saes}
+    firing = {sae.key: FiringStatistics(sae.sae, config.n_bootstrap) for sae in saes}
     text = {
         hook_name: TextStatistics(group[0].sae.cfg.d_in, config.n_bootstrap, device)
         for hook_name, group in groups.items()

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from saelens_scaffold.evals.dense_latents.firing import FiringStatistics
 from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.firing import FiringStatistics
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.subspaces import ActivationMoments
 
@@ -21,7 +21,7 @@ class SAEFit:
 
     def __init__(self, sae: SelectedSAE):
         self.sae = sae
-        self._firing = FiringStatistics(sae, n_replicates=0)
+        self._firing = FiringStatistics(sae.sae, n_replicates=0)
         self._scaffold_sum = torch.zeros(sae.sae.cfg.d_in, dtype=torch.float64)
         self._n = 0
 

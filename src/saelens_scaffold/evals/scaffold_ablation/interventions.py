@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold.evals.active_latents import ActiveLatents
+from saelens_scaffold.active_latents import ActiveLatents
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold.evals.active_latents import ActiveLatents
-from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.active_latents import ActiveLatents
+from saelens_scaffold.saes.scaffold import scaffold_rank
 from saelens_scaffold.subspaces import ActivationMoments
+
+DENSE_THRESHOLD = 0.1
+"""Share of the tokens above which a latent is dense (arXiv 2506.15679)."""
 
 # Activations of so many tokens at once that they stay in a CPU's cache, and are small
 # beside the weights on a GPU.
@@ -29,9 +32,9 @@ class FiringStatistics:
         squared_errors: Sum of |x - x̂|² in every replicate, shape (1 + n_replicates,).
     """
 
-    def __init__(self, selected: SelectedSAE, n_replicates: int):
-        self.sae: SAE[Any] = selected.sae
-        self.rank = selected.rank
+    def __init__(self, sae: SAE[Any], n_replicates: int):
+        self.sae = sae
+        self.rank = scaffold_rank(sae)
         device = self.sae.W_dec.device
         n_sparse = self.sae.cfg.d_sae - self.rank
         # float64 does not exist on MPS, where float32 has to do

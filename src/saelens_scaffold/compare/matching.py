@@ -62,7 +62,7 @@ class Pair:
         treatment: SAEs with a scaffold, or whatever else has a baseline.
         baseline: What they are compared with. Where it is interpolated, it has no k.
         known: The SAEs of the baseline: one kind, or the two ends of a bracket, that with
-            the lower l0_total first. None where there is nothing to compare with.
+            the lower l0_total first. The nearest ones, where none is near enough.
         treatment_l0: l0_total of the judged SAEs, as measured.
         refusal: Why there is no comparison, if there is none.
         note: What else there is to say.
@@ -178,37 +178,35 @@ def _pair_at(
     max_bracket: float,
 ) -> Pair:
     """With whom SAEs of some l0_total are compared, of all with some other k."""
-    note = ""
     same = [rival for rival in known if rival.l0_total == l0] or exact
-    if same:
-        excess = (same[0].l0_total or 0.0) / l0 - 1
-        if abs(excess) <= SAME_L0_WITHIN:
-            return Pair("l0_total", treatment, same[0].arm, same[:1], l0)
-        note = (
-            f"k={_shown(same[0].k)} has the same l0_total by k, but {excess:+.0%} as "
-            f"measured ({same[0].l0_total:.1f}, not {l0:.1f})"
-        )
-    curve_points = sorted(known, key=lambda rival: rival.l0_total or 0.0)
-    below = [rival for rival in curve_points if (rival.l0_total or 0.0) < l0]
-    above = [rival for rival in curve_points if (rival.l0_total or 0.0) > l0]
+    if same and abs((same[0].l0_total or 0.0) / l0 - 1) <= SAME_L0_WITHIN:
+        return Pair("l0_total", treatment, same[0].arm, same[:1], l0)
+    notes = [
+        f"k={_shown(rival.k)} has the same l0_total by k, but "
+        f"{(rival.l0_total or 0.0) / l0 - 1:+.0%} as measured "
+        f"({rival.l0_total:.1f}, not {l0:.1f})"
+        for rival in same[:1]
+    ]
+    points = sorted(known, key=lambda rival: rival.l0_total or 0.0)
+    below = [rival for rival in points if (rival.l0_total or 0.0) < l0]
+    above = [rival for rival in points if (rival.l0_total or 0.0) > l0]
     bracket = [*below[-1:], *above[:1]]
     ratio = (bracket[-1].l0_total or 0.0) / (bracket[0].l0_total or 1.0)
-    if len(bracket) == 2 and ratio <= max_bracket:
-        return Pair("l0_total", treatment, curve, bracket, l0, note=note)
-    if same:  # the nearest that there is, and said to be no more than that
-        return Pair("l0_total", treatment, same[0].arm, same[:1], l0, note=note)
-    advice = f"train {curve.label} with k={_k_at(l0, bracket)}"
-    if len(bracket) == 2:
-        note = (
+    refusal: Verdict | None = None
+    if len(bracket) == 1:
+        refusal = "out of range"
+        ends = f"{points[0].l0_total:.1f} to {points[-1].l0_total:.1f}"
+        notes.append(f"l0_total {l0:.1f} is not within {ends}")
+    elif ratio > max_bracket:
+        refusal = "bracket too wide"
+        notes.append(
             f"{_range(bracket)} are a factor of {ratio:.1f} apart (max_bracket "
-            f"{max_bracket:g}): {advice}"
+            f"{max_bracket:g})"
         )
-        return Pair(
-            "l0_total", treatment, curve, bracket, l0, "bracket too wide", note=note
-        )
-    ends = (curve_points[0].l0_total, curve_points[-1].l0_total)
-    note = f"l0_total {l0:.1f} is not within {ends[0]:.1f} to {ends[1]:.1f}: {advice}"
-    return Pair("l0_total", treatment, curve, [], l0, "out of range", note=note)
+    note = "; ".join(notes)
+    if refusal:
+        note += f": train {curve.label} with k={_k_at(l0, bracket)}"
+    return Pair("l0_total", treatment, curve, bracket, l0, refusal, note)
 
 
 def _k_at(l0: float, points: Sequence[Known]) -> str:

@@ -1,6 +1,7 @@
 """What `saelens-scaffold compare` prints: the plan before, the comparisons after."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rich.box import MARKDOWN
@@ -20,6 +21,9 @@ from saelens_scaffold.evals.table import markdown
 
 if TYPE_CHECKING:
     from saelens_scaffold.compare.experiment import Plan
+
+_WIDTH = 120
+"""Of lines of text; tables are as wide as they must be."""
 
 _MATCHINGS = {
     "k": "at the same k for the sparse latents",
@@ -46,11 +50,14 @@ def comparison_text(results: Mapping[str, Any]) -> str:
             note = of_pair[0]["note"]
             if of_pair[0]["verdict"] in REFUSALS:
                 # for the same reason whatever the metric
-                parts.append(f"{pair}: {of_pair[0]['verdict']}, {note}\n")
+                refused = f"{pair}: {of_pair[0]['verdict']}, {note}"
+                parts.append(fill(refused, _WIDTH) + "\n")
             else:
                 table = _pair_table(of_pair, metrics, seeds)
-                parts.append(f"{pair}{note and f'; {note}'}:\n{table}")
-        parts += [legend(comparisons) + "\n"] if legend(comparisons) else []
+                heading = fill(f"{pair}{note and f'; {note}'}:", _WIDTH)
+                parts.append(f"{heading}\n{table}")
+        if said := legend(comparisons):
+            parts.append(fill(said, _WIDTH) + "\n")
     if not parts:
         parts.append(
             "Nothing to compare: no SAE has a baseline in the grid, or no evaluation of "

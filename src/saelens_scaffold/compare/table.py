@@ -12,6 +12,7 @@ from saelens_scaffold.compare.memory import GB
 from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.wording import (
     REFUSALS,
+    at_l0,
     baseline_text,
     legend,
     one_sided,
@@ -68,8 +69,9 @@ def comparison_text(results: Mapping[str, Any]) -> str:
 
 def _pair(comparison: Mapping[str, Any]) -> str:
     """Both sides, with the l0_total that was measured of each."""
-    treatment, baseline = comparison["treatment"], comparison["baseline"]
-    return f"{_at(treatment)} against {baseline_text(baseline)}"
+    treatment = comparison["treatment"]
+    judged = at_l0(treatment["arm"], treatment["l0_total"])
+    return f"{judged} against {baseline_text(comparison['baseline'])}"
 
 
 def _pair_table(
@@ -137,11 +139,6 @@ def plan_text(plan: "Plan", tflops: float | None) -> str:
         hours = needs.seconds(plan.waves, tflops) / 3600
         lines.append(f"training: about {hours:.1f} hours at {tflops:g} TFLOP/s")
     return "\n".join(lines)
-
-
-def _at(arm: Mapping[str, Any]) -> str:
-    l0 = arm["l0_total"]
-    return arm["arm"] if l0 is None else f"{arm['arm']} (l0_total {l0:.1f})"
 
 
 def _numbers(comparison: Mapping[str, Any], digits: int) -> list[str]:

@@ -30,16 +30,18 @@ class OneSided(NamedTuple):
 
 def baseline_text(baseline: Mapping[str, Any]) -> str:
     """A baseline with its measured l0_total, or the bracket that it is interpolated in."""
-    ends = [
-        f"k={end['k']:g} (l0_total {end['l0_total']:.1f})"
-        for end in baseline["measured"]
-        if end["k"] is not None and end["l0_total"] is not None
-    ]
-    if len(ends) == 2:
-        return f"{baseline['arm']} between {ends[0]} and {ends[1]}"
-    l0s = [end["l0_total"] for end in baseline["measured"]]
-    known = len(l0s) == 1 and l0s[0] is not None
-    return f"{baseline['arm']} (l0_total {l0s[0]:.1f})" if known else baseline["arm"]
+    if len(baseline["measured"]) == 2:
+        ends = [
+            at_l0(f"k={end['k']:g}", end["l0_total"]) for end in baseline["measured"]
+        ]
+        return f"{baseline['arm']} between {' and '.join(ends)}"
+    (end,) = baseline["measured"]
+    return at_l0(end["arm"], end["l0_total"])
+
+
+def at_l0(arm: str, l0_total: float | None) -> str:
+    """SAEs with their measured l0_total, if it is known."""
+    return arm if l0_total is None else f"{arm} (l0_total {l0_total:.1f})"
 
 
 def verdict_text(comparison: Mapping[str, Any], n_seeds: int) -> str:

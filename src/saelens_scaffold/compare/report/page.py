@@ -17,6 +17,7 @@ from saelens_scaffold.compare.report import figures
 from saelens_scaffold.compare.report.figures import Plot, Results
 from saelens_scaffold.compare.report.series import Style, styles
 from saelens_scaffold.compare.wording import (
+    at_l0,
     baseline_text,
     confidence_text,
     legend,
@@ -271,9 +272,8 @@ def _verdict_tables(results: Results) -> list[dict[str, Any]]:
 
 def _names(comparison: Mapping[str, Any]) -> tuple[str, str]:
     treatment = comparison["treatment"]
-    l0 = treatment["l0_total"]
-    at = "" if l0 is None else f" (l0_total {l0:.1f})"
-    return treatment["arm"] + at, baseline_text(comparison["baseline"])
+    judged = at_l0(treatment["arm"], treatment["l0_total"])
+    return judged, baseline_text(comparison["baseline"])
 
 
 def _cell(

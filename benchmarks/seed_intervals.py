@@ -10,6 +10,7 @@ in a hundred. `--means` and `--differences` print one of the two tables alone.
 import argparse
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -25,17 +26,36 @@ MEANS: dict[str, tuple[Callable[..., np.ndarray], float]] = {
     COUNTS: (lambda rng, n: rng.poisson(2, size=n) + 0.0, 2.0),
 }
 
-# Of two kinds of SAEs, from standard normal draws: quantiles of each distribution, so that
-# seeds can have something in common. The standard deviation is 1, but for the counts'.
-SIDES: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray], float]] = {
-    "normal": (lambda z: z, lambda z: z, 1.0),
-    "normal, spreads 3 : 1": (
-        lambda z: z * 3 / 5**0.5,
-        lambda z: z / 5**0.5,
-        1.0,
-    ),
-    "skewed (exponential)": (*2 * (lambda z: -stats.norm.logsf(z) - 1,), 1.0),
-    COUNTS: (*2 * (lambda z: stats.poisson.ppf(stats.norm.cdf(z), 2),), 2**0.5),
+
+class Sides(NamedTuple):
+    """
+    Two kinds of SAEs, as functions of standard normal draws, which can have something in
+    common.
+
+    Attributes:
+        treatment: Makes the values of one.
+        baseline: Those of the other, of the same mean.
+        spread: Their standard deviation, root mean square of both.
+    """
+
+    treatment: Callable[[np.ndarray], np.ndarray]
+    baseline: Callable[[np.ndarray], np.ndarray]
+    spread: float = 1.0
+
+
+def exponential(z: np.ndarray) -> np.ndarray:
+    return -stats.norm.logsf(z) - 1
+
+
+def poisson(z: np.ndarray) -> np.ndarray:
+    return stats.poisson.ppf(stats.norm.cdf(z), 2)
+
+
+SIDES = {
+    "normal": Sides(lambda z: z, lambda z: z),
+    "normal, spreads 3 : 1": Sides(lambda z: z * 3 / 5**0.5, lambda z: z / 5**0.5),
+    "skewed (exponential)": Sides(exponential, exponential),
+    COUNTS: Sides(poisson, poisson, 2**0.5),
 }
 
 
@@ -103,23 +123,23 @@ def coverage_and_power(
         n_seeds: Number of seeds of either side.
         draws: Number of experiments.
     """
-    of_treatment, of_baseline, spread = SIDES[name]
+    sides = SIDES[name]
     rng = np.random.default_rng(n_seeds)
     z, other = rng.normal(size=(2, draws, n_seeds))
     other = correlation * z + (1 - correlation**2) ** 0.5 * other
-    equal, baseline = of_treatment(z), of_baseline(other)
+    equal, baseline = sides.treatment(z), sides.baseline(other)
     found: list[np.ndarray] = []
-    for treatment in (equal, equal + 3 * spread):
+    for treatment in (equal, equal + 3 * sides.spread):
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # of counts that are all the same
-            paired = stats.ttest_rel(treatment, baseline, axis=1).pvalue
-            pooled = stats.ttest_ind(treatment, baseline, axis=1).pvalue
+            paired: Any = stats.ttest_rel(treatment, baseline, axis=1)
+            pooled: Any = stats.ttest_ind(treatment, baseline, axis=1)
         ours = [
             judge(a.tolist(), b.tolist(), 0.95, is_count=name == COUNTS).p_value
             for a, b in zip(treatment, baseline, strict=True)
         ]
         # an interval holds zero where the test finds nothing
-        tests = np.array([paired, pooled, np.array(ours, dtype=float)])
+        tests = np.array([paired.pvalue, pooled.pvalue, np.array(ours, dtype=float)])
         found.append((tests < 0.05).mean(axis=1))
     return list(zip((1 - found[0]).tolist(), found[1].tolist(), strict=True))
 

@@ -381,7 +381,7 @@ def test_several_seeds(name: str, texts: Path, scaffold: Any, tmp_path: Path):
         if np.ptp(values):
             low, high = stats.t.interval(0.9, 2, np.mean(values), stats.sem(values))
             # without what no accuracy can be, and no drop of one less the drop of another
-            least, largest = (-2, 2) if evaluation == "tpp" else (0, 1)
+            least, largest = (-2, 2) if name == "tpp" else (0, 1)
             assert over_seeds["ci_low"] == pytest.approx(max(low, least))
             assert over_seeds["ci_high"] == pytest.approx(min(high, largest))
         else:

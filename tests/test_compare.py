@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -142,7 +143,7 @@ def test_report_has_every_number_and_where_it_comes_from(unbroken: Path) -> None
     assert "A small &lt;experiment&gt;" in (unbroken / "report.html").read_text()
 
 
-def test_comparisons_are_of_the_same_seed_both_ways(unbroken: Path) -> None:
+def test_comparisons_are_at_the_measured_sparsity(unbroken: Path) -> None:
     results = json.loads((unbroken / "results.json").read_text())
     values = {
         (sae["arm"], sae["seed"]): sae["metrics"]["core.sparsity.l0"]["value"]
@@ -153,14 +154,26 @@ def test_comparisons_are_of_the_same_seed_both_ways(unbroken: Path) -> None:
         for c in results["comparisons"]
         if c["metric"] == "core.sparsity.l0"
     }
-    for matching, baseline in (("k", "batchtopk k=4"), ("l0_total", "batchtopk k=6")):
-        comparison = found[matching, 4]
-        assert comparison["baseline"]["arm"] == baseline
-        for seed in (0, 1):
-            assert comparison["differences"][str(seed)] == pytest.approx(
-                values["scaffold_batchtopk k=4 scaffold_rank=2", seed]
-                - values[baseline, seed]
-            )
+    comparison = found["k", 4]
+    assert comparison["baseline"]["arm"] == "batchtopk k=4"
+    for seed in (0, 1):
+        assert comparison["differences"][str(seed)] == pytest.approx(
+            values["scaffold_batchtopk k=4 scaffold_rank=2", seed]
+            - values["batchtopk k=4", seed]
+        )
+    # by k, batchtopk's 6 is the same l0_total; after so little training it is not
+    refused = found["l0_total", 4]
+    (nearest,) = refused["baseline"]["measured"]
+    assert refused["verdict"] == "out of range"
+    assert nearest["arm"] == "batchtopk k=6"
+    l0s = [
+        sae["l0_total"]
+        for sae in results["saes"]
+        if sae["arm"] == "scaffold_batchtopk k=4 scaffold_rank=2"
+    ]
+    assert refused["treatment"]["l0_total"] == pytest.approx(sum(l0s) / 2)
+    assert "k=6 has the same l0_total by k, but -" in refused["note"]
+    assert refused["note"].endswith("train batchtopk with k=8")
     (figure,) = results["reference"]
     assert figure["ours"].startswith("+")  # l0_total of a scaffold SAE is higher
 
@@ -308,9 +321,11 @@ def test_command(
     assert main(["compare", str(file), "--output_path", str(unbroken)]) == 0
     printed = capsys.readouterr().out
     assert "At the same k for the sparse latents, 2 seeds:" in printed
-    assert "scaffold_batchtopk k=4 scaffold_rank=2 | batchtopk k=4" in printed
-    assert "scaffold_batchtopk k=4 scaffold_rank=2 | batchtopk k=6" in printed
-    assert "nothing to compare with, l0_total" in printed  # k=6: 8 is not in the grid
+    pair = r"scaffold_batchtopk k=4 scaffold_rank=2 \(l0_total \d+\.\d\) against "
+    assert re.search(pair + r"batchtopk k=4 \(l0_total \d+\.\d\):\n\| metric", printed)
+    assert "out of range, " in printed
+    assert re.search(r"\d+ of 10 are after Holm's correction", printed)
+    assert max(map(len, printed.splitlines())) <= 140
     assert f"Written to {unbroken}: report.html" in printed
     provenance = json.loads((unbroken / "results.json").read_text())["provenance"]
     typed = f"saelens-scaffold compare {file} --output_path {unbroken}"

@@ -22,6 +22,7 @@ pytest.importorskip("sae_bench")
 from saelens_scaffold.compare.report.drawing import log_axis
 from saelens_scaffold.compare.report.page import page, write_page
 from saelens_scaffold.compare.report.series import styles
+from saelens_scaffold.compare.table import comparison_text
 
 HOSTILE = "<script>window.hacked = true</script>\"'&amp;"
 PAIRS = {
@@ -35,6 +36,7 @@ METRICS: list[dict[str, Any]] = [
         "title": "dense",
         "digits": 0,
         "better": "lower",
+        "random": None,
     },
     {
         "id": "core.reconstruction_quality.explained_variance_legacy",
@@ -42,6 +44,7 @@ METRICS: list[dict[str, Any]] = [
         "title": "expl. var.",
         "digits": 3,
         "better": "higher",
+        "random": None,
     },
     {
         "id": "sparse_probing.sae.sae_top_1_test_accuracy",
@@ -49,6 +52,7 @@ METRICS: list[dict[str, Any]] = [
         "title": "top-1 accuracy",
         "digits": 3,
         "better": "higher",
+        "random": None,
     },
     {
         "id": "scaffold_ablation.geometry.overlap_with_pca",
@@ -56,6 +60,7 @@ METRICS: list[dict[str, Any]] = [
         "title": f"overlap {HOSTILE}",
         "digits": 2,
         "better": None,
+        "random": None,
     },
 ]
 KS = (4, 12)
@@ -285,6 +290,13 @@ def _comparison(
         }
         for name, architecture in (("treatment", treatment), ("baseline", baseline))
     }
+    l0s = [sae["l0_total"] for sae in runs[treatment]]
+    sides["treatment"]["l0_total"] = float(np.mean(l0s))
+    ends = (k, 2 * k) if matching == "l0_total" else (k,)
+    sides["baseline"]["measured"] = [
+        {"arm": f"{baseline} k={end}", "k": end, "l0_total": end + 0.1} for end in ends
+    ]
+    is_open = verdict == "not distinguishable"
     return {
         "matching": matching,
         **sides,
@@ -292,6 +304,8 @@ def _comparison(
         "metric": metric["id"],
         "treatment_mean": None if missing else float(np.mean(values[treatment])),
         "baseline_mean": None if missing else float(np.mean(values[baseline])),
+        "n_treatment": 0 if missing else len(SEEDS),
+        "n_baseline": 0 if missing else len(SEEDS),
         "differences": {
             str(seed): difference
             for seed, difference in zip(SEEDS, differences, strict=False)
@@ -300,7 +314,10 @@ def _comparison(
         "ci_low": low,
         "ci_high": high,
         "confidence": 0.95,
-        "method": "" if missing else "student_t",
+        "method": "" if missing else "Welch's t",
+        "p_value": None if missing else 0.4 if is_open else 0.004,
+        "p_holm": None if missing else 0.8 if is_open else 0.048,
+        "detectable": None if missing else 0.25,
         "verdict": verdict,
         "note": "the baseline has no scaffold" if missing else "",
     }
@@ -575,6 +592,7 @@ def test_verdicts_say_which_and_whether_it_is_better(
                 cell.dataset.metric,
                 cell.firstChild.textContent,
                 cell.querySelector(".verdict").textContent,
+                cell.querySelector("small")?.textContent,
                 [...cell.classList].find((name) => ["better", "worse"].includes(name)),
             ])""",
             matching,
@@ -585,14 +603,15 @@ def test_verdicts_say_which_and_whether_it_is_better(
         judged = sum(c["method"] != "" for c in comparisons)
         assert 0 < told_apart < judged < len(comparisons)
         assert f"{told_apart} of {judged} differences" in legend
-        assert "the 95% interval of the mean difference (student_t)" in legend
-        assert ("†" in legend) == (matching == "l0_total")
+        assert f"{told_apart} of {judged} are after Holm's correction" in legend
+        assert "the 95% interval of the difference of means (Welch's t)" in legend
+        assert ("both ends of the bracket" in legend) == (matching == "l0_total")
         for cell, comparison in zip(cells, comparisons, strict=True):
-            metric, difference, verdict, judged = cell
+            metric, difference, verdict, detectable, judged = cell
             assert metric == comparison["metric"]
-            is_known = comparison["mean"] is not None
-            mark = " †" if comparison["interpolated"] and is_known else ""
-            assert verdict == comparison["verdict"] + mark
+            assert verdict == comparison["verdict"]
+            is_open = verdict == "not distinguishable"
+            assert (detectable is not None) == is_open
             if comparison["mean"] is None:
                 assert difference == "-"
             else:
@@ -837,12 +856,84 @@ def test_hook_points_that_differ_are_not_said(results: dict[str, Any]) -> None:
 def test_metrics_of_no_evaluation_and_missing_seeds(results: dict[str, Any]) -> None:
     metrics = [{**metric, "evaluation": None} for metric in results["metrics"]]
     few = [
-        {**comparison, "differences": {"0": 1.0}, "verdict": "one seed"}
+        {**comparison, "n_treatment": 1, "n_baseline": 2, "verdict": "one seed"}
         for comparison in results["comparisons"]
     ]
     html = page({**results, "metrics": metrics, "comparisons": few})
     assert "None" not in html.partition('id="provenance"')[0]
-    assert f"one seed (1 of {len(SEEDS)} seeds)" in html
+    assert "one seed (1 against 2 seeds)" in html
+
+
+def test_brackets_and_refusals_are_shown(results: dict[str, Any]) -> None:
+    html = page(results)
+    for k in KS:
+        between = f"between k={k} (l0_total {k}.1) and k={2 * k} (l0_total {2 * k}.1)"
+        assert between in html.replace("<wbr>", "")
+    refused = {
+        "verdict": "bracket too wide",
+        "note": "train batchtopk with k=12",
+        **dict.fromkeys(
+            ("mean", "ci_low", "ci_high", "treatment_mean", "baseline_mean")
+        ),
+        **dict.fromkeys(("p_value", "p_holm", "detectable")),
+        "method": "",
+        "differences": {},
+        "n_treatment": 0,
+        "n_baseline": 0,
+    }
+    comparisons = [
+        comparison | (refused if comparison["interpolated"] else {})
+        for comparison in results["comparisons"]
+    ]
+    html = page({**results, "comparisons": comparisons})
+    verdict = '-<span class="verdict">bracket too wide</span></td>'
+    assert html.count(verdict) == len(comparisons) // 2
+    assert "<td>train batchtopk with k=12</td>" in html
+
+
+def test_metrics_of_one_side_are_shown_with_their_value_at_random(
+    results: dict[str, Any],
+) -> None:
+    overlap = METRICS[-1]
+    random = {**overlap, "id": "scaffold_ablation.geometry.overlap_of_random"}
+    curves = [curve for curve in results["curves"] if curve["metric"] == overlap["id"]]
+    at_random = [
+        {
+            **curve,
+            "metric": random["id"],
+            "points": [
+                {**point, "mean": 0.031, "ci_low": 0.03, "ci_high": 0.032}
+                for point in curve["points"]
+            ],
+        }
+        for curve in curves
+    ]
+    alone = {
+        **results,
+        "metrics": [
+            *METRICS[:-1],
+            {**overlap, "title": "overlap", "random": random["id"]},
+            {**random, "title": "overlap of random"},
+        ],
+        "curves": [*results["curves"], *at_random],
+        "comparisons": [
+            comparison
+            for comparison in results["comparisons"]
+            if comparison["metric"] != overlap["id"]
+        ],
+    }
+    (point, *_) = next(c for c in curves if c["points"])["points"]
+    arm = f"scaffold_batchtopk k={KS[0]} scaffold_rank={RANK}"
+    mean = f"{point['mean']:.2f} [{point['ci_low']:.2f}, {point['ci_high']:.2f}]"
+    cells = (arm, "scaffold_ablation: overlap", mean, "0.03 [0.03, 0.03]")
+    printed = comparison_text(alone)
+    assert re.search(r" +\| +".join(map(re.escape, cells)), printed)
+    # one row for each kind of scaffold SAEs, and none for plain ones or the random one
+    section = page(alone).partition('id="one-sided"')[2].partition("</section>")[0]
+    assert section.count('<th scope="row">') == len(PAIRS) * len(KS)
+    assert all(cell in section for cell in cells[1:])
+    assert "overlap of random" not in section
+    assert 'id="one-sided"' not in page(results)
 
 
 def test_tokens_that_differ_are_not_said(results: dict[str, Any]) -> None:

@@ -379,8 +379,10 @@ def test_several_seeds(name: str, texts: Path, scaffold: Any, tmp_path: Path):
         assert value == over_seeds["mean"] == pytest.approx(np.mean(values))
         if np.ptp(values):
             low, high = stats.t.interval(0.9, 2, np.mean(values), stats.sem(values))
-            assert over_seeds["ci_low"] == pytest.approx(low)
-            assert over_seeds["ci_high"] == pytest.approx(high)
+            # without what no accuracy can be, and no drop of one less the drop of another
+            least, largest = (-2, 2) if name == "tpp" else (0, 1)
+            assert over_seeds["ci_low"] == pytest.approx(max(low, least))
+            assert over_seeds["ci_high"] == pytest.approx(min(high, largest))
         else:
             assert over_seeds["ci_low"] == over_seeds["ci_high"] == value
     assert any(np.ptp(m["values"]) for m in result["metrics_over_seeds"].values())

@@ -204,6 +204,12 @@ class CompareConfig:
         title="Confidence",
         description="Of the intervals over seeds",
     )
+    max_bracket: float = Field(
+        default=2.0,
+        ge=1,
+        title="Maximum Bracket",
+        description="Where the baseline is interpolated: ratio of the l0_total of the two SAEs on either side, at most. Wider ones are refused",
+    )
     reference: list[ReferenceFigure] = Field(
         default_factory=list,
         title="Reference",

@@ -1,19 +1,21 @@
 """Which SAEs are compared with which: at the same k, and at the same l0_total."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from saelens_scaffold.compare.grid import Arm, Run
-from saelens_scaffold.compare.metrics import ComparisonMetric, Results
-from saelens_scaffold.compare.statistics import Judgement, judge, seed_interval
+from saelens_scaffold.compare.metrics import Results
+from saelens_scaffold.compare.statistics import Verdict
 
 Matching = Literal["k", "l0_total"]
 """Same k for the sparse latents, as in the paper, or the same number of active latents in
 all, the scaffold's rank paid for out of k."""
+
+SAME_L0_WITHIN = 0.1
+"""Share by which the measured l0_total of SAEs may differ that have the same by their k."""
 
 
 class MeasuredSAE(NamedTuple):
@@ -31,64 +33,60 @@ class MeasuredSAE(NamedTuple):
     l0_total: float | None
 
 
-@dataclass(frozen=True)
-class Comparison:
+Arms = Mapping[Arm, Mapping[int, MeasuredSAE]]
+"""Kinds of SAEs, each by its seeds."""
+
+
+class Known(NamedTuple):
     """
-    What one metric says of two kinds of SAEs.
+    SAEs that a baseline's values are taken from.
+
+    Attributes:
+        arm: The SAEs.
+        k: Their k, None for architectures without.
+        l0_total: Mean of their active latents per token, None if it is not known.
+    """
+
+    arm: Arm
+    k: float | None
+    l0_total: float | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    Two kinds of SAEs to be compared.
 
     Attributes:
         matching: What they have in common.
         treatment: SAEs with a scaffold, or whatever else has a baseline.
         baseline: What they are compared with. Where it is interpolated, it has no k.
-        interpolated: Whether the baseline's value is read off its sparsity curve, between
-            values of k that it was trained with.
-        metric: Id of the metric.
-        treatment_mean: Mean over the seeds that have a pair.
-        baseline_mean: Likewise.
-        differences: Treatment minus baseline, by seed.
-        judgement: What they say.
+        known: The SAEs of the baseline: one kind, or the two ends of a bracket, that with
+            the lower l0_total first. The nearest ones, where none is near enough.
+        treatment_l0: l0_total of the judged SAEs, as measured.
+        refusal: Why there is no comparison, if there is none.
         note: What else there is to say.
     """
 
     matching: Matching
     treatment: Arm
     baseline: Arm
-    interpolated: bool
-    metric: str
-    treatment_mean: float | None
-    baseline_mean: float | None
-    differences: Mapping[int, float]
-    judgement: Judgement
+    known: Sequence[Known]
+    treatment_l0: float | None
+    refusal: Verdict | None = None
     note: str = ""
 
+    @property
+    def interpolated(self) -> bool:
+        """Whether the baseline's value is read off its curve, between two values of k."""
+        return len(self.known) == 2
 
-class CurvePoint(NamedTuple):
-    """
-    SAEs of one sparsity, over their seeds.
-
-    Attributes:
-        arm: The SAEs.
-        l0_total: Mean of their active latents per token.
-        mean: Mean of the metric.
-        ci_low: Lower end of its interval; None with a single seed, or if all agree.
-        ci_high: Upper end.
-        n_seeds: Number of seeds.
-    """
-
-    arm: Arm
-    l0_total: float
-    mean: float
-    ci_low: float | None
-    ci_high: float | None
-    n_seeds: int
-
-
-class Curve(NamedTuple):
-    """A metric against sparsity, of SAEs that differ in k only."""
-
-    arm: Arm
-    metric: str
-    points: list[CurvePoint]
+    @property
+    def weight(self) -> float:
+        """Of the upper end of the bracket: where log L0 lies between the two ends."""
+        low, high = (known.l0_total for known in self.known)
+        assert low is not None and high is not None and self.treatment_l0 is not None
+        return math.log(self.treatment_l0 / low) / math.log(high / low)
 
 
 def l0_total(run: Run, results: Results) -> float | None:
@@ -102,248 +100,136 @@ def l0_total(run: Run, results: Results) -> float | None:
     return run.nominal_l0_total
 
 
-def compare_arms(
-    saes: Sequence[MeasuredSAE],
-    metrics: Sequence[ComparisonMetric],
-    baselines: Mapping[str, str],
-    confidence: float,
-) -> list[Comparison]:
-    """
-    Compare every kind of SAEs with its baseline, if it has one, in both ways.
-
-    Args:
-        saes: All SAEs.
-        metrics: What to compare them by. A metric that only one side has is left out.
-        baselines: For each architecture that has one, the one it is compared with.
-        confidence: Of the intervals, as in 0.95.
-    """
-    arms = _by_arm(saes)
-    comparisons: list[Comparison] = []
-    for treatment in arms:
-        rivals = [
-            arm
-            for arm in arms
-            if arm.architecture == baselines.get(treatment.architecture)
-        ]
-        for metric in metrics:
-            comparisons += _at_same_k(treatment, rivals, arms, metric, confidence)
-            comparisons += _at_same_l0(treatment, rivals, arms, metric, confidence)
-    # in the order in which they are read, all of one matching first
-    return sorted(comparisons, key=lambda comparison: comparison.matching)
-
-
-def curves(
-    saes: Sequence[MeasuredSAE],
-    metrics: Sequence[ComparisonMetric],
-    confidence: float,
-) -> list[Curve]:
-    """Each metric but sparsity itself against l0_total, with intervals over seeds."""
-    arms = _by_arm(saes)
-    found: list[Curve] = []
-    for metric in metrics:
-        if _is_sparsity(metric.id):
-            continue
-        points: dict[Arm, list[CurvePoint]] = {}
-        for arm, by_seed in arms.items():
-            pairs = [
-                (sae.l0_total, value)
-                for sae in by_seed.values()
-                if (value := sae.values.get(metric.id)) is not None
-                and sae.l0_total is not None
-            ]
-            if pairs:
-                points.setdefault(arm.without("k"), []).append(
-                    _curve_point(arm, pairs, metric, confidence)
-                )
-        found += [
-            Curve(arm, metric.id, sorted(of_arm, key=lambda point: point.l0_total))
-            for arm, of_arm in points.items()
-        ]
-    return found
-
-
-def _is_sparsity(metric: str) -> bool:
-    return metric.rpartition(".")[2] in ("l0", "l0_sparse", "l0_total")
-
-
-_Arms = Mapping[Arm, Mapping[int, MeasuredSAE]]
-
-
-def _by_arm(saes: Sequence[MeasuredSAE]) -> dict[Arm, dict[int, MeasuredSAE]]:
+def by_arm(saes: Sequence[MeasuredSAE]) -> dict[Arm, dict[int, MeasuredSAE]]:
+    """SAEs by their seeds, for each kind of them."""
     arms: dict[Arm, dict[int, MeasuredSAE]] = {}
     for sae in saes:
         arms.setdefault(sae.run.arm, {})[sae.run.seed] = sae
     return arms
 
 
-def _at_same_k(
-    treatment: Arm,
-    rivals: Sequence[Arm],
-    arms: _Arms,
-    metric: ComparisonMetric,
-    confidence: float,
-) -> list[Comparison]:
+def pairs_of(
+    saes: Sequence[MeasuredSAE], baselines: Mapping[str, str], max_bracket: float
+) -> list[Pair]:
+    """
+    Every kind of SAEs with its baseline, if it has one, in both ways.
+
+    Args:
+        saes: All SAEs.
+        baselines: For each architecture that has one, the one it is compared with.
+        max_bracket: Ratio of the l0_total of two SAEs between which a third is
+            interpolated, at most.
+    """
+    arms = by_arm(saes)
+    pairs: list[Pair] = []
+    for treatment in arms:
+        rivals = [
+            arm
+            for arm in arms
+            if arm.architecture == baselines.get(treatment.architecture)
+        ]
+        pairs += _at_same_k(treatment, rivals, arms)
+        pairs += _at_same_l0(treatment, rivals, arms, max_bracket)
+    # in the order in which they are read, all of one matching first
+    return sorted(pairs, key=lambda pair: pair.matching)
+
+
+def _at_same_k(treatment: Arm, rivals: Sequence[Arm], arms: Arms) -> list[Pair]:
+    judged = _known(arms, treatment)
     return [
-        comparison
+        Pair("k", treatment, rival, [known], judged.l0_total)
         for rival in rivals
         if treatment.agrees_with(rival)
-        and _k(arms, treatment) == _k(arms, rival) is not None
-        for comparison in _direct("k", treatment, rival, arms, metric, confidence)
+        and (known := _known(arms, rival)).k == judged.k is not None
     ]
 
 
 def _at_same_l0(
-    treatment: Arm,
-    rivals: Sequence[Arm],
-    arms: _Arms,
-    metric: ComparisonMetric,
-    confidence: float,
-) -> list[Comparison]:
-    some_run = next(iter(arms[treatment].values())).run
-    if some_run.scaffold_rank == 0 or some_run.nominal_l0_total is None:
+    treatment: Arm, rivals: Sequence[Arm], arms: Arms, max_bracket: float
+) -> list[Pair]:
+    some_run = _some_run(arms, treatment)
+    l0 = _known(arms, treatment).l0_total
+    if some_run.scaffold_rank == 0 or some_run.nominal_l0_total is None or not l0:
         return []
     by_curve: dict[Arm, list[Arm]] = {}
     for rival in rivals:
         if treatment.without("k").agrees_with(rival.without("k")):
             by_curve.setdefault(rival.without("k"), []).append(rival)
-    comparisons: list[Comparison] = []
+    pairs: list[Pair] = []
     for curve, rivals_of_curve in by_curve.items():
+        known = [_known(arms, rival) for rival in rivals_of_curve]
+        known = [rival for rival in known if rival.l0_total]
         exact = [
             rival
-            for rival in rivals_of_curve
-            if next(iter(arms[rival].values())).run.nominal_l0_total
-            == some_run.nominal_l0_total
+            for rival in known
+            if _some_run(arms, rival.arm).nominal_l0_total == some_run.nominal_l0_total
         ]
-        if exact:
-            comparisons += _direct(
-                "l0_total", treatment, exact[0], arms, metric, confidence
-            )
-        elif not _is_sparsity(metric.id):  # which would be compared with itself
-            comparisons += _interpolated(
-                treatment, curve, rivals_of_curve, arms, metric, confidence
-            )
-    return comparisons
+        if known:
+            pairs.append(_pair_at(l0, treatment, curve, known, exact, max_bracket))
+    return pairs
 
 
-def _k(arms: _Arms, arm: Arm) -> float | None:
-    return getattr(next(iter(arms[arm].values())).run.config, "k", None)
-
-
-def _direct(
-    matching: Matching,
-    treatment: Arm,
-    rival: Arm,
-    arms: _Arms,
-    metric: ComparisonMetric,
-    confidence: float,
-) -> list[Comparison]:
-    pairs = {
-        seed: (value, arms[rival][seed].values.get(metric.id))
-        for seed, sae in arms[treatment].items()
-        if (value := sae.values.get(metric.id)) is not None and seed in arms[rival]
-    }
-    return _comparison(matching, treatment, rival, False, metric, pairs, confidence)
-
-
-def _interpolated(
+def _pair_at(
+    l0: float,
     treatment: Arm,
     curve: Arm,
-    rivals: Sequence[Arm],
-    arms: _Arms,
-    metric: ComparisonMetric,
-    confidence: float,
-) -> list[Comparison]:
-    pairs: dict[int, tuple[float, float | None]] = {}
-    outside: list[str] = []
-    for seed, sae in arms[treatment].items():
-        value = sae.values.get(metric.id)
-        points = sorted(
-            (rival_sae.l0_total, rival_value)
-            for rival in rivals
-            if (rival_sae := arms[rival].get(seed)) is not None
-            and (rival_value := rival_sae.values.get(metric.id)) is not None
-            and rival_sae.l0_total is not None
-        )
-        if value is None or not points or sae.l0_total is None:
-            continue
-        l0s = [l0 for l0, _ in points]
-        if not l0s[0] <= sae.l0_total <= l0s[-1]:
-            outside.append(
-                f"{sae.l0_total:.1f} of seed {seed} is not within {l0s[0]:.1f} to "
-                f"{l0s[-1]:.1f}"
-            )
-            continue
-        at = np.interp(sae.l0_total, l0s, [rival_value for _, rival_value in points])
-        pairs[seed] = (value, float(at))
-    found = _comparison("l0_total", treatment, curve, True, metric, pairs, confidence)
-    if outside and found:
-        return [replace(each, note=f"l0_total {outside[0]}") for each in found]
-    if outside:
-        return [
-            Comparison(
-                "l0_total",
-                treatment,
-                curve,
-                interpolated=True,
-                metric=metric.id,
-                treatment_mean=None,
-                baseline_mean=None,
-                differences={},
-                judgement=Judgement(None, None, None, "", "out of range"),
-                note=f"l0_total {outside[0]}: train the baseline with other values of k",
-            )
-        ]
-    return found
-
-
-def _comparison(
-    matching: Matching,
-    treatment: Arm,
-    rival: Arm,
-    interpolated: bool,
-    metric: ComparisonMetric,
-    pairs: Mapping[int, tuple[float, float | None]],
-    confidence: float,
-) -> list[Comparison]:
-    whole = {
-        seed: (value, other)
-        for seed, (value, other) in pairs.items()
-        if other is not None
-    }
-    if not whole:
-        return []
-    differences = {seed: value - other for seed, (value, other) in whole.items()}
-    return [
-        Comparison(
-            matching,
-            treatment,
-            rival,
-            interpolated,
-            metric.id,
-            fmean(value for value, _ in whole.values()),
-            fmean(other for _, other in whole.values()),
-            differences,
-            judge(
-                differences,
-                confidence,
-                metric.is_count,
-                magnitude=max(abs(value) for pair in whole.values() for value in pair),
-            ),
-        )
+    known: Sequence[Known],
+    exact: Sequence[Known],
+    max_bracket: float,
+) -> Pair:
+    """With whom SAEs of some l0_total are compared, of all with some other k."""
+    same = [rival for rival in known if rival.l0_total == l0] or exact
+    if same and abs((same[0].l0_total or 0.0) / l0 - 1) <= SAME_L0_WITHIN:
+        return Pair("l0_total", treatment, same[0].arm, same[:1], l0)
+    notes = [
+        f"k={_shown(rival.k)} has the same l0_total by k, but "
+        f"{(rival.l0_total or 0.0) / l0 - 1:+.0%} as measured "
+        f"({rival.l0_total:.1f}, not {l0:.1f})"
+        for rival in same[:1]
     ]
+    points = sorted(known, key=lambda rival: rival.l0_total or 0.0)
+    below = [rival for rival in points if (rival.l0_total or 0.0) < l0]
+    above = [rival for rival in points if (rival.l0_total or 0.0) > l0]
+    bracket = [*below[-1:], *above[:1]]
+    ratio = (bracket[-1].l0_total or 0.0) / (bracket[0].l0_total or 1.0)
+    refusal: Verdict | None = None
+    if len(bracket) == 1:
+        refusal = "out of range"
+        ends = f"{points[0].l0_total:.1f} to {points[-1].l0_total:.1f}"
+        notes.append(f"l0_total {l0:.1f} is not within {ends}")
+    elif ratio > max_bracket:
+        refusal = "bracket too wide"
+        notes.append(
+            f"{_range(bracket)} are a factor of {ratio:.1f} apart (max_bracket "
+            f"{max_bracket:g})"
+        )
+    note = "; ".join(notes)
+    if refusal:
+        note += f": train {curve.label} with k={_k_at(l0, bracket)}"
+    return Pair("l0_total", treatment, curve, bracket, l0, refusal, note)
 
 
-def _curve_point(
-    arm: Arm,
-    pairs: Sequence[tuple[float, float]],
-    metric: ComparisonMetric,
-    confidence: float,
-) -> CurvePoint:
-    values = np.array([value for _, value in pairs])
-    low = high = None
-    if len(values) > 1:
-        found, _ = seed_interval(values, confidence, metric.is_count)
-        low, high = found[1:] if found else (None, None)
-    return CurvePoint(
-        arm, fmean(l0 for l0, _ in pairs), float(values.mean()), low, high, len(pairs)
-    )
+def _k_at(l0: float, points: Sequence[Known]) -> str:
+    """The k that comes nearest to an l0_total, on a line through the points in log-log."""
+    logs = [(math.log(p.l0_total or 1.0), math.log(p.k or 1.0)) for p in points]
+    (x, y), (x_1, y_1) = logs[0], logs[-1]
+    slope = (y_1 - y) / (x_1 - x) if x_1 != x else 1.0
+    return str(max(1, round(math.exp(y + slope * (math.log(l0) - x)))))
+
+
+def _range(bracket: Sequence[Known]) -> str:
+    return " and ".join(f"k={_shown(p.k)} (l0_total {p.l0_total:.1f})" for p in bracket)
+
+
+def _shown(k: float | None) -> str:
+    return "-" if k is None else f"{k:g}"
+
+
+def _some_run(arms: Arms, arm: Arm) -> Run:
+    return next(iter(arms[arm].values())).run
+
+
+def _known(arms: Arms, arm: Arm) -> Known:
+    l0s = [sae.l0_total for sae in arms[arm].values() if sae.l0_total is not None]
+    k = getattr(_some_run(arms, arm).config, "k", None)
+    return Known(arm, k, fmean(l0s) if l0s else None)

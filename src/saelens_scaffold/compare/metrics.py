@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from saelens_scaffold.evals.bounds import UNBOUNDED, Bounds
 from saelens_scaffold.evals.registry import Evaluation
 from saelens_scaffold.plugins import evaluation_plugins
 
@@ -22,6 +23,8 @@ class ComparisonMetric(NamedTuple):
         better: Which direction is the better one, if either is.
         evaluation: The evaluation that it is read from, for metrics that only read one.
         interval: Its interval within that evaluation, if it has one.
+        bounds: The least and the largest value that it can have.
+        random: Id of the metric with its value for something random, if there is one.
     """
 
     id: str
@@ -31,11 +34,18 @@ class ComparisonMetric(NamedTuple):
     better: Literal["higher", "lower"] | None = None
     evaluation: str | None = None
     interval: Callable[[Results], tuple[float, float] | None] = lambda _: None
+    bounds: Bounds = UNBOUNDED
+    random: str | None = None
 
     @property
     def is_count(self) -> bool:
         """Whether it is a whole number: intervals over seeds take that into account."""
         return self.digits == 0
+
+    @property
+    def is_sparsity(self) -> bool:
+        """Whether it measures what SAEs are matched by, and not what comes of that."""
+        return self.id.rpartition(".")[2] in ("l0", "l0_sparse", "l0_total")
 
 
 def metric_name(metric: Mapping[str, Any]) -> str:
@@ -83,4 +93,6 @@ def _headline(evaluation: Evaluation, metric: Any) -> ComparisonMetric:
         better=metric.better,
         evaluation=name,
         interval=interval,
+        bounds=metric.bounds,
+        random=f"{name}.{metric.random}" if metric.random else None,
     )

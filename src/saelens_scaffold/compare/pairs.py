@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Arm, Run
-from saelens_scaffold.compare.matching import MeasuredSAE, compare_arms
-from saelens_scaffold.compare.metrics import ComparisonMetric
+from saelens_scaffold.compare.matching import MeasuredSAE, pairs_of
 
 
 def pairs_text(config: CompareConfig, runs: Sequence[Run]) -> str:
@@ -16,28 +15,20 @@ def pairs_text(config: CompareConfig, runs: Sequence[Run]) -> str:
         config: The experiment.
         runs: Its SAEs.
     """
-    sparsity = ComparisonMetric("sparsity", "sparsity", lambda _: None)
-    found = compare_arms(
-        [
-            MeasuredSAE(
-                run, {sparsity.id: run.nominal_l0_total or 0.0}, run.nominal_l0_total
-            )
-            for run in runs
-        ],
-        [sparsity],
+    found = pairs_of(
+        [MeasuredSAE(run, {}, run.nominal_l0_total) for run in runs],
         config.baselines,
-        config.confidence,
+        config.max_bracket,
     )
     arms = dict.fromkeys(run.arm for run in runs)
     rivals: dict[Arm, list[str]] = {
         arm: [] for arm in arms if arm.architecture in config.baselines
     }
-    for comparison in found:
-        if comparison.differences:
-            how = ", interpolated" * comparison.interpolated
-            rivals[comparison.treatment].append(
-                f"{comparison.baseline.label} (same {comparison.matching}{how})"
-            )
+    for pair in found:
+        how = f"same {pair.matching}{', interpolated' * pair.interpolated}"
+        if pair.refusal:
+            how = f"{pair.refusal}, {pair.note}"
+        rivals[pair.treatment].append(f"{pair.baseline.label} ({how})")
     if not any(rivals.values()):
         judged = ", ".join(f"{j} with {b}" for j, b in config.baselines.items())
         return (

@@ -16,16 +16,11 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from saelens_scaffold.compare.comparisons import Comparison, compare_arms
 from saelens_scaffold.compare.config import CompareConfig, ReferenceFigure
+from saelens_scaffold.compare.curves import Curve, curves
 from saelens_scaffold.compare.grid import Arm, Run
-from saelens_scaffold.compare.matching import (
-    Comparison,
-    Curve,
-    MeasuredSAE,
-    compare_arms,
-    curves,
-    l0_total,
-)
+from saelens_scaffold.compare.matching import Known, MeasuredSAE, l0_total
 from saelens_scaffold.compare.metrics import ComparisonMetric, Results
 from saelens_scaffold.compare.runner_config import runner_config
 from saelens_scaffold.compare.training import hardware
@@ -92,7 +87,9 @@ def collect(
         )
         for run in runs
     ]
-    found = compare_arms(measured, metrics, config.baselines, config.confidence)
+    found = compare_arms(
+        measured, metrics, config.baselines, config.confidence, config.max_bracket
+    )
     seeds = sorted({run.seed for run in runs})
     hook_names = {run.hook_name for run in runs}
     hook_name = hook_names.pop() if len(hook_names) == 1 else None
@@ -124,6 +121,8 @@ def collect(
                 "title": metric.title,
                 "digits": metric.digits,
                 "better": metric.better,
+                "bounds": list(metric.bounds),
+                "random": metric.random,
             }
             for metric in metrics
         ],
@@ -257,19 +256,30 @@ def _curve(curve: Curve) -> dict[str, Any]:
 
 
 def _comparison(comparison: Comparison, confidence: float) -> dict[str, Any]:
+    pair = comparison.pair
     return {
-        "matching": comparison.matching,
-        "treatment": _arm(comparison.treatment),
-        "baseline": _arm(comparison.baseline),
-        "interpolated": comparison.interpolated,
+        "matching": pair.matching,
+        "treatment": {**_arm(pair.treatment), "l0_total": pair.treatment_l0},
+        "baseline": {
+            **_arm(pair.baseline),
+            "measured": [_known(known) for known in pair.known],
+        },
+        "interpolated": pair.interpolated,
         "metric": comparison.metric,
         "treatment_mean": comparison.treatment_mean,
         "baseline_mean": comparison.baseline_mean,
+        "n_treatment": comparison.n_treatment,
+        "n_baseline": comparison.n_baseline,
         "differences": {str(seed): d for seed, d in comparison.differences.items()},
         **asdict(comparison.judgement),
         "confidence": confidence,
-        "note": comparison.note,
+        "note": pair.note,
     }
+
+
+def _known(known: Known) -> dict[str, Any]:
+    """Where a baseline's value is from: itself, or one end of its bracket."""
+    return {"arm": known.arm.label, "k": known.k, "l0_total": known.l0_total}
 
 
 def _arm(arm: Arm) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from saelens_scaffold.evals.bounds import UNBOUNDED, Bounds, within
+
 
 class Interval(NamedTuple):
     """An estimate with the ends of its bootstrap interval."""
@@ -67,7 +69,10 @@ def interval(statistics: torch.Tensor, confidence: float) -> Interval:
 
 
 def student_interval(
-    values: list[float], confidence: float, least_spread: float = 0.0
+    values: list[float],
+    confidence: float,
+    least_spread: float = 0.0,
+    bounds: Bounds = UNBOUNDED,
 ) -> Interval:
     """
     Mean of a few independent values (one a seed) with its Student-t interval.
@@ -77,6 +82,7 @@ def student_interval(
             the ends are NaN.
         confidence: As in 0.95.
         least_spread: What their standard deviation is known to be at least.
+        bounds: The least and the largest value that there can be.
     """
     # imported here, since scipy is SAEBench's dependency and takes its time to load
     from scipy import stats
@@ -87,4 +93,4 @@ def student_interval(
         return Interval(mean, float("nan"), float("nan"))
     standard_error = max(float(sample.std()), least_spread) / len(values) ** 0.5
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * standard_error
-    return Interval(mean, mean - half, mean + half)
+    return Interval(mean, *within(bounds, mean - half, mean + half))

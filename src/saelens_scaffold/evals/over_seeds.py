@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
 from saelens_scaffold.evals.bootstrap import student_interval
+from saelens_scaffold.evals.bounds import SHARE, Bounds
 from saelens_scaffold.evals.labelled_data import (
     MAX_CLASSES,
     LabelledText,
@@ -215,6 +216,7 @@ class SaeBenchEvaluator(NamedTuple):
         results_folder: Where SAEBench puts results, below the folder that it is given.
         extra_fields: Fields of its output that are averaged beside metrics and details.
         knows: Whether a dataset is one of SAEBench's own.
+        bounds: Of its metrics: the least and the largest value that they can have.
         activations_depend_on_seed: Whether each seed reads other text, as those do that
             draw their rows, and then their probes, from one stream of random numbers.
     """
@@ -228,6 +230,7 @@ class SaeBenchEvaluator(NamedTuple):
     results_folder: str = ""
     extra_fields: tuple[str, ...] = ()
     knows: Callable[[str], bool] = is_known_to_sae_bench
+    bounds: Bounds = SHARE
     activations_depend_on_seed: bool = True
 
 
@@ -491,7 +494,9 @@ def _over_seeds(
         for name, first in by_seed[0].items():
             if first is not None:
                 values = [float(of_seed[name]) for of_seed in by_seed]
-                _, low, high = student_interval(values, config.confidence)
+                _, low, high = student_interval(
+                    values, config.confidence, bounds=evaluator.bounds
+                )
                 ends = (low, high) if len(values) > 1 else (None, None)
                 metrics[name] = MetricOverSeeds(fmean(values), *ends, values)
     is_sparse = metadata.scaffold_view == "sparse"

@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from saelens_scaffold.evals.bounds import (
+    AT_MOST_ONE,
+    NOT_NEGATIVE,
+    SHARE,
+    UNBOUNDED,
+    Bounds,
+)
 from saelens_scaffold.plugins import evaluation_plugins
 
 # Whoever only asks for names and metrics needs no SAEBench.
@@ -25,6 +32,9 @@ class Metric(NamedTuple):
         digits: How many to show after the point; 0 for a count.
         better: Which direction is the better one, if either is.
         of_sae: Whether it depends on the SAE, and not on language model and text alone.
+        bounds: The least and the largest value that it can have, which intervals keep to.
+        random: Where its value for something random is, of the same size and kind, if the
+            evaluation has one.
     """
 
     title: str
@@ -32,6 +42,8 @@ class Metric(NamedTuple):
     digits: int = 3
     better: Literal["higher", "lower"] | None = None
     of_sae: bool = True
+    bounds: Bounds = UNBOUNDED
+    random: str | None = None
 
     def value(self, result: Mapping[str, Any]) -> float | None:
         """Its value in an SAE's result; None if there is none."""
@@ -206,14 +218,27 @@ EVALUATIONS: dict[str, Evaluation] = {
             "saelens_scaffold.evals.dense_latents",
             "sparse",
             (
-                Metric("dense", "dense_latents.dense_latents", 0, better="lower"),
-                Metric("reduction", "dense_latents.reduction", 2, better="higher"),
-                Metric("l0_sparse", "sparsity.l0_sparse", 1),
-                Metric("l0_total", "sparsity.l0_total", 1),
+                Metric(
+                    "dense",
+                    "dense_latents.dense_latents",
+                    0,
+                    better="lower",
+                    bounds=NOT_NEGATIVE,
+                ),
+                Metric(
+                    "reduction",
+                    "dense_latents.reduction",
+                    2,
+                    better="higher",
+                    bounds=AT_MOST_ONE,
+                ),
+                Metric("l0_sparse", "sparsity.l0_sparse", 1, bounds=NOT_NEGATIVE),
+                Metric("l0_total", "sparsity.l0_total", 1, bounds=NOT_NEGATIVE),
                 Metric(
                     "whole SAE's expl. var.",
                     "reconstruction_quality.explained_variance",
                     better="higher",
+                    bounds=AT_MOST_ONE,
                 ),
             ),
             data="text",
@@ -225,24 +250,36 @@ EVALUATIONS: dict[str, Evaluation] = {
             (
                 # cross-entropy as a multiple of the clean one
                 Metric(
-                    "CE x, no scaffold", "cross_entropy.ce_ratio_scaffold_subtracted", 2
+                    "CE x, no scaffold",
+                    "cross_entropy.ce_ratio_scaffold_subtracted",
+                    2,
+                    bounds=NOT_NEGATIVE,
                 ),
                 Metric(
                     "CE x, no PCA",
                     "cross_entropy.ce_ratio_pca_projected_out",
                     2,
                     of_sae=False,
+                    bounds=NOT_NEGATIVE,
                 ),
                 Metric(
                     "CE x, no aligned latents",
                     "cross_entropy.ce_ratio_aligned_latents",
                     2,
+                    bounds=NOT_NEGATIVE,
                 ),
-                Metric("topic accuracy", "topics.accuracy_clean", 2, of_sae=False),
+                Metric(
+                    "topic accuracy",
+                    "topics.accuracy_clean",
+                    2,
+                    of_sae=False,
+                    bounds=SHARE,
+                ),
                 Metric(
                     "topic accuracy, no scaffold",
                     "topics.accuracy_scaffold_subtracted",
                     2,
+                    bounds=SHARE,
                 ),
             ),
             data="text",
@@ -253,10 +290,16 @@ EVALUATIONS: dict[str, Evaluation] = {
             "sparse",
             (
                 Metric(
-                    "top-1 accuracy", "sae.sae_top_1_test_accuracy", better="higher"
+                    "top-1 accuracy",
+                    "sae.sae_top_1_test_accuracy",
+                    better="higher",
+                    bounds=SHARE,
                 ),
                 Metric(
-                    "top-5 accuracy", "sae.sae_top_5_test_accuracy", better="higher"
+                    "top-5 accuracy",
+                    "sae.sae_top_5_test_accuracy",
+                    better="higher",
+                    bounds=SHARE,
                 ),
             ),
             data="labelled",
@@ -267,8 +310,12 @@ EVALUATIONS: dict[str, Evaluation] = {
             "saelens_scaffold.evals.sparse_probing_sae_probes",
             "sparse",
             (
-                Metric("top-1 AUC", "sae.sae_top_1_test_auc", better="higher"),
-                Metric("top-5 AUC", "sae.sae_top_5_test_auc", better="higher"),
+                Metric(
+                    "top-1 AUC", "sae.sae_top_1_test_auc", better="higher", bounds=SHARE
+                ),
+                Metric(
+                    "top-5 AUC", "sae.sae_top_5_test_auc", better="higher", bounds=SHARE
+                ),
             ),
             data="labelled",
             data_field="dataset_names",
@@ -282,6 +329,7 @@ EVALUATIONS: dict[str, Evaluation] = {
                     "top 10",
                     "tpp_metrics.tpp_threshold_10_total_metric",
                     better="higher",
+                    bounds=(-2.0, 2.0),
                 ),
             ),
             data="labelled",
@@ -293,19 +341,37 @@ EVALUATIONS: dict[str, Evaluation] = {
             "sparse",
             (
                 Metric(
-                    "absorbed", "mean.mean_absorption_fraction_score", better="lower"
+                    "absorbed",
+                    "mean.mean_absorption_fraction_score",
+                    better="lower",
+                    bounds=SHARE,
                 ),
                 Metric(
-                    "full absorption", "mean.mean_full_absorption_score", better="lower"
+                    "full absorption",
+                    "mean.mean_full_absorption_score",
+                    better="lower",
+                    bounds=SHARE,
                 ),
-                Metric("split features", "mean.mean_num_split_features", 2),
+                Metric(
+                    "split features",
+                    "mean.mean_num_split_features",
+                    2,
+                    bounds=NOT_NEGATIVE,
+                ),
             ),
         ),
         Evaluation(
             "autointerp",
             "sae_bench.evals.autointerp",
             "sparse",
-            (Metric("score", "autointerp.autointerp_score", better="higher"),),
+            (
+                Metric(
+                    "score",
+                    "autointerp.autointerp_score",
+                    better="higher",
+                    bounds=SHARE,
+                ),
+            ),
             data="text",
             data_field="dataset_name",
         ),
@@ -314,13 +380,14 @@ EVALUATIONS: dict[str, Evaluation] = {
             "sae_bench.evals.core",
             "whole",
             (
-                Metric("l0", "sparsity.l0", 1),
+                Metric("l0", "sparsity.l0", 1, bounds=NOT_NEGATIVE),
                 # SAEBench 0.6.0's `explained_variance` subtracts a squared second moment
                 # where the squared mean belongs.
                 Metric(
                     "expl. var.",
                     "reconstruction_quality.explained_variance_legacy",
                     better="higher",
+                    bounds=AT_MOST_ONE,
                 ),
                 Metric(
                     "CE score",
@@ -331,6 +398,7 @@ EVALUATIONS: dict[str, Evaluation] = {
                     "KL score",
                     "model_behavior_preservation.kl_div_score",
                     better="higher",
+                    bounds=AT_MOST_ONE,
                 ),
             ),
             data="text",
@@ -368,6 +436,7 @@ EVALUATIONS: dict[str, Evaluation] = {
                 Metric(
                     "decoder expl. var.",
                     "meta_structure.decoder_fraction_variance_explained",
+                    bounds=AT_MOST_ONE,
                 ),
             ),
         ),
@@ -377,10 +446,13 @@ EVALUATIONS: dict[str, Evaluation] = {
             "whole",
             (
                 Metric(
-                    "disentanglement", "ravel.disentanglement_score", better="higher"
+                    "disentanglement",
+                    "ravel.disentanglement_score",
+                    better="higher",
+                    bounds=SHARE,
                 ),
-                Metric("cause", "ravel.cause_score"),
-                Metric("isolation", "ravel.isolation_score"),
+                Metric("cause", "ravel.cause_score", bounds=SHARE),
+                Metric("isolation", "ravel.isolation_score", bounds=SHARE),
             ),
             batch_divisor=4,
         ),

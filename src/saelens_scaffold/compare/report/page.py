@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,14 @@ from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.report import figures
 from saelens_scaffold.compare.report.figures import Plot, Results
 from saelens_scaffold.compare.report.series import Style, styles
+from saelens_scaffold.compare.wording import (
+    at_l0,
+    baseline_text,
+    confidence_text,
+    legend,
+    one_sided,
+    verdict_text,
+)
 from saelens_scaffold.files import new_file
 
 # What matching means, for the headings of the tables.
@@ -78,8 +86,10 @@ def page(results: Mapping[str, Any]) -> str:
     """
     plots = _plot_sections(results)
     verdicts = _verdict_tables(results)
+    alone = one_sided(results)
     contents = [
         *([("verdicts", "Verdicts")] if verdicts else []),
+        *([("one-sided", "One side only")] if alone else []),
         *([("reference", "The paper’s figures")] if results["reference"] else []),
         *((section.id, section.title) for section in plots),
         ("numbers", "Every number"),
@@ -100,6 +110,7 @@ def page(results: Mapping[str, Any]) -> str:
             series=styles(results),
             contents=contents,
             verdicts=verdicts,
+            one_sided=alone,
             metrics=_measured_metrics(results),
             plot_sections=plots,
             symbols=SYMBOL_PATHS,
@@ -172,7 +183,7 @@ def _plot_sections(results: Results) -> list[PlotSection]:
     over_seeds, whiskers = "one seed", ""
     if len(results["summary"]["seeds"]) > 1:
         over_seeds = f"mean over {_seeds(results)}"
-        confidence = _confidence(results["comparisons"])
+        confidence = confidence_text(results["comparisons"])
         whiskers = f"; whiskers: {confidence or 'the'} intervals over seeds"
     line = "Plain SAEs are dashed and hollow, scaffold SAEs solid."
     wanted: list[tuple[str, str, str, Callable[[Results], list[Plot]]]] = [
@@ -226,11 +237,6 @@ def _plot_sections(results: Results) -> list[PlotSection]:
     return sections
 
 
-def _confidence(comparisons: Iterable[Mapping[str, Any]]) -> str:
-    levels = sorted({comparison["confidence"] for comparison in comparisons})
-    return " or ".join(f"{level:.0%}" for level in levels)
-
-
 def _verdict_tables(results: Results) -> list[dict[str, Any]]:
     """A table for each way of matching: pairs of arms as rows, metrics as columns."""
     by_matching: dict[str, list[Mapping[str, Any]]] = {}
@@ -242,7 +248,7 @@ def _verdict_tables(results: Results) -> list[dict[str, Any]]:
         metrics = [metric for metric in results["metrics"] if metric["id"] in compared]
         cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
         for comparison in comparisons:
-            pair = (comparison["treatment"]["arm"], comparison["baseline"]["arm"])
+            pair = _names(comparison)
             metric = next(m for m in metrics if m["id"] == comparison["metric"])
             cells.setdefault(pair, {})[metric["id"]] = _cell(
                 comparison, metric, len(results["summary"]["seeds"])
@@ -253,7 +259,7 @@ def _verdict_tables(results: Results) -> list[dict[str, Any]]:
                 "matching": matching,
                 "title": title,
                 "text": text,
-                "legend": _legend(comparisons),
+                "legend": legend(comparisons),
                 "metrics": metrics,
                 "rows": [
                     (pair, [by_metric.get(metric["id"]) for metric in metrics])
@@ -264,11 +270,16 @@ def _verdict_tables(results: Results) -> list[dict[str, Any]]:
     return tables
 
 
+def _names(comparison: Mapping[str, Any]) -> tuple[str, str]:
+    treatment = comparison["treatment"]
+    judged = at_l0(treatment["arm"], treatment["l0_total"])
+    return judged, baseline_text(comparison["baseline"])
+
+
 def _cell(
     comparison: Mapping[str, Any], metric: Mapping[str, Any], n_seeds: int
 ) -> dict[str, Any]:
     """What a comparison shows of itself."""
-    n_pairs = len(comparison["differences"])
     # means of counts are no counts
     digits = max(metric["digits"], 1)
     verdict = comparison["verdict"]
@@ -284,10 +295,8 @@ def _cell(
         "metric": metric["id"],
         "metric_title": metric_name(metric),
         "kind": kind,
-        "verdict": verdict
-        + (f" ({n_pairs} of {n_seeds} seeds)" if 0 < n_pairs < n_seeds else ""),
+        "verdict": verdict_text(comparison, n_seeds),
         "difference": _estimate(estimate, digits, sign="+"),
-        "interpolated": comparison["interpolated"] and comparison["mean"] is not None,
         "treatment": _number(comparison["treatment_mean"], digits),
         "baseline": _number(comparison["baseline_mean"], digits),
         "by_seed": ", ".join(
@@ -295,32 +304,13 @@ def _cell(
             for seed, difference in comparison["differences"].items()
         ),
         "method": comparison["method"],
+        "p_value": _number(comparison["p_value"], 3),
+        "p_holm": _number(comparison["p_holm"], 3),
+        "detectable": _number(comparison["detectable"], digits)
+        if verdict == "not distinguishable" and comparison["detectable"] is not None
+        else "",
         "note": comparison["note"],
     }
-
-
-def _legend(comparisons: Iterable[Mapping[str, Any]]) -> str:
-    """What stands below a table of verdicts."""
-    comparisons = list(comparisons)
-    judged = [c for c in comparisons if c["method"]]
-    told_apart = [c for c in judged if c["verdict"] in ("higher", "lower")]
-    sentences: list[str] = []
-    if judged:
-        methods = "; ".join(sorted({comparison["method"] for comparison in judged}))
-        by_chance = sum(1 - comparison["confidence"] for comparison in judged)
-        sentences += [
-            f"In brackets: the {_confidence(judged)} interval of the mean difference "
-            f"({methods}).",
-            "Shaded: better or worse, where the metric says which is which.",
-            f"{len(told_apart)} of {len(judged)} differences can be told from zero; about "
-            f"{by_chance:.2g} would be by chance if there were none.",
-        ]
-    if any(comparison["interpolated"] for comparison in comparisons):
-        sentences.append(
-            "† where the grids do not meet, the baseline is interpolated on its curve over "
-            "l0_total."
-        )
-    return " ".join(sentences)
 
 
 def _number(value: float | None, digits: int, sign: str = "-") -> str:

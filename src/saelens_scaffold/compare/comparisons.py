@@ -1,0 +1,141 @@
+"""What each metric says of the SAEs that are compared."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+from saelens_scaffold.compare.grid import Arm
+from saelens_scaffold.compare.matching import (
+    Arms,
+    MeasuredSAE,
+    Pair,
+    by_arm,
+    pairs_of,
+)
+from saelens_scaffold.compare.metrics import ComparisonMetric
+from saelens_scaffold.compare.statistics import (
+    Judgement,
+    holm,
+    judge,
+    judge_between,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    What one metric says of two kinds of SAEs.
+
+    Attributes:
+        pair: The SAEs.
+        metric: Id of the metric.
+        judgement: What it says.
+        treatment_mean: Mean over the seeds of the judged SAEs.
+        baseline_mean: That of the baseline, interpolated in log L0 where it must be.
+        n_treatment: Number of seeds of the judged SAEs.
+        n_baseline: Those of the baseline; of a bracket, at the end that has fewer.
+        differences: Treatment minus baseline, for each seed that both have.
+    """
+
+    pair: Pair
+    metric: str
+    judgement: Judgement
+    treatment_mean: float | None = None
+    baseline_mean: float | None = None
+    n_treatment: int = 0
+    n_baseline: int = 0
+    differences: Mapping[int, float] = field(default_factory=dict)
+
+
+def compare_arms(
+    saes: Sequence[MeasuredSAE],
+    metrics: Sequence[ComparisonMetric],
+    baselines: Mapping[str, str],
+    confidence: float,
+    max_bracket: float,
+) -> list[Comparison]:
+    """
+    Compare every kind of SAEs with its baseline, if it has one, in both ways.
+
+    p-values are corrected for all comparisons of one matching, but for those of sparsity
+    itself, which show how well it was matched.
+
+    Args:
+        saes: All SAEs.
+        metrics: What to compare them by. A metric that only one side has is left out.
+        baselines: For each architecture that has one, the one it is compared with.
+        confidence: Of the intervals, as in 0.95.
+        max_bracket: Ratio of the l0_total of two SAEs between which a third is
+            interpolated, at most.
+    """
+    arms = by_arm(saes)
+    found = [
+        comparison
+        for pair in pairs_of(saes, baselines, max_bracket)
+        for metric in metrics
+        # an interpolated l0_total would be compared with itself
+        if not (pair.interpolated and metric.is_sparsity)
+        and (comparison := _comparison(pair, arms, metric, confidence)) is not None
+    ]
+    is_sparsity = {metric.id: metric.is_sparsity for metric in metrics}
+    for matching in ("k", "l0_total"):
+        family = [
+            (i, p)
+            for i, comparison in enumerate(found)
+            if comparison.pair.matching == matching
+            and not is_sparsity[comparison.metric]
+            and (p := comparison.judgement.p_value) is not None
+        ]
+        corrected = holm([p for _, p in family])
+        for (i, _), p_holm in zip(family, corrected, strict=True):
+            judgement = replace(found[i].judgement, p_holm=p_holm)
+            found[i] = replace(found[i], judgement=judgement)
+    return found
+
+
+def _values(arms: Arms, arm: Arm, metric: str) -> dict[int, float]:
+    return {
+        seed: value
+        for seed, sae in sorted(arms[arm].items())
+        if (value := sae.values.get(metric)) is not None
+    }
+
+
+def _comparison(
+    pair: Pair, arms: Arms, metric: ComparisonMetric, confidence: float
+) -> Comparison | None:
+    """What a metric says of a pair; None if a side does not have it."""
+    treatment = _values(arms, pair.treatment, metric.id)
+    baselines = [_values(arms, known.arm, metric.id) for known in pair.known]
+    if not treatment or not all(baselines):
+        return None
+    if pair.refusal:
+        refused = Judgement(None, None, None, "", pair.refusal)
+        return Comparison(pair, metric.id, refused)
+    judged, *known = (list(values.values()) for values in (treatment, *baselines))
+    how = (confidence, metric.is_count, metric.bounds)
+    if pair.interpolated:
+        weights = [1 - pair.weight, pair.weight]
+        judgement = judge_between(judged, known[0], known[1], pair.weight, *how)
+    else:
+        weights = [1.0]
+        judgement = judge(judged, known[0], *how)
+
+    def at_l0(values: Sequence[float]) -> float:
+        return math.fsum(w * value for w, value in zip(weights, values, strict=True))
+
+    return Comparison(
+        pair,
+        metric.id,
+        judgement,
+        treatment_mean=fmean(judged),
+        baseline_mean=at_l0([fmean(sample) for sample in known]),
+        n_treatment=len(treatment),
+        n_baseline=min(map(len, baselines)),
+        differences={
+            seed: value - at_l0([values[seed] for values in baselines])
+            for seed, value in treatment.items()
+            if all(seed in values for values in baselines)
+        },
+    )

@@ -44,6 +44,7 @@ def config(**overrides: Any) -> ScaffoldAblationEvalConfig:
         "n_aligned_latents": [5, 20],
         "aligned_cosine": 0.2,
         "topics": False,
+        "include_special_tokens": False,
         **overrides,
     }
     return ScaffoldAblationEvalConfig(**kwargs)
@@ -313,10 +314,13 @@ def test_topic_is_lost_with_a_scaffold_that_holds_it(
     removed = found["scaffold_subtracted", "hook_point"]
     assert removed["accuracy"] < 0.4
     assert metrics["accuracy_clean"] == found["clean", "last_layer"]["accuracy"]
-    assert (
-        metrics["accuracy_scaffold_subtracted"]
-        == (found["scaffold_subtracted", "last_layer"]["accuracy"])
-    )
+    for name in ("scaffold_mean_ablated", "topic_latents_ablated"):
+        for figure in ("accuracy", "accuracy_retrained"):
+            headline = figure.replace("accuracy", f"accuracy_{name}")
+            for end in ("", "_ci_low", "_ci_high"):
+                value = found[name, "last_layer"][figure + end]
+                assert metrics[headline + end] == value
+    assert metrics["n_topic_latents"] == metrics["n_topic_latents_alive"] <= 50
 
 
 def test_topics_of_a_plain_sae_and_of_a_harmless_scaffold(tmp_path: Path) -> None:

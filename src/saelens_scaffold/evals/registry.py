@@ -240,9 +240,30 @@ EVALUATIONS: dict[str, Evaluation] = {
                 ),
                 Metric("topic accuracy", "topics.accuracy_clean", 2, of_sae=False),
                 Metric(
-                    "topic accuracy, no scaffold",
-                    "topics.accuracy_scaffold_subtracted",
+                    "topic accuracy, scaffold mean-ablated",
+                    "topics.accuracy_scaffold_mean_ablated",
                     2,
+                ),
+                Metric(
+                    "topic accuracy, scaffold mean-ablated, retrained",
+                    "topics.accuracy_scaffold_mean_ablated_retrained",
+                    2,
+                ),
+                Metric(
+                    "topic accuracy, no topic latents",
+                    "topics.accuracy_topic_latents_ablated",
+                    2,
+                ),
+                Metric(
+                    "CE x, scaffold mean-ablated, special tokens too",
+                    "special_tokens.ce_ratio_scaffold_mean_ablated_with_special_tokens",
+                    2,
+                ),
+                Metric(
+                    "CE x, PCA mean-ablated, special tokens too",
+                    "special_tokens.ce_ratio_pca_mean_ablated_with_special_tokens",
+                    2,
+                    of_sae=False,
                 ),
             ),
             data="text",

@@ -1,3 +1,5 @@
+from typing import Literal
+
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
@@ -12,7 +14,12 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
     n_tokens: int = Field(
         default=100_000,
         title="Number of Tokens",
-        description="Tokens to evaluate on. BOS, EOS and padding do not count, and are left as they are.",
+        description="Tokens to evaluate on. BOS, EOS and padding do not count.",
+    )
+    include_special_tokens: bool = Field(
+        default=True,
+        title="Include Special Tokens",
+        description="Whether to report every figure twice: with BOS, EOS and padding left as they are, and with them ablated as well, means and directions being fitted on them, too. The second takes as long again.",
     )
     n_fit_tokens: int = Field(
         default=100_000,
@@ -73,6 +80,21 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
         default=None,
         title="Topic Label Column",
         description="Its column with the topic. If None, 'subject' for cais/mmlu, else 'label'.",
+    )
+    topic_grouping: Literal["label", "mmlu_category"] = Field(
+        default="label",
+        title="Topic Grouping",
+        description="What a topic is: 'label' takes each label (MMLU's 57 subjects), 'mmlu_category' the 4 categories of MMLU's authors: STEM, humanities, social sciences, other.",
+    )
+    topic_answer_choices: bool = Field(
+        default=False,
+        title="Topic Answer Choices",
+        description="Whether the answers to choose from follow the text, as 'A. ...'. Needs a column 'choices' with lists of them, as MMLU has.",
+    )
+    topic_pooling: Literal["mean", "last_token"] = Field(
+        default="mean",
+        title="Topic Pooling",
+        description="What a probe reads of a text: 'mean' the mean over its tokens, 'last_token' its last one. BOS, EOS and padding do not count.",
     )
     max_topics: int = Field(
         default=57,

@@ -11,6 +11,13 @@ from sae_bench.evals.base_eval_output import (
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )
+from saelens_scaffold.evals.scaffold_ablation.special_token_output import (
+    SpecialTokenMetrics,
+)
+from saelens_scaffold.evals.scaffold_ablation.topic_output import (
+    TopicAccuracy,
+    TopicMetrics,
+)
 
 EVAL_TYPE_ID_SCAFFOLD_ABLATION = "scaffold_ablation"
 
@@ -155,46 +162,6 @@ class GeometryMetrics(BaseMetrics):
 
 
 @dataclass
-class TopicMetrics(BaseMetrics):
-    chance: float | None = Field(
-        default=None,
-        title="Chance",
-        description="Accuracy of always naming the most frequent topic",
-    )
-    n_topics: int | None = Field(
-        default=None, title="Topics", description="Number of topics"
-    )
-    accuracy_clean: float | None = Field(
-        default=None,
-        title="Topic Accuracy, Clean",
-        description="Accuracy of a linear probe after the last layer, nothing changed (the paper: 0.987)",
-        json_schema_extra=DEFAULT_DISPLAY,
-    )
-    accuracy_scaffold_subtracted: float | None = Field(
-        default=None,
-        title="Topic Accuracy, Scaffold Subtracted",
-        description="Of the same probe, with the scaffold subtracted at the hook point (the paper: chance)",
-        json_schema_extra=DEFAULT_DISPLAY,
-    )
-    accuracy_scaffold_subtracted_ci_low: float | None = Field(
-        default=None,
-        title="Topic Accuracy, Scaffold Subtracted (low)",
-        description="Lower end of its bootstrap interval over texts",
-    )
-    accuracy_scaffold_subtracted_ci_high: float | None = Field(
-        default=None,
-        title="Topic Accuracy, Scaffold Subtracted (high)",
-        description="Upper end of its bootstrap interval over texts",
-    )
-    accuracy_topic_latents_ablated: float | None = Field(
-        default=None,
-        title="Topic Accuracy, Latents Ablated",
-        description="Of the same probe, with the sparse latents most aligned with the topics set to zero",
-        json_schema_extra=DEFAULT_DISPLAY,
-    )
-
-
-@dataclass
 class ScaffoldAblationMetricCategories(BaseMetricCategories):
     cross_entropy: CrossEntropyMetrics = Field(
         title="Cross-Entropy",
@@ -211,6 +178,11 @@ class ScaffoldAblationMetricCategories(BaseMetricCategories):
         description="Whether the topic of a text can still be read",
         json_schema_extra=DEFAULT_DISPLAY,
     )
+    special_tokens: SpecialTokenMetrics = Field(
+        title="Special Tokens Included",
+        description="The headline figures with BOS, EOS and padding ablated and fitted on, too",
+        json_schema_extra=DEFAULT_DISPLAY,
+    )
 
 
 @dataclass
@@ -223,6 +195,10 @@ class ScaffoldAblationResultDetail(BaseResultDetail):
         description="reference, scaffold, geometry or dictionary",
     )
     description: str = Field(title="Description", description="What it does")
+    special_tokens: bool = Field(
+        title="Special Tokens",
+        description="Whether BOS, EOS and padding are ablated and fitted on, too",
+    )
     size: int | None = Field(
         title="Size", description="Number of dimensions or latents it removes"
     )
@@ -261,42 +237,6 @@ class ScaffoldAblationResultDetail(BaseResultDetail):
     )
     kl_ci_high: float = Field(
         title="KL (high)", description="Upper end of its bootstrap interval"
-    )
-
-
-@dataclass
-class TopicAccuracy:
-    intervention: str = Field(
-        title="Intervention", description="What was taken away at the hook point"
-    )
-    description: str = Field(title="Description", description="What it does")
-    read_at: str = Field(
-        title="Read At",
-        description="Where the topic is read: hook_point or last_layer",
-    )
-    size: int | None = Field(
-        title="Size", description="Number of dimensions or latents it removes"
-    )
-    accuracy: float = Field(
-        title="Accuracy", description="Of a probe trained on clean activations"
-    )
-    accuracy_ci_low: float = Field(
-        title="Accuracy (low)", description="Lower end of its interval over texts"
-    )
-    accuracy_ci_high: float = Field(
-        title="Accuracy (high)", description="Upper end of its interval over texts"
-    )
-    accuracy_retrained: float = Field(
-        title="Accuracy, Retrained",
-        description="Of a probe trained on the changed activations: high if the topic has moved, chance if it is gone",
-    )
-    accuracy_retrained_ci_low: float = Field(
-        title="Accuracy, Retrained (low)",
-        description="Lower end of its interval over texts",
-    )
-    accuracy_retrained_ci_high: float = Field(
-        title="Accuracy, Retrained (high)",
-        description="Upper end of its interval over texts",
     )
 
 

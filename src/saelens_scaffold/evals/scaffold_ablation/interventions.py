@@ -1,7 +1,7 @@
 """Changes to the activations at the hook point, each under the name it is reported by."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -70,6 +70,9 @@ class SAEBatch:
         )
 
 
+WITH_SPECIAL_TOKENS = "_with_special_tokens"
+"""What the names of interventions end in that include special tokens."""
+
 Change = Callable[[SAEBatch], torch.Tensor]
 
 
@@ -85,6 +88,8 @@ class Intervention:
         changes: From the activations to the changed ones, one for each draw.
         size: Number of dimensions or latents that are removed, if that says something.
         of_model: Whether it is the same for all SAEs, given its name and size.
+        special_tokens: Whether it changes BOS, EOS and padding as well, and is fitted on
+            them.
     """
 
     name: str
@@ -93,6 +98,12 @@ class Intervention:
     changes: list[Change]
     size: int | None = None
     of_model: bool = False
+    special_tokens: bool = False
+
+    def including_special_tokens(self) -> "Intervention":
+        """The same, if it was fitted on special tokens as well, for all tokens."""
+        name = f"{self.name}{WITH_SPECIAL_TOKENS}"
+        return replace(self, name=name, special_tokens=True)
 
 
 def interventions(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +24,6 @@ from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     ScaffoldAblationEvalOutput,
     ScaffoldAblationMetricCategories,
     ScaffoldAblationResultDetail,
-    TopicAccuracy,
-    TopicMetrics,
 )
 from saelens_scaffold.evals.scaffold_ablation.fit import ModelFit, SAEFit
 from saelens_scaffold.evals.scaffold_ablation.geometry import geometry
@@ -39,11 +37,11 @@ from saelens_scaffold.evals.scaffold_ablation.predictions import (
     ReplicateLosses,
     SequenceLosses,
 )
-from saelens_scaffold.evals.scaffold_ablation.topics import (
-    TopicProbes,
-    TopicTexts,
-    load_topic_texts,
+from saelens_scaffold.evals.scaffold_ablation.special_tokens import (
+    special_token_metrics,
 )
+from saelens_scaffold.evals.scaffold_ablation.topic_texts import load_topic_texts
+from saelens_scaffold.evals.scaffold_ablation.topics import TopicProbes, topic_metrics
 from saelens_scaffold.evals.selected_saes import SelectedSAE, SelectedSAEs
 from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.subspaces import ActivationMoments
@@ -104,23 +102,37 @@ def _measure(
         stream = TokenStream(config, model, group)
         # read before the long work, so that what is wrong with it is said now
         texts = (
-            load_topic_texts(config, model, stream.context_size)
+            load_topic_texts(config, model, stream.context_size, stream.prepend_bos)
             if config.topics
             else None
         )
         ranks = {sae.key: config.pca_rank or sae.subspace_rank for sae in group}
-        fit, of = _fit(config, hooked, group, stream)
+        fits = _fit(config, hooked, group, stream)
         changes = {
-            sae.key: interventions(config, fit, of[sae.key], ranks[sae.key])
+            sae.key: [
+                change.including_special_tokens() if special else change
+                for special, fit in fits.items()
+                for change in interventions(
+                    config, fit.model, fit.saes[sae.key], ranks[sae.key]
+                )
+            ]
             for sae in group
         }
         losses = _losses(config, hooked, group, stream, changes)
         topics = (
-            TopicProbes(config, hooked, texts).accuracies(of, changes) if texts else {}
+            TopicProbes(config, hooked, texts).accuracies(
+                {special: fit.saes for special, fit in fits.items()}, changes
+            )
+            if texts
+            else {}
         )
         for sae in group:
             accuracies = topics.get(sae.key, [])
-            geometry_metrics, angles = geometry(fit, sae, ranks[sae.key])
+            of_rank = {
+                special: geometry(fit.model, sae, ranks[sae.key])
+                for special, fit in fits.items()
+            }
+            geometry_metrics, angles = of_rank[False]
             details = _details(config, losses, sae, changes[sae.key])
             yield (
                 sae,
@@ -128,7 +140,15 @@ def _measure(
                     "eval_result_metrics": ScaffoldAblationMetricCategories(
                         cross_entropy=_cross_entropy_metrics(config, details),
                         geometry=geometry_metrics,
-                        topics=_topic_metrics(texts, accuracies),
+                        topics=topic_metrics(
+                            texts, accuracies, fits[False].saes[sae.key]
+                        ),
+                        special_tokens=special_token_metrics(
+                            {special: fit.model for special, fit in fits.items()},
+                            {special: found for special, (found, _) in of_rank.items()},
+                            details,
+                            accuracies,
+                        ),
                     ),
                     "eval_result_details": details,
                     "topic_accuracies": accuracies,
@@ -138,21 +158,35 @@ def _measure(
             )
 
 
+class _Fit(NamedTuple):
+    """What is learnt of some tokens: of the activations, and of each SAE by its key."""
+
+    model: ModelFit
+    saes: dict[str, SAEFit]
+
+
 def _fit(
     config: ScaffoldAblationEvalConfig,
     hooked: HookedModel,
     group: list[SelectedSAE],
     stream: TokenStream,
-) -> tuple[ModelFit, dict[str, SAEFit]]:
-    moments = ActivationMoments(group[0].sae.cfg.d_in, hooked.model.cfg.device or "cpu")
-    of = {sae.key: SAEFit(sae) for sae in group}
+) -> dict[bool, _Fit]:
+    """Without special tokens under False, and with them under True if they are wanted."""
+    d_in, device = group[0].sae.cfg.d_in, hooked.model.cfg.device or "cpu"
+    kinds = (False, True) if config.include_special_tokens else (False,)
+    moments = {special: ActivationMoments(d_in, device) for special in kinds}
+    saes = {special: {sae.key: SAEFit(sae) for sae in group} for special in kinds}
     for tokens, counts in stream.batches(config.n_fit_tokens, "Fitting ablations"):
-        x = hooked.below(tokens)[0][counts]
-        check_finite(x, hooked.hook_name)
-        moments.update(x)
-        for fit in of.values():
-            fit.update(x)
-    return ModelFit.of(moments), of
+        full = hooked.below(tokens)[0]
+        for special in kinds:
+            x = full.flatten(0, 1) if special else full[counts]
+            check_finite(x, hooked.hook_name)
+            moments[special].update(x)
+            for fit in saes[special].values():
+                fit.update(x)
+    return {
+        special: _Fit(ModelFit.of(moments[special]), saes[special]) for special in kinds
+    }
 
 
 @dataclass
@@ -188,15 +222,19 @@ def _losses(
         losses.n_predictions += weights @ clean.n_predictions
         losses.clean.add(weights, clean.losses)
         of_model: dict[tuple[str, int | None], SequenceLosses] = {}
+        runs = {False: run}
+        if config.include_special_tokens:
+            runs[True] = run.changing(torch.ones_like(counts))
         for sae in group:
-            batch = SAEBatch(run.x, sae.sae)
+            batches = {special: SAEBatch(of.x, sae.sae) for special, of in runs.items()}
             for change in changes[sae.key]:
+                of, batch = runs[change.special_tokens], batches[change.special_tokens]
                 key = (change.name, change.size)
                 found = of_model.get(key)
                 if found is None:
                     found = SequenceLosses.mean(
                         [
-                            clean.compare(run.above(run.full_with(draw(batch))))
+                            clean.compare(of.above(of.full_with(draw(batch))))
                             for draw in change.changes
                         ]
                     )
@@ -221,6 +259,7 @@ def _details(
         size: int | None,
         n_draws: int,
         of: ReplicateLosses,
+        special_tokens: bool = False,
     ) -> ScaffoldAblationResultDetail:
         ce = of.cross_entropy / losses.n_predictions
         statistics = {
@@ -241,6 +280,7 @@ def _details(
             intervention=name,
             kind=kind,
             description=description,
+            special_tokens=special_tokens,
             size=size,
             n_draws=n_draws,
             **values,
@@ -256,6 +296,7 @@ def _details(
                 change.size,
                 len(change.changes),
                 losses.changed[sae.key][change.name],
+                change.special_tokens,
             )
             for change in changes
         ),
@@ -297,26 +338,6 @@ def _cross_entropy_metrics(
         ce_loss_score=(zero - of["sae_reconstruction"].ce) / (zero - clean),
         **metrics,
     )
-
-
-def _topic_metrics(
-    texts: TopicTexts | None, accuracies: list[TopicAccuracy]
-) -> TopicMetrics:
-    if texts is None:
-        return TopicMetrics()
-    of = {a.intervention: a for a in accuracies if a.read_at == "last_layer"}
-    metrics: dict[str, Any] = {
-        "accuracy_clean": of["clean"].accuracy,
-        "accuracy_topic_latents_ablated": of["topic_latents_ablated"].accuracy,
-    }
-    removed = of.get("scaffold_subtracted")
-    if removed is not None:
-        metrics |= {
-            "accuracy_scaffold_subtracted": removed.accuracy,
-            "accuracy_scaffold_subtracted_ci_low": removed.accuracy_ci_low,
-            "accuracy_scaffold_subtracted_ci_high": removed.accuracy_ci_high,
-        }
-    return TopicMetrics(chance=texts.chance, n_topics=len(texts.topics), **metrics)
 
 
 if __name__ == "__main__":

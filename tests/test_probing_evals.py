@@ -417,7 +417,9 @@ def test_rows_are_drawn_apart_and_again(texts: Path):
     label_of = {row["text"]: row["label"] for row in rows()}
 
     def load(seed: int, name: str = "data.csv") -> Any:
-        return read_labelled_text(str(texts / name), "text", "label").sample(70, 40, seed)
+        return read_labelled_text(str(texts / name), "text", "label").sample(
+            70, 40, seed
+        )
 
     train, test = load(0)
     assert set(train) == set(test) == set(WORDS)
@@ -465,7 +467,9 @@ def test_text_from_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_embedded_text():
-    train, test = read_labelled_text("python-stdlib", "text", "label").sample(20, 10, seed=0)
+    train, test = read_labelled_text("python-stdlib", "text", "label").sample(
+        20, 10, seed=0
+    )
     assert set(train) == set(test)
     assert len(train) == 5
     assert {len(texts) for texts in train.values()} == {20}

@@ -25,6 +25,7 @@ class Metric(NamedTuple):
         digits: How many to show after the point; 0 for a count.
         better: Which direction is the better one, if either is.
         of_sae: Whether it depends on the SAE, and not on language model and text alone.
+        note: Where a text is that says why there is no value, if there is one.
     """
 
     title: str
@@ -32,13 +33,17 @@ class Metric(NamedTuple):
     digits: int = 3
     better: Literal["higher", "lower"] | None = None
     of_sae: bool = True
+    note: str | None = None
 
     def value(self, result: Mapping[str, Any]) -> float | None:
         """Its value in an SAE's result; None if there is none."""
-        value: Any = result.get("eval_result_metrics", {})
-        for key in self.path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
+        value = _at(self.path, result)
         return value if isinstance(value, (int, float)) else None
+
+    def said_instead(self, result: Mapping[str, Any]) -> str | None:
+        """What an SAE's result says where there is no value; None if it says nothing."""
+        said = _at(self.note, result) if self.note else None
+        return said if isinstance(said, str) else None
 
     def interval(self, result: Mapping[str, Any]) -> tuple[float, float] | None:
         """Its interval: that beside it, or what is said over seeds, if either."""
@@ -52,6 +57,13 @@ class Metric(NamedTuple):
         if low is None or high is None or math.isnan(low) or math.isnan(high):
             return None
         return low, high
+
+
+def _at(path: str, result: Mapping[str, Any]) -> Any:
+    value: Any = result.get("eval_result_metrics", {})
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 @dataclass(frozen=True)
@@ -223,21 +235,48 @@ EVALUATIONS: dict[str, Evaluation] = {
             "saelens_scaffold.evals.scaffold_ablation",
             "whole",
             (
-                # cross-entropy as a multiple of the clean one
+                # Cross-entropy as a multiple of the clean one. Each way of removing the
+                # scaffold stands beside the same way of removing principal directions,
+                # and depends only on what the SAE computes, not on how its weights are
+                # written down.
                 Metric(
-                    "CE x, no scaffold", "cross_entropy.ce_ratio_scaffold_subtracted", 2
+                    "CE x, scaffold mean-ablated",
+                    "cross_entropy.ce_ratio_scaffold_mean_ablated",
+                    2,
                 ),
                 Metric(
-                    "CE x, no PCA",
+                    "CE x, PCA mean-ablated",
+                    "cross_entropy.ce_ratio_pca_mean_ablated",
+                    2,
+                    of_sae=False,
+                ),
+                Metric(
+                    "CE x, scaffold projected out",
+                    "cross_entropy.ce_ratio_scaffold_projected_out",
+                    2,
+                ),
+                Metric(
+                    "CE x, PCA projected out",
                     "cross_entropy.ce_ratio_pca_projected_out",
                     2,
                     of_sae=False,
                 ),
                 Metric(
-                    "CE x, no aligned latents",
+                    "CE x, no aligned latents of baseline",
+                    "cross_entropy.ce_ratio_baseline_aligned_latents",
+                    2,
+                    note="cross_entropy.baseline_aligned_latents_note",
+                ),
+                Metric(
+                    "CE x, no aligned latents of its own",
                     "cross_entropy.ce_ratio_aligned_latents",
                     2,
+                    note="cross_entropy.aligned_latents_note",
                 ),
+                Metric("PCA overlap", "geometry.overlap_with_pca", 2),
+                Metric("PCA overlap, random", "geometry.overlap_of_random", 2),
+                Metric("outlier share", "geometry.outlier_share_in_scaffold", 2),
+                Metric("outlier share, random", "geometry.outlier_share_of_random", 2),
                 Metric("topic accuracy", "topics.accuracy_clean", 2, of_sae=False),
                 Metric(
                     "topic accuracy, scaffold mean-ablated",

@@ -44,12 +44,12 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
     n_aligned_latents: list[int] = Field(
         default_factory=lambda: [24, 100, 787, 2048],
         title="Numbers of Aligned Latents",
-        description="How many of the alive sparse latents most aligned with the scaffold are ablated. The paper names 787. More than are alive means all of them.",
+        description="How many of the alive sparse latents most aligned with the scaffold are ablated. The paper names 787. A number larger than are alive is left out. The headline is 787, or else the largest.",
     )
-    aligned_cosine: float = Field(
-        default=0.3,
-        title="Aligned Cosine",
-        description="All sparse latents with a larger cosine between decoder direction and scaffold subspace are ablated, too.",
+    aligned_cosines: list[float] = Field(
+        default_factory=lambda: [0.2, 0.3, 0.4, 0.5],
+        title="Aligned Cosines",
+        description="Cosines between decoder direction and scaffold subspace. The alive sparse latents above each are counted, and ablated where there are any.",
     )
     topics: bool = Field(
         default=True,
@@ -117,6 +117,19 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
         description="How many of the alive sparse latents most aligned with the topics are ablated. More than are alive means all of them.",
     )
 
+    baseline: str | dict[str, str] | None = Field(
+        default=None,
+        title="Baseline",
+        description="Name of the plain SAE in the same call whose latents aligned with the others' scaffolds are ablated, too; or a name for each scaffold SAE, by its name.",
+    )
+
+    def baseline_of(self, name: str) -> str | None:
+        """What the SAE of this name has for a baseline; None if nothing, as itself."""
+        baseline = self.baseline
+        if isinstance(baseline, dict):
+            baseline = baseline.get(name)
+        return None if baseline == name else baseline
+
     @field_validator("n_aligned_latents")
     @classmethod
     def ensure_numbers_of_latents(cls, values: list[int]) -> list[int]:
@@ -151,9 +164,11 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
             raise ValueError("must be at least 1, or None")
         return value
 
-    @field_validator("aligned_cosine")
+    @field_validator("aligned_cosines")
     @classmethod
-    def ensure_cosine(cls, value: float) -> float:
-        if not 0 <= value < 1:
-            raise ValueError("must be a cosine from 0 to below 1")
-        return value
+    def ensure_cosines(cls, values: list[float]) -> list[float]:
+        if not all(0 <= value < 1 for value in values) or len(set(values)) < len(
+            values
+        ):
+            raise ValueError("must be different cosines, each from 0 to below 1")
+        return sorted(values)

@@ -322,7 +322,7 @@ def in_other_gauge(sae: Any, seed: int = 0) -> Any:
     """
     g = torch.Generator().manual_seed(seed)
     sae = copy.deepcopy(sae)
-    constant = torch.randn(RANK, generator=g)
+    constant = 2 * torch.randn(RANK, generator=g)
     mixing = torch.eye(RANK) + 0.3 * torch.randn(RANK, RANK, generator=g)
     scale = 0.5 + torch.rand(sae.cfg.d_sae, generator=g)
     scale[:RANK] = 1
@@ -341,14 +341,21 @@ def in_other_gauge(sae: Any, seed: int = 0) -> Any:
     return sae
 
 
-def test_headline_figures_do_not_depend_on_the_gauge(tmp_path: Path) -> None:
-    sae = eval_sae(rank=RANK)
-    # as the same name and the same file, so that nothing else differs
-    plain = eval_sae(seed=1)
-    of = [
-        evaluate(tmp_path / str(i), {"sae": s, "plain": plain}, baseline="plain")["sae"]
-        for i, s in enumerate((sae, in_other_gauge(sae)))
-    ]
+def test_headline_figures_do_not_depend_on_the_gauge(
+    tmp_path: Path, pca: torch.Tensor
+) -> None:
+    sae = with_pca_scaffold(eval_sae(rank=RANK), pca)
+    with torch.no_grad():
+        sae.W_enc[:, :RANK] *= 0.7  # no projection, as a trained scaffold is none
+    results = evaluate(
+        tmp_path,
+        {"one": sae, "other": in_other_gauge(sae), "plain": eval_sae(seed=1)},
+        baseline="plain",
+        n_tokens=500,
+        n_random_draws=1,
+        n_aligned_latents=[5],
+    )
+    of = [results["one"], results["other"]]
     metrics = [m for m in EVALUATIONS["scaffold_ablation"].metrics if m.value(of[0])]
     assert len(metrics) >= 10
     for metric in metrics:
@@ -365,18 +372,24 @@ def test_headline_figures_do_not_depend_on_the_gauge(tmp_path: Path) -> None:
 
 def test_topic_accuracy_does_not_depend_on_the_gauge(tmp_path: Path) -> None:
     sae = eval_sae(rank=RANK)
+    results = evaluate(
+        tmp_path,
+        {"one": sae, "other": in_other_gauge(sae)},
+        **{**TOPICS, "topic_train_size": 10, "topic_test_size": 10},
+    )
     one, other = (
         {
             (a["intervention"], a["read_at"]): (a["accuracy"], a["accuracy_retrained"])
-            for a in evaluate(tmp_path / str(i), {"sae": s}, **TOPICS)["sae"][
-                "topic_accuracies"
-            ]
+            for a in results[name]["topic_accuracies"]
             if a["intervention"] != "scaffold_subtracted"
         }
-        for i, s in enumerate((sae, in_other_gauge(sae)))
+        for name in ("one", "other")
     )
     assert ("scaffold_mean_ablated", "last_layer") in one
-    assert other == one
+    assert other.keys() == one.keys()
+    for key in one:
+        # of 50 texts at most one, on the edge of two topics, by rounding
+        assert other[key] == pytest.approx(one[key], abs=0.021)
 
 
 @settings(deadline=None, max_examples=40)
@@ -502,7 +515,7 @@ def test_fewer_alive_latents_than_are_asked_for(tmp_path: Path) -> None:
         ("its own", "baseline"),
         strict=True,
     ):
-        assert alignment["n_alive"] < 96
+        assert 5 < alignment["n_alive"] <= 96
         assert alignment["cosine_of_last"][1] is None
         assert metrics[f"ce_ratio_{prefix}aligned_latents"] is None
         cell = metric_cell(result, titled[f"CE x, no aligned latents of {title}"])

@@ -460,7 +460,7 @@ def test_geometry_of_a_scaffold_that_is_the_pca_subspace(
     magnitudes = x.pow(2).mean(dim=0).sqrt().sort(descending=True).values
     # of an even number of dimensions, torch takes the lower one of the two in the middle
     ratio = float(magnitudes[RANK - 1] / magnitudes[D_MODEL // 2])
-    assert found["outlier_root_mean_square"] == pytest.approx(ratio, rel=1e-4)
+    assert found["outlier_rms_ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
 def test_random_subspaces_are_of_the_ranks_they_stand_beside(tmp_path: Path) -> None:

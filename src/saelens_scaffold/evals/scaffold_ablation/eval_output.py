@@ -210,9 +210,9 @@ class GeometryMetrics(BaseMetrics):
         title="Outlier Share of Random Subspaces",
         description="What a random subspace of the scaffold's rank would have in expectation",
     )
-    outlier_root_mean_square: float | None = Field(
+    outlier_rms_ratio: float | None = Field(
         default=None,
-        title="Outlier RMS",
+        title="Outlier RMS Ratio",
         description="Smallest root mean square of these dimensions, as a multiple of the median dimension's: near 1, they are no outliers",
     )
 

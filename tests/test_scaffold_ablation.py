@@ -230,7 +230,6 @@ def test_headline_metrics_are_those_of_the_details(results: dict[str, Any]) -> N
         "ce_ratio_pca_projected_out": "pca_projected_out",
         "ce_ratio_random_projected_out": "random_projected_out",
         "ce_ratio_scaffold_subtracted_gauge_fixed": "scaffold_subtracted_gauge_fixed",
-        "ce_ratio_scaffold_subtracted": "scaffold_subtracted",
         # 787 was not asked for
         "ce_ratio_aligned_latents": "aligned_20_latents",
         "ce_ratio_baseline_aligned_latents": "baseline_aligned_20_latents",
@@ -323,7 +322,7 @@ def in_other_gauge(sae: Any, seed: int = 0) -> Any:
     """
     g = torch.Generator().manual_seed(seed)
     sae = copy.deepcopy(sae)
-    constant = torch.randn(RANK, generator=g)
+    constant = 2 * torch.randn(RANK, generator=g)
     mixing = torch.eye(RANK) + 0.3 * torch.randn(RANK, RANK, generator=g)
     scale = 0.5 + torch.rand(sae.cfg.d_sae, generator=g)
     scale[:RANK] = 1
@@ -342,20 +341,32 @@ def in_other_gauge(sae: Any, seed: int = 0) -> Any:
     return sae
 
 
-def test_headline_figures_do_not_depend_on_the_gauge(tmp_path: Path) -> None:
-    sae = eval_sae(rank=RANK)
-    # as the same name and the same file, so that nothing else differs
-    plain = eval_sae(seed=1)
-    of = [
-        evaluate(tmp_path / str(i), {"sae": s, "plain": plain}, baseline="plain")["sae"]
-        for i, s in enumerate((sae, in_other_gauge(sae)))
-    ]
+def test_headline_figures_do_not_depend_on_the_gauge(
+    tmp_path: Path, pca: torch.Tensor
+) -> None:
+    sae = with_pca_scaffold(eval_sae(rank=RANK), pca)
+    with torch.no_grad():
+        sae.W_enc[:, :RANK] *= 0.7  # no projection, as a trained scaffold is none
+    results = evaluate(
+        tmp_path,
+        {"one": sae, "other": in_other_gauge(sae), "plain": eval_sae(seed=1)},
+        baseline="plain",
+        n_tokens=500,
+        n_random_draws=1,
+        n_aligned_latents=[5],
+    )
+    of = [results["one"], results["other"]]
     metrics = [m for m in EVALUATIONS["scaffold_ablation"].metrics if m.value(of[0])]
     assert len(metrics) >= 10
     for metric in metrics:
         assert metric.value(of[1]) == pytest.approx(metric.value(of[0]), rel=1e-4)
         if (interval := metric.interval(of[0])) is not None:
             assert metric.interval(of[1]) == pytest.approx(interval, rel=1e-4)
+    one, other = (result["eval_result_metrics"]["cross_entropy"] for result in of)
+    figures = [name for name, value in one.items() if isinstance(value, float)]
+    assert len(figures) > 20
+    for name in figures:
+        assert other[name] == pytest.approx(one[name], rel=1e-4), name
     one, other = by_name(of[0]), by_name(of[1])
     assert set(one) == set(other)
     for name in set(one) - {"scaffold_subtracted"}:
@@ -366,18 +377,24 @@ def test_headline_figures_do_not_depend_on_the_gauge(tmp_path: Path) -> None:
 
 def test_topic_accuracy_does_not_depend_on_the_gauge(tmp_path: Path) -> None:
     sae = eval_sae(rank=RANK)
+    results = evaluate(
+        tmp_path,
+        {"one": sae, "other": in_other_gauge(sae)},
+        **{**TOPICS, "topic_train_size": 10, "topic_test_size": 10},
+    )
     one, other = (
         {
             (a["intervention"], a["read_at"]): (a["accuracy"], a["accuracy_retrained"])
-            for a in evaluate(tmp_path / str(i), {"sae": s}, **TOPICS)["sae"][
-                "topic_accuracies"
-            ]
+            for a in results[name]["topic_accuracies"]
             if a["intervention"] != "scaffold_subtracted"
         }
-        for i, s in enumerate((sae, in_other_gauge(sae)))
+        for name in ("one", "other")
     )
     assert ("scaffold_mean_ablated", "last_layer") in one
-    assert other == one
+    assert other.keys() == one.keys()
+    for key in one:
+        # of 50 texts at most one, on the edge of two topics, by rounding
+        assert other[key] == pytest.approx(one[key], abs=0.021)
 
 
 @settings(deadline=None, max_examples=40)
@@ -444,7 +461,7 @@ def test_geometry_of_a_scaffold_that_is_the_pca_subspace(
     magnitudes = x.pow(2).mean(dim=0).sqrt().sort(descending=True).values
     # of an even number of dimensions, torch takes the lower one of the two in the middle
     ratio = float(magnitudes[RANK - 1] / magnitudes[D_MODEL // 2])
-    assert found["outlier_root_mean_square"] == pytest.approx(ratio, rel=1e-4)
+    assert found["outlier_rms_ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
 def test_random_subspaces_are_of_the_ranks_they_stand_beside(tmp_path: Path) -> None:
@@ -503,7 +520,7 @@ def test_fewer_alive_latents_than_are_asked_for(tmp_path: Path) -> None:
         ("its own", "baseline"),
         strict=True,
     ):
-        assert alignment["n_alive"] < 96
+        assert 5 < alignment["n_alive"] <= 96
         assert alignment["cosine_of_last"][1] is None
         assert metrics[f"ce_ratio_{prefix}aligned_latents"] is None
         cell = metric_cell(result, titled[f"CE x, no aligned latents of {title}"])

@@ -42,7 +42,6 @@ _RATIOS = {
         "pca_projected_out",
         "random_projected_out",
         "scaffold_subtracted_gauge_fixed",
-        "scaffold_subtracted",
     )
 } | {"ce_ratio_reconstruction": "sae_reconstruction"}
 

@@ -48,6 +48,9 @@ class CrossEntropyMetrics(BaseMetrics):
     Like stands beside like: mean-ablated scaffold and principal directions first, then
     both projected out. Were the scaffold the projection on those directions, the figures
     of each pair would be equal.
+
+    No figure depends on the gauge, that is on how a constant of the scaffold's span is
+    divided between s(x) and b_dec. (The detail `scaffold_subtracted` does.)
     """
 
     ce_clean: float = Field(
@@ -122,17 +125,6 @@ class CrossEntropyMetrics(BaseMetrics):
     )
     ce_ratio_scaffold_subtracted_gauge_fixed_ci_high: float | None = _high(
         "CE Ratio, Scaffold Subtracted (Gauge Fixed)"
-    )
-    ce_ratio_scaffold_subtracted: float | None = Field(
-        default=None,
-        title="CE Ratio, Scaffold Subtracted (Gauge of the Weights)",
-        description="CE of x - s(x), as a multiple of the clean CE. Depends on a convention: a constant in the scaffold's span can be moved between s(x) and b_dec, and the reconstruction stays the same. No other figure here does",
-    )
-    ce_ratio_scaffold_subtracted_ci_low: float | None = _low(
-        "CE Ratio, Scaffold Subtracted (Gauge of the Weights)"
-    )
-    ce_ratio_scaffold_subtracted_ci_high: float | None = _high(
-        "CE Ratio, Scaffold Subtracted (Gauge of the Weights)"
     )
     n_aligned_latents: int | None = Field(
         default=None,
@@ -225,9 +217,9 @@ class GeometryMetrics(BaseMetrics):
         title="Outlier Share of Random Subspaces",
         description="What a random subspace of the scaffold's rank would have in expectation",
     )
-    outlier_root_mean_square: float | None = Field(
+    outlier_rms_ratio: float | None = Field(
         default=None,
-        title="Outlier RMS",
+        title="Outlier RMS Ratio",
         description="Smallest root mean square of these dimensions, as a multiple of the median dimension's: near 1, they are no outliers",
     )
 

@@ -38,7 +38,7 @@ def geometry(
         "variance_explained_by_random": rank / d_in,
         "outlier_share_in_pca": outlier_share(pca),
         "outlier_share_in_random": rank / d_in,
-        "outlier_root_mean_square": float(
+        "outlier_rms_ratio": float(
             fit.root_mean_squares[rank - 1] / fit.root_mean_squares.median()
         ),
     }

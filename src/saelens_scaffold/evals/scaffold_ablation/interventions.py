@@ -257,11 +257,8 @@ def _of_dictionary(
     prefix: str = "",
 ) -> Iterator[Intervention]:
     aligned, cosines = most_aligned_of(of, basis)
-    whose = (
-        f"the sparse latents of the baseline {of.sae.label}"
-        if prefix
-        else ("the SAE's own sparse latents")
-    )
+    owner = f"the baseline {of.sae.label}" if prefix else "the SAE itself"
+    whose = f"the sparse latents of {owner}"
     for n in config.n_aligned_latents:
         if n > len(aligned):  # would be all that are alive, under another name
             continue

@@ -395,7 +395,11 @@ def test_text_that_evaluations_take_by_default_is_looked_for(
         ({"baselines": {"batchtopk": "batchtopk"}}, "cannot be its own baseline"),
         (
             {"evaluations": {"dense_latents": {"baseline": "x"}}},
-            "must have no baseline",
+            "dense_latents must have no baseline",
+        ),
+        (
+            {"evaluations": {"scaffold_ablation": {"baseline": "x"}}},
+            "scaffold_ablation must have no baseline",
         ),
         (
             {"training": {"training_tokens": 1.5}},

@@ -187,16 +187,16 @@ def _cross_entropy(rng: np.random.Generator, rank: int) -> dict[str, float | Non
     ratios: dict[str, float | None] = {"ce_clean": 2.1, "ce_loss_score": 0.9}
     for name, ratio, needs_scaffold in (
         ("reconstruction", 1.2, False),
-        ("pca_projected_out", 2.8, False),
-        ("random_projected_out", 1.01, False),
-        ("scaffold_subtracted", 7.5, True),
+        ("pca_mean_ablated", 2.8, False),
+        ("random_mean_ablated", 1.01, False),
+        ("scaffold_mean_ablated", 7.5, True),
         ("scaffold_projected_out", 5.0, True),
         ("aligned_latents", 2.9, True),
     ):
         known = rank > 0 or not needs_scaffold
         value = ratio * rng.uniform(0.9, 1.1) if known else None
         ratios[f"ce_ratio_{name}"] = value
-        if name not in ("reconstruction", "random_projected_out"):
+        if name not in ("reconstruction", "random_mean_ablated"):
             ratios[f"ce_ratio_{name}_ci_low"] = value and 0.95 * value
             ratios[f"ce_ratio_{name}_ci_high"] = value and 1.05 * value
     return ratios
@@ -523,14 +523,14 @@ def test_ablation_bars_reach_from_one_to_the_mean(
         for sae in results["saes"]
         if sae["architecture"] == "scaffold_batchtopk" and sae["axes"]["k"] == KS[0]
     ]
-    bar = trace["y"].index("scaffold<br>subtracted")
-    mean = np.mean([ratio["ce_ratio_scaffold_subtracted"] for ratio in ratios])
-    highest = max(ratio["ce_ratio_scaffold_subtracted_ci_high"] for ratio in ratios)
+    bar = trace["y"].index("scaffold<br>mean<br>ablated")
+    mean = np.mean([ratio["ce_ratio_scaffold_mean_ablated"] for ratio in ratios])
+    highest = max(ratio["ce_ratio_scaffold_mean_ablated_ci_high"] for ratio in ratios)
     assert trace["base"][bar] + trace["x"][bar] == pytest.approx(mean)
     assert mean + trace["error_x"]["array"][bar] == pytest.approx(highest)
     # whose scaffold could not be removed, there being none
     plain = plotted(desktop.page, "ablation-1")["batchtopk"]
-    assert "scaffold<br>subtracted" not in plain["y"]
+    assert "scaffold<br>mean<br>ablated" not in plain["y"]
 
 
 def test_series_look_the_same_in_every_plot(desktop: Visit):

@@ -180,3 +180,42 @@ def test_until_something_is_trained_all_can_change(
         with pytest.raises(KeyboardInterrupt):
             again(out, data_seed=seed)
     assert yaml.safe_load((out / "compare.yaml").read_text())["data_seed"] == 2
+
+
+@pytest.mark.usefixtures("no_training")
+def test_scaffold_ablation_is_given_the_baseline_of_the_same_k(out: Path) -> None:
+    ablation = {
+        "n_tokens": 60,
+        "n_fit_tokens": 60,
+        "n_bootstrap": 5,
+        "n_random_draws": 1,
+        "n_aligned_latents": [3],
+        "aligned_cosines": [],
+        "topics": False,
+    }
+    changes: dict[str, Any] = {"evaluations": {"scaffold_ablation": ablation}}
+    results = again(out, **changes)
+    judged, plain = "scaffold_batchtopk-k_4-scaffold_rank_2-seed_0", NAME
+    of = {
+        sae["name"]: sae["evaluations"]["scaffold_ablation"] for sae in results["saes"]
+    }
+    assert of[judged]["cross_entropy"]["ce_ratio_baseline_aligned_latents"] > 0
+    assert of[plain]["cross_entropy"]["ce_ratio_baseline_aligned_latents"] is None
+    (file,) = (out / "eval_results/scaffold_ablation").glob(f"{judged}*.json")
+    result = json.loads(file.read_text())
+    assert result["eval_config"]["baseline"] == {judged: plain}
+    assert [a["sae"] for a in result["dictionary_alignments"]] == [judged, plain]
+    # claim i, of SAEs that have a scaffold
+    in_curves = {curve["metric"].rpartition(".")[2] for curve in results["curves"]}
+    assert {
+        "overlap_with_pca",
+        "overlap_of_random",
+        "outlier_share_in_scaffold",
+        "outlier_share_of_random",
+    } <= in_curves
+    # what it was made from says so, too
+    written = file.read_bytes()
+    again(out, **changes)
+    assert file.read_bytes() == written
+    again(out, **changes, baselines={})
+    assert json.loads(file.read_text())["eval_config"]["baseline"] is None

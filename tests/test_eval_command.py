@@ -547,7 +547,7 @@ def test_graphs(run: Any, saes: dict[str, str]) -> None:
         assert {"sae_class", "d_sae", "train_tokens"} <= set(loaded)
         headline = graphing_utils.get_custom_metric_key_and_name
         assert headline(files[0]) == ("dense_latents", "Dense Latents")
-        assert headline("x/scaffold_ablation")[0] == "ce_ratio_scaffold_subtracted"
+        assert headline("x/scaffold_ablation")[0] == "ce_ratio_scaffold_mean_ablated"
         assert headline("x/tpp", 10)[0] == "tpp_threshold_10_total_metric"
         files = graphing_utils.find_eval_results_files(["core_results/core"])
         (loaded,) = graphing_utils.get_eval_results(files).values()

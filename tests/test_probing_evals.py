@@ -35,7 +35,6 @@ from helpers import scaffold_sae
 from saelens_scaffold.embedded import load_embedded_model, register_embedded_model
 from saelens_scaffold.evals.labelled_data import (
     known_to_sae_bench,
-    load_labelled_data,
     read_labelled_text,
 )
 from saelens_scaffold.evals.selected_saes import View, resolve_saes
@@ -410,7 +409,7 @@ def test_several_seeds(name: str, texts: Path, scaffold: Any, tmp_path: Path):
 @pytest.mark.parametrize("file", ["data.jsonl", "data.parquet", "saved"])
 def test_every_format_gives_the_same_texts(file: str, texts: Path):
     def load(name: str) -> Any:
-        return load_labelled_data(str(texts / name), "text", "label", 50, 20, seed=1)
+        return read_labelled_text(str(texts / name), "text", "label").sample(50, 20, 1)
 
     assert load(file) == load("data.csv")
 
@@ -419,7 +418,9 @@ def test_rows_are_drawn_apart_and_again(texts: Path):
     label_of = {row["text"]: row["label"] for row in rows()}
 
     def load(seed: int, name: str = "data.csv") -> Any:
-        return load_labelled_data(str(texts / name), "text", "label", 70, 40, seed)
+        return read_labelled_text(str(texts / name), "text", "label").sample(
+            70, 40, seed
+        )
 
     train, test = load(0)
     assert set(train) == set(test) == set(WORDS)
@@ -496,7 +497,9 @@ def test_no_text_is_trained_and_tested_on(
 
 
 def test_embedded_text():
-    train, test = load_labelled_data("python-stdlib", "text", "label", 20, 10, seed=0)
+    train, test = read_labelled_text("python-stdlib", "text", "label").sample(
+        20, 10, seed=0
+    )
     assert set(train) == set(test)
     assert len(train) == 5
     assert {len(texts) for texts in train.values()} == {20}

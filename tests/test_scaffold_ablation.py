@@ -1,9 +1,13 @@
 """The scaffold ablation against the same interventions by TransformerLens's own hooks."""
 
+import copy
+import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,7 @@ from transformer_lens import HookedTransformer
 from eval_helpers import D_MODEL, HOOK, eval_sae
 from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
 from saelens_scaffold.evals.language_model import HookedModel
+from saelens_scaffold.evals.registry import EVALUATIONS
 from saelens_scaffold.evals.scaffold_ablation import (
     ScaffoldAblationEvalConfig,
     ScaffoldAblationEvalOutput,
@@ -28,6 +33,7 @@ from saelens_scaffold.evals.scaffold_ablation.latents import (
     most_aligned,
 )
 from saelens_scaffold.evals.scaffold_ablation.main import run_eval
+from saelens_scaffold.evals.table import metric_cell
 
 CONTEXT = 64
 RANK = 4
@@ -42,8 +48,9 @@ def config(**overrides: Any) -> ScaffoldAblationEvalConfig:
         "n_tokens": 1_000,
         "n_bootstrap": 50,
         "n_aligned_latents": [5, 20],
-        "aligned_cosine": 0.2,
+        "aligned_cosines": [0.2, 0.9],
         "topics": False,
+        "include_special_tokens": False,
         **overrides,
     }
     return ScaffoldAblationEvalConfig(**kwargs)
@@ -112,7 +119,27 @@ def activations(model: HookedTransformer, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     saes = {"scaffold": eval_sae(rank=RANK), "plain": eval_sae(seed=1)}
-    return evaluate(tmp_path_factory.mktemp("out"), saes)
+    return evaluate(tmp_path_factory.mktemp("out"), saes, baseline="plain")
+
+
+def project(
+    x: torch.Tensor, rows: torch.Tensor, at: torch.Tensor | float = 0.0
+) -> torch.Tensor:
+    return x - ((x - at) @ rows.T) @ rows
+
+
+@torch.no_grad()
+def most_aligned_latents(
+    sae: Any, x: torch.Tensor, basis: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """Living latents by cosine with a subspace, and how many have one above 0.2."""
+    rank = getattr(sae.cfg, "scaffold_rank", 0)
+    alive = (sae.encode(x) != 0).any(dim=0)
+    alive[:rank] = False
+    # the decoder rows of these SAEs have norm 1
+    cosines = (sae.W_dec @ basis.T).norm(dim=1).where(alive, -torch.inf)
+    order = cosines.argsort(descending=True)[: int(alive.sum())]
+    return order, int((cosines > 0.2).sum())
 
 
 def test_every_ce_and_kl_agrees_with_transformer_lens_hooks(
@@ -128,28 +155,26 @@ def test_every_ce_and_kl_agrees_with_transformer_lens_hooks(
     outliers = x.pow(2).mean(dim=0).topk(RANK).indices
     with torch.no_grad():
         mean_s = sae.scaffold(x.float()).mean(dim=0)
-        acts = sae.encode(x.float())[:, RANK:]
     scaffold = torch.linalg.qr(sae.W_dec[:RANK].detach().T).Q.T
-    alive = (acts != 0).any(dim=0)
-    cosines = (sae.W_dec[RANK:].detach() @ scaffold.T).norm(dim=1)
-    order = cosines.where(alive, -torch.inf).argsort(descending=True)
-    n_above = int((cosines[alive] > 0.2).sum())
-    assert 0 < n_above < 20
+    with torch.no_grad():
+        bias = project(sae.b_dec, scaffold) - sae.b_dec
+    own, n_own = most_aligned_latents(sae, x.float(), scaffold)
+    plain = eval_sae(seed=1)
+    of_plain, n_of_plain = most_aligned_latents(plain, x.float(), scaffold)
+    assert 0 < n_own < 20
+    assert 0 < n_of_plain < 20
 
-    def project(
-        x: torch.Tensor, rows: torch.Tensor, at: torch.Tensor | float = 0.0
+    def without_latents(
+        x: torch.Tensor, of: Any, latents: torch.Tensor
     ) -> torch.Tensor:
-        return x - ((x - at) @ rows.T) @ rows
-
-    def without_latents(x: torch.Tensor, n: int) -> torch.Tensor:
-        f = sae.encode(x)
+        f = of.encode(x)
         kept = f.clone()
-        kept[..., RANK + order[:n]] = 0
-        return x - sae.decode(f) + sae.decode(kept)
+        kept[..., latents] = 0
+        return x - of.decode(f) + of.decode(kept)
 
-    def without_dimensions(x: torch.Tensor) -> torch.Tensor:
+    def with_dimensions(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         x = x.clone()
-        x[..., outliers] = 0
+        x[..., outliers] = values[outliers]
         return x
 
     expected: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {
@@ -157,18 +182,26 @@ def test_every_ce_and_kl_agrees_with_transformer_lens_hooks(
         "sae_reconstruction": lambda x: sae.decode(sae.encode(x)),
         "zero_ablation": torch.zeros_like,
         "mean_ablation": lambda x: mean.float().expand_as(x),
-        "scaffold_subtracted": lambda x: x - sae.scaffold(x),
         "scaffold_mean_ablated": lambda x: x - sae.scaffold(x) + mean_s,
         "scaffold_projected_out": lambda x: project(x, scaffold),
-        "pca_projected_out": lambda x: project(x, pca),
+        "scaffold_subtracted_gauge_fixed": lambda x: x - sae.scaffold(x) + bias,
+        "scaffold_subtracted": lambda x: x - sae.scaffold(x),
         "pca_mean_ablated": lambda x: project(x, pca, mean.float()),
-        "outlier_dimensions_zeroed": without_dimensions,
-        "aligned_5_latents": lambda x: without_latents(x, 5),
-        "aligned_20_latents": lambda x: without_latents(x, 20),
-        "aligned_above_0.2_latents": lambda x: without_latents(x, n_above),
+        "pca_projected_out": lambda x: project(x, pca),
+        "outlier_dimensions_mean_ablated": lambda x: with_dimensions(x, mean.float()),
+        "outlier_dimensions_projected_out": lambda x: with_dimensions(x, 0 * x[0, 0]),
     }
+    for prefix, of, latents, n_above in (
+        ("", sae, own, n_own),
+        ("baseline_", plain, of_plain, n_of_plain),
+    ):
+        for name, n in {"5": 5, "20": 20, "above_0.2": n_above}.items():
+            expected[f"{prefix}aligned_{name}_latents"] = partial(
+                without_latents, of=of, latents=latents[:n]
+            )
     found = by_name(results["scaffold"])
-    drawn = {"random_projected_out"} | {n for n in found if n.startswith("matched_")}
+    drawn = {n for n in found if "random" in n or "matched" in n}
+    assert len(drawn) == 2 + 2 * 2
     assert set(found) == set(expected) | drawn
     clean_ce, _ = losses(model, tokens)
     for name, change in expected.items():
@@ -178,7 +211,8 @@ def test_every_ce_and_kl_agrees_with_transformer_lens_hooks(
         assert found[name]["ce_ratio"] == pytest.approx(ce / clean_ce, abs=1e-4)
         assert found[name]["delta_ce"] == pytest.approx(ce - clean_ce, abs=2e-4)
         assert found[name]["ce_ci_low"] < ce < found[name]["ce_ci_high"], name
-    assert found["aligned_above_0.2_latents"]["size"] == n_above
+    assert found["aligned_above_0.2_latents"]["size"] == n_own
+    assert found["baseline_aligned_above_0.2_latents"]["size"] == n_of_plain
     counts = (tokens[:, :-1] != 0) & (tokens[:, 1:] != 0)
     assert results["scaffold"]["n_predictions"] == int(counts.sum())
 
@@ -189,14 +223,21 @@ def test_headline_metrics_are_those_of_the_details(results: dict[str, Any]) -> N
     assert metrics["ce_clean"] == found["clean"]["ce"]
     for metric, name in {
         "ce_ratio_reconstruction": "sae_reconstruction",
-        "ce_ratio_scaffold_subtracted": "scaffold_subtracted",
         "ce_ratio_scaffold_mean_ablated": "scaffold_mean_ablated",
+        "ce_ratio_pca_mean_ablated": "pca_mean_ablated",
+        "ce_ratio_random_mean_ablated": "random_mean_ablated",
         "ce_ratio_scaffold_projected_out": "scaffold_projected_out",
         "ce_ratio_pca_projected_out": "pca_projected_out",
         "ce_ratio_random_projected_out": "random_projected_out",
-        "ce_ratio_aligned_latents": "aligned_20_latents",  # 787 was not asked for
+        "ce_ratio_scaffold_subtracted_gauge_fixed": "scaffold_subtracted_gauge_fixed",
+        # 787 was not asked for
+        "ce_ratio_aligned_latents": "aligned_20_latents",
+        "ce_ratio_baseline_aligned_latents": "baseline_aligned_20_latents",
     }.items():
         assert metrics[metric] == found[name]["ce_ratio"]
+        for end in ("ci_low", "ci_high"):
+            if f"{metric}_{end}" in metrics:
+                assert metrics[f"{metric}_{end}"] == found[name][f"ce_ratio_{end}"]
     assert metrics["n_aligned_latents"] == 20
     score = (found["zero_ablation"]["ce"] - found["sae_reconstruction"]["ce"]) / (
         found["zero_ablation"]["ce"] - found["clean"]["ce"]
@@ -214,45 +255,196 @@ def test_tables_of_plain_and_scaffold_saes_line_up(results: dict[str, Any]) -> N
     for name in set(plain) - {"sae_reconstruction"}:
         assert plain[name] == scaffold[name]
     metrics = results["plain"]["eval_result_metrics"]
-    assert metrics["cross_entropy"]["ce_ratio_scaffold_subtracted"] is None
+    assert metrics["cross_entropy"]["ce_ratio_scaffold_mean_ablated"] is None
+    assert results["plain"]["dictionary_alignments"] == []
     assert metrics["geometry"]["overlap_with_pca"] is None
     assert metrics["geometry"]["pca_rank"] == RANK
     TypeAdapter(ScaffoldAblationEvalOutput).validate_python(results["plain"])
     TypeAdapter(ScaffoldAblationEvalOutput).validate_python(results["scaffold"])
 
 
-def test_planted_scaffold_is_taken_out_exactly(
-    tmp_path: Path,
-    model: HookedTransformer,
-    split_tokens: tuple[torch.Tensor, torch.Tensor],
-) -> None:
-    """s(x) is the projection of x on known directions, so x - s(x) lacks just those."""
-    sae = eval_sae(rank=RANK)
-    g = torch.Generator().manual_seed(7)
-    directions = torch.linalg.qr(torch.randn(D_MODEL, RANK, generator=g)).Q
+@pytest.fixture(scope="module")
+def pca(
+    model: HookedTransformer, split_tokens: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Top principal directions, shape (RANK, d_model)."""
+    x = activations(model, split_tokens[0]).double()
+    return torch.linalg.eigh(torch.cov(x.T)).eigenvectors[:, -RANK:].T
+
+
+def with_pca_scaffold(sae: Any, pca: torch.Tensor) -> Any:
+    """The SAE with s(x) the projection of x - b_dec on the principal directions."""
+    # of the same subspace another basis, and its dual
+    mixing = torch.randn(
+        RANK, RANK, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     with torch.no_grad():
-        sae.W_enc[:, :RANK] = directions
-        sae.W_dec[:RANK] = directions.T
-        sae.b_dec.zero_()
-    found = by_name(evaluate(tmp_path, {"sae": sae})["sae"])
-    ce, kl = losses(model, split_tokens[1], lambda x: x - x @ directions @ directions.T)
-    for name in ("scaffold_subtracted", "scaffold_projected_out"):
-        assert found[name]["ce"] == pytest.approx(ce, abs=1e-5)
-        assert found[name]["kl"] == pytest.approx(kl, abs=1e-5)
+        sae.W_dec[:RANK] = (mixing @ pca).float()
+        sae.W_enc[:, :RANK] = (pca.T @ mixing.inverse()).float()
+    return sae
+
+
+def test_scaffold_that_is_the_pca_projection_costs_what_pca_does(
+    tmp_path: Path, pca: torch.Tensor
+) -> None:
+    sae = with_pca_scaffold(eval_sae(rank=RANK), pca)
+    with torch.no_grad():
+        sae.b_dec += 3 * pca[0]  # a bias of which much is in the span
+    result = evaluate(tmp_path, {"sae": sae})["sae"]
+    found = by_name(result)
+    for ours, theirs in (
+        ("scaffold_mean_ablated", "pca_mean_ablated"),
+        ("scaffold_projected_out", "pca_projected_out"),
+        ("scaffold_subtracted_gauge_fixed", "pca_projected_out"),
+    ):
+        for key in ("ce", "ce_ratio", "ce_ratio_ci_low", "ce_ratio_ci_high", "kl"):
+            assert found[ours][key] == pytest.approx(found[theirs][key], rel=2e-5)
+    metrics = result["eval_result_metrics"]["cross_entropy"]
+    for way in ("mean_ablated", "projected_out"):
+        assert metrics[f"ce_ratio_scaffold_{way}"] == pytest.approx(
+            metrics[f"ce_ratio_pca_{way}"], rel=2e-5
+        )
+    # unlike removals of the very same thing differ, and so does one without a gauge
+    costs = [
+        found[name]["ce_ratio"]
+        for name in ("pca_mean_ablated", "pca_projected_out", "scaffold_subtracted")
+    ]
+    assert all(abs(a - b) > 0.01 for a, b in itertools.combinations(costs, 2))
+
+
+@torch.no_grad()
+def in_other_gauge(sae: Any, seed: int = 0) -> Any:
+    """
+    An SAE of other weights with the same reconstruction.
+
+    A constant of the scaffold's span goes from z to b_dec, the scaffold's coordinates get
+    another basis, and latents another scale.
+    """
+    g = torch.Generator().manual_seed(seed)
+    sae = copy.deepcopy(sae)
+    constant = 2 * torch.randn(RANK, generator=g)
+    mixing = torch.eye(RANK) + 0.3 * torch.randn(RANK, RANK, generator=g)
+    scale = 0.5 + torch.rand(sae.cfg.d_sae, generator=g)
+    scale[:RANK] = 1
+    moved = constant @ sae.W_dec[:RANK]
+    sae.b_dec += moved
+    if sae.cfg.apply_b_dec_to_input:
+        sae.b_enc += moved @ sae.W_enc
+    sae.b_enc[:RANK] -= constant
+    sae.W_enc[:, :RANK] = sae.W_enc[:, :RANK] @ mixing
+    sae.b_enc[:RANK] = sae.b_enc[:RANK] @ mixing
+    sae.W_dec[:RANK] = mixing.inverse() @ sae.W_dec[:RANK]
+    sae.W_enc *= scale
+    sae.b_enc *= scale
+    sae.threshold[RANK:] *= scale[RANK:]
+    sae.W_dec /= scale[:, None]
+    return sae
+
+
+def test_headline_figures_do_not_depend_on_the_gauge(
+    tmp_path: Path, pca: torch.Tensor
+) -> None:
+    sae = with_pca_scaffold(eval_sae(rank=RANK), pca)
+    with torch.no_grad():
+        sae.W_enc[:, :RANK] *= 0.7  # no projection, as a trained scaffold is none
+    results = evaluate(
+        tmp_path,
+        {"one": sae, "other": in_other_gauge(sae), "plain": eval_sae(seed=1)},
+        baseline="plain",
+        n_tokens=500,
+        n_random_draws=1,
+        n_aligned_latents=[5],
+    )
+    of = [results["one"], results["other"]]
+    metrics = [m for m in EVALUATIONS["scaffold_ablation"].metrics if m.value(of[0])]
+    assert len(metrics) >= 10
+    for metric in metrics:
+        assert metric.value(of[1]) == pytest.approx(metric.value(of[0]), rel=1e-4)
+        if (interval := metric.interval(of[0])) is not None:
+            assert metric.interval(of[1]) == pytest.approx(interval, rel=1e-4)
+    one, other = (result["eval_result_metrics"]["cross_entropy"] for result in of)
+    figures = [name for name, value in one.items() if isinstance(value, float)]
+    assert len(figures) > 20
+    for name in figures:
+        assert other[name] == pytest.approx(one[name], rel=1e-4), name
+    one, other = by_name(of[0]), by_name(of[1])
+    assert set(one) == set(other)
+    for name in set(one) - {"scaffold_subtracted"}:
+        assert other[name]["ce"] == pytest.approx(one[name]["ce"], rel=1e-4), name
+    subtracted = [ratios["scaffold_subtracted"]["ce_ratio"] for ratios in (one, other)]
+    assert abs(subtracted[0] - subtracted[1]) > 0.01
+
+
+def test_topic_accuracy_does_not_depend_on_the_gauge(tmp_path: Path) -> None:
+    sae = eval_sae(rank=RANK)
+    results = evaluate(
+        tmp_path,
+        {"one": sae, "other": in_other_gauge(sae)},
+        **{**TOPICS, "topic_train_size": 10, "topic_test_size": 10},
+    )
+    one, other = (
+        {
+            (a["intervention"], a["read_at"]): (a["accuracy"], a["accuracy_retrained"])
+            for a in results[name]["topic_accuracies"]
+            if a["intervention"] != "scaffold_subtracted"
+        }
+        for name in ("one", "other")
+    )
+    assert ("scaffold_mean_ablated", "last_layer") in one
+    assert other.keys() == one.keys()
+    for key in one:
+        # of 50 texts at most one, on the edge of two topics, by rounding
+        assert other[key] == pytest.approx(one[key], abs=0.021)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**16),
+    apply_b_dec_to_input=st.booleans(),
+    normalize_activations=st.sampled_from(
+        ["none", "layer_norm", "constant_norm_rescale"]
+    ),
+)
+@torch.no_grad()
+def test_scaffold_in_the_fixed_gauge(
+    seed: int, apply_b_dec_to_input: bool, normalize_activations: str
+) -> None:
+    """Of every gauge the same, though the scaffold's part itself is not."""
+    sae = eval_sae(
+        rank=RANK,
+        apply_b_dec_to_input=apply_b_dec_to_input,
+        normalize_activations=normalize_activations,
+    )
+    other = in_other_gauge(sae, seed)
+    g = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(40, D_MODEL, generator=g) + torch.randn(D_MODEL, generator=g)
+    torch.testing.assert_close(
+        other.decode(other.encode(x)),
+        sae.decode(sae.encode(x)),
+        atol=1e-3,
+        rtol=1e-3,
+    )
+    fixed = sae.scaffold(x, fix_gauge=True)
+    torch.testing.assert_close(
+        other.scaffold(x, fix_gauge=True), fixed, atol=1e-3, rtol=1e-3
+    )
+    assert not torch.allclose(other.scaffold(x), sae.scaffold(x), atol=1e-2)
+    # it is s itself where b_dec is orthogonal to the span
+    sae.b_dec.copy_(project(sae.b_dec, torch.linalg.qr(sae.W_dec[:RANK].T).Q.T))
+    torch.testing.assert_close(
+        sae.scaffold(x, fix_gauge=True), sae.scaffold(x), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_geometry_of_a_scaffold_that_is_the_pca_subspace(
     tmp_path: Path,
     model: HookedTransformer,
     split_tokens: tuple[torch.Tensor, torch.Tensor],
+    pca: torch.Tensor,
 ) -> None:
     x = activations(model, split_tokens[0]).double()
-    variances, vectors = torch.linalg.eigh(torch.cov(x.T))
-    pca = vectors[:, -RANK:].T
-    sae = eval_sae(rank=RANK)
-    mixing = torch.randn(RANK, RANK, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        sae.W_dec[:RANK] = mixing @ pca.float()  # the same subspace, another basis
+    variances = torch.linalg.eigvalsh(torch.cov(x.T))
+    sae = with_pca_scaffold(eval_sae(rank=RANK), pca)
     result = evaluate(tmp_path, {"sae": sae})["sae"]
     found = result["eval_result_metrics"]["geometry"]
     assert found["overlap_with_pca"] == pytest.approx(1, abs=1e-5)
@@ -263,7 +455,112 @@ def test_geometry_of_a_scaffold_that_is_the_pca_subspace(
     outliers = x.pow(2).mean(dim=0).topk(RANK).indices
     outlier_share = float(pca[:, outliers].pow(2).sum() / RANK)
     assert found["outlier_share_in_pca"] == pytest.approx(outlier_share, abs=1e-4)
+    assert found["outlier_share_in_scaffold"] == pytest.approx(outlier_share, abs=1e-4)
     assert found["outlier_share_in_random"] == RANK / D_MODEL
+    assert found["outlier_share_of_random"] == RANK / D_MODEL
+    magnitudes = x.pow(2).mean(dim=0).sqrt().sort(descending=True).values
+    # of an even number of dimensions, torch takes the lower one of the two in the middle
+    ratio = float(magnitudes[RANK - 1] / magnitudes[D_MODEL // 2])
+    assert found["outlier_rms_ratio"] == pytest.approx(ratio, rel=1e-4)
+
+
+def test_random_subspaces_are_of_the_ranks_they_stand_beside(tmp_path: Path) -> None:
+    """In expectation: the mean over many random subspaces, in plain torch."""
+    rank = 3 * RANK
+    result = evaluate(tmp_path, {"sae": eval_sae(rank=RANK)}, pca_rank=rank)["sae"]
+    found = result["eval_result_metrics"]["geometry"]
+    g = torch.Generator().manual_seed(0)
+    fixed = torch.eye(D_MODEL)[:rank]
+    draws = [
+        torch.linalg.qr(torch.randn(D_MODEL, RANK, generator=g)).Q.T for _ in range(400)
+    ]
+    overlaps = [torch.linalg.svdvals(d @ fixed.T).pow(2).mean() for d in draws]
+    shares = [d[:, :rank].pow(2).sum() / rank for d in draws]
+    assert found["overlap_of_random"] == pytest.approx(
+        float(np.mean(overlaps)), rel=0.05
+    )
+    assert found["outlier_share_of_random"] == pytest.approx(
+        float(np.mean(shares)), rel=0.05
+    )
+
+
+def test_aligned_latents_are_counted(
+    results: dict[str, Any],
+    model: HookedTransformer,
+    split_tokens: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    x = activations(model, split_tokens[0])
+    scaffold = eval_sae(rank=RANK)
+    basis = torch.linalg.qr(scaffold.W_dec[:RANK].detach().T).Q.T
+    own, baseline = results["scaffold"]["dictionary_alignments"]
+    for found, sae, name, label in (
+        (own, scaffold, "own", "scaffold"),
+        (baseline, eval_sae(seed=1), "baseline", "plain"),
+    ):
+        order, n_above = most_aligned_latents(sae, x, basis)
+        cosines = (sae.W_dec.detach() @ basis.T).norm(dim=1)[order]
+        assert (found["dictionary"], found["sae"]) == (name, label)
+        assert found["n_alive"] == len(order)
+        assert (found["cosines"], found["n_above"]) == ([0.2, 0.9], [n_above, 0])
+        assert found["n_aligned_latents"] == [5, 20]
+        expected = [float(cosines[4]), float(cosines[19])]
+        assert found["cosine_of_last"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_fewer_alive_latents_than_are_asked_for(tmp_path: Path) -> None:
+    saes = {"scaffold": eval_sae(rank=RANK), "plain": eval_sae(seed=1)}
+    result = evaluate(
+        tmp_path, saes, baseline="plain", n_aligned_latents=[5, 787], n_tokens=300
+    )["scaffold"]
+    metrics = result["eval_result_metrics"]["cross_entropy"]
+    titled = {m.title: m for m in EVALUATIONS["scaffold_ablation"].metrics}
+    for alignment, prefix, title in zip(
+        result["dictionary_alignments"],
+        ("", "baseline_"),
+        ("its own", "baseline"),
+        strict=True,
+    ):
+        assert 5 < alignment["n_alive"] <= 96
+        assert alignment["cosine_of_last"][1] is None
+        assert metrics[f"ce_ratio_{prefix}aligned_latents"] is None
+        cell = metric_cell(result, titled[f"CE x, no aligned latents of {title}"])
+        assert cell == f"{alignment['n_alive']} alive, fewer than 787"
+    assert not any("787" in name for name in by_name(result))
+
+
+def test_baseline_whose_result_is_there_already(tmp_path: Path) -> None:
+    saes = {"scaffold": eval_sae(rank=RANK), "plain": eval_sae(seed=1)}
+    # with the same rank beside it, as the baseline's result shows it
+    settings: dict[str, Any] = {"pca_rank": RANK, "n_tokens": 300}
+    at_once = evaluate(
+        tmp_path / "at once", saes, baseline={"scaffold": "plain"}, **settings
+    )
+    evaluate(tmp_path / "resumed", {"plain": saes["plain"]}, baseline=None, **settings)
+    resumed = evaluate(tmp_path / "resumed", saes, baseline="plain", **settings)
+    assert (
+        resumed["scaffold"]["eval_result_metrics"]
+        == at_once["scaffold"]["eval_result_metrics"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("baseline", "message"),
+    [
+        ("other", r"baseline is 'other'; it must be one of the SAEs in the call: \["),
+        ({"sea": "plain"}, "baseline is 'sea'; it must be one of"),
+        ("scaffold2", "whose scaffold has rank 4; it must be a plain SAE"),
+        ("elsewhere", f"at blocks.1.hook_mlp_out; it must be an SAE at {HOOK}"),
+    ],
+)
+def test_baseline_that_is_none(tmp_path: Path, baseline: Any, message: str) -> None:
+    saes = {
+        "scaffold": eval_sae(rank=RANK),
+        "scaffold2": eval_sae(rank=RANK, seed=1),
+        "elsewhere": eval_sae(hook_name="blocks.1.hook_mlp_out"),
+        "plain": eval_sae(),
+    }
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path / "out", saes, baseline=baseline)
 
 
 TOPICS: dict[str, Any] = {
@@ -313,10 +610,13 @@ def test_topic_is_lost_with_a_scaffold_that_holds_it(
     removed = found["scaffold_subtracted", "hook_point"]
     assert removed["accuracy"] < 0.4
     assert metrics["accuracy_clean"] == found["clean", "last_layer"]["accuracy"]
-    assert (
-        metrics["accuracy_scaffold_subtracted"]
-        == (found["scaffold_subtracted", "last_layer"]["accuracy"])
-    )
+    for name in ("scaffold_mean_ablated", "topic_latents_ablated"):
+        for figure in ("accuracy", "accuracy_retrained"):
+            headline = figure.replace("accuracy", f"accuracy_{name}")
+            for end in ("", "_ci_low", "_ci_high"):
+                value = found[name, "last_layer"][figure + end]
+                assert metrics[headline + end] == value
+    assert metrics["n_topic_latents"] == metrics["n_topic_latents_alive"] <= 50
 
 
 def test_topics_of_a_plain_sae_and_of_a_harmless_scaffold(tmp_path: Path) -> None:
@@ -448,7 +748,8 @@ def test_bad_input_gets_one_clear_line(
         {"n_aligned_latents": []},
         {"n_aligned_latents": [0]},
         {"n_random_draws": 0},
-        {"aligned_cosine": 1.0},
+        {"aligned_cosines": [1.0]},
+        {"aligned_cosines": [0.2, 0.2]},
         {"max_topics": 1},
         {"n_topic_latents": 0},
     ],

@@ -114,7 +114,7 @@ class ReferenceFigure:
     metric: str | None = Field(
         default=None,
         title="Metric",
-        description="EVALUATION.PATH of our figure in the evaluation's results, as in scaffold_ablation.cross_entropy.ce_ratio_scaffold_subtracted",
+        description="EVALUATION.PATH of our figure in the evaluation's results, as in scaffold_ablation.cross_entropy.ce_ratio_scaffold_mean_ablated",
     )
     where: dict[str, Any] = Field(
         default_factory=dict,
@@ -253,11 +253,12 @@ class CompareConfig:
                     f"baselines: {judged} cannot be its own baseline; its variants differ "
                     "in axes of the grid, of which only seeds are paired"
                 )
-        if "baseline" in (self.evaluations.get("dense_latents") or {}):
-            raise ValueError(
-                "evaluations: dense_latents must have no baseline here; SAEs are compared "
-                "with those of `baselines`"
-            )
+        for name in ("dense_latents", "scaffold_ablation"):
+            if "baseline" in (self.evaluations.get(name) or {}):
+                raise ValueError(
+                    f"evaluations: {name} must have no baseline here; SAEs are compared "
+                    "with those of `baselines`"
+                )
         if not self.evaluations:
             raise ValueError("evaluations must name at least one, as in dense_latents:")
         if not self.evaluation_seeds:

@@ -30,6 +30,7 @@ from saelens_scaffold.evals.plan import Job, Options, make_plan
 from saelens_scaffold.evals.preflight import check_inputs
 from saelens_scaffold.evals.registry import Evaluation, evaluations_named
 from saelens_scaffold.evals.run import SPEED_ONLY
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.selected_saes import (
     CUSTOM_SAE_ID,
     SelectedSAE,
@@ -126,7 +127,11 @@ class Evaluator:
             The outcomes of those evaluations that were run. One that fails leaves nothing.
         """
         usable = self._usable(group)
-        missing = [job for job in self.jobs if not self._is_done(job, group, usable)]
+        missing = [
+            self._with_baselines(job, group, usable)
+            for job in self.jobs
+            if not self._is_done(job, group, usable)
+        ]
         if not missing or not usable:
             return []
         try:
@@ -194,12 +199,32 @@ class Evaluator:
         self, job: Job, group: Sequence[Run], usable: Mapping[str, str]
     ) -> bool:
         name = job.evaluation.name
+        job = self._with_baselines(job, group, usable)
         made_from = self._made_from_file(name, group)
         return (
             made_from.is_file()
             and made_from.read_text(encoding="utf-8") == _made_from(job, usable)
             and all(_is_json(self.result_file(name, sae)) for sae in usable)
         )
+
+    def _with_baselines(
+        self, job: Job, group: Sequence[Run], usable: Mapping[str, str]
+    ) -> Job:
+        """The scaffold ablation with each SAE's baseline of the same k in the group."""
+        if not isinstance(job.config, ScaffoldAblationEvalConfig):
+            return job
+        plain = [run for run in group if run.name in usable and run.scaffold_rank == 0]
+        baselines: dict[str, str] = {}
+        for run in group:
+            architecture = self.config.baselines.get(run.arm.architecture)
+            for rival in plain:
+                if (
+                    run.name in usable
+                    and rival.arm.architecture == architecture
+                    and run.arm.agrees_with(rival.arm)
+                ):
+                    baselines.setdefault(run.name, rival.name)
+        return job._replace(config=replace(job.config, baseline=baselines or None))
 
     def _made_from_file(self, evaluation: str, group: Sequence[Run]) -> Path:
         seed, hook_name = group[0].seed, group[0].hook_name

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import islice
@@ -104,46 +104,6 @@ class LabelledText(NamedTuple):
         return digest.hexdigest()
 
 
-def load_labelled_data(
-    dataset: str,
-    text_column: str,
-    label_column: str,
-    train_size: int,
-    test_size: int,
-    seed: int,
-    subset: str | None = None,
-    split: str | None = None,
-    max_classes: int = MAX_CLASSES,
-) -> tuple[TextsByLabel, TextsByLabel]:
-    """
-    Texts of the most frequent classes of a dataset, as many of each class.
-
-    Args:
-        dataset: As for `text_data.open_dataset`: "python-stdlib" for labelled pieces of
-            the embedded text, a local directory or file, else a name on the Hub.
-        text_column: The column with the text.
-        label_column: The column with the label; its values are made strings.
-        train_size: Texts of each class to train on.
-        test_size: Texts of each class to test on.
-        seed: Of the draw. The same seed draws the same texts.
-        subset: The dataset's configuration on the Hub.
-        split: Take both from this split. By default the splits "train" and "test" are
-            taken if the dataset has both, else "train" for both.
-        max_classes: How many classes are taken at most.
-
-    Returns:
-        The texts to train on and those to test on, by class, most frequent class first.
-
-    Raises:
-        ValueError: The dataset cannot be read, is empty, lacks a column, or has fewer
-            than two classes or fewer rows of a class than are needed.
-    """
-    text = read_labelled_text(
-        dataset, text_column, label_column, subset, split, max_classes
-    )
-    return text.sample(train_size, test_size, seed)
-
-
 def read_labelled_text(
     dataset: str,
     text_column: str,
@@ -151,6 +111,8 @@ def read_labelled_text(
     subset: str | None = None,
     split: str | None = None,
     max_classes: int = MAX_CLASSES,
+    choices_column: str | None = None,
+    class_of: Callable[[str], str] = str,
 ) -> LabelledText:
     """
     Read a dataset's most frequent classes, to draw from with several seeds.
@@ -160,12 +122,17 @@ def read_labelled_text(
     split or the other, is left out there, so that none is both trained and tested on.
 
     Args:
-        dataset: As for `load_labelled_data`, and so are the others.
+        dataset: As for `text_data.open_dataset`: "python-stdlib" for labelled pieces of
+            the embedded text, a local directory or file, else a name on the Hub.
         text_column: The column with the text.
-        label_column: The column with the label.
+        label_column: The column with the label; its values are made strings.
         subset: The dataset's configuration on the Hub.
-        split: The only split to read.
+        split: Take both from this split. By default the splits "train" and "test" are
+            taken if the dataset has both, else "train" for both.
         max_classes: How many classes are taken at most.
+        choices_column: A column with lists of answers to choose from. They follow the
+            text as MMLU prints them, one a line: "A. ...", "B. ...".
+        class_of: The class that a label belongs to. By default each is its own.
 
     Raises:
         ValueError: The dataset cannot be read, is empty, lacks a column, or has fewer
@@ -173,16 +140,20 @@ def read_labelled_text(
     """
     if max_classes < 2:
         raise ValueError(f"max_classes is {max_classes}; it must be at least 2")
+    columns = [text_column, label_column, *([choices_column] if choices_column else [])]
 
     seen: set[str] = set()
     repeated = 0
 
     def read(split: str) -> TextsByLabel:
         nonlocal repeated
-        texts, again = _texts_by_label(
-            dataset, text_column, label_column, subset, split, seen
-        )
-        repeated += again
+        texts: TextsByLabel = {}
+        for text, label in _labelled_rows(dataset, columns, subset, split):
+            if text in seen:
+                repeated += 1
+            else:
+                seen.add(text)
+                texts.setdefault(class_of(label), []).append(text)
         return texts
 
     train = read(split or "train")
@@ -216,35 +187,37 @@ def read_labelled_text(
     )
 
 
-def _texts_by_label(
-    dataset: str,
-    text_column: str,
-    label_column: str,
-    subset: str | None,
-    split: str,
-    seen: set[str],
-) -> tuple[TextsByLabel, int]:
-    """The texts that are not in `seen`, which gets them, and the number of those that are."""
+def _labelled_rows(
+    dataset: str, columns: Sequence[str], subset: str | None, split: str
+) -> Iterator[tuple[str, str]]:
+    """Text, with the choices if there are any, and label of every row that has both."""
     opened = open_dataset(dataset, split, subset, chunked=True)
-    rows = rows_with(opened, dataset, text_column, label_column)
+    rows = rows_with(opened, dataset, *columns)
     if isinstance(opened, IterableDataset):
         rows = islice(rows, MAX_STREAMED_ROWS)
-    texts: TextsByLabel = {}
-    repeated = 0
-    for text, label in rows:
+    for text, label, *choices in rows:
         if text is None or label is None:
             continue
         if not isinstance(text, str):
             raise ValueError(
-                f"dataset {dataset!r}: column {text_column!r} holds "
+                f"dataset {dataset!r}: column {columns[0]!r} holds "
                 f"{type(text).__name__}, not text; name another text_column"
             )
-        if text in seen:
-            repeated += 1
-        elif text.strip():
-            seen.add(text)
-            texts.setdefault(str(label), []).append(text)
-    return texts, repeated
+        if not text.strip():
+            continue
+        for answers in choices:
+            if not isinstance(answers, list):
+                raise ValueError(
+                    f"dataset {dataset!r}: column {columns[-1]!r} holds "
+                    f"{type(answers).__name__}, not a list of answers"
+                )
+            text = "\n".join(
+                [
+                    text,
+                    *(f"{chr(65 + i)}. {answer}" for i, answer in enumerate(answers)),
+                ]
+            )
+        yield text, str(label)
 
 
 def is_known_to_sae_bench(dataset: str) -> bool:

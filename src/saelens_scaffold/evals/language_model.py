@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -171,10 +172,24 @@ class HookedBatch:
 
     def __init__(self, hooked: HookedModel, tokens: torch.Tensor, counts: torch.Tensor):
         self._hooked = hooked
-        self._counts = counts
         self.full, self._start = hooked.below(tokens)
+        self._select(counts)
+
+    def _select(self, counts: torch.Tensor) -> None:
+        self._counts = counts
         self.x = self.full[counts]
-        check_finite(self.x, hooked.hook_name)
+        check_finite(self.x, self._hooked.hook_name)
+
+    def changing(self, counts: torch.Tensor) -> "HookedBatch":
+        """
+        The same run, of which the activations of other tokens may be changed.
+
+        Args:
+            counts: Mask of those tokens, shape (batch, seq).
+        """
+        batch = copy(self)
+        batch._select(counts)
+        return batch
 
     def full_with(self, x: torch.Tensor) -> torch.Tensor:
         """`full`, with other activations of the tokens that count."""

@@ -8,7 +8,7 @@ from saelens_scaffold.evals.plan import Job
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )
-from saelens_scaffold.evals.scaffold_ablation.topics import read_topics
+from saelens_scaffold.evals.scaffold_ablation.topic_texts import read_topics
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import open_dataset, rows_with
 

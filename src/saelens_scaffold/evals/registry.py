@@ -35,6 +35,7 @@ class Metric(NamedTuple):
         bounds: The least and the largest value that it can have, which intervals keep to.
         random: Where its value for something random is, of the same size and kind, if the
             evaluation has one.
+        note: Where a text is that says why there is no value, if there is one.
     """
 
     title: str
@@ -44,13 +45,21 @@ class Metric(NamedTuple):
     of_sae: bool = True
     bounds: Bounds = UNBOUNDED
     random: str | None = None
+    note: str | None = None
 
     def value(self, result: Mapping[str, Any]) -> float | None:
         """Its value in an SAE's result; None if there is none."""
-        value: Any = result.get("eval_result_metrics", {})
-        for key in self.path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
+        value = _at(self.path, result)
         return value if isinstance(value, (int, float)) else None
+
+    def of_random(self, result: Mapping[str, Any]) -> float | None:
+        """Its value for something random, None if an SAE's result has none."""
+        return Metric("", self.random).value(result) if self.random else None
+
+    def said_instead(self, result: Mapping[str, Any]) -> str | None:
+        """What an SAE's result says where there is no value; None if it says nothing."""
+        said = _at(self.note, result) if self.note else None
+        return said if isinstance(said, str) else None
 
     def interval(self, result: Mapping[str, Any]) -> tuple[float, float] | None:
         """Its interval: that beside it, or what is said over seeds, if either."""
@@ -64,6 +73,13 @@ class Metric(NamedTuple):
         if low is None or high is None or math.isnan(low) or math.isnan(high):
             return None
         return low, high
+
+
+def _at(path: str, result: Mapping[str, Any]) -> Any:
+    value: Any = result.get("eval_result_metrics", {})
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 @dataclass(frozen=True)
@@ -248,25 +264,63 @@ EVALUATIONS: dict[str, Evaluation] = {
             "saelens_scaffold.evals.scaffold_ablation",
             "whole",
             (
-                # cross-entropy as a multiple of the clean one
+                # Cross-entropy as a multiple of the clean one. Each way of removing the
+                # scaffold stands beside the same way of removing principal directions,
+                # and depends only on what the SAE computes, not on how its weights are
+                # written down.
                 Metric(
-                    "CE x, no scaffold",
-                    "cross_entropy.ce_ratio_scaffold_subtracted",
+                    "CE x, scaffold mean-ablated",
+                    "cross_entropy.ce_ratio_scaffold_mean_ablated",
                     2,
                     bounds=NOT_NEGATIVE,
                 ),
                 Metric(
-                    "CE x, no PCA",
+                    "CE x, PCA mean-ablated",
+                    "cross_entropy.ce_ratio_pca_mean_ablated",
+                    2,
+                    of_sae=False,
+                    bounds=NOT_NEGATIVE,
+                ),
+                Metric(
+                    "CE x, scaffold projected out",
+                    "cross_entropy.ce_ratio_scaffold_projected_out",
+                    2,
+                    bounds=NOT_NEGATIVE,
+                ),
+                Metric(
+                    "CE x, PCA projected out",
                     "cross_entropy.ce_ratio_pca_projected_out",
                     2,
                     of_sae=False,
                     bounds=NOT_NEGATIVE,
                 ),
                 Metric(
-                    "CE x, no aligned latents",
+                    "CE x, no aligned latents of baseline",
+                    "cross_entropy.ce_ratio_baseline_aligned_latents",
+                    2,
+                    bounds=NOT_NEGATIVE,
+                    note="cross_entropy.baseline_aligned_latents_note",
+                ),
+                Metric(
+                    "CE x, no aligned latents of its own",
                     "cross_entropy.ce_ratio_aligned_latents",
                     2,
                     bounds=NOT_NEGATIVE,
+                    note="cross_entropy.aligned_latents_note",
+                ),
+                Metric(
+                    "PCA overlap",
+                    "geometry.overlap_with_pca",
+                    2,
+                    bounds=SHARE,
+                    random="geometry.overlap_of_random",
+                ),
+                Metric(
+                    "outlier share",
+                    "geometry.outlier_share_in_scaffold",
+                    2,
+                    bounds=SHARE,
+                    random="geometry.outlier_share_of_random",
                 ),
                 Metric(
                     "topic accuracy",
@@ -276,10 +330,35 @@ EVALUATIONS: dict[str, Evaluation] = {
                     bounds=SHARE,
                 ),
                 Metric(
-                    "topic accuracy, no scaffold",
-                    "topics.accuracy_scaffold_subtracted",
+                    "topic accuracy, scaffold mean-ablated",
+                    "topics.accuracy_scaffold_mean_ablated",
                     2,
                     bounds=SHARE,
+                ),
+                Metric(
+                    "topic accuracy, scaffold mean-ablated, retrained",
+                    "topics.accuracy_scaffold_mean_ablated_retrained",
+                    2,
+                    bounds=SHARE,
+                ),
+                Metric(
+                    "topic accuracy, no topic latents",
+                    "topics.accuracy_topic_latents_ablated",
+                    2,
+                    bounds=SHARE,
+                ),
+                Metric(
+                    "CE x, scaffold mean-ablated, special tokens too",
+                    "special_tokens.ce_ratio_scaffold_mean_ablated_with_special_tokens",
+                    2,
+                    bounds=NOT_NEGATIVE,
+                ),
+                Metric(
+                    "CE x, PCA mean-ablated, special tokens too",
+                    "special_tokens.ce_ratio_pca_mean_ablated_with_special_tokens",
+                    2,
+                    of_sae=False,
+                    bounds=NOT_NEGATIVE,
                 ),
             ),
             data="text",

@@ -43,7 +43,10 @@ def results_table(saes: Sequence["SelectedSAE"], outcomes: Sequence[Outcome]) ->
             for metric in outcome.evaluation.metrics
             # that no SAE has a value for it is nothing to show, but a failure is
             if not outcome.results
-            or any(metric.value(r) is not None for r in outcome.results.values())
+            or any(
+                metric.value(result) is not None or metric.said_instead(result)
+                for result in outcome.results.values()
+            )
         ]
         for i, metric in enumerate(metrics or [Metric("done", "")]):
             # the name stands before the first of its columns, which makes many narrower
@@ -76,15 +79,18 @@ def _column(outcome: Outcome, metric: Metric) -> Callable[["SelectedSAE"], str]:
 
 
 def metric_cell(result: dict[str, Any], metric: Metric) -> str:
-    """A metric as a table shows it: with its interval, where it has one."""
+    """A metric as a table shows it: with its interval, where it has one, or why not."""
     value = metric.value(result)
     if value is None:
-        return "-"
+        return metric.said_instead(result) or "-"
     shown = f"{value:.{metric.digits}f}"
     ends = metric.interval(result)
-    if ends is None:
-        return shown
-    return f"{shown} [{', '.join(f'{end:.{metric.digits}f}' for end in ends)}]"
+    if ends is not None:
+        shown += f" [{', '.join(f'{end:.{metric.digits}f}' for end in ends)}]"
+    of_random = metric.of_random(result)
+    if of_random is not None:
+        shown += f" (random {of_random:.{metric.digits}f})"
+    return shown
 
 
 def judged_views(outcomes: Sequence[Outcome]) -> list[str]:

@@ -10,6 +10,8 @@ from sae_lens.saes.sae import SAE
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
+from saelens_scaffold.subspaces import orthonormal_basis
+
 if TYPE_CHECKING:
     from saelens_scaffold.saes.scaffold_jumprelu_sae import ScaffoldJumpReLUSAE
 
@@ -59,7 +61,7 @@ class ScaffoldMixin(_SAE):
     def to_inference(self) -> "ScaffoldJumpReLUSAE":
         """This SAE in its inference form, which sees the same activations."""
 
-    def scaffold(self, x: torch.Tensor) -> torch.Tensor:
+    def scaffold(self, x: torch.Tensor, fix_gauge: bool = False) -> torch.Tensor:
         """
         The scaffold's part of the reconstruction: s = z B with z = (x - b_dec) A.
 
@@ -67,9 +69,14 @@ class ScaffoldMixin(_SAE):
         reconstruction `decode(encode(x))` is s plus the sparse dictionary's part plus
         `b_dec` (arXiv 2606.14040).
 
+        s is unique only up to a constant: `b_dec` + c B with z - c gives the same
+        reconstruction for every c. Centred, s - E[s], it does not depend on that gauge.
+
         Args:
             x: Activations as the SAE takes them, shape (..., d_in), or
                 (..., n_heads, d_head) for `reshape_activations="hook_z"`.
+            fix_gauge: Whether to return s as it is in the gauge where `b_dec` is
+                orthogonal to the rows of B: s plus the projection of `b_dec` on them.
 
         Returns:
             s, of the shape and scale of x.
@@ -77,6 +84,10 @@ class ScaffoldMixin(_SAE):
         rank = self.cfg.scaffold_rank
         coordinates = self._scaffold_coordinates(self.process_sae_in(x))
         s = coordinates @ self.W_dec[:rank]
+        if fix_gauge:
+            # on the CPU, since MPS has no double precision
+            basis = orthonormal_basis(self.W_dec[:rank].cpu()).to(s)
+            s = s + (self.b_dec @ basis.T) @ basis
         # Run-time normalisation is undone by an affine map, of which s, being one
         # summand of the reconstruction, takes only the linear part.
         s, offset = self.run_time_activation_norm_fn_out(

@@ -36,8 +36,8 @@ from saelens_scaffold.evals.selected_saes import (
     CUSTOM_SAE_ID,
     SelectedSAE,
     SelectedSAEs,
-    label_of,
     result_path,
+    selected_baseline,
 )
 from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.firing import (
@@ -87,17 +87,9 @@ def run_eval(
     """
     baseline_file = None
     if config.baseline is not None:
-        pairs = [
-            (release, sae if isinstance(sae, str) else CUSTOM_SAE_ID)
-            for release, sae in selected_saes
-        ]
-        labels = [label_of(*pair) for pair in pairs]
-        if config.baseline not in labels:
-            raise ValueError(
-                f"baseline is {config.baseline!r}; it must be one of the SAEs in the call: {labels}"
-            )
-        pair = pairs[labels.index(config.baseline)]
-        baseline_file = result_path(output_path, *pair)
+        release, sae = selected_baseline(config.baseline, selected_saes)
+        sae_id = sae if isinstance(sae, str) else CUSTOM_SAE_ID
+        baseline_file = result_path(output_path, release, sae_id)
     results = run_evaluation(
         partial(_measure, baseline_file=baseline_file),
         DenseLatentsEvalOutput,

@@ -1,3 +1,5 @@
+from typing import Literal
+
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
@@ -12,7 +14,12 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
     n_tokens: int = Field(
         default=100_000,
         title="Number of Tokens",
-        description="Tokens to evaluate on. BOS, EOS and padding do not count, and are left as they are.",
+        description="Tokens to evaluate on. BOS, EOS and padding do not count.",
+    )
+    include_special_tokens: bool = Field(
+        default=True,
+        title="Include Special Tokens",
+        description="Whether to report every figure twice: with BOS, EOS and padding left as they are, and with them ablated as well, means and directions being fitted on them, too. The second takes as long again.",
     )
     n_fit_tokens: int = Field(
         default=100_000,
@@ -37,12 +44,12 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
     n_aligned_latents: list[int] = Field(
         default_factory=lambda: [24, 100, 787, 2048],
         title="Numbers of Aligned Latents",
-        description="How many of the alive sparse latents most aligned with the scaffold are ablated. The paper names 787. More than are alive means all of them.",
+        description="How many of the alive sparse latents most aligned with the scaffold are ablated. The paper names 787. A number larger than are alive is left out. The headline is 787, or else the largest.",
     )
-    aligned_cosine: float = Field(
-        default=0.3,
-        title="Aligned Cosine",
-        description="All sparse latents with a larger cosine between decoder direction and scaffold subspace are ablated, too.",
+    aligned_cosines: list[float] = Field(
+        default_factory=lambda: [0.2, 0.3, 0.4, 0.5],
+        title="Aligned Cosines",
+        description="Cosines between decoder direction and scaffold subspace. The alive sparse latents above each are counted, and ablated where there are any.",
     )
     topics: bool = Field(
         default=True,
@@ -74,6 +81,21 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
         title="Topic Label Column",
         description="Its column with the topic. If None, 'subject' for cais/mmlu, else 'label'.",
     )
+    topic_grouping: Literal["label", "mmlu_category"] = Field(
+        default="label",
+        title="Topic Grouping",
+        description="What a topic is: 'label' takes each label (MMLU's 57 subjects), 'mmlu_category' the 4 categories of MMLU's authors: STEM, humanities, social sciences, other.",
+    )
+    topic_answer_choices: bool = Field(
+        default=False,
+        title="Topic Answer Choices",
+        description="Whether the answers to choose from follow the text, as 'A. ...'. Needs a column 'choices' with lists of them, as MMLU has.",
+    )
+    topic_pooling: Literal["mean", "last_token"] = Field(
+        default="mean",
+        title="Topic Pooling",
+        description="What a probe reads of a text: 'mean' the mean over its tokens, 'last_token' its last one. BOS, EOS and padding do not count.",
+    )
     max_topics: int = Field(
         default=57,
         title="Most Topics",
@@ -94,6 +116,19 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
         title="Number of Topic-Aligned Latents",
         description="How many of the alive sparse latents most aligned with the topics are ablated. More than are alive means all of them.",
     )
+
+    baseline: str | dict[str, str] | None = Field(
+        default=None,
+        title="Baseline",
+        description="Name of the plain SAE in the same call whose latents aligned with the others' scaffolds are ablated, too; or a name for each scaffold SAE, by its name.",
+    )
+
+    def baseline_of(self, name: str) -> str | None:
+        """What the SAE of this name has for a baseline; None if nothing, as itself."""
+        baseline = self.baseline
+        if isinstance(baseline, dict):
+            baseline = baseline.get(name)
+        return None if baseline == name else baseline
 
     @field_validator("n_aligned_latents")
     @classmethod
@@ -129,9 +164,11 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
             raise ValueError("must be at least 1, or None")
         return value
 
-    @field_validator("aligned_cosine")
+    @field_validator("aligned_cosines")
     @classmethod
-    def ensure_cosine(cls, value: float) -> float:
-        if not 0 <= value < 1:
-            raise ValueError("must be a cosine from 0 to below 1")
-        return value
+    def ensure_cosines(cls, values: list[float]) -> list[float]:
+        if not all(0 <= value < 1 for value in values) or len(set(values)) < len(
+            values
+        ):
+            raise ValueError("must be different cosines, each from 0 to below 1")
+        return sorted(values)

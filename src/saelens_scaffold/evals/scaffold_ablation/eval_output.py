@@ -1,3 +1,5 @@
+from typing import Any
+
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from sae_bench.evals.base_eval_output import (
@@ -12,12 +14,46 @@ from saelens_scaffold.evals.overlap import TextSeenInTraining
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )
+from saelens_scaffold.evals.scaffold_ablation.special_token_output import (
+    SpecialTokenMetrics,
+)
+from saelens_scaffold.evals.scaffold_ablation.topic_output import (
+    TopicAccuracy,
+    TopicMetrics,
+)
 
 EVAL_TYPE_ID_SCAFFOLD_ABLATION = "scaffold_ablation"
 
 
-@dataclass
+def _low(title: str, default: Any = None) -> Any:
+    return Field(
+        default=default,
+        title=f"{title} (low)",
+        description="Lower end of its bootstrap interval over sequences",
+    )
+
+
+def _high(title: str, default: Any = None) -> Any:
+    return Field(
+        default=default,
+        title=f"{title} (high)",
+        description="Upper end of its bootstrap interval over sequences",
+    )
+
+
+@dataclass(kw_only=True)
 class CrossEntropyMetrics(BaseMetrics):
+    """
+    What the language model loses, as multiples of its clean cross-entropy.
+
+    Like stands beside like: mean-ablated scaffold and principal directions first, then
+    both projected out. Were the scaffold the projection on those directions, the figures
+    of each pair would be equal.
+
+    No figure depends on the gauge, that is on how a constant of the scaffold's span is
+    divided between s(x) and b_dec. (The detail `scaffold_subtracted` does.)
+    """
+
     ce_clean: float = Field(
         title="Clean CE",
         description="Next-token cross-entropy of the language model, nothing changed, in nats",
@@ -32,43 +68,28 @@ class CrossEntropyMetrics(BaseMetrics):
         title="CE Ratio, Reconstruction",
         description="CE with the SAE's reconstruction in place, as a multiple of the clean CE",
     )
-    ce_ratio_pca_projected_out: float = Field(
-        title="CE Ratio, PCA Projected Out",
-        description="CE with as many principal directions projected out, as a multiple of the clean CE (the paper: 2.8)",
-        json_schema_extra=DEFAULT_DISPLAY,
-    )
-    ce_ratio_pca_projected_out_ci_low: float = Field(
-        title="CE Ratio, PCA Projected Out (low)",
-        description="Lower end of its bootstrap interval over sequences",
-    )
-    ce_ratio_pca_projected_out_ci_high: float = Field(
-        title="CE Ratio, PCA Projected Out (high)",
-        description="Upper end of its bootstrap interval over sequences",
-    )
-    ce_ratio_random_projected_out: float = Field(
-        title="CE Ratio, Random Projected Out",
-        description="CE with as many random directions projected out, as a multiple of the clean CE",
-    )
-    ce_ratio_scaffold_subtracted: float | None = Field(
-        default=None,
-        title="CE Ratio, Scaffold Subtracted",
-        description="CE without the scaffold's part of the reconstruction, as a multiple of the clean CE (the paper: 7.5)",
-        json_schema_extra=DEFAULT_DISPLAY,
-    )
-    ce_ratio_scaffold_subtracted_ci_low: float | None = Field(
-        default=None,
-        title="CE Ratio, Scaffold Subtracted (low)",
-        description="Lower end of its bootstrap interval over sequences",
-    )
-    ce_ratio_scaffold_subtracted_ci_high: float | None = Field(
-        default=None,
-        title="CE Ratio, Scaffold Subtracted (high)",
-        description="Upper end of its bootstrap interval over sequences",
-    )
     ce_ratio_scaffold_mean_ablated: float | None = Field(
         default=None,
         title="CE Ratio, Scaffold Mean-Ablated",
-        description="CE with the scaffold's part replaced by its mean, as a multiple of the clean CE",
+        description="CE with the scaffold's part of the reconstruction replaced by its mean, x - s(x) + E[s], as a multiple of the clean CE (the paper, whose way of removing the scaffold its abstract does not say: 7.5)",
+        json_schema_extra=DEFAULT_DISPLAY,
+    )
+    ce_ratio_scaffold_mean_ablated_ci_low: float | None = _low(
+        "CE Ratio, Scaffold Mean-Ablated"
+    )
+    ce_ratio_scaffold_mean_ablated_ci_high: float | None = _high(
+        "CE Ratio, Scaffold Mean-Ablated"
+    )
+    ce_ratio_pca_mean_ablated: float = Field(
+        title="CE Ratio, PCA Mean-Ablated",
+        description="CE with the coordinates along as many principal directions replaced by their mean, as a multiple of the clean CE (the paper: 2.8)",
+        json_schema_extra=DEFAULT_DISPLAY,
+    )
+    ce_ratio_pca_mean_ablated_ci_low: float = _low("CE Ratio, PCA Mean-Ablated", ...)
+    ce_ratio_pca_mean_ablated_ci_high: float = _high("CE Ratio, PCA Mean-Ablated", ...)
+    ce_ratio_random_mean_ablated: float = Field(
+        title="CE Ratio, Random Mean-Ablated",
+        description="CE with the coordinates along as many random directions replaced by their mean, as a multiple of the clean CE",
     )
     ce_ratio_scaffold_projected_out: float | None = Field(
         default=None,
@@ -76,36 +97,74 @@ class CrossEntropyMetrics(BaseMetrics):
         description="CE with the scaffold's subspace projected out, as a multiple of the clean CE",
         json_schema_extra=DEFAULT_DISPLAY,
     )
-    ce_ratio_scaffold_projected_out_ci_low: float | None = Field(
-        default=None,
-        title="CE Ratio, Scaffold Projected Out (low)",
-        description="Lower end of its bootstrap interval over sequences",
+    ce_ratio_scaffold_projected_out_ci_low: float | None = _low(
+        "CE Ratio, Scaffold Projected Out"
     )
-    ce_ratio_scaffold_projected_out_ci_high: float | None = Field(
-        default=None,
-        title="CE Ratio, Scaffold Projected Out (high)",
-        description="Upper end of its bootstrap interval over sequences",
+    ce_ratio_scaffold_projected_out_ci_high: float | None = _high(
+        "CE Ratio, Scaffold Projected Out"
     )
-    ce_ratio_aligned_latents: float | None = Field(
-        default=None,
-        title="CE Ratio, Aligned Latents",
-        description="CE with the 787 sparse latents most aligned with the scaffold set to zero (or the largest number measured, if 787 is none of them), as a multiple of the clean CE (the paper: 2.9)",
+    ce_ratio_pca_projected_out: float = Field(
+        title="CE Ratio, PCA Projected Out",
+        description="CE with as many principal directions projected out, as a multiple of the clean CE",
         json_schema_extra=DEFAULT_DISPLAY,
     )
-    ce_ratio_aligned_latents_ci_low: float | None = Field(
-        default=None,
-        title="CE Ratio, Aligned Latents (low)",
-        description="Lower end of its bootstrap interval over sequences",
+    ce_ratio_pca_projected_out_ci_low: float = _low("CE Ratio, PCA Projected Out", ...)
+    ce_ratio_pca_projected_out_ci_high: float = _high(
+        "CE Ratio, PCA Projected Out", ...
     )
-    ce_ratio_aligned_latents_ci_high: float | None = Field(
+    ce_ratio_random_projected_out: float = Field(
+        title="CE Ratio, Random Projected Out",
+        description="CE with as many random directions projected out, as a multiple of the clean CE",
+    )
+    ce_ratio_scaffold_subtracted_gauge_fixed: float | None = Field(
         default=None,
-        title="CE Ratio, Aligned Latents (high)",
-        description="Upper end of its bootstrap interval over sequences",
+        title="CE Ratio, Scaffold Subtracted (Gauge Fixed)",
+        description="CE of x - s(x), with s(x) as it is where b_dec is orthogonal to the scaffold's span, as a multiple of the clean CE. It stands beside the projections: equal to them were the scaffold one",
+    )
+    ce_ratio_scaffold_subtracted_gauge_fixed_ci_low: float | None = _low(
+        "CE Ratio, Scaffold Subtracted (Gauge Fixed)"
+    )
+    ce_ratio_scaffold_subtracted_gauge_fixed_ci_high: float | None = _high(
+        "CE Ratio, Scaffold Subtracted (Gauge Fixed)"
     )
     n_aligned_latents: int | None = Field(
         default=None,
         title="Aligned Latents",
-        description="How many sparse latents that were",
+        description="Number of latents of the next two figures: 787, the paper's, or else the largest asked for; None for a plain SAE",
+    )
+    ce_ratio_baseline_aligned_latents: float | None = Field(
+        default=None,
+        title="CE Ratio, Baseline's Aligned Latents",
+        description="CE with as many sparse latents of the plain baseline, those most aligned with the scaffold, set to zero, as a multiple of the clean CE (the paper, of sparse dictionaries: 2.9 for 787)",
+        json_schema_extra=DEFAULT_DISPLAY,
+    )
+    ce_ratio_baseline_aligned_latents_ci_low: float | None = _low(
+        "CE Ratio, Baseline's Aligned Latents"
+    )
+    ce_ratio_baseline_aligned_latents_ci_high: float | None = _high(
+        "CE Ratio, Baseline's Aligned Latents"
+    )
+    baseline_aligned_latents_note: str | None = Field(
+        default=None,
+        title="Baseline's Aligned Latents, Note",
+        description="Why there is no such figure, if fewer latents are alive",
+    )
+    ce_ratio_aligned_latents: float | None = Field(
+        default=None,
+        title="CE Ratio, Own Aligned Latents",
+        description="CE with as many of the SAE's own sparse latents set to zero, as a multiple of the clean CE",
+        json_schema_extra=DEFAULT_DISPLAY,
+    )
+    ce_ratio_aligned_latents_ci_low: float | None = _low(
+        "CE Ratio, Own Aligned Latents"
+    )
+    ce_ratio_aligned_latents_ci_high: float | None = _high(
+        "CE Ratio, Own Aligned Latents"
+    )
+    aligned_latents_note: str | None = Field(
+        default=None,
+        title="Own Aligned Latents, Note",
+        description="Why there is no such figure, if fewer latents are alive",
     )
 
 
@@ -140,7 +199,7 @@ class GeometryMetrics(BaseMetrics):
     overlap_of_random: float | None = Field(
         default=None,
         title="Overlap of Random Subspaces",
-        description="What a random subspace would have in expectation",
+        description="What a random subspace of the scaffold's rank would have in expectation",
     )
     variance_explained_by_scaffold: float | None = Field(
         default=None,
@@ -152,46 +211,17 @@ class GeometryMetrics(BaseMetrics):
         default=None,
         title="Outlier Share in Scaffold",
         description="Mean squared cosine with the scaffold's subspace of the dimensions of the residual stream with the largest root mean square, as many as the PCA rank; None for a plain SAE",
-    )
-
-
-@dataclass
-class TopicMetrics(BaseMetrics):
-    chance: float | None = Field(
-        default=None,
-        title="Chance",
-        description="Accuracy of always naming the most frequent topic",
-    )
-    n_topics: int | None = Field(
-        default=None, title="Topics", description="Number of topics"
-    )
-    accuracy_clean: float | None = Field(
-        default=None,
-        title="Topic Accuracy, Clean",
-        description="Accuracy of a linear probe after the last layer, nothing changed (the paper: 0.987)",
         json_schema_extra=DEFAULT_DISPLAY,
     )
-    accuracy_scaffold_subtracted: float | None = Field(
+    outlier_share_of_random: float | None = Field(
         default=None,
-        title="Topic Accuracy, Scaffold Subtracted",
-        description="Of the same probe, with the scaffold subtracted at the hook point (the paper: chance)",
-        json_schema_extra=DEFAULT_DISPLAY,
+        title="Outlier Share of Random Subspaces",
+        description="What a random subspace of the scaffold's rank would have in expectation",
     )
-    accuracy_scaffold_subtracted_ci_low: float | None = Field(
+    outlier_rms_ratio: float | None = Field(
         default=None,
-        title="Topic Accuracy, Scaffold Subtracted (low)",
-        description="Lower end of its bootstrap interval over texts",
-    )
-    accuracy_scaffold_subtracted_ci_high: float | None = Field(
-        default=None,
-        title="Topic Accuracy, Scaffold Subtracted (high)",
-        description="Upper end of its bootstrap interval over texts",
-    )
-    accuracy_topic_latents_ablated: float | None = Field(
-        default=None,
-        title="Topic Accuracy, Latents Ablated",
-        description="Of the same probe, with the sparse latents most aligned with the topics set to zero",
-        json_schema_extra=DEFAULT_DISPLAY,
+        title="Outlier RMS Ratio",
+        description="Smallest root mean square of these dimensions, as a multiple of the median dimension's: near 1, they are no outliers",
     )
 
 
@@ -212,6 +242,11 @@ class ScaffoldAblationMetricCategories(BaseMetricCategories):
         description="Whether the topic of a text can still be read",
         json_schema_extra=DEFAULT_DISPLAY,
     )
+    special_tokens: SpecialTokenMetrics = Field(
+        title="Special Tokens Included",
+        description="The headline figures with BOS, EOS and padding ablated and fitted on, too",
+        json_schema_extra=DEFAULT_DISPLAY,
+    )
 
 
 @dataclass
@@ -224,6 +259,10 @@ class ScaffoldAblationResultDetail(BaseResultDetail):
         description="reference, scaffold, geometry or dictionary",
     )
     description: str = Field(title="Description", description="What it does")
+    special_tokens: bool = Field(
+        title="Special Tokens",
+        description="Whether BOS, EOS and padding are ablated and fitted on, too",
+    )
     size: int | None = Field(
         title="Size", description="Number of dimensions or latents it removes"
     )
@@ -266,46 +305,37 @@ class ScaffoldAblationResultDetail(BaseResultDetail):
 
 
 @dataclass
-class TopicAccuracy:
-    intervention: str = Field(
-        title="Intervention", description="What was taken away at the hook point"
-    )
-    description: str = Field(title="Description", description="What it does")
-    read_at: str = Field(
-        title="Read At",
-        description="Where the topic is read: hook_point or last_layer",
-    )
-    size: int | None = Field(
-        title="Size", description="Number of dimensions or latents it removes"
-    )
-    accuracy: float = Field(
-        title="Accuracy", description="Of a probe trained on clean activations"
-    )
-    accuracy_ci_low: float = Field(
-        title="Accuracy (low)", description="Lower end of its interval over texts"
-    )
-    accuracy_ci_high: float = Field(
-        title="Accuracy (high)", description="Upper end of its interval over texts"
-    )
-    accuracy_retrained: float = Field(
-        title="Accuracy, Retrained",
-        description="Of a probe trained on the changed activations: high if the topic has moved, chance if it is gone",
-    )
-    accuracy_retrained_ci_low: float = Field(
-        title="Accuracy, Retrained (low)",
-        description="Lower end of its interval over texts",
-    )
-    accuracy_retrained_ci_high: float = Field(
-        title="Accuracy, Retrained (high)",
-        description="Upper end of its interval over texts",
-    )
-
-
-@dataclass
 class PrincipalAngles:
     degrees: list[float] = Field(
         title="Degrees",
         description="Principal angles between the scaffold's and the top PCA subspace, smallest first",
+    )
+
+
+@dataclass
+class DictionaryAlignment:
+    dictionary: str = Field(
+        title="Dictionary",
+        description="own: the SAE's own sparse latents; baseline: those of the plain baseline",
+    )
+    sae: str = Field(title="SAE", description="Name of the SAE whose latents they are")
+    n_alive: int = Field(
+        title="Alive Latents", description="Number that fire on the text to fit on"
+    )
+    cosines: list[float] = Field(
+        title="Cosines",
+        description="Between decoder direction and the scaffold's subspace",
+    )
+    n_above: list[int] = Field(
+        title="Latents Above", description="Alive latents above each of these cosines"
+    )
+    n_aligned_latents: list[int] = Field(
+        title="Numbers of Aligned Latents",
+        description="The N of the N most aligned latents",
+    )
+    cosine_of_last: list[float | None] = Field(
+        title="Cosine of the Last",
+        description="Cosine of the N-th most aligned latent, for each N; None where fewer are alive",
     )
 
 
@@ -318,7 +348,7 @@ class ScaffoldAblationEvalOutput(
     ]
 ):
     """
-    Whether the language model needs the scaffold: cross-entropy, KL divergence and topic classification with the scaffold removed at the hook point, beside the removal of principal directions and of sparse latents aligned with it.
+    Whether the language model needs the scaffold: cross-entropy, KL divergence and topic classification with the scaffold removed at the hook point, beside the removal of principal directions and of sparse latents aligned with it, its own and those of a plain SAE.
     """
 
     eval_config: ScaffoldAblationEvalConfig
@@ -339,6 +369,11 @@ class ScaffoldAblationEvalOutput(
         default=None,
         title="Principal Angles",
         description="Between the scaffold's and the top PCA subspace; None for a plain SAE.",
+    )
+    dictionary_alignments: list[DictionaryAlignment] = Field(
+        default_factory=list,
+        title="Alignment with the Scaffold",
+        description="Each object is one dictionary: how many of its latents are how well aligned with the scaffold's subspace. Empty for a plain SAE.",
     )
     n_predictions: int | None = Field(
         default=None,

@@ -6,16 +6,12 @@ from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     GeometryMetrics,
     PrincipalAngles,
 )
-from saelens_scaffold.evals.scaffold_ablation.fit import ModelFit
-from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.subspaces import (
-    orthonormal_basis,
-    principal_angle_cosines,
-)
+from saelens_scaffold.evals.scaffold_ablation.fit import ModelFit, SAEFit
+from saelens_scaffold.subspaces import principal_angle_cosines
 
 
 def geometry(
-    fit: ModelFit, sae: SelectedSAE, rank: int
+    fit: ModelFit, of: SAEFit, rank: int
 ) -> tuple[GeometryMetrics, PrincipalAngles | None]:
     """
     Compare the scaffold's subspace with the top principal directions (claim i of the
@@ -23,7 +19,7 @@ def geometry(
 
     Args:
         fit: Of the activations.
-        sae: The SAE. A plain one has only the figures of the principal directions.
+        of: Of the SAE. A plain one has only the figures of the principal directions.
         rank: Number of principal directions.
     """
     d_in = len(fit.mean)
@@ -42,10 +38,13 @@ def geometry(
         "variance_explained_by_random": rank / d_in,
         "outlier_share_in_pca": outlier_share(pca),
         "outlier_share_in_random": rank / d_in,
+        "outlier_rms_ratio": float(
+            fit.root_mean_squares[rank - 1] / fit.root_mean_squares.median()
+        ),
     }
-    if not sae.rank:
+    scaffold = of.scaffold_basis
+    if scaffold is None:
         return GeometryMetrics(**of_pca), None
-    scaffold = orthonormal_basis(sae.sae.W_dec[: sae.rank].detach().cpu())
     cosines = principal_angle_cosines(scaffold, pca)
     return (
         GeometryMetrics(
@@ -56,6 +55,7 @@ def geometry(
                 scaffold.to(fit.mean.device)
             ),
             outlier_share_in_scaffold=outlier_share(scaffold),
+            outlier_share_of_random=len(scaffold) / d_in,
         ),
         PrincipalAngles(degrees=cosines.acos().rad2deg().tolist()),
     )

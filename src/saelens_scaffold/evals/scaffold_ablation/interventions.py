@@ -1,7 +1,7 @@
 """Changes to the activations at the hook point, each under the name it is reported by."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +14,9 @@ from saelens_scaffold.evals.scaffold_ablation.eval_config import (
 )
 from saelens_scaffold.evals.scaffold_ablation.fit import ModelFit, SAEFit
 from saelens_scaffold.evals.scaffold_ablation.latents import (
+    counts_above,
     matched_frequency,
-    most_aligned,
+    most_aligned_of,
 )
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.subspaces import orthonormal_basis
@@ -33,17 +34,23 @@ class SAEBatch:
     def __init__(self, x: torch.Tensor, sae: SAE[Any]):
         self.x = x
         self._sae = sae
+        self._by_others: dict[int, SAEBatch] = {}
+
+    def by(self, sae: SAE[Any]) -> "SAEBatch":
+        """The same activations, and what this or another SAE makes of them."""
+        if sae is self._sae:
+            return self
+        return self._by_others.setdefault(id(sae), SAEBatch(self.x, sae))
 
     @cached_property
     def reconstruction(self) -> torch.Tensor:
         """x̂, shape (n_tokens, d_in)."""
         return self._active.decode(self._sae)
 
-    @cached_property
-    def scaffold(self) -> torch.Tensor:
-        """s(x), shape (n_tokens, d_in)."""
+    def scaffold(self, fix_gauge: bool) -> torch.Tensor:
+        """s(x), as it is or in the fixed gauge, shape (n_tokens, d_in)."""
         assert isinstance(self._sae, ScaffoldMixin)
-        return self._sae.scaffold(self.x)
+        return self._sae.scaffold(self.x, fix_gauge)
 
     def part_of(self, latents: torch.Tensor) -> torch.Tensor:
         """
@@ -70,6 +77,9 @@ class SAEBatch:
         )
 
 
+WITH_SPECIAL_TOKENS = "_with_special_tokens"
+"""What the names of interventions end in that include special tokens."""
+
 Change = Callable[[SAEBatch], torch.Tensor]
 
 
@@ -85,6 +95,8 @@ class Intervention:
         changes: From the activations to the changed ones, one for each draw.
         size: Number of dimensions or latents that are removed, if that says something.
         of_model: Whether it is the same for all SAEs, given its name and size.
+        special_tokens: Whether it changes BOS, EOS and padding as well, and is fitted on
+            them.
     """
 
     name: str
@@ -93,10 +105,20 @@ class Intervention:
     changes: list[Change]
     size: int | None = None
     of_model: bool = False
+    special_tokens: bool = False
+
+    def including_special_tokens(self) -> "Intervention":
+        """The same, if it was fitted on special tokens as well, for all tokens."""
+        name = f"{self.name}{WITH_SPECIAL_TOKENS}"
+        return replace(self, name=name, special_tokens=True)
 
 
 def interventions(
-    config: ScaffoldAblationEvalConfig, fit: ModelFit, of: SAEFit, rank: int
+    config: ScaffoldAblationEvalConfig,
+    fit: ModelFit,
+    of: SAEFit,
+    rank: int,
+    baseline: SAEFit | None = None,
 ) -> list[Intervention]:
     """
     All interventions on one SAE's hook point.
@@ -106,6 +128,7 @@ def interventions(
         fit: Of the activations.
         of: Of the SAE.
         rank: How many dimensions the geometric ones remove.
+        baseline: Of the plain SAE whose latents are ablated, too, if there is one.
     """
     sae = of.sae.sae
     dtype, device = sae.dtype, sae.device
@@ -115,12 +138,14 @@ def interventions(
 
     generator = torch.Generator().manual_seed(config.random_seed)
     found = [*_references(like_x(fit.mean))]
-    if isinstance(sae, ScaffoldMixin) and of.sae.rank:
-        basis = orthonormal_basis(sae.W_dec[: of.sae.rank].detach().cpu())
+    basis = of.scaffold_basis
+    if basis is not None:
         found += _of_scaffold(like_x(of.scaffold_mean), like_x(basis), of.sae.rank)
     found += _of_geometry(config, fit, rank, like_x, generator)
-    if isinstance(sae, ScaffoldMixin) and of.sae.rank:
+    if basis is not None:
         found += _of_dictionary(config, of, basis, generator)
+        if baseline is not None:
+            found += _of_dictionary(config, baseline, basis, generator, "baseline_")
     return found
 
 
@@ -151,17 +176,10 @@ def _of_scaffold(
     scaffold_mean: torch.Tensor, basis: torch.Tensor, rank: int
 ) -> Iterator[Intervention]:
     yield Intervention(
-        "scaffold_subtracted",
-        "scaffold",
-        "x - s(x): the scaffold's part of the reconstruction taken away",
-        [lambda batch: batch.x - batch.scaffold],
-        size=rank,
-    )
-    yield Intervention(
         "scaffold_mean_ablated",
         "scaffold",
-        "x - s(x) + E[s]: the scaffold's part replaced by its mean",
-        [lambda batch: batch.x - batch.scaffold + scaffold_mean],
+        "x - s(x) + E[s]: the scaffold's part of the reconstruction replaced by its mean",
+        [lambda batch: batch.x - batch.scaffold(fix_gauge=True) + scaffold_mean],
         size=rank,
     )
     yield Intervention(
@@ -169,6 +187,21 @@ def _of_scaffold(
         "scaffold",
         "the span of the scaffold's decoder rows projected out of x",
         [_projection(basis)],
+        size=rank,
+    )
+    yield Intervention(
+        "scaffold_subtracted_gauge_fixed",
+        "scaffold",
+        "x - s(x), with s(x) as it is where b_dec is orthogonal to the scaffold's span",
+        [lambda batch: batch.x - batch.scaffold(fix_gauge=True)],
+        size=rank,
+    )
+    yield Intervention(
+        "scaffold_subtracted",
+        "scaffold",
+        "x - s(x), with s(x) in the gauge of the weights: how much of the span's constant "
+        "part is in b_dec, and so stays, is a convention",
+        [lambda batch: batch.x - batch.scaffold(fix_gauge=False)],
         size=rank,
     )
 
@@ -180,45 +213,40 @@ def _of_geometry(
     like_x: Callable[[torch.Tensor], torch.Tensor],
     generator: torch.Generator,
 ) -> Iterator[Intervention]:
-    top = like_x(fit.directions[:rank])
-    yield Intervention(
-        "pca_projected_out",
-        "geometry",
-        "the top principal directions projected out of x",
-        [_projection(top)],
-        size=rank,
-        of_model=True,
-    )
-    yield Intervention(
-        "pca_mean_ablated",
-        "geometry",
-        "the coordinates along the top principal directions replaced by their mean",
-        [_projection(top, like_x(fit.mean))],
-        size=rank,
-        of_model=True,
-    )
     d_in = len(fit.mean)
-    yield Intervention(
-        "random_projected_out",
-        "geometry",
-        "as many random directions projected out of x",
-        [
-            _projection(
-                like_x(orthonormal_basis(torch.randn(rank, d_in, generator=generator)))
-            )
-            for _ in range(config.n_random_draws)
-        ],
-        size=rank,
-        of_model=True,
-    )
-    yield Intervention(
-        "outlier_dimensions_zeroed",
-        "geometry",
-        "the dimensions of the residual stream with the largest root mean square set to zero",
-        [_projection(like_x(torch.eye(d_in)[fit.outliers[:rank].cpu()]))],
-        size=rank,
-        of_model=True,
-    )
+    mean = like_x(fit.mean)
+    subspaces = {
+        "pca": ("the top principal directions", [fit.directions[:rank]]),
+        "random": (
+            "as many random directions",
+            [
+                orthonormal_basis(torch.randn(rank, d_in, generator=generator))
+                for _ in range(config.n_random_draws)
+            ],
+        ),
+        "outlier_dimensions": (
+            "the dimensions of the residual stream with the largest root mean square",
+            [torch.eye(d_in)[fit.outliers[:rank].cpu()]],
+        ),
+    }
+    for name, (what, draws) in subspaces.items():
+        bases = [like_x(basis) for basis in draws]
+        yield Intervention(
+            f"{name}_mean_ablated",
+            "geometry",
+            f"the coordinates of x along {what} replaced by their mean",
+            [_projection(basis, mean) for basis in bases],
+            size=rank,
+            of_model=True,
+        )
+        yield Intervention(
+            f"{name}_projected_out",
+            "geometry",
+            f"{what} projected out of x",
+            [_projection(basis) for basis in bases],
+            size=rank,
+            of_model=True,
+        )
 
 
 def _of_dictionary(
@@ -226,45 +254,49 @@ def _of_dictionary(
     of: SAEFit,
     basis: torch.Tensor,
     generator: torch.Generator,
+    prefix: str = "",
 ) -> Iterator[Intervention]:
-    decoder = of.sae.sae.W_dec[of.sae.rank :].detach()
-    aligned, cosines = most_aligned(decoder, of.fired > 0, basis)
-    above = int((cosines > config.aligned_cosine).sum())
-    sizes = {
-        f"aligned_{n}": aligned[:n]
-        for n in config.n_aligned_latents
-        # the next number is the same set again
-        if n <= len(aligned)
-        or n == _first_above(config.n_aligned_latents, len(aligned))
-    }
-    sizes[f"aligned_above_{config.aligned_cosine:g}"] = aligned[:above]
-    for name, latents in sizes.items():
+    aligned, cosines = most_aligned_of(of, basis)
+    owner = f"the baseline {of.sae.label}" if prefix else "the SAE itself"
+    whose = f"the sparse latents of {owner}"
+    for n in config.n_aligned_latents:
+        if n > len(aligned):  # would be all that are alive, under another name
+            continue
+        latents = aligned[:n]
         yield Intervention(
-            f"{name}_latents",
+            f"{prefix}aligned_{n}_latents",
             "dictionary",
-            "the sparse latents most aligned with the scaffold's subspace set to zero"
-            if "above" not in name
-            else f"all sparse latents whose cosine with it is above {config.aligned_cosine:g} set to zero",
+            f"{whose} most aligned with the scaffold's subspace set to zero",
             [without_latents(of, latents)],
-            size=len(latents),
+            size=n,
         )
         draws = [
             matched_frequency(of.fired, latents, generator)
             for _ in range(config.n_random_draws)
         ]
         matched = [draw for draw in draws if draw is not None]
-        if matched and len(latents):
+        if matched:
             yield Intervention(
-                f"{name.replace('aligned', 'matched')}_latents",
+                f"{prefix}matched_{n}_latents",
                 "dictionary",
-                "as many other latents that fire as often set to zero",
+                "as many others of these latents that fire as often set to zero",
                 [without_latents(of, draw) for draw in matched],
-                size=len(latents),
+                size=n,
             )
-
-
-def _first_above(values: list[int], bound: int) -> int | None:
-    return next((value for value in sorted(values) if value > bound), None)
+    for cosine, n in zip(
+        config.aligned_cosines,
+        counts_above(config.aligned_cosines, cosines),
+        strict=True,
+    ):
+        if n > 0:
+            yield Intervention(
+                f"{prefix}aligned_above_{cosine:g}_latents",
+                "dictionary",
+                f"{whose} whose cosine with the scaffold's subspace is above {cosine:g} "
+                "set to zero",
+                [without_latents(of, aligned[:n])],
+                size=n,
+            )
 
 
 def _projection(basis: torch.Tensor, keep: torch.Tensor | None = None) -> Change:
@@ -290,6 +322,6 @@ def without_latents(of: SAEFit, latents: torch.Tensor) -> Change:
     mask[of.sae.rank + latents.to(sae.device)] = True
 
     def change(batch: SAEBatch) -> torch.Tensor:
-        return batch.x - batch.part_of(mask)
+        return batch.x - batch.by(sae).part_of(mask)
 
     return change

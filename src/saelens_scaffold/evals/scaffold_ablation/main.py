@@ -1,14 +1,10 @@
 """Cross-entropy, KL and topic accuracy with the scaffold removed, and with its rivals."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
-
-from saelens_scaffold.evals.bootstrap import SequenceBootstrap, interval
 from saelens_scaffold.evals.language_model import (
-    HookedBatch,
     HookedModel,
     by_hook_point,
     check_finite,
@@ -16,41 +12,40 @@ from saelens_scaffold.evals.language_model import (
 )
 from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.run import Result, run_evaluation
+from saelens_scaffold.evals.scaffold_ablation.cross_entropy import (
+    cross_entropy_metrics,
+    measure_losses,
+    result_details,
+)
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     EVAL_TYPE_ID_SCAFFOLD_ABLATION,
-    CrossEntropyMetrics,
+    DictionaryAlignment,
     ScaffoldAblationEvalOutput,
     ScaffoldAblationMetricCategories,
-    ScaffoldAblationResultDetail,
-    TopicAccuracy,
-    TopicMetrics,
 )
-from saelens_scaffold.evals.scaffold_ablation.fit import ModelFit, SAEFit
+from saelens_scaffold.evals.scaffold_ablation.fit import Fit, ModelFit, SAEFit
 from saelens_scaffold.evals.scaffold_ablation.geometry import geometry
 from saelens_scaffold.evals.scaffold_ablation.interventions import (
     Intervention,
-    SAEBatch,
     interventions,
 )
-from saelens_scaffold.evals.scaffold_ablation.predictions import (
-    CleanPredictions,
-    ReplicateLosses,
-    SequenceLosses,
+from saelens_scaffold.evals.scaffold_ablation.latents import dictionary_alignment
+from saelens_scaffold.evals.scaffold_ablation.special_tokens import (
+    special_token_metrics,
 )
-from saelens_scaffold.evals.scaffold_ablation.topics import (
-    TopicProbes,
-    TopicTexts,
-    load_topic_texts,
+from saelens_scaffold.evals.scaffold_ablation.topic_texts import load_topic_texts
+from saelens_scaffold.evals.scaffold_ablation.topics import TopicProbes, topic_metrics
+from saelens_scaffold.evals.selected_saes import (
+    SelectedSAE,
+    SelectedSAEs,
+    resolve_saes,
+    selected_baseline,
 )
-from saelens_scaffold.evals.selected_saes import SelectedSAE, SelectedSAEs
 from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.subspaces import ActivationMoments
-
-PAPER_ALIGNED_LATENTS = 787
-"""How many aligned latents the paper (arXiv 2606.14040) ablates for its headline."""
 
 
 def run_eval(
@@ -70,7 +65,8 @@ def run_eval(
     Args:
         config: The configuration.
         selected_saes: (release, sae_id) or (name, SAE object) pairs. A plain SAE has no
-            scaffold to remove, but the rest of its results lines up with the others'.
+            scaffold to remove, but the rest of its results lines up with the others'. As
+            `config.baseline` it lends scaffold SAEs its latents.
         device: Where to compute.
         output_path: Folder for the results, one JSON file for each SAE.
         force_rerun: Whether to evaluate SAEs again that have a result there.
@@ -85,8 +81,9 @@ def run_eval(
         ValueError: The configuration, an SAE, the model or the text cannot be used, and
             why.
     """
+    _check_baselines(config.baseline, selected_saes)
     return run_evaluation(
-        _measure,
+        partial(_measure, selected_saes=selected_saes),
         ScaffoldAblationEvalOutput,
         config,
         selected_saes,
@@ -97,50 +94,154 @@ def run_eval(
     )
 
 
+def _check_baselines(
+    baseline: str | dict[str, str] | None, selected_saes: SelectedSAEs
+) -> None:
+    if isinstance(baseline, dict):
+        names = [*baseline, *baseline.values()]
+    else:
+        names = [] if baseline is None else [baseline]
+    for name in names:
+        selected_baseline(name, selected_saes)
+
+
+def _baselines(
+    config: ScaffoldAblationEvalConfig,
+    saes: list[SelectedSAE],
+    device: str,
+    selected_saes: SelectedSAEs,
+) -> dict[str, SelectedSAE]:
+    """
+    The baselines of the scaffold SAEs that have one, by the scaffold SAEs' keys.
+
+    Raises:
+        ValueError: A baseline has a scaffold itself, or another hook point.
+    """
+    resolved = {sae.label: sae for sae in saes}
+    found: dict[str, SelectedSAE] = {}
+    for sae in saes:
+        name = config.baseline_of(sae.label)
+        if name is None or not sae.rank:
+            continue
+        if name not in resolved:  # its result is there from an earlier call
+            pair = selected_baseline(name, selected_saes)
+            (resolved[name],) = resolve_saes([pair], device, config.llm_dtype)
+        baseline = found[sae.key] = resolved[name]
+        if baseline.rank:
+            raise ValueError(
+                f"baseline is {name!r}, whose scaffold has rank {baseline.rank}; it must "
+                "be a plain SAE"
+            )
+        if baseline.hook_name != sae.hook_name:
+            raise ValueError(
+                f"baseline is {name!r} at {baseline.hook_name}; it must be an SAE at "
+                f"{sae.hook_name}, where {sae.label!r} is"
+            )
+    return found
+
+
 def _measure(
-    config: ScaffoldAblationEvalConfig, saes: list[SelectedSAE], device: str
+    config: ScaffoldAblationEvalConfig,
+    saes: list[SelectedSAE],
+    device: str,
+    selected_saes: SelectedSAEs,
 ) -> Iterator[tuple[SelectedSAE, Result]]:
+    baselines = _baselines(config, saes, device, selected_saes)
+    measured = {sae.key for sae in saes}
+    needed = {sae.key: sae for sae in [*saes, *baselines.values()]}
     model = load_language_model(config.model_name, device, config.llm_dtype)
     seen = text_seen_in_training(
         saes, config.dataset, config.dataset_split, config.text_column
     )
-    for hooked, group in by_hook_point(model, saes):
-        stream = TokenStream(config, model, group)
+    for hooked, at_hook in by_hook_point(model, list(needed.values())):
+        stream = TokenStream(config, model, at_hook)
         # read before the long work, so that what is wrong with it is said now
         texts = (
-            load_topic_texts(config, model, stream.context_size)
+            load_topic_texts(config, model, stream.context_size, stream.prepend_bos)
             if config.topics
             else None
         )
+        fits = _fit(config, hooked, at_hook, stream)
+        group = [sae for sae in at_hook if sae.key in measured]
         ranks = {sae.key: config.pca_rank or sae.subspace_rank for sae in group}
-        fit, of = _fit(config, hooked, group, stream)
+        baseline_keys = {
+            key: baseline.key for key, baseline in baselines.items() if key in ranks
+        }
         changes = {
-            sae.key: interventions(config, fit, of[sae.key], ranks[sae.key])
+            sae.key: _interventions(config, fits, sae, ranks, baseline_keys)
             for sae in group
         }
-        losses = _losses(config, hooked, group, stream, changes)
+        losses = measure_losses(config, hooked, group, stream, changes)
         topics = (
-            TopicProbes(config, hooked, texts).accuracies(of, changes) if texts else {}
+            TopicProbes(config, hooked, texts).accuracies(
+                {special: fit.saes for special, fit in fits.items()}, changes
+            )
+            if texts
+            else {}
         )
         for sae in group:
             accuracies = topics.get(sae.key, [])
-            geometry_metrics, angles = geometry(fit, sae, ranks[sae.key])
-            details = _details(config, losses, sae, changes[sae.key])
+            of = fits[False].saes[sae.key]
+            geometry_metrics, angles = geometry(fits[False].model, of, ranks[sae.key])
+            details = result_details(config, losses, sae, changes[sae.key])
+            alignments = _alignments(
+                config, of, fits[False].baseline(sae, baseline_keys)
+            )
             yield (
                 sae,
                 {
                     "eval_result_metrics": ScaffoldAblationMetricCategories(
-                        cross_entropy=_cross_entropy_metrics(config, details),
+                        cross_entropy=cross_entropy_metrics(
+                            config, details, alignments
+                        ),
                         geometry=geometry_metrics,
-                        topics=_topic_metrics(texts, accuracies),
+                        topics=topic_metrics(texts, accuracies, of),
+                        special_tokens=special_token_metrics(
+                            fits, sae.key, ranks[sae.key], details, accuracies
+                        ),
                     ),
                     "eval_result_details": details,
                     "topic_accuracies": accuracies,
                     "principal_angles": angles,
+                    "dictionary_alignments": alignments,
                     "n_predictions": int(losses.n_predictions[0]),
                     "text_seen_in_training": seen[sae.key],
                 },
             )
+
+
+def _interventions(
+    config: ScaffoldAblationEvalConfig,
+    fits: dict[bool, Fit],
+    sae: SelectedSAE,
+    ranks: dict[str, int],
+    baseline_keys: dict[str, str],
+) -> list[Intervention]:
+    """Those without special tokens, and those with them, fitted on the same tokens."""
+    return [
+        change.including_special_tokens() if special else change
+        for special, fit in fits.items()
+        for change in interventions(
+            config,
+            fit.model,
+            fit.saes[sae.key],
+            ranks[sae.key],
+            fit.baseline(sae, baseline_keys),
+        )
+    ]
+
+
+def _alignments(
+    config: ScaffoldAblationEvalConfig, of: SAEFit, baseline: SAEFit | None
+) -> list[DictionaryAlignment]:
+    basis = of.scaffold_basis
+    if basis is None:
+        return []
+    dictionaries = {"own": of} | ({"baseline": baseline} if baseline else {})
+    return [
+        dictionary_alignment(config, name, fit, basis)
+        for name, fit in dictionaries.items()
+    ]
 
 
 def _fit(
@@ -148,180 +249,23 @@ def _fit(
     hooked: HookedModel,
     group: list[SelectedSAE],
     stream: TokenStream,
-) -> tuple[ModelFit, dict[str, SAEFit]]:
-    moments = ActivationMoments(group[0].sae.cfg.d_in, hooked.model.cfg.device or "cpu")
-    of = {sae.key: SAEFit(sae) for sae in group}
+) -> dict[bool, Fit]:
+    """Without special tokens under False, and with them under True if they are wanted."""
+    d_in, device = group[0].sae.cfg.d_in, hooked.model.cfg.device or "cpu"
+    kinds = (False, True) if config.include_special_tokens else (False,)
+    moments = {special: ActivationMoments(d_in, device) for special in kinds}
+    saes = {special: {sae.key: SAEFit(sae) for sae in group} for special in kinds}
     for tokens, counts in stream.batches(config.n_fit_tokens, "Fitting ablations"):
-        x = hooked.below(tokens)[0][counts]
-        check_finite(x, hooked.hook_name)
-        moments.update(x)
-        for fit in of.values():
-            fit.update(x)
-    return ModelFit.of(moments), of
-
-
-@dataclass
-class _Losses:
-    """Of the clean run, and of each SAE's interventions by name."""
-
-    n_predictions: torch.Tensor
-    clean: ReplicateLosses
-    changed: dict[str, dict[str, ReplicateLosses]]
-
-
-@torch.no_grad()
-def _losses(
-    config: ScaffoldAblationEvalConfig,
-    hooked: HookedModel,
-    group: list[SelectedSAE],
-    stream: TokenStream,
-    changes: dict[str, list[Intervention]],
-) -> _Losses:
-    bootstrap = SequenceBootstrap(config.n_bootstrap, config.random_seed)
-    losses = _Losses(
-        n_predictions=torch.zeros(1 + config.n_bootstrap, dtype=torch.float64),
-        clean=ReplicateLosses(),
-        changed={
-            sae.key: {change.name: ReplicateLosses() for change in changes[sae.key]}
-            for sae in group
-        },
-    )
-    for tokens, counts in stream.batches(config.n_tokens, "Ablating"):
-        weights = bootstrap.draw(len(tokens)).double()
-        run = HookedBatch(hooked, tokens, counts)
-        clean = CleanPredictions(run.above(run.full), tokens, counts)
-        losses.n_predictions += weights @ clean.n_predictions
-        losses.clean.add(weights, clean.losses)
-        of_model: dict[tuple[str, int | None], SequenceLosses] = {}
-        for sae in group:
-            batch = SAEBatch(run.x, sae.sae)
-            for change in changes[sae.key]:
-                key = (change.name, change.size)
-                found = of_model.get(key)
-                if found is None:
-                    found = SequenceLosses.mean(
-                        [
-                            clean.compare(run.above(run.full_with(draw(batch))))
-                            for draw in change.changes
-                        ]
-                    )
-                    if change.of_model:
-                        of_model[key] = found
-                losses.changed[sae.key][change.name].add(weights, found)
-    return losses
-
-
-def _details(
-    config: ScaffoldAblationEvalConfig,
-    losses: _Losses,
-    sae: SelectedSAE,
-    changes: list[Intervention],
-) -> list[ScaffoldAblationResultDetail]:
-    clean_ce = losses.clean.cross_entropy / losses.n_predictions
-
-    def detail(
-        name: str,
-        kind: str,
-        description: str,
-        size: int | None,
-        n_draws: int,
-        of: ReplicateLosses,
-    ) -> ScaffoldAblationResultDetail:
-        ce = of.cross_entropy / losses.n_predictions
-        statistics = {
-            "ce": ce,
-            "ce_ratio": ce / clean_ce,
-            "delta_ce": ce - clean_ce,
-            "kl": of.kl / losses.n_predictions,
-        }
-        values: dict[str, float] = {}
-        for field, statistic in statistics.items():
-            estimate, low, high = interval(statistic, config.confidence)
-            values |= {
-                field: estimate,
-                f"{field}_ci_low": low,
-                f"{field}_ci_high": high,
-            }
-        return ScaffoldAblationResultDetail(
-            intervention=name,
-            kind=kind,
-            description=description,
-            size=size,
-            n_draws=n_draws,
-            **values,
-        )
-
-    return [
-        detail("clean", "reference", "nothing changed", None, 1, losses.clean),
-        *(
-            detail(
-                change.name,
-                change.kind,
-                change.description,
-                change.size,
-                len(change.changes),
-                losses.changed[sae.key][change.name],
-            )
-            for change in changes
-        ),
-    ]
-
-
-def _cross_entropy_metrics(
-    config: ScaffoldAblationEvalConfig, details: list[ScaffoldAblationResultDetail]
-) -> CrossEntropyMetrics:
-    of = {detail.intervention: detail for detail in details}
-    metrics: dict[str, Any] = {}
-
-    def add(metric: str, intervention: str, with_interval: bool = True) -> None:
-        detail = of.get(intervention)
-        if detail is None:  # a plain SAE has no scaffold
-            return
-        metrics[metric] = detail.ce_ratio
-        if with_interval:
-            metrics[f"{metric}_ci_low"] = detail.ce_ratio_ci_low
-            metrics[f"{metric}_ci_high"] = detail.ce_ratio_ci_high
-
-    add("ce_ratio_reconstruction", "sae_reconstruction", with_interval=False)
-    add("ce_ratio_scaffold_subtracted", "scaffold_subtracted")
-    add("ce_ratio_scaffold_mean_ablated", "scaffold_mean_ablated", with_interval=False)
-    add("ce_ratio_scaffold_projected_out", "scaffold_projected_out")
-    add("ce_ratio_pca_projected_out", "pca_projected_out")
-    add("ce_ratio_random_projected_out", "random_projected_out", with_interval=False)
-
-    measured = [n for n in config.n_aligned_latents if f"aligned_{n}_latents" in of]
-    if measured:
-        paper = PAPER_ALIGNED_LATENTS
-        name = f"aligned_{paper if paper in measured else measured[-1]}_latents"
-        add("ce_ratio_aligned_latents", name)
-        metrics["n_aligned_latents"] = of[name].size
-
-    clean, zero = of["clean"].ce, of["zero_ablation"].ce
-    return CrossEntropyMetrics(
-        ce_clean=clean,
-        ce_loss_score=(zero - of["sae_reconstruction"].ce) / (zero - clean),
-        **metrics,
-    )
-
-
-def _topic_metrics(
-    texts: TopicTexts | None, accuracies: list[TopicAccuracy]
-) -> TopicMetrics:
-    if texts is None:
-        return TopicMetrics()
-    of = {a.intervention: a for a in accuracies if a.read_at == "last_layer"}
-    metrics: dict[str, Any] = {
-        "accuracy_clean": of["clean"].accuracy,
-        "accuracy_topic_latents_ablated": of["topic_latents_ablated"].accuracy,
+        full = hooked.below(tokens)[0]
+        for special in kinds:
+            x = full.flatten(0, 1) if special else full[counts]
+            check_finite(x, hooked.hook_name)
+            moments[special].update(x)
+            for fit in saes[special].values():
+                fit.update(x)
+    return {
+        special: Fit(ModelFit.of(moments[special]), saes[special]) for special in kinds
     }
-    removed = of.get("scaffold_subtracted")
-    if removed is not None:
-        metrics |= {
-            "accuracy_scaffold_subtracted": removed.accuracy,
-            "accuracy_scaffold_subtracted_ci_low": removed.accuracy_ci_low,
-            "accuracy_scaffold_subtracted_ci_high": removed.accuracy_ci_high,
-        }
-    return TopicMetrics(chance=texts.chance, n_topics=len(texts.topics), **metrics)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
 """Whether the topic of a text can be read with the scaffold, without it, or without latents."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
 from saelens_scaffold.evals.bootstrap import Interval, SequenceBootstrap, interval
-from saelens_scaffold.evals.labelled_data import TextsByLabel, load_labelled_data
 from saelens_scaffold.evals.language_model import (
     HookedBatch,
     HookedModel,
@@ -20,17 +18,20 @@ from saelens_scaffold.evals.language_model import (
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )
-from saelens_scaffold.evals.scaffold_ablation.eval_output import TopicAccuracy
 from saelens_scaffold.evals.scaffold_ablation.fit import SAEFit
 from saelens_scaffold.evals.scaffold_ablation.interventions import (
+    WITH_SPECIAL_TOKENS,
     Intervention,
     SAEBatch,
     without_latents,
 )
 from saelens_scaffold.evals.scaffold_ablation.latents import most_aligned
+from saelens_scaffold.evals.scaffold_ablation.topic_output import (
+    TopicAccuracy,
+    TopicMetrics,
+)
+from saelens_scaffold.evals.scaffold_ablation.topic_texts import TopicTexts
 from saelens_scaffold.subspaces import orthonormal_basis
-
-MMLU = "cais/mmlu"
 
 # What takes the scaffold, or its geometric twin, away. The others only change how much
 # text costs to predict.
@@ -43,85 +44,8 @@ INTERVENTIONS = (
 )
 
 
-@dataclass
-class TopicTexts:
-    """
-    Texts of several topics, as tokens.
-
-    Attributes:
-        topics: Names of the topics.
-        tokens: The texts one after another, those to train on first, each of shape (seq,).
-        labels: Index of each text's topic, shape (n_texts,).
-        n_train: Number of texts to train on.
-        chance: Accuracy of always naming the most frequent topic.
-    """
-
-    topics: list[str]
-    tokens: list[torch.Tensor]
-    labels: torch.Tensor
-    n_train: int
-    chance: float
-
-
-def read_topics(
-    config: ScaffoldAblationEvalConfig,
-) -> tuple[TextsByLabel, TextsByLabel]:
-    """
-    The texts of each topic, those to train on and those to test on.
-
-    Raises:
-        ValueError: They cannot be read, or there are too few.
-    """
-    is_mmlu = config.topic_dataset == MMLU
-    return load_labelled_data(
-        config.topic_dataset,
-        config.topic_text_column or ("question" if is_mmlu else "text"),
-        config.topic_label_column or ("subject" if is_mmlu else "label"),
-        config.topic_train_size,
-        config.topic_test_size,
-        config.random_seed,
-        subset=config.topic_subset or ("all" if is_mmlu else None),
-        split=config.topic_split or ("test" if is_mmlu else None),
-        max_classes=config.max_topics,
-    )
-
-
-def load_topic_texts(
-    config: ScaffoldAblationEvalConfig, model: HookedTransformer, context_size: int
-) -> TopicTexts:
-    """
-    Args:
-        config: Which texts.
-        model: The language model, for its tokenizer.
-        context_size: Longest text in tokens, BOS included; the rest is cut off.
-
-    Raises:
-        ValueError: The texts cannot be read, or there are too few.
-    """
-    train, test = read_topics(config)
-    topics = list(train)
-    texts = [
-        (text, topics.index(topic))
-        for part in (train, test)
-        for topic, of_topic in part.items()
-        for text in of_topic
-    ]
-    n_train = sum(map(len, train.values()))
-    labels = torch.tensor([label for _, label in texts])
-    return TopicTexts(
-        topics=topics,
-        tokens=[
-            model.to_tokens(text, move_to_device=False)[0, :context_size]
-            for text, _ in texts
-        ],
-        labels=labels,
-        n_train=n_train,
-        chance=float(labels[n_train:].bincount().max() / len(labels[n_train:])),
-    )
-
-
 _Features = dict[str, torch.Tensor]
-"""For each place, the mean activations of all texts, shape (n_texts, d)."""
+"""For each place, the pooled activations of all texts, shape (n_texts, d)."""
 
 
 class TopicProbes:
@@ -129,9 +53,9 @@ class TopicProbes:
     Linear probes for the topic of a text, at the hook point and after the last layer
     (claim iii of the paper, arXiv 2606.14040).
 
-    A probe is a logistic regression on the mean activation of a text, standardised. It is
-    trained on clean activations; a second one, trained on the changed activations, tells
-    whether the topic is gone or has only moved.
+    A probe is a logistic regression on the pooled activations of a text, standardised. It
+    is trained on clean activations; a second one, trained on the changed activations,
+    tells whether the topic is gone or has only moved.
 
     Args:
         config: The configuration.
@@ -151,18 +75,21 @@ class TopicProbes:
         )
         collected = _Collected(len(texts.tokens))
         for run in self._runs("Topics"):
-            collected.add("clean", run, run.x)
+            collected.add("clean", run.indices, run.features(run.x(False), False))
         self._clean = collected.features["clean"]
         self._probes = {
             place: _probe(features, texts) for place, features in self._clean.items()
         }
 
     def accuracies(
-        self, fits: dict[str, SAEFit], interventions: dict[str, list[Intervention]]
+        self,
+        fits: dict[bool, dict[str, SAEFit]],
+        interventions: dict[str, list[Intervention]],
     ) -> dict[str, list[TopicAccuracy]]:
         """
         Args:
-            fits: Of the SAEs, by their keys.
+            fits: Of the SAEs, by their keys: without special tokens under False, and with
+                them under True if they are to be included, too.
             interventions: On each SAE; the ones in `INTERVENTIONS` are used.
 
         Returns:
@@ -170,35 +97,50 @@ class TopicProbes:
             is read, clean first.
         """
         changes = {
-            key: [i for i in of_sae if i.name in INTERVENTIONS]
-            + [self._topic_latents_ablated(fits[key])]
+            key: [i for i in of_sae if _base_name(i) in INTERVENTIONS]
+            + [
+                self._topic_latents_ablated(of[key], special)
+                for special, of in fits.items()
+            ]
             for key, of_sae in interventions.items()
         }
+        features = self._features_after(fits[False], changes)
+        clean = Intervention("clean", "reference", "nothing taken away", [])
+        found = {"clean": self._accuracies_of(clean, self._clean)}
+        for name, (change, of_texts) in features.items():
+            found[name] = self._accuracies_of(change, of_texts)
+        return {
+            key: found["clean"]
+            + [a for change in of_sae for a in found[self._feature_name(key, change)]]
+            for key, of_sae in changes.items()
+        }
+
+    @torch.no_grad()
+    def _features_after(
+        self, fits: dict[str, SAEFit], changes: dict[str, list[Intervention]]
+    ) -> dict[str, tuple[Intervention, _Features]]:
+        """Each intervention and the features it leaves, once if all SAEs share it."""
         collected = _Collected(len(self._texts.tokens))
+        names = {
+            self._feature_name(key, change): change
+            for key, of_sae in changes.items()
+            for change in of_sae
+        }
         for run in self._runs("Topics, ablating"):
             done: set[str] = set()
             for key, of_sae in changes.items():
-                batch = SAEBatch(run.x, fits[key].sae.sae)
+                batches = {
+                    special: SAEBatch(run.x(special), fits[key].sae.sae)
+                    for special in {change.special_tokens for change in of_sae}
+                }
                 for change in of_sae:
                     name = self._feature_name(key, change)
                     if name not in done:
-                        collected.add(name, run, change.changes[0](batch))
+                        changed = change.changes[0](batches[change.special_tokens])
+                        found = run.features(changed, change.special_tokens)
+                        collected.add(name, run.indices, found)
                         done.add(name)
-        clean = self._accuracies_of("clean", "nothing taken away", None, self._clean)
-        return {
-            key: clean
-            + [
-                accuracy
-                for change in of_sae
-                for accuracy in self._accuracies_of(
-                    change.name,
-                    change.description,
-                    change.size,
-                    collected.features[self._feature_name(key, change)],
-                )
-            ]
-            for key, of_sae in changes.items()
-        }
+        return {name: (names[name], collected.features[name]) for name in names}
 
     @staticmethod
     def _feature_name(key: str, change: Intervention) -> str:
@@ -206,7 +148,7 @@ class TopicProbes:
         return shared if change.of_model else f"{key} {shared}"
 
     def _accuracies_of(
-        self, name: str, description: str, size: int | None, features_at: _Features
+        self, change: Intervention, features_at: _Features
     ) -> list[TopicAccuracy]:
         found: list[TopicAccuracy] = []
         for place, features in features_at.items():
@@ -214,10 +156,11 @@ class TopicProbes:
             retrained = self._interval(_probe(features, self._texts), features)
             found.append(
                 TopicAccuracy(
-                    intervention=name,
-                    description=description,
+                    intervention=change.name,
+                    description=change.description,
                     read_at=place,
-                    size=size,
+                    special_tokens=change.special_tokens,
+                    size=change.size,
                     accuracy=accuracy.estimate,
                     accuracy_ci_low=accuracy.low,
                     accuracy_ci_high=accuracy.high,
@@ -235,7 +178,7 @@ class TopicProbes:
         replicates = (self._weights @ correct) / self._weights.sum(dim=1)
         return interval(replicates, self._config.confidence)
 
-    def _topic_latents_ablated(self, fit: SAEFit) -> Intervention:
+    def _topic_latents_ablated(self, fit: SAEFit, special: bool) -> Intervention:
         """Of the alive latents, those that lie most in the span of the topics' means."""
         n_train = self._texts.n_train
         features = self._clean["hook_point"][:n_train].double()
@@ -247,13 +190,14 @@ class TopicProbes:
         decoder = fit.sae.sae.W_dec[fit.sae.rank :].detach()
         aligned, _ = most_aligned(decoder, fit.fired > 0, basis)
         latents = aligned[: self._config.n_topic_latents]
-        return Intervention(
+        change = Intervention(
             "topic_latents_ablated",
             "dictionary",
             "the sparse latents most aligned with the topics' mean activations set to zero",
             [without_latents(fit, latents)],
             size=len(latents),
         )
+        return change.including_special_tokens() if special else change
 
     @torch.no_grad()
     def _runs(self, desc: str) -> Iterator["_TopicRun"]:
@@ -265,37 +209,67 @@ class TopicProbes:
         size = self._config.llm_batch_size
         for start in tqdm(range(0, len(order), size), desc=desc, unit="batch"):
             indices = order[start : start + size]
-            yield _TopicRun(self._hooked, indices, [tokens[i] for i in indices])
+            yield _TopicRun(
+                self._hooked,
+                self._config.topic_pooling,
+                indices,
+                [tokens[i] for i in indices],
+            )
 
 
 class _TopicRun:
     """A batch of texts: run once up to the hook point, and on from there at will."""
 
     def __init__(
-        self, hooked: HookedModel, indices: list[int], texts: list[torch.Tensor]
+        self,
+        hooked: HookedModel,
+        pooling: str,
+        indices: list[int],
+        texts: list[torch.Tensor],
     ):
         special = torch.tensor(special_token_ids(hooked.model))
         tokens = torch.nn.utils.rnn.pad_sequence(
             texts, batch_first=True, padding_value=int(special[0])
         )
+        lengths = torch.tensor([len(text) for text in texts])
         device = hooked.model.cfg.device
-        self.indices = torch.tensor(indices)
-        self._counts = (~torch.isin(tokens, special)).to(device)
-        self._batch = HookedBatch(hooked, tokens.to(device), self._counts)
+        is_text = (~torch.isin(tokens, special)).to(device)
+        # special tokens of the texts, not what was added to make them equally long
+        in_text = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
+        self._masks = {False: is_text, True: in_text}
+        self._batches = {False: HookedBatch(hooked, tokens.to(device), is_text)}
+        self._weights = _pooling_weights(is_text, pooling)[..., None]
         self._n_layers = hooked.model.cfg.n_layers
-        self.x = self._batch.x
+        self.indices = torch.tensor(indices)
 
-    def mean_activations(self, x: torch.Tensor) -> _Features:
-        """Of each text, with other activations of the tokens that count."""
-        full = self._batch.full_with(x)
-        last = self._batch.above(full, stop_at_layer=self._n_layers)
-        n_tokens = self._counts.sum(dim=1, keepdim=True).clamp_min(1)
+    def x(self, special_tokens: bool) -> torch.Tensor:
+        """Activations of the texts, with or without special tokens, (n_tokens, d_in)."""
+        return self._changing(special_tokens).x
 
-        def mean(acts: torch.Tensor) -> torch.Tensor:
-            sums = (acts.float() * self._counts[..., None]).sum(dim=1)
-            return (sums / n_tokens).cpu()
+    def features(self, x: torch.Tensor, special_tokens: bool) -> _Features:
+        """What a probe reads of each text with other activations of those tokens."""
+        batch = self._changing(special_tokens)
+        full = batch.full_with(x)
+        last = batch.above(full, stop_at_layer=self._n_layers)
+        return {
+            place: (acts.float() * self._weights).sum(dim=1).cpu()
+            for place, acts in (("hook_point", full), ("last_layer", last))
+        }
 
-        return {"hook_point": mean(full), "last_layer": mean(last)}
+    def _changing(self, special_tokens: bool) -> HookedBatch:
+        if special_tokens not in self._batches:
+            mask = self._masks[special_tokens]
+            self._batches[special_tokens] = self._batches[False].changing(mask)
+        return self._batches[special_tokens]
+
+
+def _pooling_weights(is_text: torch.Tensor, pooling: str) -> torch.Tensor:
+    """What each token adds to the features of its text, shape (batch, seq)."""
+    weights = is_text.float()
+    if pooling == "last_token":
+        from_here_on = weights.flip(1).cumsum(dim=1).flip(1)
+        weights *= from_here_on == 1
+    return weights / weights.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 class _Collected:
@@ -305,16 +279,50 @@ class _Collected:
         self._n_texts = n_texts
         self.features: dict[str, _Features] = {}
 
-    @torch.no_grad()
-    def add(self, name: str, run: _TopicRun, x: torch.Tensor) -> None:
+    def add(self, name: str, indices: torch.Tensor, features: _Features) -> None:
         found = self.features.setdefault(name, {})
-        for place, means in run.mean_activations(x).items():
+        for place, of_batch in features.items():
             if place not in found:
-                found[place] = torch.zeros(self._n_texts, means.shape[1])
-            found[place][run.indices] = means
+                found[place] = torch.zeros(self._n_texts, of_batch.shape[1])
+            found[place][indices] = of_batch
 
 
 def _probe(features: torch.Tensor, texts: TopicTexts) -> Pipeline:
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     n_train = texts.n_train
     return probe.fit(features[:n_train].numpy(), texts.labels[:n_train].numpy())
+
+
+def _base_name(change: Intervention) -> str:
+    return change.name.removesuffix(WITH_SPECIAL_TOKENS)
+
+
+def topic_metrics(
+    texts: TopicTexts | None, accuracies: list[TopicAccuracy], fit: SAEFit
+) -> TopicMetrics:
+    """
+    The headline accuracies.
+
+    Args:
+        texts: The texts; None if topics were not classified.
+        accuracies: Of one SAE, by `TopicProbes`.
+        fit: Of that SAE, special tokens excluded.
+    """
+    if texts is None:
+        return TopicMetrics()
+    of = {a.intervention: a for a in accuracies if a.read_at == "last_layer"}
+    metrics: dict[str, Any] = {}
+    for name in ("scaffold_mean_ablated", "topic_latents_ablated"):
+        if name in of:  # a plain SAE has no scaffold
+            for suffix in ("", "_retrained"):
+                for end in ("", "_ci_low", "_ci_high"):
+                    value = getattr(of[name], f"accuracy{suffix}{end}")
+                    metrics[f"accuracy_{name}{suffix}{end}"] = value
+    return TopicMetrics(
+        chance=texts.chance,
+        n_topics=len(texts.topics),
+        accuracy_clean=of["clean"].accuracy,
+        n_topic_latents=of["topic_latents_ablated"].size,
+        n_topic_latents_alive=int((fit.fired > 0).sum()),
+        **metrics,
+    )

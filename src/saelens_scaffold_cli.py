@@ -64,10 +64,10 @@ a page to look at, report.html. What is finished is kept: repeat the command to 
 an interruption.
 """
 _COMPARE_EPILOG = """\
-example, offline; then see what the paper's experiment needs on a GPU with 80 GB:
+example, offline; then see what it needs with Gemma-2-2B on a GPU with 80 GB:
   saelens-scaffold compare benchmarks/paper/py-neox.yaml
   saelens-scaffold compare benchmarks/paper/gemma-2-2b-layer-12.yaml --plan --memory_gb 80
-and the paper's figures beside those of the first again:
+and show the paper's figures beside those of the first again:
   saelens-scaffold compare benchmarks/paper/py-neox.yaml --reference
 
 a configuration:

@@ -12,8 +12,8 @@ from saelens_scaffold.compare.metrics import ComparisonMetric, Results
 from saelens_scaffold.compare.statistics import Judgement, judge, seed_interval
 
 Matching = Literal["k", "l0_total"]
-"""Same k for the sparse latents, as in the paper, or the same number of active latents in
-all, the scaffold's rank paid for out of k."""
+"""Same k for the sparse latents, or the same number of active latents in all, the
+scaffold's rank paid for out of k."""
 
 
 class MeasuredSAE(NamedTuple):

@@ -46,5 +46,6 @@ def _classes_of(field: FieldInfo | None) -> Iterator[type]:
 
 
 def _fields(of: object) -> dict[str, FieldInfo]:
-    is_one = isinstance(of, type) and "__pydantic_fields__" in vars(of)
-    return config_fields(of) if is_one else {}
+    if isinstance(of, type) and "__pydantic_fields__" in vars(of):
+        return config_fields(of)
+    return {}

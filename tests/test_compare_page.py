@@ -732,6 +732,22 @@ def test_dark_pages_are_dark_with_light_text(phone: Visit):
         assert fill > 200
 
 
+def test_published_figures_stand_with_both_definitions(results: dict[str, Any]):
+    html = page(results)
+    section = html[html.index('<section id="reference">') :]
+    first, second = section.split("<tr>")[2:4]
+    for text in (
+        "latents that fire on more than 10 % of the tokens",
+        "Number of sparse latents that fire more often",
+        "differs: a &lt;b&gt;small&lt;/b&gt; model",
+        "7 → 0",
+    ):
+        assert text in first
+    assert "same definition" in second
+    assert "not measured" in second
+    assert "<script>window" not in section
+
+
 def test_what_was_not_measured_is_left_out(browser: Browser, tmp_path: Path):
     results = make_results()
     results.update(comparisons=[], curves=[], reference=[])

@@ -68,10 +68,9 @@ def reference_text(rows: Sequence[Mapping[str, Any]]) -> str:
             n, what, value, mark = first if i == 0 else ("", "", "", "")
             arm, shown = escape(of_arm["arm"]), escape(of_arm["shown"])
             table.add_row(n, what, value, arm, shown, mark)
-        metric = row["metric"] or "no metric of ours"
         notes += [
             f"{number}. {row['source']}: {row['definition']}",
-            f"   ours: {metric}" + f": {row['our_definition']}" * bool(row["metric"]),
+            f"   ours: {_with_metric(row) if row['metric'] else 'none'}",
             f"   {row['mark']}",
         ]
     return (
@@ -81,6 +80,11 @@ def reference_text(rows: Sequence[Mapping[str, Any]]) -> str:
         + "\n".join(notes)
         + "\n"
     )
+
+
+def _with_metric(row: Mapping[str, Any]) -> str:
+    described = row["our_definition"]
+    return f"{described} ({row['metric']})" if described else row["metric"]
 
 
 def _our_definition(figure: ReferenceFigure) -> str:

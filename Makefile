@@ -8,6 +8,8 @@ VENV_MIN := .venv-min
 # Passed on to the demo and to pytest: make demo DEMO_ARGS="--quick"
 DEMO_ARGS ?=
 TEST_ARGS ?= -n 2
+# For `make record`: names in benchmarks/recorded
+RECORD ?= $(basename $(notdir $(wildcard benchmarks/recorded/*.txt)))
 
 # SAEBench needs numpy < 2, which has no wheels for Python 3.13; with a compiler at hand
 # `make EXTRAS=bench,test` builds it there.
@@ -16,10 +18,10 @@ EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("bench,test" if sys.version_in
 # The lowest sae-lens that pyproject.toml declares, for test-min.
 SAE_LENS_MIN = $(shell sed -n 's/^ *"sae-lens>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: help demo test test-min lint clean
+.PHONY: help demo test test-min lint docs-check record clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## Train scaffold SAEs and their plain twins, and compare (DEMO_ARGS=...)
 	$(VENV)/bin/saelens-scaffold demo $(DEMO_ARGS)
@@ -36,6 +38,12 @@ lint: $(VENV)/.installed ## Check style, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+docs-check: $(VENV)/.installed ## Find numbers in README and docs that no recorded run contains
+	$(VENV)/bin/python tests/docs_check.py
+
+record: $(VENV)/.installed ## Run recorded commands again, hours in all (RECORD="name ...")
+	for name in $(RECORD); do PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python benchmarks/record.py $$name || exit 1; done
 
 clean: ## Remove the environments and all that the tools leave behind
 	rm -rf $(VENV) $(VENV_MIN) build dist .pytest_cache .ruff_cache .hypothesis

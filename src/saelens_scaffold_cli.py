@@ -64,9 +64,11 @@ a page to look at, report.html. What is finished is kept: repeat the command to 
 an interruption.
 """
 _COMPARE_EPILOG = """\
-example, offline; then see what the paper's experiment needs on a GPU with 80 GB:
+example, offline; then see what it needs with Gemma-2-2B on a GPU with 80 GB:
   saelens-scaffold compare benchmarks/paper/py-neox.yaml
   saelens-scaffold compare benchmarks/paper/gemma-2-2b-layer-12.yaml --plan --memory_gb 80
+and show the paper's figures beside those of the first again:
+  saelens-scaffold compare benchmarks/paper/py-neox.yaml --reference
 
 a configuration:
   model_name: py-neox
@@ -421,6 +423,12 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan",
         action="store_true",
         help="only say what would be trained, and what that needs",
+    )
+    parser.add_argument(
+        "--reference",
+        action="store_true",
+        help="only show the published figures that the experiment names beside the results "
+        "there are, with the definition of each; computes nothing",
     )
     parser.add_argument(
         "--memory_gb",

@@ -72,9 +72,11 @@ SMALL: dict[str, Any] = {
             "what": "Dense latents, against the plain SAE",
             "value": "-84 %",
             "source": "arXiv 2606.14040",
+            "definition": "reduction of the count, at matched sparsity",
+            "not_stated": "the threshold (here 10 %)",
             "architecture": "scaffold_batchtopk",
             "metric": "dense_latents.sparsity.l0_total",
-            "relative_to_baseline": True,
+            "against_baseline": "ratio",
         }
     ],
 }
@@ -175,7 +177,8 @@ def test_comparisons_are_at_the_measured_sparsity(unbroken: Path) -> None:
     assert "k=6 has the same l0_total by k, but -" in refused["note"]
     assert refused["note"].endswith("train batchtopk with k=8")
     (figure,) = results["reference"]
-    assert figure["ours"].startswith("+")  # l0_total of a scaffold SAE is higher
+    for ours in figure["ours"]:  # l0_total of a scaffold SAE is higher
+        assert ours["shown"].startswith("+")
 
 
 def test_centred_saes_start_at_the_mean(tmp_path: Path) -> None:
@@ -561,34 +564,96 @@ def test_reference_is_of_chosen_pairs_and_says_what_it_leaves_out(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)
-    figure = {**SMALL["reference"][0], "where": {"k": 4, "seed": 1}}
     for file in (out / "eval_results/dense_latents").glob("batchtopk-k_6-*.json"):
         result = json.loads(file.read_text())
         result["eval_result_metrics"]["sparsity"]["l0_total"] = 0
         file.write_text(json.dumps(result))
-    all_k = SMALL["reference"][0]
-    too_short = {**figure, "metric": "dense_latents.sparsity", "where": {}}
-    file = write(tmp_path, reference=[figure, all_k, too_short])
+    (all_k,) = SMALL["reference"]
+    one = {**all_k, "where": {"k": 4, "seed": 1}}
+    difference = {**all_k, "against_baseline": "difference", "where": {"k": 4}}
+    unmeasured = {**all_k, "metric": "tpp.tpp_metrics.tpp_threshold_10_total_metric"}
+    file = write(tmp_path, reference=[one, all_k, difference, unmeasured])
     results = compare(read_config(file), out)
     l0 = {
-        sae["name"]: sae["evaluations"]["dense_latents"]["sparsity"]["l0_total"]
+        (sae["architecture"], sae["axes"]["k"], sae["seed"]): sae["evaluations"][
+            "dense_latents"
+        ]["sparsity"]["l0_total"]
         for sae in results["saes"]
     }
-    expected = (
-        l0["scaffold_batchtopk-k_4-scaffold_rank_2-seed_1"] / l0["batchtopk-k_4-seed_1"]
-    ) - 1
-    of_one, of_all, of_none = (figure["ours"] for figure in results["reference"])
-    assert of_one == f"{expected:+.0%}"
-    assert of_all.endswith("2 SAEs); 2 with a baseline of 0 left out")
-    assert of_none is None
+    pairs = [(l0["scaffold_batchtopk", 4, s], l0["batchtopk", 4, s]) for s in (0, 1)]
+    of_one, of_all, of_difference, of_none = (r["ours"] for r in results["reference"])
+    ((mine, plain),) = pairs[1:]
+    assert [ours["shown"] for ours in of_one] == [f"{mine / plain - 1:+.0%}"]
+    assert [ours["arm"] for ours in of_all] == [
+        f"scaffold_batchtopk k={k} scaffold_rank=2" for k in (4, 6)
+    ]
+    assert of_all[1]["shown"] == "-; 2 with a baseline of 0 left out"
+    (ours,) = of_difference
+    assert ours["mean"] == pytest.approx(np.mean([a - b for a, b in pairs]))
+    assert ours["n_saes"] == 2
+    assert of_none == []
+
+
+def test_reference_alone_computes_nothing(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["compare", str(write(tmp_path)), "--output_path", str(out)]
+    assert main([*command, "--reference"]) == 2
+    assert f"there are no results in {out} yet" in capsys.readouterr().err
+    assert not out.exists()
+
+    # results are all that is needed; figures are those that the file names now
+    out.mkdir()
+    for name in ("results.json", "compare.yaml"):
+        shutil.copy(unbroken / name, out)
+    (figure,) = SMALL["reference"]
+    figures = [
+        figure,
+        {
+            **figure,
+            "differs": "a\nmedian",
+            "metric": "dense_latents.sparsity.l0_sparse",
+        },
+        {**figure, "metric": "core.sparsity.l0", "not_stated": None},
+        {**figure, "metric": "tpp.tpp_metrics.tpp_threshold_10_total_metric"},
+    ]
+    write(tmp_path, reference=figures)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert main([*command, "--reference"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    marks = [line.split("|")[-2].strip() for line in rows]
+    assert marks.count("not stated") == 2
+    assert marks.count("differs") == marks.count("same definition") == 1
+    assert "not measured" in rows[-1]
+    notes = said[said.index("\n1. ") :]
+    assert "arXiv 2606.14040: reduction of the count, at matched sparsity" in notes
+    assert "Sparse latents that fire per token, plus the rank of the scaffold" in notes
+    assert "not stated: the threshold (here 10 %)" in notes
+    # all that `compare` itself would show of them
+    of_call = json.loads((unbroken / "results.json").read_text())["reference"]
+    assert of_call[0]["ours"][0]["shown"] in said
+
+    write(tmp_path, reference=[])
+    assert main([*command, "--reference"]) == 2
+    assert "names no published figures" in capsys.readouterr().err
+    write(tmp_path, data_seed=1)
+    assert main([*command, "--reference"]) == 2
+    assert "trained with another configuration" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"architecture": "scafold_batchtopk"}, "no architecture 'scafold_batchtopk'"),
-        ({"architecture": "batchtopk"}, "relative_to_baseline needs"),
+        ({"architecture": "batchtopk"}, "against_baseline needs"),
+        ({"metric": None}, "against_baseline needs a metric"),
         ({"metric": "dense.dense_latents"}, "no evaluation 'dense'"),
+        ({"metric": "dense_latents.sparsity"}, "no metric of dense_latents 'sparsity'"),
+        ({"metric": "core.sparsity.l1_"}, "did you mean 'sparsity.l1'"),
+        ({"differs": ""}, "at least 1 character"),
         ({"where": {"kk": 4}}, "no axis of the grid 'kk'"),
     ],
 )

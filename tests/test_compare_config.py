@@ -270,6 +270,12 @@ def test_experiments_that_come_with_the_project_make_sense() -> None:
     files = sorted(Path("benchmarks/paper").glob("*.yaml"))
     assert len(files) >= 2
     for file in files:
-        runs = runs_of(read_config(file))
-        architectures = {run.arm.architecture for run in runs}
+        experiment = read_config(file)
+        architectures = {run.arm.architecture for run in runs_of(experiment)}
         assert {"scaffold_batchtopk", "scaffold_matryoshka"} < architectures
+        # every figure of the abstract of arXiv 2606.14040
+        published = {figure.value for figure in experiment.reference}
+        assert published == {
+            *("up to -84 %", "x 7.5", "x 2.8", "x 2.9", "98.7 %", "chance"),
+            *("virtually unchanged", "improves", "no number"),
+        }

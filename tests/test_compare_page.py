@@ -117,14 +117,22 @@ def make_results() -> dict[str, Any]:
                 "what": "dense latents, BatchTopK",
                 "value": "31 → 5 (−84 %)",
                 "source": "arXiv 2606.14040, table 1",
-                "ours": "7 → 0",
+                "definition": "latents that fire on more than 10 % of the tokens",
+                "metric": "dense_latents.dense_latents.dense_latents",
+                "our_definition": "Number of sparse latents that fire more often",
+                "mark": "differs: a <b>small</b> model",
+                "ours": [{"arm": f"scaffold_batchtopk {HOSTILE}", "shown": "7 → 0"}],
                 "command": "saelens-scaffold eval dense_latents",
             },
             {
                 "what": f"top-1 accuracy {HOSTILE}",
                 "value": "+0.02",
                 "source": "arXiv 2606.14040",
-                "ours": None,
+                "definition": "accuracy of a probe on one latent",
+                "metric": None,
+                "our_definition": "",
+                "mark": "same definition",
+                "ours": [],
                 "command": "saelens-scaffold eval sparse_probing",
             },
         ],
@@ -741,6 +749,22 @@ def test_dark_pages_are_dark_with_light_text(phone: Visit):
     for label in (".xtick text", ".ytick text", ".xtitle"):
         _, _, fill = page.locator(f".plot {label}").first.evaluate(brightness)
         assert fill > 200
+
+
+def test_published_figures_stand_with_both_definitions(results: dict[str, Any]):
+    html = page(results)
+    section = html[html.index('<section id="reference">') :]
+    first, second = section.split("<tr>")[2:4]
+    for text in (
+        "latents that fire on more than 10 % of the tokens",
+        "Number of sparse latents that fire more often",
+        "differs: a &lt;b&gt;small&lt;/b&gt; model",
+        "7 → 0",
+    ):
+        assert text in first
+    assert "same definition" in second
+    assert "not measured" in second
+    assert "<script>window" not in section
 
 
 def test_what_was_not_measured_is_left_out(browser: Browser, tmp_path: Path):

@@ -299,7 +299,7 @@ def sparse_forward(
 def dense_forward(
     inputs: list[torch.Tensor], entries: Entries, rank: int, residual: bool
 ) -> tuple[torch.Tensor, ...]:
-    """The formula of the paper, in plain torch."""
+    """The formula of the README, in plain torch."""
     x, W_enc, b_enc, W_dec, b_dec = inputs
     x_bar = x - b_dec
     z = x_bar @ W_enc[:, :rank] + b_enc[:rank].detach()

@@ -1,4 +1,4 @@
-"""The training architectures against the formula of the paper and SAELens's parents."""
+"""The training architectures against the formula of the README and SAELens's parents."""
 
 import copy
 import warnings

@@ -5,16 +5,20 @@ import shlex
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from saelens_scaffold.compare.config import ConfigChanged, read_config
 from saelens_scaffold.compare.experiment import (
     EvaluationsFailed,
     compare,
     make_plan,
+    references_so_far,
 )
 from saelens_scaffold.compare.pairs import pairs_text
+from saelens_scaffold.compare.reference import reference_text
 from saelens_scaffold.compare.table import comparison_text, plan_text
 from saelens_scaffold.evals.command_line import BAD_INPUT, one_line
 from saelens_scaffold.interruption import interruptible
@@ -43,6 +47,9 @@ def run(options: argparse.Namespace) -> int:
             print(plan_text(plan, options.tflops))
             print(pairs_text(config, plan.runs))
             return 0
+        if options.reference:
+            print(reference_text(references_so_far(config, output_path)), end="")
+            return 0
         # what TransformerLens and SAEBench print goes to stderr
         with interruptible(), redirect_stdout(sys.stderr):
             results = compare(
@@ -61,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"saelens-scaffold compare: error: {one_line(error)}", file=sys.stderr)
         return 2
     except EvaluationsFailed as error:
-        print(comparison_text(error.results))
+        print(_results_text(error.results))
         for line in (*error.results["warnings"], *error.reasons):
             print(line, file=sys.stderr)
         again = "; repeat the command to try again what failed" * error.can_repeat
@@ -74,11 +81,18 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
-    print(comparison_text(results))
+    print(_results_text(results))
     for warning in results["warnings"]:
         print(warning, file=sys.stderr)
     print(f"Written to {output_path}: report.html, results.json, results.csv, saes/.")
     return 0
+
+
+def _results_text(results: Mapping[str, Any]) -> str:
+    """The comparisons, and the published figures beside ours where there are any."""
+    reference = results["reference"]
+    parts = [comparison_text(results), *([reference_text(reference)] * bool(reference))]
+    return "\n".join(parts)
 
 
 def _command(options: argparse.Namespace, output_path: Path) -> str:

@@ -14,6 +14,7 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_scaffold.evals.configs import config_fields, make_config
+from saelens_scaffold.evals.metric_descriptions import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
 from saelens_scaffold.files import new_file
 
@@ -101,15 +102,35 @@ class EvaluationData:
 
 @dataclass(config=_STRICT)
 class ReferenceFigure:
-    """A figure that somebody else has published, to stand beside ours."""
+    """
+    A figure that somebody else has published, to stand beside ours.
+
+    The two have the same definition unless `differs` or `not_stated` says otherwise.
+    """
 
     what: str = Field(title="What", description="In words")
     value: str = Field(title="Value", description="As it was published")
     source: str = Field(title="Source")
+    definition: str = Field(
+        title="Definition",
+        description="What the source says of how the figure is measured",
+    )
+    differs: str | None = Field(
+        default=None,
+        min_length=1,
+        title="Differs",
+        description="How our figure's definition differs from the source's",
+    )
+    not_stated: str | None = Field(
+        default=None,
+        min_length=1,
+        title="Not Stated",
+        description="What the source leaves open of the definition",
+    )
     architecture: str | None = Field(
         default=None,
         title="Architecture",
-        description="Of our SAEs to stand beside it",
+        description="Of our SAEs to stand beside it; by default all, or all with a baseline",
     )
     metric: str | None = Field(
         default=None,
@@ -119,12 +140,12 @@ class ReferenceFigure:
     where: dict[str, Any] = Field(
         default_factory=dict,
         title="Where",
-        description="Axes of the grid with the value that our SAEs have on each, as in k: 4; by default SAEs of all values are taken together",
+        description="Axes of the grid with the value that our SAEs have on each, as in k: 4; by default SAEs of all values are shown",
     )
-    relative_to_baseline: bool = Field(
-        default=False,
-        title="Relative to Baseline",
-        description="Whether our figure is the change against the plain SAE of the same k and seed, as a share of its value",
+    against_baseline: Literal["ratio", "difference"] | None = Field(
+        default=None,
+        title="Against Baseline",
+        description="Whether our figure is the change against the plain SAE of the same k and seed: as a share of its value, or as a difference",
     )
 
 
@@ -286,12 +307,17 @@ def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:
     for axis in figure.where:
         check("axis of the grid", axis, config.grid)
     if figure.metric is not None:
-        check("evaluation", figure.metric.partition(".")[0], known_evaluations())
-    if figure.relative_to_baseline and (
-        figure.metric is None or figure.architecture not in config.baselines
+        evaluation, _, path = figure.metric.partition(".")
+        check("evaluation", evaluation, known_evaluations())
+        described = metric_descriptions(known_evaluations()[evaluation])
+        # a plugin's evaluation need not describe its metrics
+        if described:
+            check(f"metric of {evaluation}", path, described)
+    if figure.against_baseline and (
+        figure.metric is None or figure.architecture not in (None, *config.baselines)
     ):
         raise ValueError(
-            f"reference {figure.what!r}: relative_to_baseline needs a metric, and an "
+            f"reference {figure.what!r}: against_baseline needs a metric, and an "
             f"architecture that has a baseline: {', '.join(config.baselines)}; the "
             f"architecture is {figure.architecture!r}, the metric {figure.metric!r}"
         )

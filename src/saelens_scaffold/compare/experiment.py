@@ -25,6 +25,7 @@ from saelens_scaffold.compare.memory import (
     estimate,
 )
 from saelens_scaffold.compare.metrics import metrics_of
+from saelens_scaffold.compare.reference import references
 from saelens_scaffold.compare.report import write_page
 from saelens_scaffold.compare.results import collect, results_csv
 from saelens_scaffold.compare.runner_config import check_training
@@ -44,6 +45,7 @@ from saelens_scaffold.files import new_file
 CONFIG_FILENAME = "compare.yaml"
 TRAINING = "training"
 WAVES_FILENAME = "waves.json"
+RESULTS_FILENAME = "results.json"
 
 
 class EvaluationsFailed(RuntimeError):
@@ -202,7 +204,7 @@ def compare(
             command or shlex.join(sys.argv),
         )
         results["warnings"] = _l0_warnings(plan.evaluator)
-        with new_file(output_path / "results.json") as file:
+        with new_file(output_path / RESULTS_FILENAME) as file:
             file.write_text(json.dumps(results, indent=1, allow_nan=False))
         with new_file(output_path / "results.csv") as file:
             file.write_text(results_csv(results), encoding="utf-8")
@@ -212,6 +214,39 @@ def compare(
     if diverged or failed:
         raise EvaluationsFailed(diverged, failed, results)
     return results
+
+
+def references_so_far(
+    config: CompareConfig, output_path: str | Path
+) -> list[dict[str, Any]]:
+    """
+    The published figures of an experiment beside those of an earlier call of `compare`.
+
+    Nothing is computed. The figures are those that the experiment names now.
+
+    Args:
+        config: The experiment.
+        output_path: Its folder.
+
+    Returns:
+        What results.json has under "reference".
+
+    Raises:
+        ValueError: The experiment names no figures, or its SAEs were trained with another
+            configuration.
+        FileNotFoundError: There are no results yet.
+    """
+    output_path = Path(output_path)
+    if not config.reference:
+        raise ValueError("the experiment names no published figures (`reference`)")
+    if not (output_path / RESULTS_FILENAME).is_file():
+        raise FileNotFoundError(
+            f"there are no results in {output_path} yet: run `saelens-scaffold compare` "
+            "without --reference first, or name another --output_path"
+        )
+    check_unchanged(config, output_path / CONFIG_FILENAME)
+    results = _read(output_path / RESULTS_FILENAME)
+    return references(config, results["saes"], results["provenance"]["command"])
 
 
 def _train(

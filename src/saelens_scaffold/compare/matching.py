@@ -11,8 +11,8 @@ from saelens_scaffold.compare.metrics import Results
 from saelens_scaffold.compare.statistics import Verdict
 
 Matching = Literal["k", "l0_total"]
-"""Same k for the sparse latents, as in the paper, or the same number of active latents in
-all, the scaffold's rank paid for out of k."""
+"""Same k for the sparse latents, or the same number of active latents in all, the
+scaffold's rank paid for out of k."""
 
 SAME_L0_WITHIN = 0.1
 """Share by which the measured l0_total of SAEs may differ that have the same by their k."""

@@ -10,21 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from sae_lens import SAE
 
 from saelens_scaffold.compare.comparisons import Comparison, compare_arms
-from saelens_scaffold.compare.config import CompareConfig, ReferenceFigure
+from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.curves import Curve, curves
 from saelens_scaffold.compare.grid import Arm, Run
 from saelens_scaffold.compare.matching import Known, MeasuredSAE, l0_total
 from saelens_scaffold.compare.metrics import ComparisonMetric, Results
+from saelens_scaffold.compare.reference import references
 from saelens_scaffold.compare.runner_config import runner_config
 from saelens_scaffold.compare.training import hardware
-from saelens_scaffold.evals.registry import Metric
 from saelens_scaffold.evals.selected_saes import weights_sha256
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE
 from saelens_scaffold.subspaces import orthonormal_basis, share_in_subspace
@@ -95,7 +94,7 @@ def collect(
     hook_name = hook_names.pop() if len(hook_names) == 1 else None
     at = f"at {hook_name} of" if hook_name else "of"
     tokens = {runner_config(config, [run], device).training_tokens for run in runs}
-    return {
+    results_of_saes = {
         "title": config.title or f"SAEs {at} {config.model_name}",
         "summary": {
             "model_name": config.model_name,
@@ -151,10 +150,10 @@ def collect(
         ],
         "curves": [_curve(c) for c in curves(measured, metrics, config.confidence)],
         "comparisons": [_comparison(c, config.confidence) for c in found],
-        "reference": [
-            _reference(figure, measured, read, config, command)
-            for figure in config.reference
-        ],
+    }
+    return {
+        **results_of_saes,
+        "reference": references(config, results_of_saes["saes"], command),
     }
 
 
@@ -288,75 +287,3 @@ def _arm(arm: Arm) -> dict[str, Any]:
         "arm": arm.label,
         "axes": dict(arm.axes),
     }
-
-
-def _reference(
-    figure: ReferenceFigure,
-    measured: Sequence[MeasuredSAE],
-    read: Mapping[str, Results],
-    config: CompareConfig,
-    command: str,
-) -> dict[str, Any]:
-    """A published figure, and ours: mean and range of the SAEs that it is about."""
-    values, n_without = _figures(figure, measured, read, config)
-    form = "+.0%" if figure.relative_to_baseline else ".3g"
-    ours = f"{fmean(values):{form}}" if values else None
-    if len(values) > 1:
-        ours = (
-            f"{ours} ({min(values):{form}} to {max(values):{form}}, {len(values)} SAEs)"
-        )
-    if n_without:
-        ours = f"{ours or '-'}; {n_without} with a baseline of 0 left out"
-    return {
-        "what": figure.what,
-        "value": figure.value,
-        "source": figure.source,
-        "ours": ours,
-        "command": command,
-    }
-
-
-def _figures(
-    figure: ReferenceFigure,
-    measured: Sequence[MeasuredSAE],
-    read: Mapping[str, Results],
-    config: CompareConfig,
-) -> tuple[list[float], int]:
-    """Ours, and how many pairs there are whose baseline is 0, of which none is a part."""
-    if figure.metric is None:
-        return [], 0
-    evaluation, _, path = figure.metric.partition(".")
-
-    def value(run: Run) -> float | None:
-        result = read[run.name].get(evaluation)
-        return None if result is None else Metric("", path).value(result)
-
-    of_arm = [
-        sae.run
-        for sae in measured
-        if figure.architecture in (None, sae.run.arm.architecture)
-        and all(_axes(sae.run).get(a) == value for a, value in figure.where.items())
-    ]
-    if not figure.relative_to_baseline:
-        return [v for run in of_arm if (v := value(run)) is not None], 0
-    baseline = config.baselines.get(figure.architecture or "")
-    shares: list[float] = []
-    n_without = 0
-    for run in of_arm:
-        for other in (sae.run for sae in measured):
-            is_twin = (
-                other.arm.architecture == baseline
-                and other.seed == run.seed
-                and run.arm.agrees_with(other.arm)
-            )
-            mine, theirs = value(run), value(other)
-            if is_twin and mine is not None and theirs is not None:
-                if theirs:
-                    shares.append(mine / theirs - 1)
-                else:
-                    n_without += 1
-    return shares, n_without
-
-
-def _axes(run: Run) -> dict[str, Any]:
-    return {**run.arm.axes, "seed": run.seed}

@@ -23,7 +23,7 @@ Results = Mapping[str, Any]
 SAE = Mapping[str, Any]
 
 DENSE_THRESHOLD = 0.1
-"""Firing frequency above which a latent is called dense, as in the paper."""
+"""Firing frequency above which a latent is called dense, as in arXiv 2506.15679."""
 
 BAR_WIDTH = 17
 """Of the bars of the ablation plots, in pixels."""

@@ -30,8 +30,7 @@ from saelens_scaffold.files import new_file
 MATCHINGS = {
     "k": (
         "At the same k",
-        "As many sparse latents fire for each token in both, and the scaffold comes on top: "
-        "the paper's comparison.",
+        "As many sparse latents fire for each token in both, and the scaffold comes on top.",
     ),
     "l0_total": (
         "At the same l0_total",

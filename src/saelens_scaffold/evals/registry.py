@@ -347,6 +347,8 @@ EVALUATIONS: dict[str, Evaluation] = {
                     2,
                     bounds=SHARE,
                 ),
+                # as many as asked for, or fewer if no more are alive
+                Metric("topic latents", "topics.n_topic_latents", 0),
                 Metric(
                     "CE x, scaffold mean-ablated, special tokens too",
                     "special_tokens.ce_ratio_scaffold_mean_ablated_with_special_tokens",

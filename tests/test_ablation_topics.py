@@ -283,7 +283,7 @@ def test_accuracies_are_those_of_probes_on_hooked_activations(
     clean = features(model, texts, pooling, lambda x: x, False)
     probe = fitted(clean)
     # a probe may go either way on a text at its boundary
-    within = {"abs": 1.01 / len(labels["test"])}
+    within: dict[str, Any] = {"abs": 1.01 / len(labels["test"])}
     assert rows["clean"]["accuracy"] == pytest.approx(accuracy(probe, clean), **within)
     for suffix in ("", *(["_with_special_tokens"] if special else [])):
         x = features(

@@ -488,9 +488,8 @@ def test_no_text_is_trained_and_tested_on(
 
     # where the halves are drawn from one split
     Dataset.from_list([*train, *train]).to_json(tmp_path / "twice.jsonl")
-    halves = load_labelled_data(
-        str(tmp_path / "twice.jsonl"), "text", "label", ROWS_PER_CLASS - 10, 10, seed=0
-    )
+    once = read_labelled_text(str(tmp_path / "twice.jsonl"), "text", "label")
+    halves = once.sample(ROWS_PER_CLASS - 10, 10, seed=0)
     drawn = [{text for texts in half.values() for text in texts} for half in halves]
     assert drawn[0].isdisjoint(drawn[1])
     assert len(drawn[0]) + len(drawn[1]) == len(train)

@@ -36,6 +36,7 @@ from saelens_scaffold.evals.selected_saes import (
     CUSTOM_SAE_ID,
     SelectedSAE,
     SelectedSAEs,
+    label_of,
     result_path,
     selected_baseline,
 )

@@ -74,7 +74,7 @@ def bench_more_saes(directory: Path, n_tokens: int, repeats: int) -> None:
 
 
 def bench_more_interventions(directory: Path, n_tokens: int) -> None:
-    spent = {"below": 0.0, "above": 0.0, "_losses": 0.0}
+    spent = {"below": 0.0, "above": 0.0, "measure_losses": 0.0}
     calls = dict.fromkeys(spent, 0)
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,7 +97,9 @@ def bench_more_interventions(directory: Path, n_tokens: int) -> None:
 
     HookedModel.below = timed("below", HookedModel.below)
     HookedModel.above = timed("above", HookedModel.above)
-    scaffold_ablation._losses = timed("_losses", scaffold_ablation._losses)
+    scaffold_ablation.measure_losses = timed(
+        "measure_losses", scaffold_ablation.measure_losses
+    )
     scaffold_ablation._fit = fit_and_forget
     config = ScaffoldAblationEvalConfig(
         **TEXT, n_fit_tokens=n_tokens, n_tokens=n_tokens, topics=False
@@ -107,9 +109,9 @@ def bench_more_interventions(directory: Path, n_tokens: int) -> None:
     runs_per_batch = calls["above"] / calls["below"]
     print(
         f"scaffold_ablation, {len(saes)} SAEs, {n_tokens:,} tokens, {runs_per_batch:.0f} runs "
-        f"of the layers above the hook point for a batch: {spent['_losses']:.1f} s, of which "
+        f"of the layers above the hook point for a batch: {spent['measure_losses']:.1f} s, of which "
         f"{spent['below']:.1f} s below it and {spent['above']:.1f} s above it: an intervention "
-        f"costs {(spent['_losses'] - spent['below']) / spent['above']:.2f} times the layers above"
+        f"costs {(spent['measure_losses'] - spent['below']) / spent['above']:.2f} times the layers above"
     )
 
 

@@ -74,7 +74,7 @@ def bench_more_saes(directory: Path, n_tokens: int, repeats: int) -> None:
 
 
 def bench_more_interventions(directory: Path, n_tokens: int) -> None:
-    spent = {"below": 0.0, "above": 0.0, "_losses": 0.0}
+    spent = {"below": 0.0, "above": 0.0, "measure_losses": 0.0}
     calls = dict.fromkeys(spent, 0)
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -283,16 +283,18 @@ def test_accuracies_are_those_of_probes_on_hooked_activations(
     clean = features(model, texts, pooling, lambda x: x, False)
     probe = fitted(clean)
     # a probe may go either way on a text at its boundary
-    within: dict[str, Any] = {"abs": 1.01 / len(labels["test"])}
-    assert rows["clean"]["accuracy"] == pytest.approx(accuracy(probe, clean), **within)
+    within = 1.01 / len(labels["test"])
+    assert rows["clean"]["accuracy"] == pytest.approx(
+        accuracy(probe, clean), abs=within
+    )
     for suffix in ("", *(["_with_special_tokens"] if special else [])):
         x = features(
             model, texts, pooling, lambda x: x - (x @ basis.T) @ basis, bool(suffix)
         )
         row = rows["scaffold_projected_out" + suffix]
-        assert row["accuracy"] == pytest.approx(accuracy(probe, x), **within)
+        assert row["accuracy"] == pytest.approx(accuracy(probe, x), abs=within)
         retrained = accuracy(fitted(x), x)
-        assert row["accuracy_retrained"] == pytest.approx(retrained, **within)
+        assert row["accuracy_retrained"] == pytest.approx(retrained, abs=within)
         assert row["special_tokens"] is bool(suffix)
     metrics = result["eval_result_metrics"]
     headline = metrics["topics"]["accuracy_scaffold_mean_ablated"]

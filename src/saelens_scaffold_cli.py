@@ -43,9 +43,9 @@ example: evaluate an SAE with SAELens's own evaluator
 """
 
 _RANK = """\
-Read a language model's activations and suggest a scaffold's rank, with reasons: the PCA
-spectrum's knee, its participation ratio, parallel analysis (Horn 1965), and the dense
-latents that a plain SAE already has. Prints a table, and draws the spectrum.
+Read a language model's activations and suggest a scaffold's rank, with reasons: outlier
+dimensions, the knee and the participation ratio of the PCA spectrum, parallel analysis,
+and the dense latents that a plain SAE already has. Prints a table, and draws the spectrum.
 """
 _RANK_EPILOG = """\
 example, offline:

@@ -173,6 +173,16 @@ def test_a_compare_run(tmp_path: Path) -> None:
             assert f"{name}/{file}" in summary.files
     assert not summary.unmatched_results
 
+    # and says which SAEs do not have the L0 they were trained for
+    l0s = {
+        name: metrics["sparsity"]["l0_sparse"]
+        for name in (plain, scaffold)
+        for metrics in [result_of(folder, "dense_latents", name)["eval_result_metrics"]]
+    }
+    warnings = json.loads((folder / "results.json").read_text())["warnings"]
+    off = [name for name in (plain, scaffold) if abs(l0s[name] - 4) > 0.4]
+    assert [warning.partition(":")[0] for warning in warnings] == off
+
     counts = [
         result_of(folder, "dense_latents", name)["eval_result_metrics"]["dense_latents"]
         for name in (plain, scaffold)

@@ -523,3 +523,13 @@ def test_curves_are_of_saes_that_differ_in_k() -> None:
     # t(0.975, 2) / sqrt(3), the standard deviation being 1
     assert first.mean - first.ci_low == pytest.approx(4.302653 / 3**0.5)
     assert found["scaffold scaffold_rank=2"].points[0].ci_low is None
+
+
+def test_no_k_is_advised_where_there_is_none() -> None:
+    none: Any = None
+    (found,) = compared(
+        measured("plain", none, 0, 1.0, l0_total=3.0),
+        measured("scaffold", 4, 0, 1.0, rank=2),
+        matching="l0_total",
+    )
+    assert found.pair.note == "l0_total 6.0 is not within 3.0 to 3.0"

@@ -22,8 +22,8 @@ from helpers import (
     trainer_for,
 )
 from saelens_scaffold.saes.calibration import (
-    RecentActivations,
-    RecentBatches,
+    ActivationSample,
+    SampledBatches,
     calibrate_threshold,
     calibrated_threshold,
 )
@@ -42,8 +42,8 @@ def l0_sparse(sae: SAE[Any], x: torch.Tensor, rank: int = RANK) -> float:
     return float((sae.encode(x)[:, rank:] != 0).float().sum(-1).mean().detach())
 
 
-def recent(*batches: torch.Tensor) -> RecentActivations:
-    found = RecentActivations()
+def sample(*batches: torch.Tensor) -> ActivationSample:
+    found = ActivationSample()
     for batch in batches:
         found.add(batch)
     return found
@@ -61,7 +61,7 @@ def test_k_latents_fire_after_a_training_of_any_length(
     assert l0_sparse(sae.to_inference(), unseen) == pytest.approx(k, rel=0.05)
     # where SAELens's running average has not arrived
     sae.calibrates = False
-    sae.recent_activations.clear()
+    sae.sampled_activations.clear()
     assert l0_sparse(sae.to_inference(), unseen) > 1.3 * k
 
 
@@ -93,7 +93,7 @@ def test_saved_sae_fires_k_latents(
     metadata = loaded.cfg.metadata
     assert metadata.k == K
     assert metadata.threshold_calibration == {
-        "estimator": "recent_activations",
+        "estimator": "training_activations",
         "n_tokens": 20 * 128,
     }
 
@@ -102,7 +102,7 @@ def test_saved_sae_fires_k_latents(
 def test_threshold_is_the_cut_of_the_formula(architecture: str):
     sae = scaffold_sae(architecture)
     train(sae, steps=10)
-    x = torch.cat([*sae.recent_activations])
+    x = torch.cat([*sae.sampled_activations])
     z = (x - sae.b_dec) @ sae.W_enc[:, :RANK]
     residual = x - sae.b_dec - z @ sae.W_dec[:RANK]
     h = residual @ sae.W_enc[:, RANK:] + sae.b_enc[RANK:]
@@ -141,7 +141,7 @@ def test_checkpoint_keeps_the_calibrated_threshold(tmp_path: Path):
     assert torch.equal(again.to_inference().threshold, sae.to_inference().threshold)
     train(again, steps=1)
     assert float(again.calibrated_threshold) == -1
-    threshold = calibrated_threshold(again, again.recent_activations)
+    threshold = calibrated_threshold(again, again.sampled_activations)
     assert float(again.to_inference().threshold[-1]) == pytest.approx(threshold)
 
 
@@ -162,7 +162,7 @@ def test_saelens_running_average_where_it_is_asked_for(overrides: dict[str, Any]
 
 def test_rank_0_is_calibrated_as_its_parent():
     ours, theirs = scaffold_sae(scaffold_rank=0), plain_sae()
-    x = recent(activations(500, seed=3))
+    x = sample(activations(500, seed=3))
     for sae in (ours, theirs):
         train(sae, steps=10)
         calibrate_threshold(sae, x)
@@ -186,42 +186,51 @@ def test_so_many_are_above_the_threshold(sizes: list[int], k: float, dense_code:
 
 
 @settings(max_examples=50, deadline=None)
-@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20))
-def test_recent_activations_are_the_last(sizes: list[int]):
-    kept = RecentActivations(n_tokens=40)
-    given_ = [torch.full((n, 2), float(i)) for i, n in enumerate(sizes)]
-    for batch in given_:
-        kept.add(batch)
-        assert len(kept) <= 40 + 39 + 40
-    assert len(kept) >= min(40, sum(min(n, 40) for n in sizes))
-    last = torch.cat([batch[:40] for batch in given_])
-    assert torch.equal(torch.cat([*kept]), last[len(last) - len(kept) :])
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40))
+def test_sample_is_every_so_manyth_token(sizes: list[int]):
+    sampled = ActivationSample(n_tokens=10)
+    tokens = torch.arange(sum(sizes)).view(-1, 1)
+    for batch in tokens.split(sizes):
+        sampled.add(batch)
+    kept = torch.cat([*sampled]).view(-1).tolist()
+    step = 1
+    while len(tokens[::step]) > 20:
+        step *= 2
+    assert kept == [*range(0, len(tokens), step)]
+    assert len(sampled) == len(kept)
 
 
-def test_recent_activations_keep_no_buffer_alive():
+def test_sample_keeps_no_buffer_alive():
     buffer = torch.zeros(1000, 4)
-    kept = RecentActivations(n_tokens=10)
-    kept.add(buffer[20:30])
+    sampled = ActivationSample()
+    sampled.add(buffer[20:30])
     buffer.fill_(1.0)
-    (batch,) = kept
+    (batch,) = sampled
     assert batch.untyped_storage().nbytes() == batch.nbytes
     assert not batch.any()
 
 
-def test_recent_batches_are_read_again_as_they_were(tmp_path: Path):
-    given_ = iter(
-        {"a": activations(3000, seed=i), "b": torch.ones(3000, 2)} for i in range(5)
-    )
-    batches_ = RecentBatches(given_)
-    for _ in range(4):
-        next(batches_)
-    batches_.save(tmp_path / "recent.safetensors")
-    again = RecentBatches(given_)
-    again.load(tmp_path / "recent.safetensors", batch_size=3000)
-    last = {"a": activations(3000, seed=9), "b": torch.zeros(3000, 2)}
-    for each in (batches_, again):
-        for name, x in last.items():
-            each.recent[name].add(x)
-    for name in "ab":
-        kept = torch.cat([*batches_.recent[name]])
-        assert torch.equal(torch.cat([*again.recent[name]]), kept)
+def test_sample_goes_on_after_a_checkpoint(tmp_path: Path):
+    def given_() -> Any:
+        return iter(
+            [
+                {"a": activations(3000, seed=i), "b.c": torch.ones(3000, 2)}
+                for i in range(12)
+            ]
+        )
+
+    unbroken, broken = SampledBatches(given_()), given_()
+    for _ in range(12):
+        next(unbroken)
+    first = SampledBatches(broken)
+    for _ in range(5):
+        next(first)
+    first.save(tmp_path / "sample.safetensors")
+    second = SampledBatches(broken)
+    second.load(tmp_path / "sample.safetensors", device="cpu")
+    for _ in range(7):
+        next(second)
+    for name in ("a", "b.c"):
+        kept = torch.cat([*unbroken.samples[name]])
+        assert torch.equal(torch.cat([*second.samples[name]]), kept)
+        assert 8192 <= len(kept) <= 2 * 8192

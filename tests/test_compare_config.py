@@ -256,8 +256,18 @@ def test_only_what_decides_the_training_is_held_fast(
 
 def test_what_will_be_compared_with_what() -> None:
     said = pairs_text(config(), runs_of(config())).splitlines()
-    k8 = "batchtopk k=8 (same k)"
+    k4 = (
+        "batchtopk k=4 (same k), "
+        "batchtopk (same l0_total, interpolated between k=4 and 8)"
+    )
+    assert f"  scaffold_batchtopk k=4 scaffold_rank=2 with {k4}" in said
+    k8 = (
+        "batchtopk k=8 (same k), batchtopk (out of range, l0_total 10.0 is not within "
+        "4.0 to 8.0: train batchtopk with k=10)"
+    )
     assert f"  scaffold_batchtopk k=8 scaffold_rank=2 with {k8}" in said
+    narrow = pairs_text(config(max_bracket=1.5), runs_of(config()))
+    assert "bracket too wide, k=4 (l0_total 4.0) and k=8 (l0_total 8.0)" in narrow
     matryoshka = "scaffold_matryoshka k=4 scaffold_rank=2"
     assert f"  {matryoshka} with nothing: it has no partner" in said
     alone = grid(architecture=["scaffold_matryoshka"])

@@ -409,6 +409,6 @@ def test_the_remedy_fits_the_threshold() -> None:
     running = {"estimator": "running_average", "n_tokens": 100}
     assert remedy() == remedy(threshold_calibration=running)
     assert "where it is calibrated at the end" in remedy()
-    recent = {"estimator": "recent_activations", "n_tokens": 100}
+    recent = {"estimator": "training_activations", "n_tokens": 100}
     assert "measure on more tokens" in remedy(threshold_calibration=recent)
     assert trained_k({"k": True}) is None

@@ -207,11 +207,14 @@ def l0_warning(
 
 def _remedy(metadata: Metadata) -> str:
     calibration = metadata.get("threshold_calibration")
-    if isinstance(calibration, dict) and "recent" in str(calibration.get("estimator")):
+    if (
+        isinstance(calibration, dict)
+        and calibration.get("estimator") == "training_activations"
+    ):
         return (
-            "Its threshold was calibrated on the last tokens of the training, and texts "
-            "differ: measure on more tokens of such text (`saelens-scaffold eval "
-            "dense_latents`)."
+            "Its threshold was calibrated on a sample of the training, and texts differ: "
+            "measure on more tokens of such text (`saelens-scaffold eval dense_latents`), "
+            "or train on more."
         )
     return (
         "Its threshold is a running average, which lags in short trainings: train for "

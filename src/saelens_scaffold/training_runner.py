@@ -32,12 +32,12 @@ from saelens_scaffold.measuring import (
     measure,
 )
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
-from saelens_scaffold.saes.calibration import RecentBatches, calibrate_threshold
+from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 
 logger = logging.getLogger(__name__)
 
-RECENT_FILENAME = "recent_activations.safetensors"
-"""The activations before a checkpoint, for thresholds to be calibrated on."""
+SAMPLE_FILENAME = "activation_sample.safetensors"
+"""What was sampled of the activations, for thresholds to be calibrated on."""
 STREAM_FILENAME = "activation_stream.json"
 """Where in the activations' stream a checkpoint was made. Written last, so that a
 checkpoint that has it is whole."""
@@ -199,7 +199,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
 
     calibrated: Collection[str] | None = None
     _stream: "ActivationStream"
-    _batches: RecentBatches
+    _batches: SampledBatches
     _resume_from: str | None = None
 
     @override
@@ -221,7 +221,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         self, trainer: MultiSAETrainer
     ) -> dict[str, TrainingSAE[Any]]:
         self._stream = ActivationStream(self.activations_store, self.cfg.seed)
-        self._batches = RecentBatches(self._stream)
+        self._batches = SampledBatches(self._stream)
         trainer.data_provider = self._batches
         calibrated = self._calibrate_here()
         trainer._update_pbar = _ProgressOfMany(trainer)
@@ -232,8 +232,8 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
             self._load_checkpoint(trainer, Path(self._resume_from))
         saes = trainer.fit()
         for name in calibrated:
-            recent = self._batches.recent[self.cfg.hook_names_per_sae[name]]
-            calibrate_threshold(saes[name], recent)  # type: ignore[arg-type]
+            sample = self._batches.samples[self.cfg.hook_names_per_sae[name]]
+            calibrate_threshold(saes[name], sample)  # type: ignore[arg-type]
         return saes
 
     def _calibrate_here(self) -> Collection[str]:
@@ -265,8 +265,8 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
             for threshold in trainer.checkpoint_thresholds
             if threshold >= trainer.n_training_samples
         ]
-        batch_size = self.cfg.train_batch_size_tokens
-        self._batches.load(checkpoint / RECENT_FILENAME, batch_size)
+        device = self.cfg.act_store_device or self.cfg.device
+        self._batches.load(checkpoint / SAMPLE_FILENAME, device)
         state = json.loads((checkpoint / STREAM_FILENAME).read_text())
         self._stream.begin(**state)
 
@@ -275,7 +275,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         if checkpoint_path is None:
             return
         super()._save_runner_checkpoint_files(checkpoint_path)
-        self._batches.save(checkpoint_path / RECENT_FILENAME)
+        self._batches.save(checkpoint_path / SAMPLE_FILENAME)
         state = self._stream.begin_anew()
         with new_file(checkpoint_path / STREAM_FILENAME) as file:
             file.write_text(json.dumps(state))

@@ -204,7 +204,7 @@ def _pair_at(
             f"{max_bracket:g})"
         )
     note = "; ".join(notes)
-    if refusal:
+    if refusal and bracket[0].k is not None:
         note += f": train {curve.label} with k={_k_at(l0, bracket)}"
     return Pair("l0_total", treatment, curve, bracket, l0, refusal, note)
 

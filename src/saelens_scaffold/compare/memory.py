@@ -20,7 +20,7 @@ from saelens_scaffold.compare.runner_config import runner_config
 from saelens_scaffold.compare.training import ESTIMATED_SCALES
 from saelens_scaffold.evals.configs import check_model_name
 from saelens_scaffold.evals.language_model import known_model_name
-from saelens_scaffold.saes.calibration import N_RECENT_TOKENS
+from saelens_scaffold.saes.calibration import N_SAMPLED_TOKENS
 
 GB = 1e9
 
@@ -152,7 +152,7 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
         values = _COPIES_OF_BUFFER * cfg.n_batches_in_buffer * cfg.context_size
         if scales:  # which SAELens keeps to estimate the scale of activations
             values += cfg.n_batches_for_norm_estimate * cfg.train_batch_size_tokens
-        values += N_RECENT_TOKENS
+        values += 2 * N_SAMPLED_TOKENS
         values *= hook_dims
         values += (
             _RESIDUAL_STREAMS

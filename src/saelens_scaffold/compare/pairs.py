@@ -25,7 +25,9 @@ def pairs_text(config: CompareConfig, runs: Sequence[Run]) -> str:
         arm: [] for arm in arms if arm.architecture in config.baselines
     }
     for pair in found:
-        how = f"same {pair.matching}{', interpolated' * pair.interpolated}"
+        how = f"same {pair.matching}"
+        if pair.interpolated:
+            how += f", interpolated between k={' and '.join(f'{end.k:g}' for end in pair.known)}"
         if pair.refusal:
             how = f"{pair.refusal}, {pair.note}"
         rivals[pair.treatment].append(f"{pair.baseline.label} ({how})")

@@ -81,7 +81,7 @@ def _pair_table(
 ) -> str:
     table = Table(box=MARKDOWN)
     table.add_column("metric", no_wrap=True)
-    for title in ("SAE", "against", "difference", "detectable", "p", "p (Holm)"):
+    for title in ("SAE", "against", "difference", "detectable", "p (Holm)"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for comparison in comparisons:
@@ -89,7 +89,7 @@ def _pair_table(
         table.add_row(
             escape(metric_name(metric)),
             *_numbers(comparison, int(metric["digits"])),
-            *(_p_value(comparison[p]) for p in ("p_value", "p_holm")),
+            _p_value(comparison["p_holm"]),
             verdict_text(comparison, n_seeds),
         )
     return markdown(table)

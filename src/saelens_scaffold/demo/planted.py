@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from saelens_scaffold.demo.architectures import twin_configs
 from saelens_scaffold.demo.measures import Measured, measured
-from saelens_scaffold.saes.calibration import RecentBatches, calibrate_threshold
+from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.scaffold import scaffold_rank
 from saelens_scaffold.training_runner import initial_sae
 
@@ -171,7 +171,7 @@ def train_on_planted(
     """
     settings = planted.settings
     training_saes = {name: initial_sae(cfg, seed) for name, cfg in saes.items()}
-    batches = RecentBatches(iter(planted))
+    batches = SampledBatches(iter(planted))
     torch.manual_seed(seed)
     MultiSAETrainer(
         cfg=_trainer_config(settings),
@@ -180,7 +180,7 @@ def train_on_planted(
         data_provider=batches,
     ).fit()
     for sae in training_saes.values():
-        calibrate_threshold(sae, batches.recent[HOOK_NAME])  # type: ignore[arg-type]
+        calibrate_threshold(sae, batches.samples[HOOK_NAME])  # type: ignore[arg-type]
 
     torch.manual_seed(
         seed + 1_000_000

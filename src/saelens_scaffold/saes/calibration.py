@@ -3,11 +3,11 @@
 SAELens's BatchTopK SAEs keep a running average of each batch's smallest active value, and
 save it as the JumpReLU threshold. It starts at 0 and moves by `topk_threshold_lr` a step,
 so after a few hundred steps it is still too low, and the saved SAE fires far more than k
-latents. Here the threshold is found from the activations trained on last, with the weights
-as they are now. benchmarks/README.md compares the estimators.
+latents. Here the threshold is found with the weights as they are, on a sample of the
+activations that they were trained on: of all of them, since the last ones may come from a
+few texts. benchmarks/README.md compares the estimators.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,54 +16,72 @@ import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from safetensors.torch import load_file, save_file
 
-N_RECENT_TOKENS = 8192
-"""Tokens that a threshold is calibrated on."""
+N_SAMPLED_TOKENS = 8192
+"""Tokens that a threshold is calibrated on, if a training has as many: up to twice this."""
 
 # Pre-activations held at once.
 _BLOCK_ELEMENTS = 2**24
 
 
-class RecentActivations:
+class ActivationSample:
     """
-    Copies of the activations that an SAE was trained on last.
+    Every n-th token of a training, with n doubled whenever they become too many.
 
-    Copies, since batches are views of the store's buffer, which they would keep alive.
+    It draws no random numbers, so a training goes on as without it.
 
     Args:
-        n_tokens: How many are kept at least, in whole batches; of a larger batch, so
-            many.
+        n_tokens: More than twice as many are halved.
     """
 
-    def __init__(self, n_tokens: int = N_RECENT_TOKENS):
-        self.n_tokens = n_tokens
-        self._batches: deque[torch.Tensor] = deque()
+    def __init__(self, n_tokens: int = N_SAMPLED_TOKENS):
+        self._n_tokens = n_tokens
+        self._kept: list[torch.Tensor] = []
+        self._n_seen = 0
+        self._step = 1
 
     @torch.no_grad()
     def add(self, x: torch.Tensor) -> None:
         """
-        Keep a batch, and let go of the oldest.
+        See a batch of the training.
 
         Args:
             x: Activations, shape (n_tokens, ...).
         """
-        self._batches.append(x[: self.n_tokens].detach().clone())
-        while len(self) - len(self._batches[0]) >= self.n_tokens:
-            self._batches.popleft()
+        # a copy: a view would keep the store's buffer alive
+        chosen = x[-self._n_seen % self._step :: self._step].detach().clone()
+        self._n_seen += len(x)
+        self._kept += [chosen] * (len(chosen) > 0)
+        while len(self) > 2 * self._n_tokens:
+            self._kept = [torch.cat(self._kept)[::2].clone()]
+            self._step *= 2
 
     def clear(self) -> None:
-        """Let go of all."""
-        self._batches.clear()
+        """Begin anew."""
+        self._kept, self._n_seen, self._step = [], 0, 1
+
+    def state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sample, and what `load_state` needs to go on from it."""
+        counts = torch.tensor([self._n_seen, self._step])
+        return torch.cat(self._kept), counts
+
+    def load_state(self, sample: torch.Tensor, counts: torch.Tensor) -> None:
+        """Go on from what `state` gave."""
+        self._kept = [sample]
+        self._n_seen, self._step = counts.tolist()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(self._batches)
+        return iter(self._kept)
 
     def __len__(self) -> int:
-        return sum(map(len, self._batches))
+        return sum(map(len, self._kept))
 
 
-class RecentBatches(Iterator[dict[str, torch.Tensor]]):
+class SampledBatches(Iterator[dict[str, torch.Tensor]]):
     """
-    A data provider of `MultiSAETrainer` that remembers what it gave last.
+    A data provider of `MultiSAETrainer` that samples what it gives.
+
+    Attributes:
+        samples: By hook point.
 
     Args:
         batches: The data provider: dictionaries of activations by hook point.
@@ -71,31 +89,33 @@ class RecentBatches(Iterator[dict[str, torch.Tensor]]):
 
     def __init__(self, batches: Iterator[dict[str, torch.Tensor]]):
         self._batches = batches
-        self.recent: dict[str, RecentActivations] = {}
+        self.samples: dict[str, ActivationSample] = {}
 
     def __next__(self) -> dict[str, torch.Tensor]:
         batch = next(self._batches)
         for hook_name, x in batch.items():
-            self.recent.setdefault(hook_name, RecentActivations()).add(x)
+            self.samples.setdefault(hook_name, ActivationSample()).add(x)
         return batch
 
     def save(self, path: Path) -> None:
-        """Write what is remembered, as safetensors."""
-        save_file(
-            {name: torch.cat([*recent]) for name, recent in self.recent.items()}, path
-        )
+        """Write the samples, as safetensors."""
+        tensors: dict[str, torch.Tensor] = {}
+        for hook_name, sample in self.samples.items():
+            tensors[hook_name], tensors[f"{hook_name}.counts"] = sample.state()
+        save_file(tensors, path)
 
-    def load(self, path: Path, batch_size: int) -> None:
-        """Remember what `save` wrote, in batches of so many tokens."""
-        for hook_name, x in load_file(path).items():
-            self.recent[hook_name] = RecentActivations()
-            for batch in x.split(batch_size):
-                self.recent[hook_name].add(batch)
+    def load(self, path: Path, device: str) -> None:
+        """Go on from what `save` wrote."""
+        tensors = load_file(path, device=device)
+        for hook_name in tensors:
+            if f"{hook_name}.counts" in tensors:
+                sample = self.samples.setdefault(hook_name, ActivationSample())
+                sample.load_state(tensors[hook_name], tensors[f"{hook_name}.counts"])
 
 
 @torch.no_grad()
 def calibrate_threshold(
-    sae: BatchTopKTrainingSAE, activations: RecentActivations
+    sae: BatchTopKTrainingSAE, activations: ActivationSample
 ) -> None:
     """
     Set an SAE's threshold to that at which k sparse latents fire per token.
@@ -115,7 +135,7 @@ def record_calibration(sae: BatchTopKTrainingSAE, n_tokens: int) -> None:
     metadata: Any = sae.cfg.metadata
     metadata.k = float(sae.cfg.k)
     metadata.threshold_calibration = {
-        "estimator": "recent_activations" if n_tokens else "running_average",
+        "estimator": "training_activations" if n_tokens else "running_average",
         "n_tokens": n_tokens,
     }
 

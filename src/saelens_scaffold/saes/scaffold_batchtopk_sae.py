@@ -23,7 +23,7 @@ from saelens_scaffold.kernels.choice import Kernels, check_kernels, choose_kerne
 from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
 from saelens_scaffold.kernels.selection import TopSelection
 from saelens_scaffold.saes.calibration import (
-    RecentActivations,
+    ActivationSample,
     calibrated_threshold,
     record_calibration,
 )
@@ -74,7 +74,7 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             d_sae, "reference" SAELens's own dense code. The environment's
             SAELENS_SCAFFOLD_KERNELS overrides it. See docs/kernels.md.
         calibrate_threshold (bool): Whether the threshold of the inference form is the one
-            at which k sparse latents fire per token on the activations trained on last.
+            at which k sparse latents fire per token on a sample of the training's activations.
             Otherwise it is SAELens's running average, which is far too low after a short
             training. With scaffold_rank=0 it is always SAELens's.
         k (float): Average number of sparse latents to keep active across the batch,
@@ -199,7 +199,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         self.has_plugins = bool(cfg.scaffold_plugins)
         self._selection = TopSelection()
         self._sparse_step: SparseStep | None = None
-        self.recent_activations = RecentActivations()
+        self.sampled_activations = ActivationSample()
         self.calibrates = cfg.calibrate_threshold and cfg.scaffold_rank > 0
         self._awaits_start = cfg.scaffold_rank > 0 and (
             cfg.scaffold_init == "pca" or self._plugins_initialize()
@@ -281,7 +281,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     @torch.compiler.disable()
     def _remember(self, sae_in: torch.Tensor) -> None:
-        self.recent_activations.add(sae_in)
+        self.sampled_activations.add(sae_in)
         self.calibrated_threshold.fill_(-1.0)
 
     # not compiled: nothing is left in it that could be fused
@@ -526,15 +526,15 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             self.topk_threshold.copy_(threshold)
         # of weights and activations in units that will no longer be theirs
         self.calibrated_threshold.fill_(-1.0)
-        self.recent_activations.clear()
+        self.sampled_activations.clear()
 
     def _calibrated_threshold(self) -> torch.Tensor:
         """The calibrated threshold of the weights as they are, -1 if there is none."""
-        n_tokens = len(self.recent_activations)
+        n_tokens = len(self.sampled_activations)
         if not self.calibrates or n_tokens == 0:
             return self.calibrated_threshold
         record_calibration(self, n_tokens)
-        threshold = calibrated_threshold(self, self.recent_activations)
+        threshold = calibrated_threshold(self, self.sampled_activations)
         return torch.full_like(self.calibrated_threshold, threshold)
 
     @override

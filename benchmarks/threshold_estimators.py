@@ -3,22 +3,23 @@
     python benchmarks/threshold_estimators.py
     python benchmarks/threshold_estimators.py --steps 64 500 --seeds 1
 
-Scaffold SAEs of both architectures are trained on the embedded language model, and each
-is saved with the thresholds of several estimators. L0 is counted on files held out.
+Scaffold SAEs of both architectures are trained on the embedded language model, on a
+passage of each file, file by file through SAELens's mixing buffer. Each is given the
+thresholds of several estimators, and its L0 is counted on files that were held out.
 """
 
 import argparse
-import random
 from collections import deque
 from collections.abc import Iterator
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from sae_lens import LoggingConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from tqdm.auto import tqdm
 
@@ -27,50 +28,39 @@ from saelens_scaffold import (
     ScaffoldMatryoshkaTrainingSAEConfig,
 )
 from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
-from saelens_scaffold.saes.calibration import RecentActivations, calibrated_threshold
+from saelens_scaffold.saes.calibration import ActivationSample, calibrated_threshold
 from saelens_scaffold.training_runner import initial_sae
 
 HOOK_NAME = "blocks.2.hook_resid_post"
 D_IN, D_SAE, RANK, WIDTHS = 256, 2048, 8, [128, 512, 2048]
 CONTEXT, LR = 256, 1e-3
-CUTS_AVERAGED = 16
-RECENT = {
-    "the last batch": 0,
-    "2,048 tokens": 2048,
-    "8,192 tokens": 8192,
-    "32,768 tokens": 32_768,
-}
-"""Tokens of recent activations that are encoded anew, by name."""
+CONTEXTS_PER_FILE = 4
+BUFFER_CONTEXTS = 20  # SAELens's default
+N_AVERAGED = 16
+N_LAST = 8192
 
 
 @torch.no_grad()
-def activations(files: Dataset, n_tokens: int) -> torch.Tensor:
-    """
-    Activations of one passage of each file, in random order, shape (n_tokens, D_IN).
-
-    One passage of each, since files differ much in how many latents fire.
-    """
+def activations(files: Dataset) -> list[torch.Tensor]:
+    """Activations of the middle of each file, of shape (n_contexts, CONTEXT, D_IN)."""
     model: Any = load_embedded_model()
-    draw = random.Random(0)
-    contexts: list[list[int]] = []
-    per_file = -(-n_tokens // (len(files) * CONTEXT))
-    n_chars = 6 * per_file * CONTEXT
-    for text in tqdm(files["text"], desc="Reading"):
-        start = draw.randrange(max(1, len(text) - n_chars))
-        ids = model.tokenizer(text[start : start + n_chars]).input_ids
-        for place in range(0, per_file * (CONTEXT - 1), CONTEXT - 1):
-            context = [model.tokenizer.bos_token_id, *ids[place:][: CONTEXT - 1]]
-            if len(context) == CONTEXT:
-                contexts.append(context)
     layer = int(HOOK_NAME.split(".")[1])
-    batches: list[torch.Tensor] = []
-    for tokens in tqdm(torch.tensor(contexts).split(32), desc="Activations"):
-        _, cache = model.run_with_cache(
-            tokens, names_filter=HOOK_NAME, stop_at_layer=layer + 1
-        )
-        batches.append(cache[HOOK_NAME].flatten(0, 1))
-    x = torch.cat(batches)
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    found: list[torch.Tensor] = []
+    n_chars = 5 * CONTEXTS_PER_FILE * CONTEXT
+    for text in tqdm(files["text"], desc="Activations"):
+        start = max(0, (len(text) - n_chars) // 2)
+        ids = model.tokenizer(text[start : start + n_chars]).input_ids
+        contexts = [
+            [model.tokenizer.bos_token_id, *ids[place:][: CONTEXT - 1]]
+            for place in range(0, CONTEXTS_PER_FILE * (CONTEXT - 1), CONTEXT - 1)
+        ]
+        whole = [context for context in contexts if len(context) == CONTEXT]
+        if whole:
+            _, cache = model.run_with_cache(
+                torch.tensor(whole), names_filter=HOOK_NAME, stop_at_layer=layer + 1
+            )
+            found.append(cache[HOOK_NAME])
+    return found
 
 
 def configs(ks: list[float]) -> dict[str, TrainingSAEConfig]:
@@ -85,24 +75,26 @@ def configs(ks: list[float]) -> dict[str, TrainingSAEConfig]:
     return found
 
 
-class Watched(Iterator[dict[str, torch.Tensor]]):
-    """Batches of stored activations; sees the SAEs' thresholds go by."""
+class Stream(Iterator[dict[str, torch.Tensor]]):
+    """Files in the seed's order, mixed as SAELens mixes them; keeps what was last."""
 
-    def __init__(self, x: torch.Tensor, batch_size: int, seed: int):
-        self.x, self.batch_size = x, batch_size
-        self.generator = torch.Generator().manual_seed(seed)
-        self.recent = {n: RecentActivations(n or batch_size) for n in RECENT.values()}
-        self.order = torch.empty(0, dtype=torch.long)
+    def __init__(self, files: list[torch.Tensor], batch_size: int, seed: int):
+        order = torch.randperm(
+            len(files), generator=torch.Generator().manual_seed(seed)
+        )
+        torch.manual_seed(seed)
+        self.batches = mixing_buffer(
+            buffer_size=BUFFER_CONTEXTS * CONTEXT,
+            batch_size=batch_size,
+            activations_loader=(files[i].flatten(0, 1) for i in order.tolist()),
+        )
+        self.last = deque[torch.Tensor](maxlen=-(-N_LAST // batch_size))
+        self.sample = ActivationSample()
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        if len(self.order) < self.batch_size:
-            self.order = torch.randperm(len(self.x), generator=self.generator)
-        chosen, self.order = self.order.split(
-            [self.batch_size, len(self.order) - self.batch_size]
-        )
-        batch = self.x[chosen]
-        for recent in self.recent.values():
-            recent.add(batch)
+        batch = next(self.batches).clone()
+        self.last.append(batch)
+        self.sample.add(batch)
         return {HOOK_NAME: batch}
 
 
@@ -110,7 +102,7 @@ class Cuts:
     """The smallest active value of each of the last batches, from SAELens's average."""
 
     def __init__(self, sae: Any):
-        self.sae, self.last = sae, deque[float](maxlen=CUTS_AVERAGED)
+        self.last = deque[float](maxlen=N_AVERAGED)
         update = sae.update_topk_threshold
 
         def watched(acts: Any) -> None:
@@ -121,17 +113,29 @@ class Cuts:
         sae.update_topk_threshold = watched
 
 
-def thresholds(sae: Any, cuts: Cuts, data: Watched, steps: int) -> dict[str, float]:
+class Trained(NamedTuple):
+    sae: Any
+    cuts: Cuts
+    stream: Stream
+    steps: int
+
+
+def thresholds(trained: Trained) -> dict[str, float]:
     """What each estimator says."""
+    sae, cuts, stream, steps = trained
     running, lr = float(sae.topk_threshold), sae.cfg.topk_threshold_lr
     return {
-        "running average (SAELens)": running,
-        "the same, bias-corrected": running / (1 - (1 - lr) ** steps),
-        "last batch's cut": cuts.last[-1],
-        f"mean of {CUTS_AVERAGED} cuts": mean(cuts.last),
-    } | {
-        f"encoded anew, {name}": (calibrated_threshold(sae, data.recent[n]))
-        for name, n in RECENT.items()
+        "running average (SAELens's)": running,
+        "running average, bias-corrected": running / (1 - (1 - lr) ** steps),
+        "cut of the last batch": cuts.last[-1],
+        f"mean cut of {N_AVERAGED} batches": mean(cuts.last),
+        "last batch, encoded again": calibrated_threshold(sae, [stream.last[-1]]),
+        f"last {N_LAST:,} tokens, encoded again": calibrated_threshold(
+            sae, stream.last
+        ),
+        "**sample of the training, encoded again**": calibrated_threshold(
+            sae, stream.sample
+        ),
     }
 
 
@@ -174,45 +178,46 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[64, 500, 5000])
     parser.add_argument("--k", type=float, nargs="+", default=[4, 32])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train_tokens", type=int, default=1_000_000)
-    parser.add_argument("--held_out_tokens", type=int, default=200_000)
     options = parser.parse_args()
 
-    files = load_stdlib_text("train", seed=0).train_test_split(test_size=0.25, seed=0)
-    train = activations(files["train"], options.train_tokens)
-    held_out = activations(files["test"], options.held_out_tokens)
-    scale = D_IN**0.5 / train.norm(dim=-1).mean()
-    train, held_out = train * scale, held_out * scale
-    print(f"{len(train):,} tokens to train on, {len(held_out):,} held out")
-    print("L0 / k on the held-out files, mean ± standard deviation over seeds\n")
-
+    split = load_stdlib_text("train", seed=0).train_test_split(test_size=0.25, seed=0)
+    files, unseen = activations(split["train"]), activations(split["test"])
+    scale = D_IN**0.5 / torch.cat([x.flatten(0, 1) for x in files]).norm(dim=-1).mean()
+    files = [x * scale for x in files]
+    held_out = torch.cat([x.flatten(0, 1) * scale for x in unseen])
+    n_tokens = sum(len(x) for x in files) * CONTEXT
+    print(
+        f"{n_tokens:,} tokens of {len(files):,} files to train on, "
+        f"{len(held_out):,} of {len(unseen):,} held out.\n"
+        f"L0 / k on the files held out, mean ± standard deviation of {options.seeds} seeds."
+    )
     for steps in options.steps:
-        # as many tokens as there are, and no more than 1,024 a step
-        batch_size = min(1024, max(128, len(train) // steps // 128 * 128))
+        # at most once through the text, and no more than 1,024 tokens a step
+        batch_size = min(1024, n_tokens // steps // 32 * 32)
         ratios: dict[str, dict[str, list[float]]] = {}
         for seed in range(options.seeds):
             saes = {n: initial_sae(c, seed) for n, c in configs(options.k).items()}
             cuts = {name: Cuts(sae) for name, sae in saes.items()}
-            data = Watched(train, batch_size, seed)
+            stream = Stream(files, batch_size, seed)
             MultiSAETrainer(
                 cfg=trainer_config(steps, batch_size),
                 saes=saes,
                 hook_names=dict.fromkeys(saes, HOOK_NAME),
-                data_provider=data,
+                data_provider=stream,
             ).fit()
             for name, sae in saes.items():
                 k: float = sae.cfg.k  # type: ignore[attr-defined]
-                for estimator, cut in thresholds(sae, cuts[name], data, steps).items():
-                    ratio = l0_sparse(sae, cut, held_out) / k
+                trained = Trained(sae, cuts[name], stream, steps)
+                for estimator, threshold in thresholds(trained).items():
+                    ratio = l0_sparse(sae, threshold, held_out) / k
                     ratios.setdefault(estimator, {}).setdefault(name, []).append(ratio)
-        print(f"{steps:,} steps of {batch_size:,} tokens:\n")
+        print(f"\n{steps:,} steps of {batch_size:,} tokens:\n")
         names = [*configs(options.k)]
         print("| threshold | " + " | ".join(names) + " |")
         print("|---|" + "---:|" * len(names))
         for estimator, of in ratios.items():
             cells = [f"{mean(of[n]):.3f} ± {_spread(of[n]):.3f}" for n in names]
-            print(f"| {estimator} | " + " | ".join(cells) + " |")
-        print(flush=True)
+            print(f"| {estimator} | " + " | ".join(cells) + " |", flush=True)
 
 
 def _spread(values: list[float]) -> float:

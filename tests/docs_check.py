@@ -1,8 +1,9 @@
 """Numbers in README and docs that no recorded run contains: `make docs-check`.
 
 A recording is a file of benchmarks/recorded, which benchmarks/record.py writes: command, date,
-versions, machine, seeds and time, an empty line, and what the command printed. Numbers that are no
-measurements stand in benchmarks/recorded/allowed.yaml, each with the reason.
+versions, machine, seeds and time, an empty line, and what the command printed. README and docs
+may also cite, in sentences, benchmarks/README.md, whose tables stand beside their commands.
+Numbers that are no measurements stand in benchmarks/recorded/allowed.yaml, each with the reason.
 """
 
 import re
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import yaml
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "docs/*.md", "benchmarks/README.md")
+DOCS = ("README.md", "docs/*.md")
+BENCHMARKS = "benchmarks/README.md"
 HEADER = ("$ ", "date: ", "versions: ", "machine: ", "seeds: ", "took: ")
 
 # Not parts of names (top-5, k=4) nor of versions (6.54.12).
@@ -68,6 +70,9 @@ def unrecorded(root: Path = ROOT) -> list[str]:
         path: _recorded(path)
         for path in sorted((root / "benchmarks/recorded").glob("*.txt"))
     }
+    benchmarks = root / BENCHMARKS
+    cited = _numbers(benchmarks.read_text() if benchmarks.exists() else "", 1)
+    in_any = [n.value for n in cited] + [n for file in recordings.values() for n in file]
     allowed_file = root / "benchmarks/recorded/allowed.yaml"
     allowed = yaml.safe_load(allowed_file.read_text()) if allowed_file.exists() else []
     used: set[str] = set()
@@ -78,7 +83,7 @@ def unrecorded(root: Path = ROOT) -> list[str]:
             text = _without_allowed(path.read_text(), name, allowed, used)
             for piece in _pieces(text):
                 by_line: dict[int, list[str]] = {}
-                for number in _missing(piece, list(recordings.values())):
+                for number in _missing(piece, list(recordings.values()), in_any):
                     by_line.setdefault(number.line, []).append(number.text)
                 found += [
                     f"{name}:{line}: in no recording: {' '.join(numbers)}"
@@ -147,7 +152,9 @@ def _pieces(document: str) -> Iterator[Piece]:
             yield Piece(line, i + 1, is_output=True)
 
 
-def _missing(piece: Piece, recordings: list[list[Decimal]]) -> list[Number]:
+def _missing(
+    piece: Piece, recordings: list[list[Decimal]], in_any: list[Decimal]
+) -> list[Number]:
     """
     The numbers of a piece that are not recorded.
 
@@ -156,7 +163,6 @@ def _missing(piece: Piece, recordings: list[list[Decimal]]) -> list[Number]:
     """
     text = _NO_MEASUREMENTS.sub(_blank, piece.text)
     numbers = list(_numbers(text, piece.line, only_measured=not piece.is_output))
-    in_any = [value for recording in recordings for value in recording]
     sources = recordings if piece.is_output else [in_any]
     missing = [
         [n for n in numbers if not any(map(n.is_rounded, source))] for source in sources

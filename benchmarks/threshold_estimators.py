@@ -140,14 +140,15 @@ def thresholds(trained: Trained) -> dict[str, float]:
 
 
 @torch.no_grad()
-def l0_sparse(sae: Any, threshold: float, held_out: torch.Tensor) -> float:
-    """Sparse latents that fire per token in the inference form."""
+def l0_sparse(sae: Any, cuts: list[float], held_out: torch.Tensor) -> list[float]:
+    """Sparse latents that fire per token in the inference form, by its threshold."""
     inference = sae.to_inference()
-    inference.threshold[RANK:] = threshold
-    fired = sum(
-        int((inference.encode(x)[:, RANK:] > 0).sum()) for x in held_out.split(4096)
-    )
-    return fired / len(held_out)
+    inference.threshold[RANK:] = 0
+    fired = torch.zeros(len(cuts))
+    for x in held_out.split(4096):
+        acts = inference.encode(x)[:, RANK:]
+        fired += torch.tensor([int((acts > cut).sum()) for cut in cuts])
+    return (fired / len(held_out)).tolist()
 
 
 def trainer_config(steps: int, batch_size: int) -> SAETrainerConfig:
@@ -184,7 +185,8 @@ def main() -> None:
     files, unseen = activations(split["train"]), activations(split["test"])
     scale = D_IN**0.5 / torch.cat([x.flatten(0, 1) for x in files]).norm(dim=-1).mean()
     files = [x * scale for x in files]
-    held_out = torch.cat([x.flatten(0, 1) * scale for x in unseen])
+    # a context of each file
+    held_out = torch.cat([x[0] * scale for x in unseen])
     n_tokens = sum(len(x) for x in files) * CONTEXT
     print(
         f"{n_tokens:,} tokens of {len(files):,} files to train on, "
@@ -208,9 +210,11 @@ def main() -> None:
             for name, sae in saes.items():
                 k: float = sae.cfg.k  # type: ignore[attr-defined]
                 trained = Trained(sae, cuts[name], stream, steps)
-                for estimator, threshold in thresholds(trained).items():
-                    ratio = l0_sparse(sae, threshold, held_out) / k
-                    ratios.setdefault(estimator, {}).setdefault(name, []).append(ratio)
+                found = thresholds(trained)
+                l0s = l0_sparse(sae, [*found.values()], held_out)
+                for estimator, l0 in zip(found, l0s, strict=True):
+                    of = ratios.setdefault(estimator, {}).setdefault(name, [])
+                    of.append(l0 / k)
         print(f"\n{steps:,} steps of {batch_size:,} tokens:\n")
         names = [*configs(options.k)]
         print("| threshold | " + " | ".join(names) + " |")

@@ -72,7 +72,9 @@ def unrecorded(root: Path = ROOT) -> list[str]:
     }
     benchmarks = root / BENCHMARKS
     cited = _numbers(benchmarks.read_text() if benchmarks.exists() else "", 1)
-    in_any = [n.value for n in cited] + [n for file in recordings.values() for n in file]
+    in_any = [n.value for n in cited] + [
+        n for file in recordings.values() for n in file
+    ]
     allowed_file = root / "benchmarks/recorded/allowed.yaml"
     allowed = yaml.safe_load(allowed_file.read_text()) if allowed_file.exists() else []
     used: set[str] = set()

@@ -29,8 +29,8 @@ _UNIT = re.compile(
     r"\s*(±|%|(s|ms|µs|seconds?|minutes?|hours?|times|[KMGT]i?B|GFLOP/s)\b)"
 )
 _BEFORE = re.compile(r"([×±]|\bx)\s*$")
-# What is written in these languages is typed in, not printed.
-_INPUT_LANGUAGES = ("bash", "python", "toml", "yaml")
+# What is written in these languages is typed in, or an example, not printed.
+_INPUT_LANGUAGES = ("bash", "json", "python", "toml", "yaml")
 _NO_MEASUREMENTS = re.compile(r"`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv \d{4}\.\d{5}")
 
 

@@ -31,10 +31,11 @@ class Metric(NamedTuple):
             `PATH_ci_high` are the ends of its interval, where it has one.
         digits: How many to show after the point; 0 for a count.
         better: Which direction is the better one, if either is.
-        of_sae: Whether it depends on the SAE, and not on language model and text alone.
+        of_sae: Whether it says something of the SAE: not of language model and text alone,
+            nor how many of its latents were changed.
         bounds: The least and the largest value that it can have, which intervals keep to.
-        random: Where its value for something random is, of the same size and kind, if the
-            evaluation has one.
+        random: Path of the metric with its value for something random, of the same size
+            and kind, if the evaluation has one.
         note: Where a text is that says why there is no value, if there is one.
     """
 
@@ -316,11 +317,23 @@ EVALUATIONS: dict[str, Evaluation] = {
                     random="geometry.overlap_of_random",
                 ),
                 Metric(
+                    "PCA overlap, random",
+                    "geometry.overlap_of_random",
+                    2,
+                    bounds=SHARE,
+                ),
+                Metric(
                     "outlier share",
                     "geometry.outlier_share_in_scaffold",
                     2,
                     bounds=SHARE,
                     random="geometry.outlier_share_of_random",
+                ),
+                Metric(
+                    "outlier share, random",
+                    "geometry.outlier_share_of_random",
+                    2,
+                    bounds=SHARE,
                 ),
                 Metric(
                     "topic accuracy",
@@ -348,7 +361,7 @@ EVALUATIONS: dict[str, Evaluation] = {
                     bounds=SHARE,
                 ),
                 # as many as asked for, or fewer if no more are alive
-                Metric("topic latents", "topics.n_topic_latents", 0),
+                Metric("topic latents", "topics.n_topic_latents", 0, of_sae=False),
                 Metric(
                     "CE x, scaffold mean-ablated, special tokens too",
                     "special_tokens.ce_ratio_scaffold_mean_ablated_with_special_tokens",

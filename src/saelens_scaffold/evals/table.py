@@ -38,9 +38,12 @@ def results_table(saes: Sequence["SelectedSAE"], outcomes: Sequence[Outcome]) ->
     columns: list[Callable[[SelectedSAE], str]] = []
     for outcome in outcomes:
         name = outcome.evaluation.name
+        # which stand beside what they are to be compared with
+        of_random = {metric.random for metric in outcome.evaluation.metrics}
         metrics = [
             metric
             for metric in outcome.evaluation.metrics
+            if metric.path not in of_random
             # that no SAE has a value for it is nothing to show, but a failure is
             if not outcome.results
             or any(

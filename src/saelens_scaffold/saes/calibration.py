@@ -36,6 +36,7 @@ class ActivationSample:
     def __init__(self, n_tokens: int = N_SAMPLED_TOKENS):
         self._n_tokens = n_tokens
         self._kept: list[torch.Tensor] = []
+        self._n_kept = 0
         self._n_seen = 0
         self._step = 1
 
@@ -50,14 +51,17 @@ class ActivationSample:
         # a copy: a view would keep the store's buffer alive
         chosen = x[-self._n_seen % self._step :: self._step].detach().clone()
         self._n_seen += len(x)
-        self._kept += [chosen] * (len(chosen) > 0)
-        while len(self) > 2 * self._n_tokens:
+        if len(chosen) > 0:
+            self._kept.append(chosen)
+            self._n_kept += len(chosen)
+        while self._n_kept > 2 * self._n_tokens:
             self._kept = [torch.cat(self._kept)[::2].clone()]
+            self._n_kept = len(self._kept[0])
             self._step *= 2
 
     def clear(self) -> None:
         """Begin anew."""
-        self._kept, self._n_seen, self._step = [], 0, 1
+        self._kept, self._n_kept, self._n_seen, self._step = [], 0, 0, 1
 
     def state(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The sample, and what `load_state` needs to go on from it."""
@@ -66,14 +70,14 @@ class ActivationSample:
 
     def load_state(self, sample: torch.Tensor, counts: torch.Tensor) -> None:
         """Go on from what `state` gave."""
-        self._kept = [sample]
+        self._kept, self._n_kept = [sample], len(sample)
         self._n_seen, self._step = counts.tolist()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self._kept)
 
     def __len__(self) -> int:
-        return sum(map(len, self._kept))
+        return self._n_kept
 
 
 class SampledBatches(Iterator[dict[str, torch.Tensor]]):
@@ -155,19 +159,18 @@ def calibrated_threshold(
         activations: Batches of shape (n_tokens, ...), in the units that the SAE takes.
     """
     rank = getattr(sae.cfg, "scaffold_rank", 0)
-    batches = [*activations]
-    n_active = round(sae.cfg.k * sum(map(len, batches)))
-    n_tokens = max(1, _BLOCK_ELEMENTS // sae.cfg.d_sae)
+    # at once: a long training is sampled in thousands of batches of few tokens
+    tokens = torch.cat([*activations])
+    n_active = round(sae.cfg.k * len(tokens))
     largest = sae.W_enc.new_empty(0)
     cut = 0.0
-    for batch in batches:
-        for x in batch.split(n_tokens):
-            _, hidden_pre = sae.encode_with_hidden_pre(x.to(sae.W_enc))
-            above = hidden_pre[..., rank:]
-            largest = torch.cat([largest, above[above > cut]])
-            if len(largest) > n_active:
-                largest = largest.topk(n_active + 1).values
-                cut = float(largest[-1])
+    for x in tokens.split(max(1, _BLOCK_ELEMENTS // sae.cfg.d_sae)):
+        _, hidden_pre = sae.encode_with_hidden_pre(x.to(sae.W_enc))
+        above = hidden_pre[..., rank:]
+        largest = torch.cat([largest, above[above > cut]])
+        if len(largest) > n_active:
+            largest = largest.topk(n_active + 1).values
+            cut = float(largest[-1])
     if len(largest) <= n_active:
         return 0.0
     return float(largest[-2:].double().mean())

@@ -22,7 +22,7 @@ from saelens_scaffold.demo.language_model import (
     _activations_store,
     language_model_configs,
 )
-from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
+from saelens_scaffold.models import load_embedded_model, load_stdlib_text
 
 RUNS = {"kernels": (0, "auto", 0.0), "dense": (0, "reference", 0.0),
         "dense, rounded": (0, "reference", 1e-7), "dense, other seed": (1, "reference", 0.0)}  # fmt: skip

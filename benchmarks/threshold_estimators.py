@@ -27,9 +27,9 @@ from saelens_scaffold import (
     ScaffoldBatchTopKTrainingSAEConfig,
     ScaffoldMatryoshkaTrainingSAEConfig,
 )
-from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
+from saelens_scaffold.models import load_embedded_model, load_stdlib_text
 from saelens_scaffold.saes.calibration import ActivationSample, calibrated_threshold
-from saelens_scaffold.training_runner import initial_sae
+from saelens_scaffold.training.runner import initial_sae
 
 HOOK_NAME = "blocks.2.hook_resid_post"
 D_IN, D_SAE, RANK, WIDTHS = 256, 2048, 8, [128, 512, 2048]

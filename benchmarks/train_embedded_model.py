@@ -1,7 +1,7 @@
-"""Train a language model like the one embedded in `saelens_scaffold.embedded`.
+"""Train a language model like the one embedded in `saelens_scaffold.models`.
 
 The text is the standard library of the Python that runs this script, less the files that
-`saelens_scaffold.embedded.text` holds out. The full run takes about 40 minutes on 2 CPU
+`saelens_scaffold.models.stdlib` holds out. The full run takes about 40 minutes on 2 CPU
 cores and ends near 2.4 nats per held-out token. Started again after an interruption, with
 the same arguments, it goes on from the last checkpoint, in DIR.partial.
 
@@ -26,9 +26,9 @@ from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from saelens_scaffold.embedded.text import load_stdlib_text
-from saelens_scaffold.files import new_directory
-from saelens_scaffold.local_models import register_local_model
+from saelens_scaffold._util.files import new_directory
+from saelens_scaffold.models.local import register_local_model
+from saelens_scaffold.models.stdlib import load_stdlib_text
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096

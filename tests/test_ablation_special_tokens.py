@@ -14,11 +14,11 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from transformer_lens import HookedTransformer
 
 from eval_helpers import D_MODEL, HOOK, eval_sae
-from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig, main
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     ScaffoldAblationMetricCategories,
 )
+from saelens_scaffold.models import load_embedded_model, load_stdlib_text
 
 RANK = 3
 BOS = 0

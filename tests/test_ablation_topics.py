@@ -25,12 +25,12 @@ from sklearn.preprocessing import StandardScaler
 from transformer_lens import HookedTransformer
 
 from eval_helpers import HOOK, eval_sae
-from saelens_scaffold.embedded import load_embedded_model
 from saelens_scaffold.evals import text_data
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.main import run_eval
 from saelens_scaffold.evals.scaffold_ablation.mmlu import SUBJECTS_BY_CATEGORY
 from saelens_scaffold.evals.scaffold_ablation.topic_texts import read_topics
+from saelens_scaffold.models import load_embedded_model
 
 WORDS = {
     "abstract_algebra": "group ring field ideal kernel",

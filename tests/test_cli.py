@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import saelens_scaffold
 from saelens_scaffold import ScaffoldJumpReLUSAE
-from saelens_scaffold.embedded import embedded_model_path
+from saelens_scaffold.models import embedded_model_path
 from saelens_scaffold_cli import main
 
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]

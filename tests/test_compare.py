@@ -25,11 +25,12 @@ pytest.importorskip("sae_bench")
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 from chromium import launch  # noqa: E402
-from saelens_scaffold import hookimpl, plugins  # noqa: E402
+from saelens_scaffold import hookimpl  # noqa: E402
 from saelens_scaffold.compare import CompareConfig, compare, read_config  # noqa: E402
 from saelens_scaffold.compare.experiment import EvaluationsFailed, make_plan  # noqa: E402
 from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
 from saelens_scaffold.compare.training import WaveTrainer  # noqa: E402
+from saelens_scaffold.plugins import manager as plugins  # noqa: E402
 from test_compare_page import visit  # noqa: E402
 
 SMALL: dict[str, Any] = {

@@ -21,7 +21,7 @@ from saelens_scaffold.compare.config import (  # noqa: E402
 from saelens_scaffold.compare.grid import runs_of  # noqa: E402
 from saelens_scaffold.compare.memory import estimate  # noqa: E402
 from saelens_scaffold.compare.pairs import pairs_text  # noqa: E402
-from saelens_scaffold.training_runner import initial_sae  # noqa: E402
+from saelens_scaffold.training.runner import initial_sae  # noqa: E402
 
 CONFIG: dict[str, Any] = {
     "model_name": "py-neox",

@@ -19,12 +19,6 @@ from pydantic import TypeAdapter, ValidationError
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 
 from eval_helpers import D_MODEL, HOOK, eval_sae, write_texts
-from saelens_scaffold.embedded import (
-    Split,
-    embedded_model_path,
-    load_embedded_model,
-    load_stdlib_text,
-)
 from saelens_scaffold.evals.bootstrap import SequenceBootstrap, interval
 from saelens_scaffold.evals.dense_latents import (
     DenseLatentsEvalConfig,
@@ -32,6 +26,12 @@ from saelens_scaffold.evals.dense_latents import (
 )
 from saelens_scaffold.evals.dense_latents.main import run_eval
 from saelens_scaffold.evals.text_data import TokenStream
+from saelens_scaffold.models import (
+    Split,
+    embedded_model_path,
+    load_embedded_model,
+    load_stdlib_text,
+)
 
 CONTEXT = 64
 

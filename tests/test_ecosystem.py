@@ -38,7 +38,7 @@ from saelens_scaffold import (
     ScaffoldJumpReLUSAE,
     ScaffoldMatryoshkaTrainingSAEConfig,
 )
-from saelens_scaffold.embedded import (
+from saelens_scaffold.models import (
     EMBEDDED_MODEL_NAME,
     load_embedded_model,
     load_stdlib_text,
@@ -308,7 +308,7 @@ INTERRUPTED_RUN = """
 import sys
 from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from saelens_scaffold import ScaffoldBatchTopKTrainingSAE
-from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
+from saelens_scaffold.models import load_embedded_model, load_stdlib_text
 import test_ecosystem as t
 
 forward = ScaffoldBatchTopKTrainingSAE.training_forward_pass

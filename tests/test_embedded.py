@@ -11,7 +11,8 @@ from sae_lens.training.activations_store import ActivationsStore
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saelens_scaffold.embedded import (
+from saelens_scaffold._util.files import new_directory
+from saelens_scaffold.models import (
     EMBEDDED_MODEL_NAME,
     embedded_model_path,
     load_embedded_model,
@@ -21,14 +22,13 @@ from saelens_scaffold.embedded import (
     register_embedded_model,
     write_stdlib_dataset,
 )
-from saelens_scaffold.embedded.text import (
+from saelens_scaffold.models.stdlib import (
     PROBING_TEST_FRACTION,
     TEXT_TEST_FRACTION,
     is_held_out,
     label_of,
     read_stdlib,
 )
-from saelens_scaffold.files import new_directory
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from saelens_scaffold.interruption import interruptible, raise_if_interrupted
+from saelens_scaffold._util.interruption import interruptible, raise_if_interrupted
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 

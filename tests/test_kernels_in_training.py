@@ -23,9 +23,10 @@ from helpers import (
     train,
     trainer_for,
 )
-from saelens_scaffold import ScaffoldBatchTopKTrainingSAE, plugins
+from saelens_scaffold import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.kernels import choice, torch_ops
 from saelens_scaffold.kernels.lazy import SparseActivations
+from saelens_scaffold.plugins import manager as plugins
 from saelens_scaffold.saes.fused_adam import _before_step
 
 ARCHITECTURES = ["scaffold_batchtopk", "scaffold_matryoshka"]

@@ -25,8 +25,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from saelens_scaffold.embedded import embedded_model_path
-from saelens_scaffold.local_models import (
+from saelens_scaffold.models import embedded_model_path
+from saelens_scaffold.models.local import (
     _views_root,
     register_local_model,
     register_local_models_in,

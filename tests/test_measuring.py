@@ -29,8 +29,8 @@ from saelens_scaffold import (
     ScaffoldBatchTopKTrainingSAEConfig,
     training_runner,
 )
-from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
-from saelens_scaffold.measuring import (
+from saelens_scaffold.models import load_embedded_model, load_stdlib_text
+from saelens_scaffold.training.measurement import (
     Measurement,
     NotMeasuredError,
     l0_warning,

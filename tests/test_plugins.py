@@ -30,9 +30,9 @@ from helpers import (
     train,
     trainer_for,
 )
-from saelens_scaffold import plugins
-from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
-from saelens_scaffold.hookspecs import ScaffoldStart, hookimpl
+from saelens_scaffold.models import load_embedded_model, load_stdlib_text
+from saelens_scaffold.plugins import manager as plugins
+from saelens_scaffold.plugins.hookspecs import ScaffoldStart, hookimpl
 
 
 class Recorder:
@@ -406,7 +406,7 @@ def test_orthonormal_decoder() -> None:
     other = scaffold_sae(scaffold_init="random")
     other.W_dec.data[:RANK] *= torch.tensor([[0.5], [1.0], [3.0]])
     before = (other.W_enc[:, :RANK] @ other.W_dec[:RANK]).detach()
-    from saelens_scaffold.default_plugins.orthonormal_decoder import OrthonormalDecoder
+    from saelens_scaffold.plugins.orthonormal_decoder import OrthonormalDecoder
 
     with torch.no_grad():
         OrthonormalDecoder().after_optimizer_step(other)
@@ -606,7 +606,8 @@ def test_broken_plugin_is_named_and_breaks_nothing_else(tmp_path: Path) -> None:
     source = """
 import sys; sys.path.insert(0, sys.argv[1])
 import sae_lens, saelens_scaffold
-from saelens_scaffold import ScaffoldBatchTopKTrainingSAEConfig as Config, plugins
+from saelens_scaffold import ScaffoldBatchTopKTrainingSAEConfig as Config
+from saelens_scaffold.plugins import manager as plugins
 assert "broken" not in sys.modules
 Config(d_in=8, d_sae=16, k=2, scaffold_rank=2)
 assert "bad" in plugins.available_plugins()

@@ -32,7 +32,6 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_probes import utils_data
 
 from helpers import scaffold_sae
-from saelens_scaffold.embedded import load_embedded_model, register_embedded_model
 from saelens_scaffold.evals.labelled_data import (
     known_to_sae_bench,
     read_labelled_text,
@@ -54,6 +53,7 @@ from saelens_scaffold.evals.sparse_probing_sae_probes.tasks import (
 )
 from saelens_scaffold.evals.tpp import TppEvalConfig, TppEvalOutput
 from saelens_scaffold.evals.tpp import main as tpp
+from saelens_scaffold.models import load_embedded_model, register_embedded_model
 
 HOOK, D_IN, D_SAE = "blocks.2.hook_resid_post", 256, 48
 WORDS = {

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 pytest.importorskip("sae_bench")
 
 from eval_helpers import HOOK, eval_sae
-from saelens_scaffold.rank import command as rank_command
-from saelens_scaffold.rank.analysis import (
+from saelens_scaffold.evals.rank import command as rank_command
+from saelens_scaffold.evals.rank.analysis import (
     RankAnalysis,
     RankCandidate,
     analyse_covariance,
     dense_latent_candidates,
     suggested,
 )
-from saelens_scaffold.rank.report import analysis_text, picture
-from saelens_scaffold.rank.spectrum import (
+from saelens_scaffold.evals.rank.report import analysis_text, picture
+from saelens_scaffold.evals.rank.spectrum import (
     knee_of,
     null_eigenvalues,
     outlier_dimensions,

@@ -20,8 +20,8 @@ from saelens_scaffold import (
     RepeatableMultiSAETrainingRunner,
     ScaffoldBatchTopKTrainingSAEConfig,
 )
-from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
-from saelens_scaffold.training_runner import ActivationStream, last_checkpoint
+from saelens_scaffold.models import load_embedded_model, load_stdlib_text
+from saelens_scaffold.training.runner import ActivationStream, last_checkpoint
 
 STEPS = 24
 

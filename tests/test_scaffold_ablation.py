@@ -21,7 +21,6 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from transformer_lens import HookedTransformer
 
 from eval_helpers import D_MODEL, HOOK, eval_sae
-from saelens_scaffold.embedded import load_embedded_model, load_stdlib_text
 from saelens_scaffold.evals.language_model import HookedModel
 from saelens_scaffold.evals.registry import EVALUATIONS
 from saelens_scaffold.evals.scaffold_ablation import (
@@ -34,6 +33,7 @@ from saelens_scaffold.evals.scaffold_ablation.latents import (
 )
 from saelens_scaffold.evals.scaffold_ablation.main import run_eval
 from saelens_scaffold.evals.table import metric_cell
+from saelens_scaffold.models import load_embedded_model, load_stdlib_text
 
 CONTEXT = 64
 RANK = 4
@@ -577,7 +577,7 @@ TOPICS: dict[str, Any] = {
 def test_topic_is_lost_with_a_scaffold_that_holds_it(
     tmp_path: Path, model: HookedTransformer
 ) -> None:
-    from saelens_scaffold.embedded import load_stdlib_chunks
+    from saelens_scaffold.models import load_stdlib_chunks
 
     rows = load_stdlib_chunks("train", per_label=50)
     means: dict[str, list[torch.Tensor]] = {}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import overlap
-from saelens_scaffold.subspaces import (
+from saelens_scaffold.saes.subspaces import (
     ActivationMoments,
     orthonormal_basis,
     share_in_subspace,

@@ -36,11 +36,11 @@ from saelens_scaffold import (
     load_scaffold_sae,
     upload_scaffold_saes,
 )
-from saelens_scaffold.digest import weights_sha256
 from saelens_scaffold.hub.hub_errors import HubUploadError
 from saelens_scaffold.hub.local_paths import without_directories
-from saelens_scaffold.hub.validation import InvalidSAEError
-from saelens_scaffold.measuring import measure
+from saelens_scaffold.saes.digest import weights_sha256
+from saelens_scaffold.saes.validation import InvalidSAEError
+from saelens_scaffold.training.measurement import measure
 from saelens_scaffold_cli import main
 
 __all__ = ["hub"]  # a fixture

@@ -24,9 +24,12 @@ from eval_helpers import eval_sae
 from hub_fixtures import REPO, hub, save_sae
 from hub_server import Blob, HubServer
 from saelens_scaffold import load_scaffold_sae, upload_scaffold_saes
-from saelens_scaffold.hub.loading import checked_disk_loader, checked_huggingface_loader
-from saelens_scaffold.hub.sae_ids import check_sae_id, check_sae_path, sae_id_of_path
-from saelens_scaffold.hub.validation import InvalidSAEError, check_config
+from saelens_scaffold.saes.loading import (
+    checked_disk_loader,
+    checked_huggingface_loader,
+)
+from saelens_scaffold.saes.sae_ids import check_sae_id, check_sae_path, sae_id_of_path
+from saelens_scaffold.saes.validation import InvalidSAEError, check_config
 
 __all__ = ["hub"]  # a fixture
 

@@ -5,11 +5,9 @@ Importing this package registers the architectures `scaffold_batchtopk`,
 `scaffold_matryoshka` (training) and `scaffold_jumprelu` (inference) with SAELens.
 """
 
-from saelens_scaffold.hookspecs import hookimpl
-from saelens_scaffold.hub.loading import load_scaffold_sae
 from saelens_scaffold.hub.upload import upload_scaffold_saes
-from saelens_scaffold.local_models import register_local_model
-from saelens_scaffold.registration import register_architectures
+from saelens_scaffold.models.local import register_local_model
+from saelens_scaffold.plugins.hookspecs import hookimpl
 from saelens_scaffold.saes import (
     ScaffoldBatchTopKTrainingSAE,
     ScaffoldBatchTopKTrainingSAEConfig,
@@ -18,7 +16,9 @@ from saelens_scaffold.saes import (
     ScaffoldMatryoshkaTrainingSAE,
     ScaffoldMatryoshkaTrainingSAEConfig,
 )
-from saelens_scaffold.training_runner import (
+from saelens_scaffold.saes.loading import load_scaffold_sae
+from saelens_scaffold.saes.registration import register_architectures
+from saelens_scaffold.training.runner import (
     RepeatableMultiSAETrainingRunner,
     ResumableTrainingRunner,
 )

@@ -10,6 +10,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from saelens_scaffold._util.interruption import interruptible
+from saelens_scaffold._util.quiet import quiet
 from saelens_scaffold.compare.config import ConfigChanged, read_config
 from saelens_scaffold.compare.experiment import (
     EvaluationsFailed,
@@ -21,8 +23,6 @@ from saelens_scaffold.compare.pairs import pairs_text
 from saelens_scaffold.compare.reference import reference_text
 from saelens_scaffold.compare.table import comparison_text, plan_text
 from saelens_scaffold.evals.command_line import BAD_INPUT, one_line
-from saelens_scaffold.interruption import interruptible
-from saelens_scaffold.quiet import quiet
 
 
 def run(options: argparse.Namespace) -> int:

@@ -13,10 +13,11 @@ from pydantic.dataclasses import dataclass
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import new_file
 from saelens_scaffold.evals.configs import config_fields, make_config
 from saelens_scaffold.evals.metric_descriptions import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
-from saelens_scaffold.files import new_file
 
 # What the experiment itself decides of SAELens's runner.
 _NOT_FOR_TRAINING = {
@@ -155,7 +156,7 @@ class CompareConfig:
     An experiment: SAEs that differ in what the grid names and in nothing else.
 
     Raises:
-        ValueError: A field has a value that makes no sense.
+        UserError: A field has a value that makes no sense.
     """
 
     model_name: str = Field(
@@ -291,13 +292,13 @@ class CompareConfig:
 def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:
     """
     Raises:
-        ValueError: It names what there is not. What there is, and the experiment leaves
+        UserError: It names what there is not. What there is, and the experiment leaves
             out, is only not measured.
     """
 
     def check(field: str, value: str, known: Collection[str]) -> None:
         if value not in known:
-            raise ValueError(
+            raise UserError(
                 f"reference {figure.what!r}: there is no {field} {value!r}"
                 f"{did_you_mean(value, sorted(known))}; there are {', '.join(known)}"
             )
@@ -316,7 +317,7 @@ def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:
     if figure.against_baseline and (
         figure.metric is None or figure.architecture not in (None, *config.baselines)
     ):
-        raise ValueError(
+        raise UserError(
             f"reference {figure.what!r}: against_baseline needs a metric, and an "
             f"architecture that has a baseline: {', '.join(config.baselines)}; the "
             f"architecture is {figure.architecture!r}, the metric {figure.metric!r}"
@@ -345,22 +346,22 @@ def read_config(path: str | Path) -> CompareConfig:
     Read an experiment from a YAML file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no YAML, or a field is missing, unknown or has a wrong value.
+        UserError: There is no such file.
+        UserError: It is no YAML, or a field is missing, unknown or has a wrong value.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no configuration {path}")
+        raise UserError(f"there is no configuration {path}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a mapping of fields to values")
+        raise UserError(f"{path} must be a mapping of fields to values")
     known = list(config_fields(CompareConfig))
     unknown = [name for name in map(str, content) if name not in known]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{path}: there is no field {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
             f"there are {', '.join(known)}"
         )
@@ -370,11 +371,11 @@ def read_config(path: str | Path) -> CompareConfig:
         if field.is_required() and name not in content
     ]
     if missing:
-        raise ValueError(f"{path}: the field {missing[0]} is missing")
+        raise UserError(f"{path}: the field {missing[0]} is missing")
     try:
         return make_config(CompareConfig, content)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def config_yaml(config: CompareConfig) -> str:

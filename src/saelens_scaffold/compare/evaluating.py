@@ -20,6 +20,8 @@ from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import new_file
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run
 from saelens_scaffold.compare.runner_config import runner_config
@@ -38,7 +40,6 @@ from saelens_scaffold.evals.selected_saes import (
     result_path,
 )
 from saelens_scaffold.evals.table import Outcome
-from saelens_scaffold.files import new_file
 
 
 @dataclass
@@ -74,8 +75,8 @@ class Evaluator:
         What is done with each group, found to make sense.
 
         Raises:
-            ValueError: There is no such evaluation, field, dataset or model.
-            FileNotFoundError: A file is missing.
+            UserError: There is no such evaluation, field, dataset or model.
+            UserError: A file is missing.
         """
         return make_plan(
             self._options,
@@ -100,8 +101,8 @@ class Evaluator:
         See that everything which is needed for what is not done yet is there.
 
         Raises:
-            ValueError: Something is not, or does not go with an SAE.
-            FileNotFoundError: A file is missing.
+            UserError: Something is not, or does not go with an SAE.
+            UserError: A file is missing.
         """
         for job in self.jobs:
             undone = [
@@ -185,7 +186,7 @@ class Evaluator:
         path = str(self.results_path.resolve())
         reads_copy = job.evaluation.is_sae_benchs and job.evaluation.data == "text"
         if reads_copy and has_magic(path):
-            raise ValueError(
+            raise UserError(
                 f"{job.evaluation.name} reads text in {path}, which the datasets library "
                 "takes for a pattern; choose an --output_path without any of [ * ?"
             )
@@ -280,7 +281,7 @@ def _read_weights(file: Path, mtime_ns: int) -> tuple[str, bool]:  # noqa: ARG00
     try:
         read = load(content)
     except SafetensorError as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is damaged ({error}); remove {file.parent} to train this SAE again"
         ) from error
     is_finite = all(

@@ -11,6 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import new_file
 from saelens_scaffold.compare.config import (
     CompareConfig,
     check_unchanged,
@@ -40,7 +42,6 @@ from saelens_scaffold.evals.command import reason
 from saelens_scaffold.evals.command_line import choose_device
 from saelens_scaffold.evals.dense_latents.main import l0_warning_of
 from saelens_scaffold.evals.table import Outcome
-from saelens_scaffold.files import new_file
 
 CONFIG_FILENAME = "compare.yaml"
 TRAINING = "training"
@@ -115,9 +116,9 @@ def make_plan(
             is free on the device.
 
     Raises:
-        ValueError: Something makes no sense, not even one SAE fits into memory, or the
+        UserError: Something makes no sense, not even one SAE fits into memory, or the
             folder holds SAEs that were trained with another configuration.
-        FileNotFoundError: A file is missing.
+        UserError: A file is missing.
     """
     output_path = Path(output_path)
     config_file = output_path / CONFIG_FILENAME
@@ -172,9 +173,9 @@ def compare(
         What is written as results.json.
 
     Raises:
-        ValueError: Something makes no sense; the folder holds SAEs that were trained with
+        UserError: Something makes no sense; the folder holds SAEs that were trained with
             another configuration, or another process is at work in it.
-        FileNotFoundError: A file is missing.
+        UserError: A file is missing.
         EvaluationsFailed: An SAE has come to nothing, or an evaluation failed. The report
             is of the others.
     """
@@ -232,15 +233,15 @@ def references_so_far(
         What results.json has under "reference".
 
     Raises:
-        ValueError: The experiment names no figures, or its SAEs were trained with another
+        UserError: The experiment names no figures, or its SAEs were trained with another
             configuration.
-        FileNotFoundError: There are no results yet.
+        UserError: There are no results yet.
     """
     output_path = Path(output_path)
     if not config.reference:
-        raise ValueError("the experiment names no published figures (`reference`)")
+        raise UserError("the experiment names no published figures (`reference`)")
     if not (output_path / RESULTS_FILENAME).is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"there are no results in {output_path} yet: run `saelens-scaffold compare` "
             "without --reference first, or name another --output_path"
         )
@@ -308,13 +309,13 @@ def _begun(output_path: Path, runs: Sequence[Run]) -> tuple[list[list[Run]], lis
 def _alone_in(output_path: Path) -> Iterator[None]:
     """
     Raises:
-        ValueError: Another process is at work in this folder.
+        UserError: Another process is at work in this folder.
     """
     try:
         with FileLock(output_path / "training.lock", timeout=0):
             yield
     except Timeout as error:
-        raise ValueError(
+        raise UserError(
             f"another process is at work in {output_path}; wait for it, or choose "
             "another --output_path"
         ) from error

@@ -13,6 +13,7 @@ from sae_lens import TrainingSAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.compare.config import (
     AXIS_FIELDS,
     CompareConfig,
@@ -104,13 +105,13 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
         device: Where the SAEs will be trained.
 
     Raises:
-        ValueError: There is no such architecture, no architecture has such a field, or a
+        UserError: There is no such architecture, no architecture has such a field, or a
             combination makes no SAE.
     """
     for architecture in config.grid["architecture"]:
         if architecture not in SAE_TRAINING_CLASS_REGISTRY:
             known = sorted(SAE_TRAINING_CLASS_REGISTRY)
-            raise ValueError(
+            raise UserError(
                 f"grid: there is no training architecture {architecture!r}"
                 f"{did_you_mean(str(architecture), known)}; there are {', '.join(known)}"
             )
@@ -120,7 +121,7 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
     for values in itertools.product(*axes.values()):
         run = _run(config, dict(zip(axes, values, strict=True)), device)
         if runs.setdefault(run.name, run).arm.label != run.arm.label:
-            raise ValueError(
+            raise UserError(
                 f"grid: {run.arm.label} and {runs[run.name].arm.label} would both be "
                 f"called {run.name}"
             )
@@ -150,16 +151,14 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
     name = _file_name("-".join([*arm.label.split(" "), f"seed={seed}"]))
     try:
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed must be an int, got {seed!r}")
+            raise UserError(f"seed must be an int, got {seed!r}")
         if b_dec_init not in ("mean", "zeros"):
-            raise ValueError(
-                f"b_dec_init must be 'mean' or 'zeros', got {b_dec_init!r}"
-            )
+            raise UserError(f"b_dec_init must be 'mean' or 'zeros', got {b_dec_init!r}")
         sae_config = get_sae_training_class(architecture)[1](**copy.deepcopy(sae))
         # what SAELens finds out only when it makes the SAE, as a wrong type
         TrainingSAE.from_dict({**sae_config.to_dict(), "device": "meta"})
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{arm.label}: {error}") from error
+        raise UserError(f"{arm.label}: {error}") from error
     return Run(
         name=name,
         arm=arm,
@@ -191,7 +190,7 @@ def _check_fields(config: CompareConfig) -> None:
     ):
         for name in named:
             if name not in known:
-                raise ValueError(
+                raise UserError(
                     f"{where}: none of the architectures has a field {name!r}"
                     f"{did_you_mean(str(name), known)}; there are {', '.join(sorted(known))}"
                 )

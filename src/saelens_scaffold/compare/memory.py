@@ -14,6 +14,7 @@ from sae_lens.util import str_to_dtype
 from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run
 from saelens_scaffold.compare.runner_config import runner_config
@@ -73,7 +74,7 @@ class Estimate:
             available: Bytes there are.
 
         Raises:
-            ValueError: Not even one fits.
+            UserError: Not even one fits.
         """
         waves: list[list[Run]] = []
         for same in _with_same_runner(runs):
@@ -84,7 +85,7 @@ class Estimate:
                 if needed > left:
                     left = available - self.shared
                     if needed > left:
-                        raise ValueError(
+                        raise UserError(
                             f"{run.name} needs about {(self.shared + needed) / GB:.1f} GB "
                             f"for training, and {available / GB:.1f} GB are there; make "
                             "d_sae, train_batch_size_tokens, n_batches_in_buffer or "
@@ -101,7 +102,7 @@ class Estimate:
         How long training takes on a device that attains so many TFLOP/s.
 
         Raises:
-            ValueError: It attains none.
+            UserError: It attains none.
         """
         check_positive("tflops", tflops)
         saes = sum(self.sae_flops[run.name] for wave in waves for run in wave)
@@ -113,21 +114,21 @@ def estimate(config: CompareConfig, runs: Sequence[Run]) -> Estimate:
     Estimate what training the SAEs needs, from shapes alone: nothing is loaded.
 
     Raises:
-        ValueError: TransformerLens knows no such language model, or it has another
+        UserError: TransformerLens knows no such language model, or it has another
             dimension than the SAEs, or no such layer.
     """
     check_model_name(config.model_name)
     model: Any = get_pretrained_model_config(known_model_name(config.model_name))
     layer = max(_layer(run.hook_name) for run in runs)
     if layer >= model.n_layers:
-        raise ValueError(
+        raise UserError(
             f"hook_name names layer {layer}; {config.model_name} has the layers 0 to "
             f"{model.n_layers - 1}"
         )
     for run in runs:
         reads_residual_stream = "hook_resid" in run.hook_name
         if reads_residual_stream and run.config.d_in != model.d_model:
-            raise ValueError(
+            raise UserError(
                 f"d_in is {run.config.d_in}; the residual stream of {config.model_name} "
                 f"has {model.d_model} dimensions"
             )
@@ -202,10 +203,10 @@ def available_memory(device: str) -> int:
 def check_positive(name: str, value: float) -> None:
     """
     Raises:
-        ValueError: A number is not above 0, or not finite.
+        UserError: A number is not above 0, or not finite.
     """
     if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        raise UserError(f"{name} must be a number above 0, got {value!r}")
 
 
 def _with_same_runner(runs: Sequence[Run]) -> list[list[Run]]:
@@ -227,7 +228,7 @@ def _itemsize(dtype: str) -> int:
 def _model_itemsize(cfg: MultiSAETrainingRunnerConfig) -> int:
     dtype = (cfg.model_from_pretrained_kwargs or {}).get("dtype", "float32")
     if dtype not in DTYPE_FROM_STRING:
-        raise ValueError(
+        raise UserError(
             f"training: model_from_pretrained_kwargs has the dtype {dtype!r}; allowed are "
             f"{', '.join(DTYPE_FROM_STRING)}"
         )
@@ -237,7 +238,7 @@ def _model_itemsize(cfg: MultiSAETrainingRunnerConfig) -> int:
 def _layer(hook_name: str) -> int:
     found = re.fullmatch(r"blocks\.(\d+)\..+", hook_name)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"hook_name is {hook_name!r}; it must be a hook point of a layer, as in "
             "blocks.12.hook_resid_post"
         )

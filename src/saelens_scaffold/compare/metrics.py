@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.bounds import UNBOUNDED, Bounds
 from saelens_scaffold.evals.registry import Evaluation
-from saelens_scaffold.plugins import evaluation_plugins
+from saelens_scaffold.plugins.manager import evaluation_plugins
 
 Results = Mapping[str, Mapping[str, Any]]
 """An SAE's results, as SAEBench writes them, by the evaluations' names."""
@@ -59,7 +60,7 @@ def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:
     The metrics of an experiment.
 
     Raises:
-        ValueError: Two have the same id.
+        UserError: Two have the same id.
     """
     metrics = [
         _headline(evaluation, metric)
@@ -72,7 +73,7 @@ def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:
     ids = [metric.id for metric in metrics]
     twice = sorted({name for name in ids if ids.count(name) > 1})
     if twice:
-        raise ValueError(f"there are two comparison metrics {twice[0]!r}")
+        raise UserError(f"there are two comparison metrics {twice[0]!r}")
     return metrics
 
 

@@ -8,11 +8,11 @@ from rich.box import MARKDOWN
 from rich.markup import escape
 from rich.table import Table
 
+from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.compare.config import CompareConfig, ReferenceFigure
 from saelens_scaffold.compare.grid import Arm
 from saelens_scaffold.evals.metric_descriptions import metric_descriptions
 from saelens_scaffold.evals.registry import Metric, known_evaluations
-from saelens_scaffold.evals.table import markdown
 
 _FORMATS = {None: ".3g", "ratio": "+.0%", "difference": "+.3f"}
 _CHANGES = {

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from saelens_scaffold._util.provenance import versions
 from saelens_scaffold.compare.comparisons import Comparison, compare_arms
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.curves import Curve, curves
@@ -26,8 +27,7 @@ from saelens_scaffold.compare.runner_config import runner_config
 from saelens_scaffold.compare.training import hardware
 from saelens_scaffold.evals.selected_saes import weights_sha256
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE
-from saelens_scaffold.subspaces import orthonormal_basis, share_in_subspace
-from saelens_scaffold.versions import versions
+from saelens_scaffold.saes.subspaces import orthonormal_basis, share_in_subspace
 
 logger = logging.getLogger(__name__)
 

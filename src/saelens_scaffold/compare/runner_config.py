@@ -14,6 +14,7 @@ from sae_lens.util import str_to_dtype
 from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.compare.config import TRAINING_FIELDS, CompareConfig
 from saelens_scaffold.compare.grid import Run
 from saelens_scaffold.evals.configs import make_config
@@ -82,7 +83,7 @@ def runner_config(
     SAELens's configuration of a wave.
 
     Raises:
-        ValueError: A field of `training` has a value that makes no sense.
+        UserError: A field of `training` has a value that makes no sense.
     """
     training = {**_DEFAULTS, **config.training, **wave[0].training}
     try:
@@ -100,21 +101,21 @@ def runner_config(
             **checked.model_dump(exclude_unset=True),
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"training: {error}") from error
+        raise UserError(f"training: {error}") from error
     batch = cfg.train_batch_size_tokens
     if cfg.n_batches_in_buffer * cfg.context_size < batch:
-        raise ValueError(
+        raise UserError(
             f"training: train_batch_size_tokens is {batch}; the buffer has "
             f"n_batches_in_buffer * context_size = "
             f"{cfg.n_batches_in_buffer * cfg.context_size} tokens, and must have as many"
         )
     if cfg.training_tokens < batch:
-        raise ValueError(
+        raise UserError(
             f"training: training_tokens is {cfg.training_tokens}; it must be at least "
             f"train_batch_size_tokens, which is {batch}"
         )
     if cfg.lr_warm_up_steps + cfg.lr_decay_steps > cfg.total_training_steps:
-        raise ValueError(
+        raise UserError(
             f"training: lr_warm_up_steps is {cfg.lr_warm_up_steps} and lr_decay_steps "
             f"{cfg.lr_decay_steps}; training_tokens and train_batch_size_tokens make no "
             f"more than {cfg.total_training_steps} steps"
@@ -128,7 +129,7 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
     without the language model's weights.
 
     Raises:
-        ValueError: One cannot, and why.
+        UserError: One cannot, and why.
     """
     for run in runs:
         cfg = runner_config(config, [run])
@@ -142,7 +143,7 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
                 data_provider=iter(()),
             )
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{run.arm.label}: {error}") from error
+            raise UserError(f"{run.arm.label}: {error}") from error
     cfg = runner_config(config, runs[:1])
     if cfg.model_class_name == "HookedTransformer":
         _check_hook_names(config, {run.hook_name for run in runs})

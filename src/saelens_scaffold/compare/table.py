@@ -8,6 +8,7 @@ from rich.box import MARKDOWN
 from rich.markup import escape
 from rich.table import Table
 
+from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.compare.memory import GB
 from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.wording import (
@@ -18,7 +19,6 @@ from saelens_scaffold.compare.wording import (
     one_sided,
     verdict_text,
 )
-from saelens_scaffold.evals.table import markdown
 
 if TYPE_CHECKING:
     from saelens_scaffold.compare.experiment import Plan

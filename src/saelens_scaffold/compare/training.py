@@ -22,18 +22,18 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
+from saelens_scaffold._util.files import new_file
+from saelens_scaffold._util.provenance import versions
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run
 from saelens_scaffold.compare.runner_config import no_hook_point, runner_config
 from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME, open_dataset
-from saelens_scaffold.files import new_file
 from saelens_scaffold.saes.pca import principal_subspace
-from saelens_scaffold.training_runner import (
+from saelens_scaffold.training.runner import (
     RepeatableMultiSAETrainingRunner,
     initial_sae,
     last_checkpoint,
 )
-from saelens_scaffold.versions import versions
 
 TRAINED_FILENAME = "trained.json"
 """Says that all SAEs of a wave are saved, and how many seconds it took."""

@@ -21,13 +21,13 @@ from transformer_lens import HookedTransformer
 
 from saelens_scaffold.demo.architectures import twin_configs
 from saelens_scaffold.demo.measures import Measured, measured
-from saelens_scaffold.embedded import (
+from saelens_scaffold.models import (
     EMBEDDED_MODEL_NAME,
     load_embedded_model,
     load_stdlib_text,
 )
 from saelens_scaffold.saes.pca import principal_subspace
-from saelens_scaffold.training_runner import (
+from saelens_scaffold.training.runner import (
     RepeatableMultiSAETrainingRunner,
     initial_sae,
 )

@@ -11,6 +11,10 @@ from typing import Any
 from rich.console import Console
 from sae_lens.training._interruption import InterruptedException
 
+from saelens_scaffold._util.files import make_writable, new_directory, new_file
+from saelens_scaffold._util.interruption import interruptible
+from saelens_scaffold._util.provenance import versions
+from saelens_scaffold._util.quiet import quiet
 from saelens_scaffold.demo.language_model import (
     EmbeddedActivations,
     LanguageModelSettings,
@@ -32,10 +36,6 @@ from saelens_scaffold.demo.report import (
     print_part,
     write_picture,
 )
-from saelens_scaffold.files import make_writable, new_directory, new_file
-from saelens_scaffold.interruption import interruptible
-from saelens_scaffold.quiet import quiet
-from saelens_scaffold.versions import versions
 
 TABLE_WIDTH = 200
 

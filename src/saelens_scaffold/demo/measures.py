@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold.measuring import l0_warning
 from saelens_scaffold.saes.scaffold import scaffold_rank
-from saelens_scaffold.subspaces import orthonormal_basis, subspace_overlap
+from saelens_scaffold.saes.subspaces import orthonormal_basis, subspace_overlap
+from saelens_scaffold.training.measurement import l0_warning
 
 DENSE_THRESHOLDS = (0.1, 0.2, 0.5)
 

@@ -24,7 +24,7 @@ from saelens_scaffold.demo.architectures import twin_configs
 from saelens_scaffold.demo.measures import Measured, measured
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.scaffold import scaffold_rank
-from saelens_scaffold.training_runner import initial_sae
+from saelens_scaffold.training.runner import initial_sae
 
 # MultiSAETrainer routes activations by hook point; planted ones have but this
 HOOK_NAME = "planted"

@@ -12,11 +12,11 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from saelens_scaffold._util.files import new_file
+from saelens_scaffold._util.plots import finish_firing_axes
 from saelens_scaffold.demo.architectures import TWINS
 from saelens_scaffold.demo.language_model import CENTRED
 from saelens_scaffold.demo.measures import DENSE_THRESHOLDS, Measured
-from saelens_scaffold.files import new_file
-from saelens_scaffold.firing_plot import finish_firing_axes
 
 
 class Part(NamedTuple):

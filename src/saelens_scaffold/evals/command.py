@@ -8,12 +8,12 @@ from contextlib import redirect_stdout
 
 import torch
 
+from saelens_scaffold._util.interruption import interruptible, raise_if_interrupted
+from saelens_scaffold._util.quiet import ignore_model_kwargs
 from saelens_scaffold.evals.command_line import BAD_INPUT, one_line, select_saes
 from saelens_scaffold.evals.plan import Job, make_plan, typed_options
 from saelens_scaffold.evals.selected_saes import SelectedSAEs
 from saelens_scaffold.evals.table import FAILED, Outcome, judged_views, results_table
-from saelens_scaffold.interruption import interruptible, raise_if_interrupted
-from saelens_scaffold.quiet import ignore_model_kwargs
 
 
 def run(options: argparse.Namespace) -> int:

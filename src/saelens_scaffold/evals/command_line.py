@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from sae_bench.sae_bench_utils import general_utils, sae_selection_utils
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.configs import (
     config_fields,
     language_model_values,
@@ -93,17 +94,17 @@ def select_saes(options: argparse.Namespace) -> list[tuple[str, Any]]:
     The SAEs that a command line names, from disk and from SAELens's releases.
 
     Raises:
-        FileNotFoundError: A directory, or its configuration or weights, are missing.
-        ValueError: No SAE is named, a pattern matches none, or one cannot be read.
+        UserError: A directory, or its configuration or weights, are missing.
+        UserError: No SAE is named, a pattern matches none, or one cannot be read.
     """
     patterns = (options.sae_regex_pattern, options.sae_block_pattern)
     if None in patterns and patterns != (None, None):
-        raise ValueError("--sae_regex_pattern and --sae_block_pattern go together")
+        raise UserError("--sae_regex_pattern and --sae_block_pattern go together")
     selected = load_saes(options.sae_path or [])
     if patterns != (None, None):
         selected += _released_saes(*patterns)
     if not selected:
-        raise ValueError(
+        raise UserError(
             "no SAE is named; give --sae_path DIR..., or --sae_regex_pattern and "
             "--sae_block_pattern"
         )
@@ -120,13 +121,13 @@ def choose_device(device: str | None) -> str:
     The device that was asked for, else the one that SAEBench chooses.
 
     Raises:
-        ValueError: It cannot be used.
+        UserError: It cannot be used.
     """
     if device is not None:
         try:
             torch.zeros(1, device=device)
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"device {device!r} cannot be used: {error}") from error
+            raise UserError(f"device {device!r} cannot be used: {error}") from error
         return device
     with redirect_stdout(sys.stderr):
         return general_utils.setup_environment()
@@ -141,9 +142,9 @@ def _released_saes(release: str, sae_id: str) -> list[tuple[str, Any]]:
     try:
         found = sae_selection_utils.get_saes_from_regex(release, sae_id)
     except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
+        raise UserError(f"not a regular expression: {error}") from error
     if not found:
-        raise ValueError(
+        raise UserError(
             f"no SAE of SAELens's releases matches the release {release!r} and the id "
             f"{sae_id!r} (in full)"
         )

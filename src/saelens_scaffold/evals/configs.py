@@ -13,9 +13,10 @@ from sae_bench.sae_bench_utils.activation_collection import (
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from transformer_lens import loading_from_pretrained
 
-from saelens_scaffold.embedded import EMBEDDED_MODEL_NAME
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.language_model import known_model_name
 from saelens_scaffold.evals.selected_saes import SelectedSAEs
+from saelens_scaffold.models import EMBEDDED_MODEL_NAME
 
 
 def validating(config_class: type) -> type:
@@ -40,7 +41,7 @@ def make_config(config_class: type, values: Mapping[str, Any]) -> Any:
         values: The fields that are not to have their defaults.
 
     Raises:
-        ValueError: A value is none that the field can have.
+        UserError: A value is none that the field can have.
     """
     try:
         return config_class(**values)
@@ -52,9 +53,9 @@ def make_config(config_class: type, values: Mapping[str, Any]) -> Any:
             else problem["msg"].removeprefix("Value error, ")
             for problem in error.errors()
         ]
-        raise ValueError("; ".join(problems)) from error
+        raise UserError("; ".join(problems)) from error
     except AssertionError as error:
-        raise ValueError(
+        raise UserError(
             f"{config_class.__name__} cannot be {dict(values)}: {error}"
         ) from error
 
@@ -80,8 +81,8 @@ def language_model_values(
         SAEBench uses for the model, else the configuration's own defaults.
 
     Raises:
-        ValueError: The SAEs name no model, or several; TransformerLens does not know it.
-        FileNotFoundError: A local model lacks a file.
+        UserError: The SAEs name no model, or several; TransformerLens does not know it.
+        UserError: A local model lacks a file.
     """
     fields = config_fields(config_class)
     values = dict(values)
@@ -107,7 +108,7 @@ def common_model_name(selected_saes: SelectedSAEs) -> str:
     The language model that the SAEs were trained on, as their metadata have it.
 
     Raises:
-        ValueError: They name none, or several.
+        UserError: They name none, or several.
     """
     named = {
         name: get_pretrained_saes_directory()[name].model
@@ -117,9 +118,9 @@ def common_model_name(selected_saes: SelectedSAEs) -> str:
     }
     models = {model for model in named.values() if model}
     if not models:
-        raise ValueError("the SAEs do not tell their language model; name it: --model")
+        raise UserError("the SAEs do not tell their language model; name it: --model")
     if len(models) > 1:
-        raise ValueError(
+        raise UserError(
             f"the SAEs were trained on different language models: {named}; evaluate those "
             "of one model together, or name it: --model"
         )
@@ -131,15 +132,15 @@ def check_model_name(model_name: str) -> None:
     See, without loading it, that a language model can be loaded by its name.
 
     Raises:
-        ValueError: TransformerLens knows no such model.
-        FileNotFoundError: A local model lacks a file.
+        UserError: TransformerLens knows no such model.
+        UserError: A local model lacks a file.
     """
     name = known_model_name(model_name)
     try:
         loading_from_pretrained.get_official_model_name(name)
     except ValueError:
         # TransformerLens's own message is the list of the hundreds that it knows
-        raise ValueError(
+        raise UserError(
             f"there is no language model {model_name!r}; give the name of a model of "
             f"TransformerLens, the directory of a local one, or {EMBEDDED_MODEL_NAME!r}"
         ) from None

@@ -13,8 +13,8 @@ from sae_bench.evals.base_eval_output import BaseEvalOutput
 from sae_bench.evals.generate_json_schemas import generate_json_schema
 
 from saelens_scaffold import evals
+from saelens_scaffold._util.files import new_file
 from saelens_scaffold.evals.configs import config_fields
-from saelens_scaffold.files import new_file
 
 
 def output_classes() -> Iterator[tuple[type[BaseEvalOutput], Path]]:

@@ -13,6 +13,7 @@ from datasets import IterableDataset
 from sae_bench.evals.scr_and_tpp import main as scr_and_tpp
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.text_data import open_dataset, rows_with, split_names
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class LabelledText(NamedTuple):
             The texts to train on and those to test on.
 
         Raises:
-            ValueError: A class has fewer.
+            UserError: A class has fewer.
         """
         self._check_sizes(train_size, test_size)
         train: TextsByLabel = {}
@@ -80,7 +81,7 @@ class LabelledText(NamedTuple):
     def _check_sizes(self, train_size: int, test_size: int) -> None:
         for field, size in (("train_size", train_size), ("test_size", test_size)):
             if size < 1:
-                raise ValueError(f"{field} is {size}; it must be at least 1")
+                raise UserError(f"{field} is {size}; it must be at least 1")
         if self.test is None:
             self._check_rows("rows", self.train, train_size + test_size)
         else:
@@ -90,7 +91,7 @@ class LabelledText(NamedTuple):
     def _check_rows(self, kind: str, texts: TextsByLabel, needed: int) -> None:
         short = {label: len(t) for label, t in texts.items() if len(t) < needed}
         if short:
-            raise ValueError(
+            raise UserError(
                 f"dataset {self.name!r} has fewer than the {needed} {kind} needed of each "
                 f"class: {short}; allowed are smaller sizes, or fewer classes (max_classes)"
             )
@@ -135,11 +136,11 @@ def read_labelled_text(
         class_of: The class that a label belongs to. By default each is its own.
 
     Raises:
-        ValueError: The dataset cannot be read, is empty, lacks a column, or has fewer
+        UserError: The dataset cannot be read, is empty, lacks a column, or has fewer
             than two classes.
     """
     if max_classes < 2:
-        raise ValueError(f"max_classes is {max_classes}; it must be at least 2")
+        raise UserError(f"max_classes is {max_classes}; it must be at least 2")
     columns = [text_column, label_column, *([choices_column] if choices_column else [])]
 
     seen: set[str] = set()
@@ -176,7 +177,7 @@ def read_labelled_text(
     )[:max_classes]
     if len(labels) < 2:
         both = "" if test is None else " in both its train and its test split"
-        raise ValueError(
+        raise UserError(
             f"dataset {dataset!r} has {len(labels)} class(es) of text{both} in column "
             f"{label_column!r}: {labels}; a probe needs at least 2"
         )
@@ -199,7 +200,7 @@ def _labelled_rows(
         if text is None or label is None:
             continue
         if not isinstance(text, str):
-            raise ValueError(
+            raise UserError(
                 f"dataset {dataset!r}: column {columns[0]!r} holds "
                 f"{type(text).__name__}, not text; name another text_column"
             )
@@ -207,7 +208,7 @@ def _labelled_rows(
             continue
         for answers in choices:
             if not isinstance(answers, list):
-                raise ValueError(
+                raise UserError(
                     f"dataset {dataset!r}: column {columns[-1]!r} holds "
                     f"{type(answers).__name__}, not a list of answers"
                 )
@@ -281,7 +282,7 @@ def check_set_sizes(
         test: The same for the test set.
 
     Raises:
-        ValueError: It has not.
+        UserError: It has not.
     """
     sizes = rows_per_class(train[1], test[1])
     try:
@@ -292,7 +293,7 @@ def check_set_sizes(
         if text.test is not None:
             has_test = min(len(texts) for texts in text.test.values())
             most = f"at most {2 * has} and {2 * has_test}"
-        raise ValueError(
+        raise UserError(
             f"{train[0]} {train[1]} and {test[0]} {test[1]} take {sizes[0]} train rows and "
             f"{sizes[1]} test rows of each class; with these classes they may be {most}: "
             f"{error}"

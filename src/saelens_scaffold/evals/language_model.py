@@ -12,9 +12,10 @@ from sae_bench.sae_bench_utils import general_utils
 from transformer_lens import HookedTransformer
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-from saelens_scaffold.embedded import EMBEDDED_MODEL_NAME, register_embedded_model
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.local_models import register_local_model
+from saelens_scaffold.models import EMBEDDED_MODEL_NAME, register_embedded_model
+from saelens_scaffold.models.local import register_local_model
 
 
 def load_language_model(
@@ -30,8 +31,8 @@ def load_language_model(
         dtype: As in "float32".
 
     Raises:
-        ValueError: TransformerLens knows no such model.
-        FileNotFoundError: A local model lacks a file.
+        UserError: TransformerLens knows no such model.
+        UserError: A local model lacks a file.
     """
     name = known_model_name(model_name)
     return HookedTransformer.from_pretrained_no_processing(
@@ -47,11 +48,11 @@ def known_model_name(model_name: str) -> str:
         Its name, without a slash if it is local: SAEBench makes file names of it.
 
     Raises:
-        ValueError: No model is named, or the directory cannot be registered.
-        FileNotFoundError: A local model lacks a file.
+        UserError: No model is named, or the directory cannot be registered.
+        UserError: A local model lacks a file.
     """
     if not model_name:
-        raise ValueError(
+        raise UserError(
             "model_name is empty; give a model of TransformerLens, the directory of a "
             f"local model, or {EMBEDDED_MODEL_NAME!r}"
         )
@@ -79,14 +80,14 @@ class HookedModel:
         hook_name: The hook point, as in "blocks.12.hook_resid_post".
 
     Raises:
-        ValueError: The model has no such hook point, or it is in no layer.
+        UserError: The model has no such hook point, or it is in no layer.
     """
 
     def __init__(self, model: HookedTransformer, hook_name: str):
         layer = re.match(r"blocks\.(\d+)\.", hook_name)
         if hook_name not in model.hook_dict or layer is None:
             examples = [n for n in model.hook_dict if n.endswith("hook_resid_post")]
-            raise ValueError(
+            raise UserError(
                 f"the model {model.cfg.model_name} has no hook point {hook_name!r}; it has, "
                 f"for instance, {examples[0]} to {examples[-1]}"
             )
@@ -167,7 +168,7 @@ class HookedBatch:
         x: Those that count, shape (n_tokens, d_in).
 
     Raises:
-        ValueError: Activations that count are NaN or infinite.
+        UserError: Activations that count are NaN or infinite.
     """
 
     def __init__(self, hooked: HookedModel, tokens: torch.Tensor, counts: torch.Tensor):
@@ -240,7 +241,7 @@ def by_hook_point(
     Group SAEs by hook point, and see that each fits the model there.
 
     Raises:
-        ValueError: A hook point does not exist, an SAE's d_in is not the width of the
+        UserError: A hook point does not exist, an SAE's d_in is not the width of the
             model there, or what the model computes there is not finite.
     """
     groups: dict[str, list[SelectedSAE]] = {}
@@ -251,14 +252,14 @@ def by_hook_point(
         try:
             at = HookedModel(model, hook_name)
         except ValueError as error:
-            raise ValueError(f"SAE {group[0].label!r}: {error}") from error
+            raise UserError(f"SAE {group[0].label!r}: {error}") from error
         # any token does: this is about shapes
         width = at.below(torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device))[
             0
         ].shape[-1]
         for sae in group:
             if sae.sae.cfg.d_in != width:
-                raise ValueError(
+                raise UserError(
                     f"SAE {sae.label!r} has d_in {sae.sae.cfg.d_in}, but "
                     f"{model.cfg.model_name} has width {width} at {hook_name}; "
                     "it was trained on another model or hook point"
@@ -272,10 +273,10 @@ def by_hook_point(
 def check_finite(x: torch.Tensor, hook_name: str) -> None:
     """
     Raises:
-        ValueError: Activations are NaN or infinite.
+        UserError: Activations are NaN or infinite.
     """
     if not x.isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"the language model's activations at {hook_name} are NaN or infinite on this "
             "text; check its weights, and its dtype (float16 overflows in some models: "
             "try llm_dtype float32 or bfloat16)"
@@ -292,14 +293,14 @@ def common_setting(saes: Sequence[SelectedSAE], field: str, default: int | bool)
         default: What counts where the metadata say nothing.
 
     Raises:
-        ValueError: They do not agree.
+        UserError: They do not agree.
     """
     if not saes:
         return default
     values = {sae.label: getattr(sae.sae.cfg.metadata, field) for sae in saes}
     values = {k: default if v is None else v for k, v in values.items()}
     if len(set(values.values())) > 1:
-        raise ValueError(
+        raise UserError(
             f"the SAEs were trained with different {field}: {values}; set {field}"
         )
     return next(iter(values.values()))

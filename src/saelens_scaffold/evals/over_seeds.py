@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.bootstrap import student_interval
 from saelens_scaffold.evals.bounds import SHARE, Bounds
 from saelens_scaffold.evals.labelled_data import (
@@ -164,7 +165,7 @@ class OverSeedsEvalOutput:
 def check_counts(values: list[int], allowed: Sequence[int]) -> list[int]:
     """
     Raises:
-        ValueError: A number of latents has no metric in SAEBench's output, or is given
+        UserError: A number of latents has no metric in SAEBench's output, or is given
             twice, or there is none.
     """
     if not values or len(set(values)) < len(values) or not set(values) <= set(allowed):
@@ -268,7 +269,7 @@ def run_over_seeds(
         The results as dictionaries, under the names that SAEBench gives them.
 
     Raises:
-        ValueError: The configuration, an SAE, the model or the text cannot be used, and
+        UserError: The configuration, an SAE, the model or the text cannot be used, and
             why.
     """
     inside = Path(output_path).resolve()
@@ -276,7 +277,7 @@ def run_over_seeds(
         Path(artifacts_path).resolve(),
         *Path(artifacts_path).resolve().parents,
     ):
-        raise ValueError(
+        raise UserError(
             f"artifacts_path {artifacts_path!r} lies in output_path {output_path!r}, where "
             "SAEBench's tools would find the results of single seeds; choose another"
         )
@@ -324,7 +325,7 @@ def _measure(
     model_name = known_model_name(config.model_name)
     for sae in saes:
         if sae.sae.cfg.reshape_activations == "hook_z":
-            raise ValueError(
+            raise UserError(
                 f"SAE {sae.label!r} was trained at {sae.hook_name}, whose activations have "
                 "a dimension for heads; SAEBench's probes read hook points without one"
             )
@@ -372,10 +373,10 @@ def read_texts(evaluator: SaeBenchEvaluator, config: Any) -> list[LabelledText]:
     The text that SAEBench does not know.
 
     Raises:
-        ValueError: There is none, or it cannot be read or used.
+        UserError: There is none, or it cannot be read or used.
     """
     if not config.dataset_names:
-        raise ValueError("dataset_names is empty; name at least one dataset")
+        raise UserError("dataset_names is empty; name at least one dataset")
     texts = [
         read_labelled_text(
             name,

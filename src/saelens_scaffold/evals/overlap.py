@@ -7,14 +7,14 @@ from pathlib import Path
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from saelens_scaffold.embedded.text import CHUNK_CHARS
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import (
     EMBEDDED_DATASET_NAME,
     open_dataset,
     rows_with,
 )
-from saelens_scaffold.passages import Passages
+from saelens_scaffold.models.passages import Passages
+from saelens_scaffold.models.stdlib import CHUNK_CHARS
 
 logger = logging.getLogger(__name__)
 

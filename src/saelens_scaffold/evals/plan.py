@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.command_line import choose_device
 from saelens_scaffold.evals.configs import (
     config_fields,
@@ -84,7 +85,7 @@ def typed_options(arguments: argparse.Namespace) -> Options:
     What was typed after `saelens-scaffold eval`.
 
     Raises:
-        ValueError: There is no such evaluation, or --set is not of the form
+        UserError: There is no such evaluation, or --set is not of the form
             NAME.FIELD=VALUE.
     """
     names = {field.name for field in fields(Options)}
@@ -119,8 +120,8 @@ def make_plan(options: Options, selected_saes: SelectedSAEs) -> Plan:
         selected_saes: (release, sae_id) or (name, SAE object) pairs, as in SAEBench.
 
     Raises:
-        ValueError: Something makes no sense.
-        FileNotFoundError: A file is missing.
+        UserError: Something makes no sense.
+        UserError: A file is missing.
     """
     evaluations = evaluations_named(",".join(options.evaluations))
     for evaluation in evaluations:
@@ -144,7 +145,7 @@ def make_plan(options: Options, selected_saes: SelectedSAEs) -> Plan:
         try:
             config = make_config(config_class, values)
         except ValueError as error:
-            raise ValueError(f"{evaluation.name}: {error}") from error
+            raise UserError(f"{evaluation.name}: {error}") from error
         run_settings = RunSettings(
             device=device,
             output_path=Path(options.output_folder, evaluation.name),
@@ -220,7 +221,7 @@ def _check_used(
     unused = [o for o in given if getattr(options, o) is not None and o not in used]
     if unused:
         names = ", ".join(evaluation.name for evaluation in evaluations)
-        raise ValueError(f"{unused[0]} means nothing to {names}")
+        raise UserError(f"{unused[0]} means nothing to {names}")
 
 
 def _check_dataset(options: Options, evaluations: Sequence[Evaluation]) -> None:
@@ -229,7 +230,7 @@ def _check_dataset(options: Options, evaluations: Sequence[Evaluation]) -> None:
         path = Path(name)
         looks_local = path.is_absolute() or name.startswith(".")
         if looks_local and not path.exists():
-            raise FileNotFoundError(f"there is no dataset {name}")
+            raise UserError(f"there is no dataset {name}")
     is_read = any(evaluation.data == "text" for evaluation in evaluations)
     if is_read and options.dataset is not None and Path(options.dataset).exists():
         split = _dataset_split(options) or "train"
@@ -242,7 +243,7 @@ def _api_key(options: Options) -> str:
         return Path(options.api_key_file).read_text(encoding="utf-8").strip()
     key = os.environ.get("OPENAI_API_KEY", "")
     if not key:
-        raise ValueError(
+        raise UserError(
             "autointerp asks a model of OpenAI; set OPENAI_API_KEY, or give "
             "`saelens-scaffold eval` --api_key_file FILE"
         )
@@ -253,7 +254,7 @@ def _check_fields(evaluation: Evaluation, values: Mapping[str, Any]) -> None:
     known = list(config_fields(evaluation.config_class()))
     for field in values:
         if field not in known:
-            raise ValueError(
+            raise UserError(
                 f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
             )
 
@@ -265,7 +266,7 @@ def _parse_settings(
     Values of fields, for each evaluation, from NAME.FIELD=VALUE.
 
     Raises:
-        ValueError: One is not of that form, or there is no such evaluation.
+        UserError: One is not of that form, or there is no such evaluation.
     """
     parsed: dict[str, dict[str, Any]] = {
         evaluation.name: {} for evaluation in evaluations
@@ -274,9 +275,9 @@ def _parse_settings(
         target, equals, text = setting.partition("=")
         name, dot, field = target.partition(".")
         if not (equals and dot):
-            raise ValueError(f"--set {setting}: write --set NAME.FIELD=VALUE")
+            raise UserError(f"--set {setting}: write --set NAME.FIELD=VALUE")
         if name not in parsed:
-            raise ValueError(
+            raise UserError(
                 f"--set {setting}: {name!r} is none of the evaluations to run: "
                 f"{', '.join(parsed)}"
             )

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Sequence
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import over_seeds
 from saelens_scaffold.evals.plan import Job
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
@@ -24,7 +25,7 @@ def check_inputs(job: Job, saes: Sequence[SelectedSAE]) -> None:
         saes: The SAEs, in the form that it judges. Their weights do not matter.
 
     Raises:
-        ValueError: A text cannot be read or is too short, or a value of the
+        UserError: A text cannot be read or is too short, or a value of the
             configuration does not go with an SAE.
     """
     evaluation, config, settings = job
@@ -43,4 +44,4 @@ def check_inputs(job: Job, saes: Sequence[SelectedSAE]) -> None:
                     main.EVALUATOR.check_sae(config, sae)
             over_seeds.read_texts(main.EVALUATOR, config)
     except ValueError as error:
-        raise ValueError(f"{evaluation.name}: {error}") from error
+        raise UserError(f"{evaluation.name}: {error}") from error

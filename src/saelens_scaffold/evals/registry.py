@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.bounds import (
     AT_MOST_ONE,
     NOT_NEGATIVE,
@@ -14,7 +15,7 @@ from saelens_scaffold.evals.bounds import (
     UNBOUNDED,
     Bounds,
 )
-from saelens_scaffold.plugins import evaluation_plugins
+from saelens_scaffold.plugins.manager import evaluation_plugins
 
 # Whoever only asks for names and metrics needs no SAEBench.
 if TYPE_CHECKING:
@@ -196,14 +197,14 @@ def evaluations_named(names: str) -> list[Evaluation]:
         names: With commas between them.
 
     Raises:
-        ValueError: There is no evaluation of such a name.
+        UserError: There is no evaluation of such a name.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     known = known_evaluations()
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         said = ", ".join(map(repr, unknown)) or repr(names)
-        raise ValueError(
+        raise UserError(
             f"there is no evaluation {said}; there are {', '.join(sorted(known))}"
         )
     return [known[name] for name in dict.fromkeys(wanted)]
@@ -214,13 +215,13 @@ def known_evaluations() -> dict[str, Evaluation]:
     Every evaluation by name, those of installed plugins included.
 
     Raises:
-        ValueError: A plugin's evaluation has the name of another.
+        UserError: A plugin's evaluation has the name of another.
     """
     known = dict(EVALUATIONS)
     for offered in evaluation_plugins().hook.evaluations():
         for evaluation in offered:
             if evaluation.name in known:
-                raise ValueError(
+                raise UserError(
                     f"a plugin offers an evaluation {evaluation.name!r}, which there is already"
                 )
             known[evaluation.name] = evaluation

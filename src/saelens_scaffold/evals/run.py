@@ -17,13 +17,14 @@ from sae_bench.sae_bench_utils import (
     get_sae_lens_version,
 )
 
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import new_file
 from saelens_scaffold.evals.selected_saes import (
     SelectedSAE,
     SelectedSAEs,
     View,
     resolve_saes,
 )
-from saelens_scaffold.files import new_file
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def run_evaluation(
         names that SAEBench gives them.
 
     Raises:
-        ValueError: An SAE cannot be evaluated, or has a result of another configuration
+        UserError: An SAE cannot be evaluated, or has a result of another configuration
             or of other weights in that folder and force_rerun is False.
     """
     saes = resolve_saes(selected_saes, device, getattr(config, "llm_dtype", ""), view)
@@ -125,7 +126,7 @@ def check_result(
         The result.
 
     Raises:
-        ValueError: It is of another configuration or of other weights, or unreadable.
+        UserError: It is of another configuration or of other weights, or unreadable.
     """
     advice = "run again with force_rerun (--force_rerun), or into another folder"
     try:
@@ -133,7 +134,7 @@ def check_result(
         stored, stored_sae = result["eval_config"], result["sae_cfg_dict"]
         stored_weights = stored_sae.get("metadata", {}).get("weights_sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is there already, but is not a result of SAEBench ({error}); {advice}"
         ) from error
     wanted = TypeAdapter(type(config)).dump_python(config, mode="json")
@@ -143,9 +144,9 @@ def check_result(
         if name not in (*SPEED_ONLY, *ignore) and stored.get(name) != value
     ]
     if different:
-        raise ValueError(f"{file} was measured with {', '.join(different)}; {advice}")
+        raise UserError(f"{file} was measured with {', '.join(different)}; {advice}")
     if stored_weights not in (None, sae.sae.cfg.metadata.weights_sha256):
-        raise ValueError(
+        raise UserError(
             f"{file} is the result of another SAE of the same name; {advice}"
         )
     return result

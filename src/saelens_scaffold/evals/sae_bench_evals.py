@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-from saelens_scaffold.embedded import EMBEDDED_MODEL_NAME, embedded_model_path
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import new_directory
 from saelens_scaffold.evals.configs import config_fields
 from saelens_scaffold.evals.language_model import known_model_name
 from saelens_scaffold.evals.overlap import text_seen_in_training
@@ -38,7 +39,7 @@ from saelens_scaffold.evals.text_data import (
     open_dataset,
     rows_with,
 )
-from saelens_scaffold.files import new_directory
+from saelens_scaffold.models import EMBEDDED_MODEL_NAME, embedded_model_path
 
 # What core's result says of these is not what it was told.
 _NOT_STORED = ("verbose",)
@@ -78,7 +79,7 @@ def run_eval(
 
     Raises:
         EvaluationError: An SAE has no result in the end.
-        ValueError: There is a result of another configuration or of other weights, and
+        UserError: There is a result of another configuration or of other weights, and
             force_rerun is False; or SAEs, model or text are not to be found.
     """
     dtype = getattr(config, "llm_dtype", None) or getattr(config, "dtype", "float32")
@@ -163,7 +164,7 @@ def _set_model_name(sae: SelectedSAE, model_name: str | None) -> None:
     Have an SAE name the model that was asked for: core takes it from there.
 
     Raises:
-        ValueError: It is loaded by SAEBench, by its release, and was trained on another.
+        UserError: It is loaded by SAEBench, by its release, and was trained on another.
     """
     if model_name is None:
         return
@@ -172,7 +173,7 @@ def _set_model_name(sae: SelectedSAE, model_name: str | None) -> None:
         # SAEBench keeps it in both places
         sae.sae.cfg.metadata.model_name = sae.sae.cfg.model_name = model_name
     elif _official(trained_on) != _official(model_name):
-        raise ValueError(
+        raise UserError(
             f"SAE {sae.label!r} was trained on {trained_on}, not on {model_name}"
         )
 
@@ -215,12 +216,12 @@ def _text_for_saelens(dataset: str, settings: RunSettings) -> str:
     A dataset that SAELens reads by name: the split "train" of a folder, column "text".
 
     Raises:
-        ValueError: It cannot be read, or is not local and would have to be changed.
+        UserError: It cannot be read, or is not local and would have to be changed.
     """
     is_local = dataset == EMBEDDED_DATASET_NAME or Path(dataset).exists()
     if not is_local and not dataset.startswith((".", "/")):
         if (settings.dataset_split, settings.text_column) != ("train", "text"):
-            raise ValueError(
+            raise UserError(
                 f"dataset {dataset!r}: of datasets on the Hub SAEBench reads the split "
                 "'train' and the column 'text' only"
             )

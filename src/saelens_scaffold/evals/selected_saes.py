@@ -11,19 +11,20 @@ from sae_bench.sae_bench_utils import general_utils
 from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
-from saelens_scaffold.digest import weights_sha256
-from saelens_scaffold.hub.validation import (
-    MAX_CFG_BYTES,
-    check_sae_directory,
-    read_json_object,
-)
-from saelens_scaffold.measuring import note_trained_k
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
+from saelens_scaffold.saes.digest import weights_sha256
 from saelens_scaffold.saes.scaffold import (
     ScaffoldMixin,
     build_sae,
     scaffold_rank,
 )
+from saelens_scaffold.saes.validation import (
+    MAX_CFG_BYTES,
+    check_sae_directory,
+    read_json_object,
+)
+from saelens_scaffold.training.measurement import note_trained_k
 
 View = Literal["whole", "sparse"]
 
@@ -55,14 +56,14 @@ def selected_baseline(name: str, selected_saes: SelectedSAEs) -> tuple[str, Any]
         Its pair.
 
     Raises:
-        ValueError: There is none of that name.
+        UserError: There is none of that name.
     """
     labels = [
         label_of(release, sae if isinstance(sae, str) else CUSTOM_SAE_ID)
         for release, sae in selected_saes
     ]
     if name not in labels:
-        raise ValueError(
+        raise UserError(
             f"baseline is {name!r}; it must be one of the SAEs in the call: {labels}"
         )
     return selected_saes[labels.index(name)]
@@ -134,9 +135,9 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
         "seed-0/BatchTopK" and "seed-1/BatchTopK".
 
     Raises:
-        FileNotFoundError: A directory, or its configuration or weights, are missing.
+        UserError: A directory, or its configuration or weights, are missing.
         InvalidSAEError: A scaffold SAE's files cannot be used.
-        ValueError: A directory is named twice, or holds no SAE that SAELens can read.
+        UserError: A directory is named twice, or holds no SAE that SAELens can read.
     """
     directories = [Path(path) for path in paths]
     for directory in directories:
@@ -146,7 +147,7 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
             if not (directory / file).is_file()
         ]
         if missing:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{directory} is not an SAE's directory: it has no {' and no '.join(missing)} "
                 "(SAELens's save_model and save_inference_model write both)"
             )
@@ -157,7 +158,7 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
         try:
             sae = SAE.load_from_disk(directory)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{directory}: SAELens cannot load this SAE: {type(error).__name__}: {error}"
             ) from error
         note_trained_k(sae, directory)
@@ -188,17 +189,17 @@ def resolve_saes(
         The SAEs, in order. `cfg.metadata.weights_sha256` of each tells its weights.
 
     Raises:
-        ValueError: There is none, two have the same name, or one lacks a hook point.
+        UserError: There is none, two have the same name, or one lacks a hook point.
     """
     if not selected_saes:
-        raise ValueError("selected_saes is empty; name at least one SAE")
+        raise UserError("selected_saes is empty; name at least one SAE")
     resolved: list[SelectedSAE] = []
     for release, sae_or_id in selected_saes:
         try:
             sae_id, sae = _formatted(release, sae_or_id, device, view)
         except ValueError as error:
             # SAEBench reads the hook point and the model from the SAE's metadata
-            raise ValueError(f"SAE {release!r}: {error}") from error
+            raise UserError(f"SAE {release!r}: {error}") from error
         sae = sae.to(
             device=device, dtype=general_utils.str_to_dtype(dtype) if dtype else None
         )
@@ -212,7 +213,7 @@ def resolve_saes(
     files = [sae.result_path("") for sae in resolved]
     twice = sorted({file.name for file in files if files.count(file) > 1})
     if twice:
-        raise ValueError(
+        raise UserError(
             f"two SAEs have the same name, and so would their results: {twice}; "
             "give each a name of its own"
         )
@@ -282,7 +283,7 @@ def _names(directories: list[Path]) -> list[str]:
     parts = [directory.resolve().parts for directory in directories]
     if len(set(parts)) < len(parts):
         twice = sorted({str(d) for d in directories if directories.count(d) > 1})
-        raise ValueError(f"the same SAE is named twice: {twice or directories}")
+        raise UserError(f"the same SAE is named twice: {twice or directories}")
     return [
         next(
             "/".join(own[-length:])

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import MARKDOWN
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.evals.registry import Evaluation, Metric
 
 if TYPE_CHECKING:
@@ -59,16 +59,6 @@ def results_table(saes: Sequence["SelectedSAE"], outcomes: Sequence[Outcome]) ->
     for sae in saes:
         table.add_row(escape(sae.label), *(cell(sae) for cell in columns))
     return markdown(table)
-
-
-def markdown(table: Table) -> str:
-    """A table as lines of Markdown, each as wide as it needs."""
-    # as wide as the table, also where the output goes into a file
-    console = Console(width=10_000, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    lines = (line.rstrip() for line in capture.get().splitlines())
-    return "\n".join(line for line in lines if line) + "\n"
 
 
 def _column(outcome: Outcome, metric: Metric) -> Callable[["SelectedSAE"], str]:

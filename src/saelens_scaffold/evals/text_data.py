@@ -20,10 +20,11 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-from saelens_scaffold.embedded import load_stdlib_chunks, load_stdlib_text
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.language_model import common_setting, special_token_ids
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_eval_config import TextEvalConfig
+from saelens_scaffold.models import load_stdlib_chunks, load_stdlib_text
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,11 @@ def open_dataset(
         chunked: Whether the embedded text is wanted in short labelled pieces.
 
     Raises:
-        ValueError: There is no such dataset, or no such split in it.
+        UserError: There is no such dataset, or no such split in it.
     """
     if name == EMBEDDED_DATASET_NAME:
         if split not in ("train", "test"):
-            raise ValueError(f"{name} has the splits 'train' and 'test', not {split!r}")
+            raise UserError(f"{name} has the splits 'train' and 'test', not {split!r}")
         return (load_stdlib_chunks if chunked else load_stdlib_text)(split)
     path = Path(name)
     try:
@@ -68,12 +69,12 @@ def open_dataset(
         if path.is_dir():
             return _open_directory(path, split)
         if path.suffix in _BUILDERS or path.is_absolute() or name.startswith("."):
-            raise ValueError(f"dataset {name!r}: there is no such file or directory")
+            raise UserError(f"dataset {name!r}: there is no such file or directory")
         return _split_of(load_dataset(name, subset, streaming=True), name, split)
     except ValueError:
         raise
     except Exception as error:  # the datasets library's own, and those of the network
-        raise ValueError(
+        raise UserError(
             f"dataset {name!r} cannot be read: {type(error).__name__}: {error} "
             f"(allowed: a name on the Hub, a local directory or file, "
             f"{EMBEDDED_DATASET_NAME!r})"
@@ -82,12 +83,12 @@ def open_dataset(
 
 def _open_file(path: Path) -> AnyDataset:
     if path.suffix not in _BUILDERS:
-        raise ValueError(
+        raise UserError(
             f"dataset {os.fspath(path)!r} is a {path.suffix or 'nameless kind of'} file; "
             f"allowed are {', '.join(_BUILDERS)}"
         )
     if path.stat().st_size == 0:
-        raise ValueError(f"dataset {os.fspath(path)!r} is empty")
+        raise UserError(f"dataset {os.fspath(path)!r} is empty")
     dataset = load_dataset(
         _BUILDERS[path.suffix], data_files=os.fspath(path), split="train"
     )
@@ -111,7 +112,7 @@ def _split_of(loaded: Any, name: str, split: str) -> AnyDataset:
     if not isinstance(loaded, (DatasetDict, IterableDatasetDict)):
         return loaded
     if split not in loaded:
-        raise ValueError(
+        raise UserError(
             f"dataset {name!r} has no split {split!r}; it has {sorted(map(str, loaded))}"
         )
     return loaded[split]
@@ -149,15 +150,15 @@ def rows_with(
     The given columns of every row.
 
     Raises:
-        ValueError: The dataset is empty, or lacks a column. Raised when called, not later.
+        UserError: The dataset is empty, or lacks a column. Raised when called, not later.
     """
     rows = iter(dataset)
     first = next(rows, None)
     if first is None:
-        raise ValueError(f"dataset {name!r} is empty")
+        raise UserError(f"dataset {name!r} is empty")
     missing = [column for column in columns if column not in first]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"dataset {name!r} has no column {', '.join(map(repr, missing))}; "
             f"it has {sorted(first)}"
         )
@@ -189,7 +190,7 @@ def token_sequences(
         text does; the last, incomplete sequence is left out.
 
     Raises:
-        ValueError: The text cannot be read, or is shorter than one sequence. Raised when
+        UserError: The text cannot be read, or is shorter than one sequence. Raised when
             called, not later.
     """
     rows = rows_with(open_dataset(dataset, split), dataset, text_column)
@@ -209,7 +210,7 @@ def token_sequences(
     )
     first = next(sequences, None)
     if first is None:
-        raise ValueError(
+        raise UserError(
             f"dataset {dataset!r} ({split}) has no text of {context_size} tokens; "
             "give a longer text, or a smaller context_size"
         )
@@ -226,7 +227,7 @@ class TokenStream:
         saes: What config leaves open is taken from how these were trained.
 
     Raises:
-        ValueError: The text cannot be read, is shorter than one sequence, or the SAEs
+        UserError: The text cannot be read, is shorter than one sequence, or the SAEs
             disagree on what config leaves open.
     """
 
@@ -243,7 +244,7 @@ class TokenStream:
             else config.prepend_bos
         )
         if context_size > model.cfg.n_ctx:
-            raise ValueError(
+            raise UserError(
                 f"context_size is {context_size}; {model.cfg.model_name} has room for "
                 f"{model.cfg.n_ctx} tokens"
             )
@@ -276,7 +277,7 @@ class TokenStream:
             those that count: neither BOS, EOS nor padding.
 
         Raises:
-            ValueError: There is no text left.
+            UserError: There is no text left.
         """
         counted = 0
         with tqdm(total=n_tokens, desc=desc, unit="tok", unit_scale=True) as bar:
@@ -296,7 +297,7 @@ class TokenStream:
                 counted += int(counts.sum())
                 bar.update(int(counts.sum()))
         if counted == 0:
-            raise ValueError(
+            raise UserError(
                 f"dataset {self._config.dataset!r} has no text left for {desc!r}; give a "
                 "longer text, or evaluate on fewer tokens"
             )

@@ -3,12 +3,12 @@
 import argparse
 import sys
 
+from saelens_scaffold._util.interruption import interruptible
+from saelens_scaffold._util.quiet import ignore_model_kwargs
 from saelens_scaffold.hub.hub_errors import HubUploadError
 from saelens_scaffold.hub.plan import README, UploadSummary
 from saelens_scaffold.hub.sources import given_saes, results_folders, split_id
 from saelens_scaffold.hub.upload import upload_scaffold_saes
-from saelens_scaffold.interruption import interruptible
-from saelens_scaffold.quiet import ignore_model_kwargs
 
 
 def run(options: argparse.Namespace) -> int:

@@ -32,8 +32,8 @@ from saelens_scaffold.hub.hub_errors import (
     try_again,
 )
 from saelens_scaffold.hub.plan import README, UploadPlan, UploadSummary
-from saelens_scaffold.hub.sae_ids import PLAIN_FORM, RESULTS_FOLDER
 from saelens_scaffold.hub.sources import UploadedSAE
+from saelens_scaffold.saes.sae_ids import PLAIN_FORM, RESULTS_FOLDER
 
 _SAE_FILES = (
     SAE_CFG_FILENAME,

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from saelens_scaffold.hub.sae_ids import sae_id_of_path
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.saes.sae_ids import sae_id_of_path
 
 RESULTS_FILE = "results.json"
 
@@ -32,7 +33,7 @@ def reductions_in(run: Path) -> dict[str, Reduction]:
         run: The folder of a `compare` run, or any other, which says nothing.
 
     Raises:
-        ValueError: There is a results.json, but it is not one of `compare`.
+        UserError: There is a results.json, but it is not one of `compare`.
     """
     file = run / RESULTS_FILE
     if not file.is_file():
@@ -56,7 +57,7 @@ def reductions_in(run: Path) -> dict[str, Reduction]:
                     -difference / (count - difference), comparison["baseline"]["arm"]
                 )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is not the results.json of a `compare` run "
             f"({type(error).__name__}: {error})"
         ) from error

@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from saelens_scaffold.hub.hub_errors import HTTP_ERROR
 from saelens_scaffold.hub.plan import README, UploadPlan, UploadSummary
+from saelens_scaffold.saes.loading import HTTP_ERROR
 
 _TIMEOUT = 5.0
 """Seconds to wait for an existing README, which can be done without."""

@@ -12,9 +12,10 @@ from huggingface_hub import EvalResult
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.saes.sae import SAE
 
-from saelens_scaffold.digest import weights_sha256
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.registry import Evaluation, Metric, known_evaluations
 from saelens_scaffold.hub.local_paths import without_directories
+from saelens_scaffold.saes.digest import weights_sha256
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 
 
@@ -81,17 +82,17 @@ def read_results(folder: Path) -> list[EvaluationResult]:
             evaluation.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: A JSON file in it cannot be read.
+        UserError: There is no such folder.
+        UserError: A JSON file in it cannot be read.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder with evaluation results")
+        raise UserError(f"{folder} is no folder with evaluation results")
     found: list[EvaluationResult] = []
     for file in sorted(folder.rglob("*.json")):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file} is not JSON ({error}); evaluate again, or remove it"
             ) from error
         if isinstance(content, dict) and "eval_result_metrics" in content:

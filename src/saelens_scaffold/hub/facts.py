@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from saelens_scaffold.evals.registry import EVALUATIONS, Metric
 from saelens_scaffold.evals.table import metric_cell
-from saelens_scaffold.firing import DENSE_THRESHOLD
 from saelens_scaffold.hub.evaluation_results import EvaluationResult
 from saelens_scaffold.hub.sources import UploadedSAE
-from saelens_scaffold.measuring import Measurement
+from saelens_scaffold.saes.firing import DENSE_THRESHOLD
+from saelens_scaffold.training.measurement import Measurement
 
 NOT_MEASURED = "not measured"
 

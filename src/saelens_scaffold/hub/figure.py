@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from saelens_scaffold.files import new_file
-from saelens_scaffold.firing_plot import finish_firing_axes
+from saelens_scaffold._util.files import new_file
+from saelens_scaffold._util.plots import finish_firing_axes
 from saelens_scaffold.hub.facts import facts_of
 from saelens_scaffold.hub.sources import UploadedSAE
 

@@ -11,9 +11,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-"""What a broken connection raises: HTTPError of httpx or, from huggingface_hub 2 on, of
-httpx2. huggingface_hub shows neither, and its own errors derive from it."""
+from saelens_scaffold.saes.loading import HTTP_ERROR
 
 TRY_AGAIN = {409, 429, 500, 502, 503, 504}
 """What may go by itself: another commit at the same time, a limit, a server in trouble."""

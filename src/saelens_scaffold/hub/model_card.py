@@ -11,12 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-from saelens_scaffold.evals.table import markdown
+from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.hub.evaluation_results import model_index_entries
 from saelens_scaffold.hub.facts import Facts, facts_of
 from saelens_scaffold.hub.local_paths import without_directories
-from saelens_scaffold.hub.sae_ids import PLAIN_FORM
 from saelens_scaffold.hub.sources import UploadedSAE
+from saelens_scaffold.saes.sae_ids import PLAIN_FORM
 
 FIGURE_NAME = "firing_frequencies.png"
 

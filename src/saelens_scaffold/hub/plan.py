@@ -10,9 +10,9 @@ from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from tqdm.autonotebook import tqdm
 
 from saelens_scaffold.hub.model_card import FIGURE_NAME, CardSettings, model_card
-from saelens_scaffold.hub.sae_ids import PLAIN_FORM
 from saelens_scaffold.hub.sources import UploadedSAE
 from saelens_scaffold.hub.staging import write_files
+from saelens_scaffold.saes.sae_ids import PLAIN_FORM
 
 README = "README.md"
 

@@ -15,23 +15,24 @@ from sae_lens.constants import (
 from sae_lens.saes.sae import SAE, TrainingSAE
 from safetensors.torch import load_file
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub.comparisons import Reduction
 from saelens_scaffold.hub.evaluation_results import EvaluationResult, results_of
-from saelens_scaffold.hub.loading import load_scaffold_sae
-from saelens_scaffold.hub.sae_ids import (
+from saelens_scaffold.saes.loading import load_scaffold_sae
+from saelens_scaffold.saes.sae_ids import (
     RESULTS_FOLDER,
     check_distinct,
     check_sae_id,
     sae_id_of_path,
 )
-from saelens_scaffold.hub.validation import (
+from saelens_scaffold.saes.scaffold import ScaffoldMixin
+from saelens_scaffold.saes.validation import (
     InvalidSAEError,
     check_can_be_used,
     check_weights,
     read_json_object,
 )
-from saelens_scaffold.measuring import Measurement
-from saelens_scaffold.saes.scaffold import ScaffoldMixin
+from saelens_scaffold.training.measurement import Measurement
 
 MAX_RUNNER_CFG_BYTES = 1 << 24
 
@@ -106,11 +107,11 @@ def find_saes(path: Path) -> dict[str, Path]:
         The SAEs' directories by id: an SAE's own name, or its path below the directory.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: Two have the same id, or one's path makes none.
+        UserError: There is none.
+        UserError: Two have the same id, or one's path makes none.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no directory")
+        raise UserError(f"{path} is no directory")
     if _is_sae(path):
         return {sae_id_of_path(Path(path.resolve().name)): path}
     root = path / COMPARE_RUN_SAES if is_compare_run(path) else path
@@ -121,7 +122,7 @@ def find_saes(path: Path) -> dict[str, Path]:
         if _is_sae(file.parent) and not inside_another:
             directories.append(file.parent)
     if not directories:
-        raise FileNotFoundError(
+        raise UserError(
             f"{path} holds no SAE: no directory in it has {SAE_CFG_FILENAME} and "
             f"{SAE_WEIGHTS_FILENAME} (SAELens's save_model and save_inference_model "
             "write both)"
@@ -139,8 +140,8 @@ def given_saes(arguments: Sequence[str]) -> dict[str, Path]:
         arguments: Directories that `find_saes` takes, or ID=DIRECTORY.
 
     Raises:
-        FileNotFoundError: One holds no SAE.
-        ValueError: An id is none, or two are the same.
+        UserError: One holds no SAE.
+        UserError: An id is none, or two are the same.
     """
     found: list[tuple[str, Path]] = []
     for given_id, path in map(split_id, arguments):
@@ -192,7 +193,7 @@ def prepare_sae(
 
     Raises:
         InvalidSAEError: The SAE, or a file of it, cannot be used.
-        ValueError: The id is none.
+        UserError: The id is none.
         TypeError: The source is neither an SAE nor a path.
     """
     check_sae_id(sae_id)
@@ -250,15 +251,15 @@ def as_mapping(
     The SAEs by id, and the directory in which they lie, if one was given.
 
     Raises:
-        FileNotFoundError: The directory holds no SAE.
-        ValueError: There is none, or it has no id.
+        UserError: The directory holds no SAE.
+        UserError: There is none, or it has no id.
     """
     if isinstance(saes, (str, Path)):
         return dict(find_saes(Path(saes))), Path(saes)
     if not isinstance(saes, Mapping):
-        raise ValueError("name the SAEs: pass a dictionary of SAEs by id")
+        raise UserError("name the SAEs: pass a dictionary of SAEs by id")
     if not saes:
-        raise ValueError("no SAEs to upload")
+        raise UserError("no SAEs to upload")
     for sae_id in saes:
         check_sae_id(sae_id)
     check_distinct(saes)

@@ -10,11 +10,11 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import SAE
 from safetensors.torch import save_file
 
-from saelens_scaffold.digest import weights_sha256
 from saelens_scaffold.hub.evaluation_results import file_names
 from saelens_scaffold.hub.local_paths import without_directories
-from saelens_scaffold.hub.sae_ids import PLAIN_FORM, RESULTS_FOLDER
 from saelens_scaffold.hub.sources import UploadedSAE
+from saelens_scaffold.saes.digest import weights_sha256
+from saelens_scaffold.saes.sae_ids import PLAIN_FORM, RESULTS_FOLDER
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 
 _CONFIGURATIONS = ("eval_config", "sae_cfg_dict")

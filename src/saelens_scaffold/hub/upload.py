@@ -15,6 +15,7 @@ from huggingface_hub.utils import (
 )
 from tqdm.autonotebook import tqdm
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub.commits import HubUpload
 from saelens_scaffold.hub.comparisons import reductions_in
 from saelens_scaffold.hub.dry_run import look
@@ -85,8 +86,8 @@ def upload_scaffold_saes(
 
     Raises:
         InvalidSAEError: An SAE cannot be uploaded, and why.
-        ValueError: The repository's name, an id, or a result makes no sense.
-        FileNotFoundError: A directory is missing, or holds no SAE.
+        UserError: The repository's name, an id, or a result makes no sense.
+        UserError: A directory is missing, or holds no SAE.
         HubUploadError: The Hub refuses, or cannot be reached, and what to do.
     """
     check_repo_id(hf_repo_id)
@@ -144,16 +145,16 @@ def check_repo_id(hf_repo_id: str) -> str:
     See that this is a repository's name with its owner's.
 
     Raises:
-        ValueError: It is not.
+        UserError: It is not.
     """
     try:
         validate_repo_id(hf_repo_id)
     except HFValidationError as error:
-        raise ValueError(
+        raise UserError(
             f"{hf_repo_id!r:.200} is no repository's id: {error}"
         ) from error
     if hf_repo_id.count("/") != 1:
-        raise ValueError(
+        raise UserError(
             f"{hf_repo_id!r} lacks the owner, without which SAELens finds no repository; "
             f"write USER/{hf_repo_id}"
         )

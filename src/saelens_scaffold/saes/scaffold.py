@@ -10,7 +10,7 @@ from sae_lens.saes.sae import SAE
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
-from saelens_scaffold.subspaces import orthonormal_basis
+from saelens_scaffold.saes.subspaces import orthonormal_basis
 
 if TYPE_CHECKING:
     from saelens_scaffold.saes.scaffold_jumprelu_sae import ScaffoldJumpReLUSAE

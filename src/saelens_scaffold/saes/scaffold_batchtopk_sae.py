@@ -17,11 +17,11 @@ from sae_lens.saes.batchtopk_sae import (
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from saelens_scaffold import plugins
-from saelens_scaffold.hookspecs import ScaffoldStart
 from saelens_scaffold.kernels.choice import Kernels, check_kernels, choose_kernels
 from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
 from saelens_scaffold.kernels.selection import TopSelection
+from saelens_scaffold.plugins import manager as plugins
+from saelens_scaffold.plugins.hookspecs import ScaffoldStart
 from saelens_scaffold.saes.calibration import (
     ActivationSample,
     calibrated_threshold,

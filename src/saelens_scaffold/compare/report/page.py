@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from saelens_scaffold._util.files import new_file
 from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.report import figures
 from saelens_scaffold.compare.report.figures import Plot, Results
@@ -24,7 +25,6 @@ from saelens_scaffold.compare.wording import (
     one_sided,
     verdict_text,
 )
-from saelens_scaffold.files import new_file
 
 # What matching means, for the headings of the tables.
 MATCHINGS = {

@@ -41,15 +41,15 @@ from saelens_scaffold.evals.selected_saes import (
     selected_baseline,
 )
 from saelens_scaffold.evals.text_data import TokenStream
-from saelens_scaffold.firing import (
+from saelens_scaffold.saes.firing import (
     FiringStatistics,
     TextStatistics,
 )
-from saelens_scaffold.measuring import l0_warning
-from saelens_scaffold.subspaces import (
+from saelens_scaffold.saes.subspaces import (
     orthonormal_basis,
     share_in_subspace,
 )
+from saelens_scaffold.training.measurement import l0_warning
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.firing import FiringStatistics
+from saelens_scaffold.saes.firing import FiringStatistics
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
-from saelens_scaffold.subspaces import ActivationMoments, orthonormal_basis
+from saelens_scaffold.saes.subspaces import ActivationMoments, orthonormal_basis
 
 
 class SAEFit:

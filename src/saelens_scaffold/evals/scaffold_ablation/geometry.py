@@ -7,7 +7,7 @@ from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     PrincipalAngles,
 )
 from saelens_scaffold.evals.scaffold_ablation.fit import ModelFit, SAEFit
-from saelens_scaffold.subspaces import principal_angle_cosines
+from saelens_scaffold.saes.subspaces import principal_angle_cosines
 
 
 def geometry(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold.active_latents import ActiveLatents
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )
@@ -18,8 +17,9 @@ from saelens_scaffold.evals.scaffold_ablation.latents import (
     matched_frequency,
     most_aligned_of,
 )
+from saelens_scaffold.saes.active_latents import ActiveLatents
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
-from saelens_scaffold.subspaces import orthonormal_basis
+from saelens_scaffold.saes.subspaces import orthonormal_basis
 
 
 class SAEBatch:

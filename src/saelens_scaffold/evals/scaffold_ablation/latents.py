@@ -9,7 +9,7 @@ from saelens_scaffold.evals.scaffold_ablation.eval_config import (
 )
 from saelens_scaffold.evals.scaffold_ablation.eval_output import DictionaryAlignment
 from saelens_scaffold.evals.scaffold_ablation.fit import SAEFit
-from saelens_scaffold.subspaces import share_in_subspace
+from saelens_scaffold.saes.subspaces import share_in_subspace
 
 
 def most_aligned(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.language_model import (
     HookedModel,
     by_hook_point,
@@ -45,7 +46,7 @@ from saelens_scaffold.evals.selected_saes import (
     selected_baseline,
 )
 from saelens_scaffold.evals.text_data import TokenStream
-from saelens_scaffold.subspaces import ActivationMoments
+from saelens_scaffold.saes.subspaces import ActivationMoments
 
 
 def run_eval(
@@ -78,7 +79,7 @@ def run_eval(
         The results (`ScaffoldAblationEvalOutput` as dictionaries) under the SAEs' names.
 
     Raises:
-        ValueError: The configuration, an SAE, the model or the text cannot be used, and
+        UserError: The configuration, an SAE, the model or the text cannot be used, and
             why.
     """
     _check_baselines(config.baseline, selected_saes)
@@ -115,7 +116,7 @@ def _baselines(
     The baselines of the scaffold SAEs that have one, by the scaffold SAEs' keys.
 
     Raises:
-        ValueError: A baseline has a scaffold itself, or another hook point.
+        UserError: A baseline has a scaffold itself, or another hook point.
     """
     resolved = {sae.label: sae for sae in saes}
     found: dict[str, SelectedSAE] = {}
@@ -128,12 +129,12 @@ def _baselines(
             (resolved[name],) = resolve_saes([pair], device, config.llm_dtype)
         baseline = found[sae.key] = resolved[name]
         if baseline.rank:
-            raise ValueError(
+            raise UserError(
                 f"baseline is {name!r}, whose scaffold has rank {baseline.rank}; it must "
                 "be a plain SAE"
             )
         if baseline.hook_name != sae.hook_name:
-            raise ValueError(
+            raise UserError(
                 f"baseline is {name!r} at {baseline.hook_name}; it must be an SAE at "
                 f"{sae.hook_name}, where {sae.label!r} is"
             )

@@ -1,5 +1,7 @@
 """MMLU (Hendrycks et al. 2021, arXiv 2009.03300): its columns, subjects and categories."""
 
+from saelens_scaffold._util.errors import UserError
+
 MMLU = "cais/mmlu"
 """Its name on the Hub. The columns are question, subject, choices and answer."""
 
@@ -87,10 +89,10 @@ def category_of(subject: str) -> str:
     The category of an MMLU subject.
 
     Raises:
-        ValueError: It is no subject of MMLU.
+        UserError: It is no subject of MMLU.
     """
     if subject not in _CATEGORIES:
-        raise ValueError(
+        raise UserError(
             f"topic_grouping is 'mmlu_category', but the label {subject!r} is none of "
             f"MMLU's {len(_CATEGORIES)} subjects ('abstract_algebra' to "
             "'world_religions'); for other labels use topic_grouping 'label'"

@@ -31,7 +31,7 @@ from saelens_scaffold.evals.scaffold_ablation.topic_output import (
     TopicMetrics,
 )
 from saelens_scaffold.evals.scaffold_ablation.topic_texts import TopicTexts
-from saelens_scaffold.subspaces import orthonormal_basis
+from saelens_scaffold.saes.subspaces import orthonormal_basis
 
 # What takes the scaffold, or its geometric twin, away. The others only change how much
 # text costs to predict.

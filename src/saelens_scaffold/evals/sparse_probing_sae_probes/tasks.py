@@ -13,6 +13,7 @@ import pandas as pd
 from sae_probes import generate_model_activations, utils_data
 from transformer_lens import HookedTransformer
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.labelled_data import LabelledText
 
 Tasks = Mapping[str, pd.DataFrame]
@@ -35,7 +36,7 @@ def one_vs_rest_tasks(text: LabelledText, task_size: int) -> dict[str, pd.DataFr
         The tasks, under names that sae-probes can make file names of.
 
     Raises:
-        ValueError: A class has too few texts.
+        UserError: A class has too few texts.
     """
     pool = {
         label: texts + (text.test or {}).get(label, [])
@@ -44,7 +45,7 @@ def one_vs_rest_tasks(text: LabelledText, task_size: int) -> dict[str, pd.DataFr
     n = task_size // 2
     short = {label: len(texts) for label, texts in pool.items() if len(texts) < n}
     if short:
-        raise ValueError(
+        raise UserError(
             f"task_size {task_size} takes {n} rows of each class, but dataset "
             f"{text.name!r} has fewer of these: {short}; allowed are a smaller task_size, "
             "or fewer classes (max_classes)"

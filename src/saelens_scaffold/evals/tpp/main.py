@@ -5,6 +5,7 @@ from typing import Any
 from sae_bench.evals.scr_and_tpp import main as sae_bench_main
 from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.labelled_data import (
     LabelledText,
     check_set_sizes,
@@ -31,7 +32,7 @@ def _check(config: TppEvalConfig, text: LabelledText) -> None:
 
 def _check_sae(config: TppEvalConfig, sae: SelectedSAE) -> None:
     if max(config.n_values) > sae.sae.cfg.d_sae:
-        raise ValueError(
+        raise UserError(
             f"n_values has {max(config.n_values)}, but SAE {sae.label!r} has no more than "
             f"{sae.sae.cfg.d_sae} sparse latents to ablate; give smaller n_values"
         )
@@ -94,7 +95,7 @@ def run_eval(
         The results (`TppEvalOutput` as dictionaries) under the SAEs' names.
 
     Raises:
-        ValueError: The configuration, an SAE, the model or the text cannot be used, and
+        UserError: The configuration, an SAE, the model or the text cannot be used, and
             why.
     """
     return run_over_seeds(

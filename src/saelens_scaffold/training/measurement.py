@@ -12,9 +12,9 @@ from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from typing_extensions import Self
 
-from saelens_scaffold.digest import weights_sha256
-from saelens_scaffold.firing import DENSE_THRESHOLD, FiringStatistics
-from saelens_scaffold.subspaces import ActivationMoments
+from saelens_scaffold.saes.digest import weights_sha256
+from saelens_scaffold.saes.firing import DENSE_THRESHOLD, FiringStatistics
+from saelens_scaffold.saes.subspaces import ActivationMoments
 
 L0_TOLERANCE = 0.1
 """Share of k by which a measured L0 may differ from it without a warning."""

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
@@ -28,9 +29,8 @@ from sae_lens.loading.pretrained_sae_loaders import (
 )
 from safetensors.torch import load_file
 
-from saelens_scaffold.hub.hub_errors import HTTP_ERROR
-from saelens_scaffold.hub.sae_ids import check_sae_path
-from saelens_scaffold.hub.validation import (
+from saelens_scaffold.saes.sae_ids import check_sae_path
+from saelens_scaffold.saes.validation import (
     MAX_CFG_BYTES,
     MAX_HEADER_BYTES,
     InvalidSAEError,
@@ -40,6 +40,10 @@ from saelens_scaffold.hub.validation import (
     max_weights_bytes,
     read_config,
 )
+
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What a broken connection raises: HTTPError of httpx or, from huggingface_hub 2 on, of
+httpx2. huggingface_hub shows neither, and its own errors derive from it."""
 
 
 def load_scaffold_sae(

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from transformer_lens import HookedTransformer
 
-from saelens_scaffold.local_models import register_local_model
+from saelens_scaffold.models.local import register_local_model
 
 EMBEDDED_MODEL_NAME = "py-neox"
 
 
 def embedded_model_path() -> Path:
     """The model's Hugging Face directory inside the installed package."""
-    return Path(str(files("saelens_scaffold.embedded") / EMBEDDED_MODEL_NAME))
+    return Path(str(files("saelens_scaffold.models") / EMBEDDED_MODEL_NAME))
 
 
 def register_embedded_model() -> str:

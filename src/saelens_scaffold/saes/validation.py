@@ -26,6 +26,8 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from safetensors import SafetensorError, safe_open
 
+from saelens_scaffold._util.errors import UserError
+
 MAX_CFG_BYTES = 1 << 20
 """An SAE's cfg.json has a few thousand bytes."""
 
@@ -49,7 +51,7 @@ TensorShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of tensors by name."""
 
 
-class InvalidSAEError(ValueError):
+class InvalidSAEError(UserError):
     """An SAE's files or weights cannot be used, and why."""
 
 

@@ -27,6 +27,8 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from saelens_scaffold._util.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -69,8 +71,8 @@ def register_local_model(path: str | os.PathLike[str], name: str | None = None) 
         What to pass as `model_name`: `name` if given, else `path` as it was given.
 
     Raises:
-        FileNotFoundError: The directory, or a file that a model needs, is missing.
-        ValueError: config.json is not that of a model TransformerLens supports, or the
+        UserError: The directory, or a file that a model needs, is missing.
+        UserError: config.json is not that of a model TransformerLens supports, or the
             name already means another model.
     """
     text = os.fspath(path)
@@ -80,7 +82,7 @@ def register_local_model(path: str | os.PathLike[str], name: str | None = None) 
     _check_tokenizer(directory)
 
     if name is not None and not name.strip():
-        raise ValueError(f"name is {name!r}; it must not be blank (or leave it out)")
+        raise UserError(f"name is {name!r}; it must not be blank (or leave it out)")
     official = _readable_path(directory.resolve(), config)
     aliases = [
         alias for alias in (text, name) if alias is not None and alias != official
@@ -136,24 +138,22 @@ def _is_model_directory(text: str) -> bool:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory; a local model is one")
+        raise UserError(f"{directory} is not a directory; a local model is one")
     file = directory / CONFIG_NAME
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{directory} has no {CONFIG_NAME}; a local model needs one"
-        )
+        raise UserError(f"{directory} has no {CONFIG_NAME}; a local model needs one")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not readable as JSON: {error}") from error
+        raise UserError(f"{file} is not readable as JSON: {error}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
     architectures = config.get("architectures") if isinstance(config, dict) else None
     if not isinstance(model_type, str) or not model_type:
-        raise ValueError(
+        raise UserError(
             f"{file}: model_type is {model_type!r}; a Hugging Face model has a text such as 'gpt2'"
         )
     if not isinstance(architectures, list) or not architectures:
-        raise ValueError(
+        raise UserError(
             f"{file}: architectures is {architectures!r}; a Hugging Face model has a list "
             "such as ['GPT2LMHeadModel'] (save_pretrained of a model with its language-model "
             "head writes it)"
@@ -173,23 +173,21 @@ def _check_weights(directory: Path) -> None:
                 json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{index} is not a readable index of weight files: {error}"
             ) from error
         missing = sorted(shard for shard in shards if not (directory / shard).is_file())
         if missing:
-            raise FileNotFoundError(
-                f"{directory} lacks weight files of its index: {missing}"
-            )
+            raise UserError(f"{directory} lacks weight files of its index: {missing}")
         return
-    raise FileNotFoundError(
+    raise UserError(
         f"{directory} has no weights; one of these is needed: {WEIGHT_FILES + WEIGHT_INDEX_FILES}"
     )
 
 
 def _check_tokenizer(directory: Path) -> None:
     if not any((directory / file).is_file() for file in TOKENIZER_FILES):
-        raise FileNotFoundError(
+        raise UserError(
             f"{directory} has no tokenizer; one of these is needed: {TOKENIZER_FILES} "
             "(the tokenizer's save_pretrained writes it)"
         )
@@ -199,7 +197,7 @@ def _check_free(alias: str, official: str) -> None:
     # TransformerLens compares names in lower case, and the last one registered wins.
     holder = loading.make_model_alias_map().get(alias.lower())
     if holder not in (None, official):
-        raise ValueError(
+        raise UserError(
             f"the name {alias!r} already means {holder} in TransformerLens; "
             "choose another name, or write the path differently (./DIR for DIR)"
         )
@@ -209,7 +207,7 @@ def _check_supported(text: str, official: str) -> None:
     try:
         loading.convert_hf_model_config(official)
     except Exception as error:  # whatever a config can do wrong, it shall be said now
-        raise ValueError(
+        raise UserError(
             f"TransformerLens cannot read the model in {text}: {error} "
             "(SAELens with model_class_name='AutoModelForCausalLM' takes the path of any "
             "model; Gemma, up to version 3, is known to TransformerLens by its Hub name only)"
@@ -268,7 +266,7 @@ def _views_root() -> Path:
         atexit.register(shutil.rmtree, root, ignore_errors=True)
         if not _is_misread(root.as_posix(), model_type=""):
             return root
-    raise ValueError(
+    raise UserError(
         f"TransformerLens misreads any path that contains one of "
         f"{_ALWAYS_MISREAD + _MISREAD_UNLESS_TRUE}, and the directory for temporary files, "
         f"{tempfile.gettempdir()}, does; set TMPDIR to another"

@@ -4,13 +4,13 @@ The model (`model.py`) reads Python source code; the text (`text.py`) is the sta
 library of the interpreter at hand, of which every file is fixed to one split.
 """
 
-from saelens_scaffold.embedded.model import (
+from saelens_scaffold.models.embedded import (
     EMBEDDED_MODEL_NAME,
     embedded_model_path,
     load_embedded_model,
     register_embedded_model,
 )
-from saelens_scaffold.embedded.text import (
+from saelens_scaffold.models.stdlib import (
     Split,
     load_stdlib_chunks,
     load_stdlib_text,

@@ -171,11 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # What these two pass on never meets argparse, which would take parts of it for ours.
     if argv[:1] == ["train"]:
-        from saelens_scaffold import cli
+        from saelens_scaffold.training import command as cli
 
         return cli.train(argv[1:])
     if argv[:2] == ["run", "-m"] and len(argv) > 2:
-        from saelens_scaffold import cli
+        from saelens_scaffold.training import command as cli
 
         return cli.run_module(argv[2], argv[3:])
 
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["rank"]:
         options = parser.parse_args(argv)
         _need_sae_bench(parser, "rank")
-        from saelens_scaffold.rank import command as rank_command
+        from saelens_scaffold.evals.rank import command as rank_command
 
         return rank_command.run(options)
     if argv[:1] == ["compare"]:

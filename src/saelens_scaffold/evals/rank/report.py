@@ -12,9 +12,9 @@ from rich.box import MARKDOWN
 from rich.markup import escape
 from rich.table import Table
 
-from saelens_scaffold.evals.table import markdown
-from saelens_scaffold.files import new_file
-from saelens_scaffold.rank.analysis import RankAnalysis
+from saelens_scaffold._util.files import new_file
+from saelens_scaffold._util.tables import markdown
+from saelens_scaffold.evals.rank.analysis import RankAnalysis
 
 
 def analysis_text(analysis: RankAnalysis) -> str:

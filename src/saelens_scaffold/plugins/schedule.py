@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 
-from saelens_scaffold.hookspecs import hookimpl
+from saelens_scaffold.plugins.hookspecs import hookimpl
 
 
 class ScaffoldSchedule:

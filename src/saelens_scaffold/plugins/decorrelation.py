@@ -3,7 +3,7 @@
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
-from saelens_scaffold.hookspecs import hookimpl
+from saelens_scaffold.plugins.hookspecs import hookimpl
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 
 

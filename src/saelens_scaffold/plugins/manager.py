@@ -7,7 +7,7 @@ A plugin is a class, or any function that returns an object, whose methods are m
         ..., scaffold_plugins={"live_metrics": {"window": 200}}
     )
 
-Those that come with this package are in `default_plugins`; others are entry points of the
+Those that come with this package are in `saelens_scaffold.plugins`; others are entry points of the
 group "saelens_scaffold". Nothing of a plugin is imported before it is chosen.
 """
 
@@ -26,7 +26,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from saelens_scaffold.hookspecs import (
+from saelens_scaffold.plugins.hookspecs import (
     PROJECT_NAME,
     EvaluationSpecs,
     ScaffoldSpecs,
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_PLUGINS = {
     name: EntryPoint(
-        name, f"saelens_scaffold.default_plugins.{module}:{attribute}", PROJECT_NAME
+        name, f"saelens_scaffold.plugins.{module}:{attribute}", PROJECT_NAME
     )
     for name, module, attribute in (
         ("live_metrics", "live_metrics", "LiveMetrics"),

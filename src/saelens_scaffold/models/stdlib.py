@@ -18,8 +18,9 @@ from typing import Literal, NamedTuple
 
 from datasets import Dataset
 
-from saelens_scaffold.files import new_directory
-from saelens_scaffold.passages import Passages
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import new_directory
+from saelens_scaffold.models.passages import Passages
 
 Split = Literal["train", "test"]
 
@@ -147,7 +148,7 @@ def load_stdlib_text(split: Split, seed: int = 0) -> Dataset:
 
     Raises:
         RuntimeError: The standard library holds too little text.
-        ValueError: There is no such split.
+        UserError: There is no such split.
     """
     sources = _split(
         read_stdlib(), split, TEXT_TEST_FRACTION, CHUNK_CHARS, MIN_FILE_CHARS
@@ -187,17 +188,17 @@ def load_stdlib_chunks(
 
     Raises:
         RuntimeError: The standard library holds too little text.
-        ValueError: There is no such split, chars or per_label is below 1, or a label has
+        UserError: There is no such split, chars or per_label is below 1, or a label has
             fewer than per_label chunks (or none) in the split.
     """
     if chars < 1:
-        raise ValueError(f"chars is {chars}; it must be at least 1")
+        raise UserError(f"chars is {chars}; it must be at least 1")
     if per_label is not None and per_label < 1:
-        raise ValueError(
+        raise UserError(
             f"per_label is {per_label}; it must be at least 1, or None for all"
         )
     if split not in ("train", "test"):
-        raise ValueError(_no_split(split))
+        raise UserError(_no_split(split))
     splits = _probing_splits(_library(), chars)
     labels = _most_frequent_labels(splits) if labels is None else labels
     # before the labels are chosen, so that no label's chunks depend on the others asked for
@@ -215,7 +216,7 @@ def load_stdlib_chunks(
         label: len(texts) for label, texts in pieces.items() if len(texts) < needed
     }
     if short:
-        raise ValueError(
+        raise UserError(
             f"labels without the {needed} chunks of {chars} characters needed in the {split} "
             f"split, with the number they have: {short}; probing_labels() names those with most"
         )
@@ -265,7 +266,7 @@ def write_stdlib_dataset(
     Raises:
         FileExistsError: There is something at `path` already.
         RuntimeError: The standard library holds too little text.
-        ValueError: There is no such split.
+        UserError: There is no such split.
     """
     with new_directory(path) as directory:
         load_stdlib_text(split, seed).to_json(directory / "stdlib.jsonl")
@@ -289,7 +290,7 @@ def _split(
         min_chars: Shorter pieces of a file that is cut are left out.
     """
     if split not in ("train", "test"):
-        raise ValueError(_no_split(split))
+        raise UserError(_no_split(split))
     train, held_out = [], []
     for source in sources:
         of_test = is_held_out(source.path, test_fraction)

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from saelens_scaffold._util.errors import UserError
+
 PLAIN_FORM = "jumprelu"
 """The folder, in an SAE's, of its plain form."""
 
@@ -25,7 +27,7 @@ def check_sae_id(sae_id: object) -> str:
         The id.
 
     Raises:
-        ValueError: It cannot, and what is allowed.
+        UserError: It cannot, and what is allowed.
     """
     allowed = (
         "names of letters, digits and _ . , = + -, of at most 96 characters, with "
@@ -33,10 +35,10 @@ def check_sae_id(sae_id: object) -> str:
     )
     parts = sae_id.split("/") if isinstance(sae_id, str) else []
     if not parts or not all(_PART.fullmatch(part) for part in parts):
-        raise ValueError(f"{sae_id!r:.200} is no valid SAE id: an id is {allowed}")
+        raise UserError(f"{sae_id!r:.200} is no valid SAE id: an id is {allowed}")
     reserved = {PLAIN_FORM, RESULTS_FOLDER} & set(parts)
     if reserved:
-        raise ValueError(
+        raise UserError(
             f"{sae_id!r:.200} is no valid SAE id: {sorted(reserved)[0]!r} is the name of a "
             "folder that every SAE may have; give the SAE another id, as in ID=DIR"
         )
@@ -48,7 +50,7 @@ def check_sae_path(sae_path: object) -> str:
     See that this is an SAE's id, or that of its plain form, "ID/jumprelu".
 
     Raises:
-        ValueError: It is neither.
+        UserError: It is neither.
     """
     own = sae_path.removesuffix(f"/{PLAIN_FORM}") if isinstance(sae_path, str) else ""
     check_sae_id(own or sae_path)
@@ -60,7 +62,7 @@ def sae_id_of_path(path: Path) -> str:
     The id that a relative path makes: "BatchTopK (centred)" becomes "BatchTopK-centred".
 
     Raises:
-        ValueError: There is nothing in the path that an id could be made of.
+        UserError: There is nothing in the path that an id could be made of.
     """
     parts = (_OTHER_CHARACTERS.sub("-", part).strip("-.") for part in path.parts)
     return check_sae_id("/".join(parts))
@@ -69,12 +71,12 @@ def sae_id_of_path(path: Path) -> str:
 def check_distinct(sae_ids: Iterable[str]) -> None:
     """
     Raises:
-        ValueError: Two ids are the same where upper and lower case are, as on many disks.
+        UserError: Two ids are the same where upper and lower case are, as on many disks.
     """
     seen: dict[str, str] = {}
     for sae_id in sae_ids:
         if sae_id.lower() in seen:
-            raise ValueError(
+            raise UserError(
                 f"two SAEs have the id {sae_id!r} ({seen[sae_id.lower()]!r}); name one of "
                 "them otherwise, as in ID=DIR"
             )

@@ -23,16 +23,17 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from saelens_scaffold.files import new_file
-from saelens_scaffold.interruption import raise_if_interrupted
-from saelens_scaffold.measuring import (
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import new_file
+from saelens_scaffold._util.interruption import raise_if_interrupted
+from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
+from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
+from saelens_scaffold.training.measurement import (
     Measurement,
     NotMeasuredError,
     l0_warning,
     measure,
 )
-from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
-from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
     and BatchTopK selects where a threshold will. So the saved SAE is loaded, and measured
     on the text that follows what training has read, on the tokens that the trainer would
     take. `metadata.measured` in its cfg.json says what was found
-    (`saelens_scaffold.measuring.Measurement`), or, with `n_tokens` 0, why nothing was
+    (`saelens_scaffold.training.measurement.Measurement`), or, with `n_tokens` 0, why nothing was
     measured.
 
     Attributes:
@@ -205,7 +206,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:
         if self.cfg.prefetch_llm_batches:
-            raise ValueError(
+            raise UserError(
                 "prefetch_llm_batches must be False for runs that can be repeated, got "
                 f"{self.cfg.prefetch_llm_batches!r}."
             )

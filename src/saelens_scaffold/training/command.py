@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.training._interruption import InterruptedException
 
-from saelens_scaffold.embedded import register_embedded_model
-from saelens_scaffold.local_models import register_local_models_in
-from saelens_scaffold.training_runner import ResumableTrainingRunner
+from saelens_scaffold.models import register_embedded_model
+from saelens_scaffold.models.local import register_local_models_in
+from saelens_scaffold.training.runner import ResumableTrainingRunner
 
 
 def train(args: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 import torch
 from sae_lens.saes.sae import TrainingSAE
 
-from saelens_scaffold.hookspecs import hookimpl
+from saelens_scaffold.plugins.hookspecs import hookimpl
 
 
 class OrthonormalDecoder:

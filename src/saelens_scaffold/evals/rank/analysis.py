@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.language_model import (
     activations_at,
     by_hook_point,
@@ -15,11 +16,7 @@ from saelens_scaffold.evals.overlap import (
     TextSeenInTraining,
     text_seen_in_training,
 )
-from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.text_data import TokenStream
-from saelens_scaffold.evals.text_eval_config import TextEvalConfig
-from saelens_scaffold.firing import DENSE_THRESHOLD, FiringStatistics
-from saelens_scaffold.rank.spectrum import (
+from saelens_scaffold.evals.rank.spectrum import (
     NULL_DRAWS,
     NULL_QUANTILE,
     OUTLIER_RATIO,
@@ -29,7 +26,11 @@ from saelens_scaffold.rank.spectrum import (
     parallel_analysis,
     without_dimensions,
 )
-from saelens_scaffold.subspaces import ActivationMoments, share_in_subspace
+from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.text_data import TokenStream
+from saelens_scaffold.evals.text_eval_config import TextEvalConfig
+from saelens_scaffold.saes.firing import DENSE_THRESHOLD, FiringStatistics
+from saelens_scaffold.saes.subspaces import ActivationMoments, share_in_subspace
 
 SPANNED = 0.95
 """Share of dense latents' decoder directions that counts as their span."""
@@ -125,21 +126,21 @@ def analyse_rank(
         sae: A plain SAE that was trained there.
 
     Raises:
-        ValueError: The model, the hook point or the text cannot be used, and why.
+        UserError: The model, the hook point or the text cannot be used, and why.
     """
     model = load_language_model(config.model_name, device, config.llm_dtype)
     if hook_name not in model.hook_dict or not hook_name.startswith("blocks."):
-        raise ValueError(
+        raise UserError(
             f"the model {config.model_name} has no hook point {hook_name!r} in a layer"
         )
     if sae is not None:
         if sae.rank:
-            raise ValueError(
+            raise UserError(
                 f"SAE {sae.label!r} has a scaffold (of rank {sae.rank}), which has taken "
                 "over dense latents already; name a plain SAE of this hook point, or none"
             )
         if sae.hook_name != hook_name:
-            raise ValueError(
+            raise UserError(
                 f"SAE {sae.label!r} was trained at {sae.hook_name}, not at {hook_name}"
             )
         by_hook_point(model, [sae])  # sees that it fits
@@ -175,7 +176,7 @@ def analyse_rank(
 
 def _check_enough(n_tokens: int, d_in: int, hook_name: str) -> None:
     if n_tokens <= d_in:
-        raise ValueError(
+        raise UserError(
             f"n_tokens is {n_tokens}; a spectrum of the {d_in} dimensions at {hook_name} "
             f"needs more than {d_in} tokens, and says little with fewer than {10 * d_in}"
         )

@@ -3,9 +3,9 @@
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
-from saelens_scaffold.hookspecs import hookimpl
+from saelens_scaffold.plugins.hookspecs import hookimpl
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
-from saelens_scaffold.subspaces import (
+from saelens_scaffold.saes.subspaces import (
     ActivationMoments,
     orthonormal_basis,
     subspace_overlap,

@@ -5,16 +5,17 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import make_writable
+from saelens_scaffold._util.interruption import interruptible
+from saelens_scaffold._util.quiet import ignore_model_kwargs
 from saelens_scaffold.evals.command_line import BAD_INPUT, choose_device, one_line
 from saelens_scaffold.evals.configs import common_model_name, make_config
+from saelens_scaffold.evals.rank.analysis import analyse_rank
+from saelens_scaffold.evals.rank.report import analysis_text, write_analysis
 from saelens_scaffold.evals.selected_saes import load_saes, resolve_saes
 from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME
 from saelens_scaffold.evals.text_eval_config import TextEvalConfig
-from saelens_scaffold.files import make_writable
-from saelens_scaffold.interruption import interruptible
-from saelens_scaffold.quiet import ignore_model_kwargs
-from saelens_scaffold.rank.analysis import analyse_rank
-from saelens_scaffold.rank.report import analysis_text, write_analysis
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
             (sae,) = resolve_saes(loaded, device, options.llm_dtype)
         hook_name = options.hook_name or (sae.hook_name if sae else None)
         if hook_name is None:
-            raise ValueError("name the hook point: --hook_name, or --sae_path")
+            raise UserError("name the hook point: --hook_name, or --sae_path")
         split = options.dataset_split or (
             "train" if options.dataset != EMBEDDED_DATASET_NAME else "test"
         )

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold.active_latents import ActiveLatents
+from saelens_scaffold.saes.active_latents import ActiveLatents
 from saelens_scaffold.saes.scaffold import scaffold_rank
-from saelens_scaffold.subspaces import ActivationMoments
+from saelens_scaffold.saes.subspaces import ActivationMoments
 
 DENSE_THRESHOLD = 0.1
 """Share of the tokens above which a latent is dense (arXiv 2506.15679)."""

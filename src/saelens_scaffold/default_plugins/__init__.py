@@ -1,1 +1,0 @@
-"""The plugins that come with the package, a file each, imported when they are chosen."""

@@ -12,14 +12,14 @@ from saelens_scaffold.compare.table import comparison_text
 from saelens_scaffold.demo.rows import Half, Row, by_sae
 
 CONFIG_PATH = Path(__file__).with_name("language_model.yaml")
+# a fraction of the tokens, with as large a share of them for warm-up and decay
 QUICK_TRAINING = {
     "training_tokens": 61_440,
     "lr_warm_up_steps": 3,
     "lr_decay_steps": 12,
-    "n_checkpoints": 0,
 }
 
-COLUMN_PATHS = {
+METRICS = {
     "dense_10": "dense_latents.dense_latents.dense_latents",
     "alive": "dense_latents.sparsity.alive_latents",
     "l0_sparse": "dense_latents.sparsity.l0_sparse",
@@ -28,7 +28,7 @@ COLUMN_PATHS = {
     "ce_loss_score": "scaffold_ablation.cross_entropy.ce_loss_score",
     "overlap": "scaffold_ablation.geometry.overlap_with_pca",
 }
-"""Column -> path in an SAE's `evaluations` in results.json."""
+"""Column -> metric in results.json, as EVALUATION.CATEGORY.NAME."""
 
 
 def language_model_half(seeds: list[int], quick: bool, output_path: Path) -> Half:
@@ -64,16 +64,12 @@ def language_model_config(seeds: list[int], quick: bool = False) -> CompareConfi
 
 def _row(sae: Mapping[str, Any]) -> Row:
     """An SAE of results.json."""
-    numbers = {name: _at(path, sae) for name, path in COLUMN_PATHS.items()}
+    numbers: dict[str, float | None] = {}
+    for column, path in METRICS.items():
+        evaluation, category, name = path.split(".")
+        numbers[column] = sae["evaluations"][evaluation][category][name]
     histogram = sae["firing_histogram"]
     edges = np.array(histogram["log10_edges"])
     centres = 10 ** ((edges[:-1] + edges[1:]) / 2)
     frequencies = np.repeat(centres, histogram["counts"]).tolist()
     return Row(sae["arm"], sae["architecture"], sae["seed"], numbers, frequencies)
-
-
-def _at(path: str, sae: Mapping[str, Any]) -> float | None:
-    value: Any = sae["evaluations"]
-    for key in path.split("."):
-        value = value[key]
-    return value

@@ -2,21 +2,19 @@
 
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable
 from saelens_scaffold._util.quiet import quiet
-from saelens_scaffold.demo.planted import PlantedSettings, planted_half
+from saelens_scaffold.demo.planted import planted_half, planted_settings
 from saelens_scaffold.demo.report import half_text, write_picture
-from saelens_scaffold.demo.rows import LEGEND, Half
+from saelens_scaffold.demo.rows import LEGEND
 
 WRITTEN = """\
-Written to {}: demo.png; planted/seed-N, the SAEs of the planted data;
-language_model/report.html, the comparison on the language model; its SAEs,
-language_model/saes."""
+Written to {}: demo.png, planted/seed-N (SAEs of the planted data),
+language_model/report.html (the comparison) and language_model/saes."""
 
 
 def run(
@@ -54,21 +52,17 @@ def run(
     except OSError as error:
         raise UserError(f"output_path {output_path} cannot be used: {error}") from error
     quiet()
+    numbers = [*range(seed, seed + seeds)]
     # libraries print their progress to stdout
     with redirect_stdout(sys.stderr):
-        halves = _halves([*range(seed, seed + seeds)], quick, output_path)
+        # not at the top: it needs SAEBench
+        from saelens_scaffold.demo.language_model import language_model_half
+
+        # first, since it refuses a folder with SAEs of other settings
+        of_model = language_model_half(numbers, quick, output_path / "language_model")
+        settings = planted_settings(quick)
+        of_planted = planted_half(settings, numbers, output_path / "planted")
+    halves = [of_planted, of_model]
     write_picture(halves, output_path / "demo.png")
     tables = [half_text(half) for half in halves]
     return "\n\n".join([*tables, LEGEND, WRITTEN.format(output_path)])
-
-
-def _halves(seeds: list[int], quick: bool, output_path: Path) -> list[Half]:
-    # not at the top: it needs SAEBench
-    from saelens_scaffold.demo.language_model import language_model_half
-
-    # first, since it refuses a folder with SAEs of other settings
-    language_model = language_model_half(seeds, quick, output_path / "language_model")
-    settings = PlantedSettings()
-    if quick:
-        settings = replace(settings, steps=150, eval_samples=4096)
-    return [planted_half(settings, seeds, output_path / "planted"), language_model]

@@ -27,25 +27,19 @@ def half_text(half: Half) -> str:
 
 def _table(half: Half) -> str:
     """A row for each SAE: values of one seed, or mean ± standard deviation of several."""
-    rows = [row for rows in half.saes.values() for row in rows]
-    # those that something was measured for: on a language model there is no cosine
-    used = [
-        name
-        for name in COLUMNS
-        if any(row.numbers.get(name) is not None for row in rows)
-    ]
+    columns = next(iter(half.saes.values()))[0].numbers
     table = Table("SAE", box=MARKDOWN)
-    for name in used:
-        table.add_column(COLUMNS[name].title, justify="right")
-    for sae, seeds in half.saes.items():
-        table.add_row(sae, *(_cell(name, seeds) for name in used))
+    for column in columns:
+        table.add_column(COLUMNS[column][0], justify="right")
+    for sae, rows in half.saes.items():
+        table.add_row(sae, *(_cell(column, rows) for column in columns))
     return markdown(table)
 
 
 def _cell(column: str, rows: Sequence[Row]) -> str:
-    values = [row.numbers.get(column) for row in rows]
+    values = (row.numbers[column] for row in rows)
     known = [value for value in values if value is not None]
-    digits = COLUMNS[column].digits
+    _, digits = COLUMNS[column]
     if len(known) < 2:
         return f"{known[0]:.{digits}f}" if known else "-"
     digits = max(digits, 1)
@@ -88,9 +82,9 @@ def _draw_firing_frequencies(axis: Axes, half: Half) -> None:
     drawn: list[str] = []
     for sae, rows in half.saes.items():
         architecture = rows[0].architecture
-        is_scaffold = architecture in TWINS
-        style = "-" if is_scaffold else PLAIN_STYLES[drawn.count(architecture)]
-        colour = COLOURS[TWINS.get(architecture, architecture)]
+        twin = TWINS.get(architecture)
+        style = "-" if twin else PLAIN_STYLES[drawn.count(architecture)]
+        colour = COLOURS[twin or architecture]
         drawn.append(architecture)
         for row in rows:
             frequencies = np.sort(row.firing_frequencies)[::-1]

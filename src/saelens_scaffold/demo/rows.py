@@ -7,36 +7,23 @@ DENSE = {"dense_10": 0.1, "dense_20": 0.2, "dense_50": 0.5}
 """Column -> firing frequency above which it counts a latent as dense."""
 
 
-class Column(NamedTuple):
-    """
-    A column of numbers.
-
-    Attributes:
-        title: Column header.
-        digits: Digits after the point; 0 for a count.
-    """
-
-    title: str
-    digits: int
-
-
 COLUMNS = {
-    **{name: Column(f"> {threshold:.0%}", 0) for name, threshold in DENSE.items()},
-    "alive": Column("alive", 0),
-    "l0_sparse": Column("l0_sparse", 1),
-    "l0_total": Column("l0_total", 1),
-    "explained_variance": Column("expl. var.", 3),
-    "ce_loss_score": Column("CE score", 3),
-    "feature_cosine": Column("cosine", 3),
-    "overlap": Column("overlap", 4),
+    **{name: (f"> {threshold:.0%}", 0) for name, threshold in DENSE.items()},
+    "alive": ("alive", 0),
+    "l0_sparse": ("l0_sparse", 1),
+    "l0_total": ("l0_total", 1),
+    "explained_variance": ("expl. var.", 3),
+    "ce_loss_score": ("CE score", 3),
+    "feature_cosine": ("cosine", 3),
+    "overlap": ("overlap", 4),
 }
+"""Column -> header, and digits after the point."""
 
 LEGEND = """\
 > 10%, > 20%, > 50%: sparse latents that fire on more of the tokens; alive: that fire at
-all; l0_sparse, l0_total: latents that fire per token, without and with the scaffold's;
-expl. var.: explained variance; CE score: CE loss score; cosine: mean best cosine of alive
-latents with the planted features; overlap: of the scaffold with the planted dense
-subspace, or with the top-r PCA subspace."""
+all; l0_sparse, l0_total: latents per token, without and with the scaffold's; CE score: CE
+loss score; cosine: mean best cosine of alive latents with the planted features; overlap:
+of the scaffold with the planted dense subspace, or with the top-r PCA subspace."""
 
 TWINS = {
     "scaffold_batchtopk": "batchtopk",
@@ -54,8 +41,8 @@ class Row:
         sae: Architecture, and what else tells it from other SAEs of its half.
         architecture: Training architecture.
         seed: Training seed.
-        numbers: Values of columns, by their names in `COLUMNS`; None where a plain SAE
-            has none.
+        numbers: Values by column, in the order of `COLUMNS`; None where a plain SAE has
+            none.
         firing_frequencies: Share of the tokens on which each sparse latent fires; on a
             language model, of alive latents, rounded to the centre of a histogram bin.
         l0_warning: Warning of a planted SAE whose l0_sparse is far from k.

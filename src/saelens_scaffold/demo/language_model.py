@@ -13,11 +13,7 @@ from saelens_scaffold.demo.rows import Half, Row, by_sae
 
 CONFIG_PATH = Path(__file__).with_name("language_model.yaml")
 # a fraction of the tokens, with as large a share of them for warm-up and decay
-QUICK_TRAINING = {
-    "training_tokens": 61_440,
-    "lr_warm_up_steps": 3,
-    "lr_decay_steps": 12,
-}
+QUICK = {"training_tokens": 61_440, "lr_warm_up_steps": 3, "lr_decay_steps": 12}
 
 METRICS = {
     "dense_10": "dense_latents.dense_latents.dense_latents",
@@ -57,7 +53,7 @@ def language_model_half(seeds: list[int], quick: bool, output_path: Path) -> Hal
 def language_model_config(seeds: list[int], quick: bool = False) -> CompareConfig:
     """The packaged comparison with these training seeds."""
     config = read_config(CONFIG_PATH)
-    training = {**config.training, **(QUICK_TRAINING if quick else {})}
+    training = {**config.training, **(QUICK if quick else {})}
     grid = {**config.grid, "seed": seeds}
     return replace(config, training=training, grid=grid)
 

@@ -1,12 +1,13 @@
 """SAEBench's probing evaluations, run once for each of several seeds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 from tqdm import tqdm
 from transformer_lens import HookedTransformer
@@ -27,8 +28,8 @@ from saelens_scaffold.evals.language_model import (
 )
 from saelens_scaffold.evals.model_config import ModelConfig
 from saelens_scaffold.evals.saebench.replacements import rows_per_class
-from saelens_scaffold.evals.saebench.traces import listening, read_result
-from saelens_scaffold.evals.selected_saes import SelectedSAE, result_path
+from saelens_scaffold.evals.saebench.traces import read_result
+from saelens_scaffold.evals.selected_saes import SelectedSAE, result_file_name
 from saelens_scaffold.evals.store import ResultStore, result_key
 
 _DEFAULT_SEED = 42  # SAEBench's
@@ -217,7 +218,9 @@ class ProbingEvaluation:
             self.check_text(config, text)
         return texts
 
-    def measure(self, config: Any, saes: list[SelectedSAE], call: Call):
+    def measure(
+        self, config: Any, saes: list[SelectedSAE], call: Call
+    ) -> Iterator[tuple[SelectedSAE, Result]]:
         """Run SAEBench with each seed, and yield means and intervals of each SAE."""
         self.check(config, saes)
         texts = self.own_texts(config)
@@ -247,7 +250,7 @@ class ProbingEvaluation:
         )
         files = {
             # not *.json, which SAEBench's tools would take for a result
-            sae.key: f"{result_path('', sae.release, sae.sae_id).stem}.seed-{seed}.partial"
+            sae.key: f"{sae.file_name}.seed-{seed}.partial"
             for sae in saes
         }
         keys = {
@@ -258,11 +261,11 @@ class ProbingEvaluation:
         missing = [sae for sae in saes if results[sae.key] is None]
         if not missing:
             return results
-        with TemporaryDirectory(dir=call.artifacts) as folder, listening():
+        with TemporaryDirectory(dir=call.artifacts) as folder, torch.enable_grad():
             run = SeedRun(
                 config,
                 self._seed_config(of_seed),
-                [(sae.label, sae.sae) for sae in missing],
+                [(_slashless(sae.key), sae.sae) for sae in missing],
                 call.device,
                 Path(folder),
                 call.artifacts / "activations",
@@ -273,7 +276,7 @@ class ProbingEvaluation:
                 self._run(run, missing)
             finally:  # an interrupted call goes on with the SAEs that are missing
                 for sae in missing:
-                    file = result_path("", sae.label).name
+                    file = result_file_name(_slashless(sae.key))
                     result = read_result(run.folder, file)
                     if result is not None:
                         store.keep(files[sae.key], keys[sae.key], result)
@@ -323,6 +326,11 @@ class ProbingEvaluation:
                 self.bounds,
             ),
         }
+
+
+def _slashless(key: str) -> str:
+    """A key as SAEBench and sae-probes can make file names of it."""
+    return key.replace("/", "_")
 
 
 def _metrics_over_seeds(

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def read_result(folder: Path, name: str) -> dict[str, Any] | None:
     """A result file anywhere below a folder; None if it is missing or incomplete."""
@@ -39,21 +37,13 @@ class Heard:
 
 @contextmanager
 def listening() -> Iterator[Heard]:
-    """
-    Listen to SAEBench, and undo what it does to the process.
-
-    What it prints goes to stderr, since stdout is for the table; gradients, which its
-    evaluations switch on or off, are left as they were.
-    """
+    """Listen to SAEBench; what it prints goes to stderr, since stdout is for the table."""
     heard = Heard()
     handler = _LoggedErrors(heard)
     logger = logging.getLogger("sae_bench")
     logger.addHandler(handler)
     try:
-        with (
-            redirect_stdout(_PrintedLines(heard)),
-            torch.set_grad_enabled(torch.is_grad_enabled()),
-        ):
+        with redirect_stdout(_PrintedLines(heard)):
             yield heard
     finally:
         logger.removeHandler(handler)

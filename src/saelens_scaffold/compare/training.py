@@ -73,17 +73,17 @@ class WaveTrainer:
 
     Attributes:
         config: The experiment.
+        runs: All its SAEs.
         device: Where to train.
         saes_path: Folder that gets a directory for each SAE.
         training_path: Folder of the waves.
-        scales: Whether any SAE of the experiment estimates the scale of its activations.
     """
 
     config: CompareConfig
+    runs: Sequence[Run]
     device: str
     saes_path: Path
     training_path: Path
-    scales: bool
     _model: Any = None
     _hook_names: Set[str] = frozenset()
 
@@ -187,7 +187,9 @@ class WaveTrainer:
         )
         runner.calibrated = [run.name for run in wave if self._calibrates(run)]
         runner.centred = [run.name for run in wave if run.centre_b_dec]
-        runner.scales = self.scales
+        runner.scales = any(
+            run.config.normalize_activations in ESTIMATED_SCALES for run in self.runs
+        )
         self._model, self._hook_names = runner.model, hook_names
         for hook_name in hook_names - set(runner.model.hook_dict):
             raise no_hook_point(self.config, hook_name, runner.model.hook_dict)

@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -200,10 +200,6 @@ class CompareConfig:
                 )
         for figure in self.reference:
             _check_reference(figure, self)
-
-    def with_seeds(self, seeds: Iterable[int]) -> "CompareConfig":
-        """The same experiment with other seeds of the initial weights."""
-        return replace(self, grid={**self.grid, "seed": [*seeds]})
 
 
 def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:

@@ -113,7 +113,9 @@ class Evaluator:
             for job, saes in zip(self.jobs, missing, strict=True):
                 if usable is None or not self._is_current(job, usable):
                     saes += [
-                        SelectedSAE(run.name, CUSTOM_SAE_ID, _stand_in(run, self.config))
+                        SelectedSAE(
+                            run.name, CUSTOM_SAE_ID, _stand_in(run, self.config)
+                        )
                         for run in group
                     ]
         for job, saes in zip(self.jobs, missing, strict=True):
@@ -156,9 +158,9 @@ class Evaluator:
     def _is_current(self, job: Job, usable: Sequence[tuple[str, SAE[Any]]]) -> bool:
         """Whether all SAEs of a group have current results."""
         job = self._with_baselines(job, [name for name, _ in usable])
-        return not usable or len(
-            job.current(job.resolve(deepcopy(usable)))
-        ) == len(usable)
+        return not usable or len(job.current(job.resolve(deepcopy(usable)))) == len(
+            usable
+        )
 
     def _with_baselines(self, job: Job, names: Sequence[str]) -> Job:
         """The scaffold ablation with each SAE's baseline of the same k in the group."""

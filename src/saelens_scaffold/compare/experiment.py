@@ -5,7 +5,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from filelock import FileLock, Timeout
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
-from saelens_scaffold._util.interruption import interruptible
-from saelens_scaffold._util.quiet import quiet
 from saelens_scaffold.compare.config import (
     CompareConfig,
     check_unchanged,
@@ -28,7 +26,7 @@ from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.compare.pairs import pairs_text
 from saelens_scaffold.compare.reference import reference_text, references
 from saelens_scaffold.compare.report import write_page
-from saelens_scaffold.compare.results import collect, results_csv
+from saelens_scaffold.compare.results import collect, provenance_of, results_csv
 from saelens_scaffold.compare.runner_config import check_training
 from saelens_scaffold.compare.table import comparison_text, plan_text
 from saelens_scaffold.compare.training import WaveTrainer, training_text
@@ -179,9 +177,9 @@ def compare(
             metrics_of([job.evaluation for job in plan.evaluator.jobs]),
             evaluated.results,
             output_path,
-            training,
-            plan.device,
-            command or shlex.join(sys.argv),
+            provenance_of(
+                config, command or shlex.join(sys.argv), plan.device, training
+            ),
         )
         results["warnings"] = evaluated.warnings
         with new_file(output_path / RESULTS_FILENAME) as file:
@@ -258,22 +256,18 @@ def run(
         UserError: Something does not exist or makes no sense.
         EvaluationsFailed: The training of an SAE diverged, or an evaluation failed.
     """
-    quiet()
-    warnings.filterwarnings("ignore", message="All samples in the training dataset")
     experiment = read_config(config)
     if reference:
         return reference_text(references_so_far(experiment, output_path)), []
-    # TransformerLens and SAEBench print to the standard output
-    with interruptible(), redirect_stdout(sys.stderr):
-        if plan:
-            planned = make_plan(experiment, output_path, device, saes_per_wave)
-            texts = (
-                plan_text(planned.runs, planned.waves),
-                pairs_text(experiment, planned.runs),
-            )
-            return "\n".join(texts), []
-        results = compare(experiment, output_path, device, saes_per_wave, command)
-    written = f"Written to {output_path}: report.html, results.json, results.csv, saes/."
+    if plan:
+        planned = make_plan(experiment, output_path, device, saes_per_wave)
+        training = plan_text(planned.runs, planned.waves)
+        return f"{training}\n{pairs_text(experiment, planned.runs)}", []
+    warnings.filterwarnings("ignore", message="All samples in the training dataset")
+    results = compare(experiment, output_path, device, saes_per_wave, command)
+    written = (
+        f"Written to {output_path}: report.html, results.json, results.csv, saes/."
+    )
     return f"{results_text(results)}\n{written}", results["warnings"]
 
 

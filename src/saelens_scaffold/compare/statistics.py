@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from saelens_scaffold.evals.bootstrap import Interval, student_interval
-from saelens_scaffold.evals.bounds import UNBOUNDED, Bounds, within
+from saelens_scaffold.evals.base import UNBOUNDED, Bounds, within
 
 Verdict = Literal[
     "higher",

@@ -50,7 +50,6 @@ AXIS_FIELDS = sorted(set(TRAINING_FIELDS) - _SHARED)
 """Fields of the runner that can be axes of the grid."""
 
 
-
 def _dtype_name(name: str) -> str:
     str_to_dtype(name)  # raises for an unknown one
     return name

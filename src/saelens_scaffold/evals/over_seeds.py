@@ -37,7 +37,7 @@ from saelens_scaffold.evals.language_model import (
     known_model_name,
     load_language_model,
 )
-from saelens_scaffold.evals.model_config import ModelConfig
+from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.run import SPEED_ONLY, Result, run_evaluation
 from saelens_scaffold.evals.selected_saes import (
     SelectedSAE,

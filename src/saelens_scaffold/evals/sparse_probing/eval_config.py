@@ -2,7 +2,7 @@ from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 from sae_bench.evals.sparse_probing import eval_config as sae_bench_config
 
-from saelens_scaffold.evals.model_config import LlmConfig
+from saelens_scaffold.evals.eval_configs import LlmConfig
 from saelens_scaffold.evals.over_seeds import (
     DATASETS_DESCRIPTION,
     OverSeedsEvalConfig,

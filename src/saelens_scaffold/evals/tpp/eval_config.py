@@ -2,7 +2,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
-from saelens_scaffold.evals.model_config import LlmConfig
+from saelens_scaffold.evals.eval_configs import LlmConfig
 from saelens_scaffold.evals.over_seeds import (
     DATASETS_DESCRIPTION,
     OverSeedsEvalConfig,

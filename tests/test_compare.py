@@ -312,7 +312,7 @@ def test_a_finished_experiment_is_only_read(
         raise AssertionError("done again")
 
     monkeypatch.setattr("saelens_scaffold.compare.training.initial_sae", not_again)
-    monkeypatch.setattr("saelens_scaffold.compare.evaluating.run_job", not_again)
+    monkeypatch.setattr("saelens_scaffold.evals.runner._measure", not_again)
     before = findings(unbroken)
     compare(read_config(write(tmp_path)), unbroken)
     assert findings(unbroken) == before

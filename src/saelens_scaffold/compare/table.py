@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
-from typing import Any, Literal
+from typing import Any
 
 from rich.box import MARKDOWN
 from rich.markup import escape
@@ -20,8 +20,6 @@ from saelens_scaffold.compare.wording import (
     rows_by_pair,
 )
 
-Align = Literal["left", "right"]
-
 _WIDTH = 120
 """Width of lines of text; tables are as wide as they must be."""
 
@@ -30,22 +28,10 @@ _MATCHINGS = {
     "l0_total": "At the same l0_total (the scaffold's rank is paid for out of k)",
 }
 
-_PAIR_COLUMNS: Mapping[str, Align] = {
-    "metric": "left",
-    "SAE": "right",
-    "against": "right",
-    "difference": "right",
-    "detectable": "right",
-    "p (Holm)": "right",
-    "verdict": "left",
-}
-
-_ONE_SIDED_COLUMNS: Mapping[str, Align] = {
-    "SAE": "left",
-    "metric": "left",
-    "mean": "right",
-    "at random": "right",
-}
+_PAIR_HEADERS = (
+    *("metric", "SAE", "against", "difference"),
+    *("detectable", "p (Holm)", "verdict"),
+)
 
 
 def comparison_text(results: Mapping[str, Any]) -> str:
@@ -65,7 +51,7 @@ def comparison_text(results: Mapping[str, Any]) -> str:
         )
     if alone := one_sided(results):
         cells = [(row.arm, metric_name(row.metric), row.mean, row.random) for row in alone]
-        table = text_table(_ONE_SIDED_COLUMNS, cells)
+        table = text_table("llrr", ("SAE", "metric", "mean", "at random"), cells)
         parts.append(f"What only one side has, mean and interval over seeds:\n{table}")
     return "\n".join(parts)
 
@@ -92,17 +78,21 @@ def plan_text(runs: Sequence[Run], waves: Sequence[Sequence[Run]]) -> str:
     )
 
 
-def text_table(columns: Mapping[str, Align], rows: Sequence[Sequence[str]]) -> str:
+def text_table(
+    align: str, headers: Sequence[str], rows: Sequence[Sequence[str]]
+) -> str:
     """
     A table in Markdown.
 
     Args:
-        columns: Alignment of each column, by its header.
+        align: A letter for each column, "l" or "r".
+        headers: Column headers.
         rows: Cells.
     """
     table = Table(box=MARKDOWN)
-    for header, align in columns.items():
-        table.add_column(header, justify=align, no_wrap=True)
+    for letter, header in zip(align, headers, strict=True):
+        justify = "right" if letter == "r" else "left"
+        table.add_column(header, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
     return markdown(table)
@@ -126,4 +116,5 @@ def _pair_text(judged: str, baseline: str, rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return f"{heading}\n{text_table(_PAIR_COLUMNS, cells)}"
+    table = text_table("lrrrrrl", _PAIR_HEADERS, cells)
+    return f"{heading}\n{table}"

@@ -19,7 +19,7 @@ from chromium import launch
 
 pytest.importorskip("sae_bench")
 
-from saelens_scaffold.compare.report.drawing import log_axis
+from saelens_scaffold.compare.report.axes import log_axis
 from saelens_scaffold.compare.report.page import page, write_page
 from saelens_scaffold.compare.report.series import styles
 from saelens_scaffold.compare.table import comparison_text

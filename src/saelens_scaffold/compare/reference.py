@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from rich.box import MARKDOWN
-from rich.markup import escape
-from rich.table import Table
-
-from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.compare.config import CompareConfig, ReferenceFigure
 from saelens_scaffold.compare.grid import Arm
+from saelens_scaffold.compare.table import text_table
+from saelens_scaffold.evals.base import Metric
 from saelens_scaffold.evals.metric_descriptions import metric_descriptions
-from saelens_scaffold.evals.registry import Metric, known_evaluations
+from saelens_scaffold.evals.registry import known_evaluations
+
+SAE = Mapping[str, Any]
+"""An SAE of results.json."""
 
 _FORMATS = {None: ".3g", "ratio": "+.0%", "difference": "+.3f"}
 _CHANGES = {
@@ -20,10 +20,11 @@ _CHANGES = {
     "ratio": "; the change against the plain SAE of the same k and seed, as a share of its value",
     "difference": "; minus that of the plain SAE of the same k and seed",
 }
+_HEADERS = ("", "figure", "published", "SAE", "ours", "definition")
 
 
 def references(
-    config: CompareConfig, saes: Sequence[Mapping[str, Any]], command: str
+    config: CompareConfig, saes: Sequence[SAE], command: str
 ) -> list[dict[str, Any]]:
     """
     The published figures of an experiment beside ours.
@@ -34,7 +35,7 @@ def references(
         command: The command that measured them.
 
     Returns:
-        For each figure its words, both definitions, how they relate (`mark`), and our
+        For each figure its words, both definitions, their relation (`mark`), and our
         values (`ours`): one entry for each kind of SAE, none if it was not measured.
     """
     return [
@@ -53,42 +54,32 @@ def references(
     ]
 
 
-def reference_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the published figures beside ours, and under it their definitions."""
-    table = Table(box=MARKDOWN)
-    table.add_column("", justify="right", no_wrap=True)
-    for title in ("figure", "published", "SAE", "ours", "definition"):
-        table.add_column(title, no_wrap=True)
+def reference_text(figures: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the published figures beside ours, followed by their definitions."""
+    rows: list[Sequence[str]] = []
     notes: list[str] = []
-    for number, row in enumerate(rows, start=1):
-        marked = row["mark"].partition(":")[0]
-        first = [str(number), *map(escape, (row["what"], row["value"])), marked]
-        ours = row["ours"] or [{"arm": "", "shown": "not measured"}]
-        for i, of_arm in enumerate(ours):
-            n, what, value, mark = first if i == 0 else ("", "", "", "")
-            arm, shown = escape(of_arm["arm"]), escape(of_arm["shown"])
-            table.add_row(n, what, value, arm, shown, mark)
+    for number, figure in enumerate(figures, start=1):
+        first = (str(number), figure["what"], figure["value"])
+        mark = figure["mark"].partition(":")[0]
+        for of_arm in figure["ours"] or [{"arm": "", "shown": "not measured"}]:
+            rows.append((*first, of_arm["arm"], of_arm["shown"], mark))
+            first, mark = ("", "", ""), ""
+        ours = figure["metric"] or "none"
+        if figure["our_definition"]:
+            ours = f"{figure['our_definition']} ({ours})"
         notes += [
-            f"{number}. {row['source']}: {row['definition']}",
-            f"   ours: {_with_metric(row) if row['metric'] else 'none'}",
-            f"   {row['mark']}",
+            f"{number}. {figure['source']}: {figure['definition']}",
+            f"   ours: {ours}",
+            f"   {figure['mark']}",
         ]
-    return (
+    title = (
         "Published figures beside ours (mean, and range over the SAEs of all seeds):\n"
-        + markdown(table)
-        + "\n"
-        + "\n".join(notes)
-        + "\n"
     )
-
-
-def _with_metric(row: Mapping[str, Any]) -> str:
-    described = row["our_definition"]
-    return f"{described} ({row['metric']})" if described else row["metric"]
+    return title + text_table("rlllll", _HEADERS, rows) + "\n" + "\n".join(notes) + "\n"
 
 
 def _our_definition(figure: ReferenceFigure) -> str:
-    """What our figure is, in the words of the evaluation that measures it."""
+    """Definition of our figure, in the words of its evaluation."""
     if figure.metric is None:
         return ""
     name, _, path = figure.metric.partition(".")
@@ -97,35 +88,20 @@ def _our_definition(figure: ReferenceFigure) -> str:
 
 
 def _mark(figure: ReferenceFigure) -> str:
-    """How the two definitions relate, as far as the source says."""
+    """Relation of the two definitions, as far as the source states its own."""
     parts = {"differs": figure.differs, "not stated": figure.not_stated}
     said = [f"{state}: {reason}" for state, reason in parts.items() if reason]
     return "; ".join(said) or "same definition"
 
 
 def _ours(
-    figure: ReferenceFigure, config: CompareConfig, saes: Sequence[Mapping[str, Any]]
+    figure: ReferenceFigure, config: CompareConfig, saes: Sequence[SAE]
 ) -> list[dict[str, Any]]:
     """Our values, for each kind of SAE that the figure is about."""
-    if figure.metric is None:
-        return []
     by_arm: dict[str, list[float | None]] = {}
     for sae in saes:
-        if not _is_about(figure, config, sae):
-            continue
-        found = by_arm.setdefault(sae["arm"], [])
-        value = _value(figure.metric, sae)
-        if figure.against_baseline is None:
-            found += [] if value is None else [value]
-            continue
-        for other in saes:
-            theirs = _value(figure.metric, other)
-            if not _are_twins(config, sae, other) or value is None or theirs is None:
-                continue
-            if figure.against_baseline == "difference":
-                found.append(value - theirs)
-            else:
-                found.append(value / theirs - 1 if theirs else None)
+        if _is_about(figure, config, sae):
+            by_arm.setdefault(sae["arm"], []).extend(_values(figure, config, sae, saes))
     return [
         _of_arm(arm, values, _FORMATS[figure.against_baseline])
         for arm, values in by_arm.items()
@@ -133,43 +109,37 @@ def _ours(
     ]
 
 
-def _of_arm(arm: str, values: Sequence[float | None], form: str) -> dict[str, Any]:
-    """Mean and range; None among the values stands for a baseline of 0."""
-    there = [value for value in values if value is not None]
-    left_out = len(values) - len(there)
-    shown = f"{fmean(there):{form}}" if there else "-"
-    if len(there) > 1:
-        ends = f"{min(there):{form}} to {max(there):{form}}"
-        shown += f" ({ends}, {len(there)} SAEs)"
-    if left_out:
-        shown += f"; {left_out} with a baseline of 0 left out"
-    return {
-        "arm": arm,
-        "shown": shown,
-        "mean": fmean(there) if there else None,
-        "min": min(there, default=None),
-        "max": max(there, default=None),
-        "n_saes": len(there),
-        "n_without_baseline": left_out,
-    }
-
-
-def _is_about(
-    figure: ReferenceFigure, config: CompareConfig, sae: Mapping[str, Any]
-) -> bool:
+def _is_about(figure: ReferenceFigure, config: CompareConfig, sae: SAE) -> bool:
+    architecture = sae["architecture"]
     if figure.architecture is not None:
-        is_meant = sae["architecture"] == figure.architecture
-    elif figure.against_baseline:
-        is_meant = sae["architecture"] in config.baselines
+        is_meant = architecture == figure.architecture
     else:
-        is_meant = True
+        is_meant = figure.against_baseline is None or architecture in config.baselines
     axes = {**sae["axes"], "seed": sae["seed"]}
     return is_meant and all(axes.get(a) == value for a, value in figure.where.items())
 
 
-def _are_twins(
-    config: CompareConfig, sae: Mapping[str, Any], other: Mapping[str, Any]
-) -> bool:
+def _values(
+    figure: ReferenceFigure, config: CompareConfig, sae: SAE, saes: Sequence[SAE]
+) -> list[float | None]:
+    """An SAE's values, one for each baseline; None where a ratio's baseline is 0."""
+    value = _value(figure, sae)
+    if value is None or figure.against_baseline is None:
+        return [] if value is None else [value]
+    twins = [_value(figure, other) for other in saes if _are_twins(config, sae, other)]
+    known = [theirs for theirs in twins if theirs is not None]
+    if figure.against_baseline == "difference":
+        return [value - theirs for theirs in known]
+    return [value / theirs - 1 if theirs else None for theirs in known]
+
+
+def _value(figure: ReferenceFigure, sae: SAE) -> float | None:
+    evaluation, _, path = (figure.metric or "").partition(".")
+    found = sae["evaluations"].get(evaluation) or {}
+    return Metric("", path).value({"eval_result_metrics": found})
+
+
+def _are_twins(config: CompareConfig, sae: SAE, other: SAE) -> bool:
     """Whether the other is the baseline of an SAE, of the same seed and axes."""
     return (
         other["architecture"] == config.baselines.get(sae["architecture"])
@@ -180,7 +150,23 @@ def _are_twins(
     )
 
 
-def _value(metric: str, sae: Mapping[str, Any]) -> float | None:
-    evaluation, _, path = metric.partition(".")
-    found = sae["evaluations"].get(evaluation)
-    return Metric("", path).value({"eval_result_metrics": found}) if found else None
+def _of_arm(arm: str, values: Sequence[float | None], form: str) -> dict[str, Any]:
+    """Mean and range of an arm's values."""
+    known = [value for value in values if value is not None]
+    left_out = len(values) - len(known)
+    mean = fmean(known) if known else None
+    shown = "-" if mean is None else f"{mean:{form}}"
+    if len(known) > 1:
+        ends = f"{min(known):{form}} to {max(known):{form}}"
+        shown += f" ({ends}, {len(known)} SAEs)"
+    if left_out:
+        shown += f"; {left_out} with a baseline of 0 left out"
+    return {
+        "arm": arm,
+        "shown": shown,
+        "mean": mean,
+        "min": min(known, default=None),
+        "max": max(known, default=None),
+        "n_saes": len(known),
+        "n_without_baseline": left_out,
+    }

@@ -1,16 +1,16 @@
-"""Differences between two kinds of SAEs, a few seeds of each, and what can be said of them."""
+"""Differences between two kinds of SAEs, a few seeds of each, and their verdicts."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
+from saelens_scaffold.evals.base import UNBOUNDED, Bounds, within
 from saelens_scaffold.evals.bootstrap import Interval, student_interval
-from saelens_scaffold.evals.bounds import UNBOUNDED, Bounds, within
 
 Verdict = Literal[
     "higher",
@@ -21,9 +21,9 @@ Verdict = Literal[
     "bracket too wide",
     "not measured",
 ]
-"""What a comparison says of the judged SAEs against their baseline. "one seed": a side has
-no second one to tell its spread. "out of range": the baseline was trained at no comparable
-sparsity. "bracket too wide": it was, but the nearest ones are too far apart."""
+"""Outcome of comparing the judged SAEs with their baseline. "one seed": a side has no
+second seed, so its spread is unknown. "out of range": the baseline was trained at no
+comparable sparsity. "bracket too wide": it was, but the nearest ones are too far apart."""
 
 N_RESAMPLES = 9_999
 
@@ -31,17 +31,16 @@ MIN_BOOTSTRAPPED = 4
 """Of three values, more than one resample in twenty is one value three times over."""
 
 ROUNDING_VARIANCE = 1 / 12
-"""Variance of a count that is due to its being whole."""
+"""Variance that rounding gives a count."""
 
 EQUAL_WITHIN = 1e-9
-"""Share of their magnitude by which values differ that are equal but for the rounding of
-floating-point numbers."""
+"""Relative difference below which values count as equal, since floats are rounded."""
 
 POWER = 0.8
 """Probability of finding a difference of the size that is called detectable."""
 
 N_QUANTILES = 200
-"""By which a distribution is averaged over."""
+"""Number of quantiles over which a distribution is averaged."""
 
 
 @dataclass(frozen=True)
@@ -54,30 +53,22 @@ class Judgement:
         ci_low: Lower end of its interval; None if a side has fewer than two seeds, or
             neither side has any spread.
         ci_high: Upper end, likewise.
-        method: How interval and p-value were found.
-        verdict: What they say.
-        p_value: Probability of a difference as large, either way, if there were none.
-        p_holm: The same, corrected for the number of comparisons made (Holm 1979).
-        detectable: The true difference that as many seeds with the same spread would
-            tell from zero in POWER of all experiments.
+        method: Method of interval and p-value.
+        verdict: Verdict.
+        p_value: Two-sided p-value of the hypothesis that there is no difference.
+        p_holm: The same, corrected for the number of comparisons (Holm 1979).
+        detectable: True difference that as many seeds with the same spread would tell from
+            zero in POWER of all experiments.
     """
 
-    mean: float | None
-    ci_low: float | None
-    ci_high: float | None
-    method: str
-    verdict: Verdict
+    mean: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    method: str = ""
+    verdict: Verdict = "not measured"
     p_value: float | None = None
     p_holm: float | None = None
     detectable: float | None = None
-
-
-class _Sample(NamedTuple):
-    """One side of a comparison: mean, variance and number of its seeds."""
-
-    mean: float
-    variance: float
-    n: int
 
 
 def judge(
@@ -88,11 +79,11 @@ def judge(
     bounds: Bounds = UNBOUNDED,
 ) -> Judgement:
     """
-    Say whether two kinds of SAEs can be told apart by a metric.
+    Test whether two kinds of SAEs differ in a metric.
 
     By Welch's t-test, for samples of unequal variance (Welch 1947; degrees of freedom by
     Satterthwaite 1946). SAEs of the same seed are not taken for pairs: their metrics are
-    as good as uncorrelated, and a paired test then gives away half of its degrees of
+    as good as uncorrelated, so a paired test would give away half of its degrees of
     freedom for nothing (see benchmarks/README.md for coverage and power of both).
 
     If neither side has any spread, there is no interval, and the p-value is that of the
@@ -100,28 +91,50 @@ def judge(
     them apart as cleanly.
 
     Args:
-        treatment: Values of the judged SAEs, one a seed.
-        baseline: Values of those that they are judged against.
-        confidence: As in 0.95.
-        is_count: Whether they are whole numbers: the variance of either side is taken to
-            be at least what rounding makes.
-        bounds: The least and the largest value that the metric can have.
+        treatment: Values of the judged SAEs, one for each seed.
+        baseline: Values of their baseline.
+        confidence: Confidence of the interval, as in 0.95.
+        is_count: Whether the values are whole numbers: the variance of either side is then
+            at least that of rounding.
+        bounds: The least and the largest possible value of the metric.
     """
     if not treatment or not baseline:
-        return Judgement(None, None, None, "", "not measured")
+        return Judgement()
     difference = fmean(treatment) - fmean(baseline)
-    if min(len(treatment), len(baseline)) < 2:
-        return Judgement(difference, None, None, "", "one seed")
+    sizes = len(treatment), len(baseline)
+    if min(sizes) < 2:
+        return Judgement(difference, verdict="one seed")
     tolerance = EQUAL_WITHIN * max(map(abs, (*treatment, *baseline)))
     floor = ROUNDING_VARIANCE if is_count else 0.0
-    judged, against = (_sample(s, tolerance, floor) for s in (treatment, baseline))
-    if judged.variance == against.variance == 0:
-        p = 1.0
-        if abs(difference) > tolerance:
-            p = 2 / math.comb(judged.n + against.n, judged.n)
+    # squared standard error of either mean
+    errors = [
+        max(_variance(side, tolerance), floor) / len(side)
+        for side in (treatment, baseline)
+    ]
+    if not any(errors):
+        p = 2 / math.comb(sum(sizes), sizes[0]) if abs(difference) > tolerance else 1.0
         verdict = _verdict(difference, p, confidence)
-        return Judgement(difference, None, None, "permutation test", verdict, p)
-    return _welch(difference, judged, against, confidence, _of_differences(bounds))
+        return Judgement(
+            difference, method="permutation test", verdict=verdict, p_value=p
+        )
+    # imported here, since scipy takes its time to load
+    from scipy import stats
+
+    error = math.sqrt(sum(errors))
+    freedom = 1 / sum(
+        (of_side / sum(errors)) ** 2 / (n - 1)
+        for of_side, n in zip(errors, sizes, strict=True)
+    )
+    low, high = stats.t.interval(confidence, freedom, difference, error)
+    p = float(2 * stats.t.sf(abs(difference) / error, freedom))
+    return Judgement(
+        difference,
+        *within(_of_differences(bounds), float(low), float(high)),
+        "Welch's t",
+        _verdict(difference, p, confidence),
+        p,
+        detectable=_detectable_errors(round(freedom, 2), confidence) * error,
+    )
 
 
 def judge_between(
@@ -134,33 +147,34 @@ def judge_between(
     bounds: Bounds = UNBOUNDED,
 ) -> Judgement:
     """
-    Say the same where the baseline is known on both sides of the sparsity in question.
+    The same where the baseline is known on both sides of the sparsity in question.
 
     The difference is that from the interpolated baseline. How the curve runs between the
-    two ends is not known, only that it runs from one to the other: whatever is said must
-    hold against both ends (an intersection-union test, Berger 1982), so that no curve
-    that rises or falls all the way can turn a verdict around. The interval reaches over
-    those of both ends.
+    two ends is not known, only that it runs from one to the other: a verdict must hold
+    against both ends (an intersection-union test, Berger 1982), so that no monotonic curve
+    can reverse it. The interval reaches over those of both ends.
 
     Args:
-        treatment: Values of the judged SAEs, one a seed.
+        treatment: Values of the judged SAEs, one for each seed.
         below: Values of the baseline at the lower end of the bracket.
         above: Values of the baseline at its upper end.
-        weight: Of the upper end, 0 to 1; the lower end has the rest.
-        confidence: As in 0.95.
+        weight: Weight of the upper end, 0 to 1; the lower end has the rest.
+        confidence: As for `judge`.
         is_count: As for `judge`.
         bounds: As for `judge`.
     """
     ends = [
         judge(treatment, end, confidence, is_count, bounds) for end in (below, above)
     ]
-    lower, upper = ends
-    if lower.mean is None or upper.mean is None:
-        return lower if lower.mean is None else upper
-    mean = (1 - weight) * lower.mean + weight * upper.mean
-    if lower.p_value is None or upper.p_value is None:
-        return Judgement(mean, None, None, "", "one seed")
-    p = max(lower.p_value, upper.p_value) if lower.mean * upper.mean > 0 else 1.0
+    differences = [end.mean for end in ends if end.mean is not None]
+    if len(differences) < 2:
+        return Judgement()
+    lower, upper = differences
+    mean = (1 - weight) * lower + weight * upper
+    p_values = [end.p_value for end in ends if end.p_value is not None]
+    if len(p_values) < 2:
+        return Judgement(mean, verdict="one seed")
+    p = max(p_values) if lower * upper > 0 else 1.0
     low = high = detectable = None
     lows = [end.ci_low for end in ends if end.ci_low is not None]
     highs = [end.ci_high for end in ends if end.ci_high is not None]
@@ -168,9 +182,8 @@ def judge_between(
         low, high = min(lows), max(highs)
         # beyond the end that is nearer to it, either way
         detectable = max(
-            abs(end.mean - mean) + end.detectable
-            for end in ends
-            if end.mean is not None and end.detectable is not None
+            abs(difference - mean) + (end.detectable or 0.0)
+            for difference, end in zip(differences, ends, strict=True)
         )
     methods = " and ".join(dict.fromkeys(end.method for end in ends))
     verdict = _verdict(mean, p, confidence)
@@ -183,22 +196,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """
     p-values corrected for their number (Holm 1979).
 
-    Below 1 - confidence are then those differences of which all are real with that
-    confidence, however many comparisons were made.
+    With confidence c, all differences whose corrected p-value is below 1 - c are real,
+    however many comparisons were made.
 
     Args:
-        p_values: Of one family of comparisons.
+        p_values: p-values of one family of comparisons.
 
     Returns:
-        The corrected ones, in the same order.
+        The corrected p-values, in the same order.
     """
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    corrected = [1.0] * len(p_values)
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+    p = np.array(p_values)
+    order = np.argsort(p, kind="stable")
+    corrected = np.minimum(1.0, np.arange(len(p), 0, -1) * p[order])
+    p[order] = np.maximum.accumulate(corrected)
+    return p.tolist()
 
 
 def seed_interval(
@@ -208,45 +219,34 @@ def seed_interval(
     bounds: Bounds = UNBOUNDED,
 ) -> Interval | None:
     """
-    Mean and interval of a few values, one a seed.
+    Mean and interval of a few values, one for each seed.
 
     By the studentised bootstrap (bootstrap-t, Efron and Tibshirani 1993, section 12.5).
-    Resamples of the values as they are, without studentising, would be much too sure of
-    themselves: of three values, such an interval holds the truth three times out of four
-    at best. Where so many resamples have no spread that the studentised bootstrap has no
-    finite interval, with fewer than MIN_BOOTSTRAPPED values, or among many equal ones, it
-    is Student's t. See benchmarks/README.md for how often each covers the truth.
+    Of three values, a percentile bootstrap without studentising covers the truth three
+    times out of four at best. Student's t takes over where too many resamples have no
+    spread for a finite interval: below MIN_BOOTSTRAPPED values, or among many equal ones.
+    See benchmarks/README.md for the coverage of each.
 
     Args:
         values: At least one.
-        confidence: As in 0.95.
-        is_count: Whether they are whole numbers: their spread is taken to be at least
-            what rounding makes.
-        bounds: The least and the largest value that there can be.
+        confidence: Confidence of the interval, as in 0.95.
+        is_count: Whether the values are whole numbers: their spread is then at least that
+            of rounding.
+        bounds: The least and the largest possible value.
 
     Returns:
-        The interval; None for a single value, or if values that are no counts are equal.
+        The interval; None for a single value, or if values that are not counts are equal.
     """
     sample = np.array(values, dtype=float)
-    n, mean = len(sample), float(sample.mean())
-    tolerance = EQUAL_WITHIN * float(np.abs(sample).max())
+    n, tolerance = len(sample), EQUAL_WITHIN * float(np.abs(sample).max())
     if n < 2 or (np.ptp(sample) <= tolerance and not is_count):
         return None
     floor = ROUNDING_VARIANCE**0.5 if is_count else 0.0
     student = student_interval(sample.tolist(), confidence, floor, bounds)
-    spread = float(sample.std(ddof=1))
+    mean, spread = float(sample.mean()), float(sample.std(ddof=1))
     if n < MIN_BOOTSTRAPPED or spread <= floor:
         return student
-    # its own generator, so that an interval does not depend on what was computed before
-    draws = np.random.default_rng(0).integers(n, size=(N_RESAMPLES, n))
-    resamples = sample[draws]
-    shift = resamples.mean(axis=1) - mean
-    errors = resamples.std(axis=1, ddof=1) / math.sqrt(n)
-    shift[np.abs(shift) <= tolerance] = 0  # but for rounding, as the next
-    errors[np.ptp(resamples, axis=1) <= tolerance] = 0
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        # without a spread a resample is infinitely far off, in its direction
-        t = np.nan_to_num(shift / errors, nan=0.0, posinf=np.inf, neginf=-np.inf)
+    t = _studentised_means(sample, tolerance)
     tail = (1 - confidence) / 2
     low_t = np.quantile(t, tail, method="lower")
     high_t = np.quantile(t, 1 - tail, method="higher")
@@ -257,37 +257,24 @@ def seed_interval(
     return Interval(mean, *within(bounds, low, high))
 
 
-def _sample(values: Sequence[float], tolerance: float, floor: float) -> _Sample:
-    variance = float(np.var(values, ddof=1)) if np.ptp(values) > tolerance else 0.0
-    return _Sample(fmean(values), max(variance, floor), len(values))
+def _studentised_means(sample: np.ndarray, tolerance: float) -> np.ndarray:
+    """Distances of resampled means from the sample's, each in its own standard errors."""
+    n = len(sample)
+    # its own generator, so that an interval does not depend on what was computed before
+    draws = np.random.default_rng(0).integers(n, size=(N_RESAMPLES, n))
+    resamples = sample[draws]
+    shifts = resamples.mean(axis=1) - sample.mean()
+    errors = resamples.std(axis=1, ddof=1) / math.sqrt(n)
+    # zero but for rounding
+    shifts[np.abs(shifts) <= tolerance] = 0
+    errors[np.ptp(resamples, axis=1) <= tolerance] = 0
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        # without a spread a resample is infinitely far off, in its direction
+        return np.nan_to_num(shifts / errors, nan=0.0, posinf=np.inf, neginf=-np.inf)
 
 
-def _welch(
-    difference: float,
-    treatment: _Sample,
-    baseline: _Sample,
-    confidence: float,
-    bounds: Bounds,
-) -> Judgement:
-    # imported here, since scipy takes its time to load
-    from scipy import stats
-
-    shares = [side.variance / side.n for side in (treatment, baseline)]
-    error = math.sqrt(sum(shares))
-    freedom = 1 / sum(
-        (share / sum(shares)) ** 2 / (side.n - 1)
-        for share, side in zip(shares, (treatment, baseline), strict=True)
-    )
-    p = float(2 * stats.t.sf(abs(difference) / error, freedom))
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
-    return Judgement(
-        difference,
-        *within(bounds, difference - half, difference + half),
-        "Welch's t",
-        _verdict(difference, p, confidence),
-        p,
-        detectable=_detectable_errors(round(freedom, 2), confidence) * error,
-    )
+def _variance(values: Sequence[float], tolerance: float) -> float:
+    return float(np.var(values, ddof=1)) if np.ptp(values) > tolerance else 0.0
 
 
 @cache
@@ -315,7 +302,7 @@ def _verdict(difference: float, p: float, confidence: float) -> Verdict:
 
 
 def _of_differences(bounds: Bounds) -> Bounds:
-    """Between which differences of a metric lie that has two bounds."""
+    """Bounds of the differences of a metric that has two bounds."""
     low, high = bounds
     if low is None or high is None:
         return UNBOUNDED

@@ -1,4 +1,4 @@
-"""What the terminal's tables and the report say alike of a comparison's results."""
+"""What the terminal's tables and the report alike show of a comparison's results."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,9 +7,32 @@ from saelens_scaffold.compare.grid import Arm
 from saelens_scaffold.compare.statistics import POWER, Verdict
 
 REFUSALS: tuple[Verdict, ...] = ("out of range", "bracket too wide")
-"""Verdicts that say the same whatever the metric."""
+"""Verdicts that do not depend on the metric."""
 
 Comparisons = Sequence[Mapping[str, Any]]
+
+
+class Row(NamedTuple):
+    """
+    A comparison as tables show it.
+
+    Attributes:
+        comparison: The comparison, as in results.json.
+        metric: Its metric, likewise.
+        treatment: Mean of the judged SAEs.
+        baseline: Mean of their baseline.
+        difference: Difference of the means, with its interval.
+        detectable: Detectable difference, where none was found.
+        verdict: Verdict, with the number of seeds where some are missing.
+    """
+
+    comparison: Mapping[str, Any]
+    metric: Mapping[str, Any]
+    treatment: str
+    baseline: str
+    difference: str
+    detectable: str
+    verdict: str
 
 
 class OneSided(NamedTuple):
@@ -19,41 +42,91 @@ class OneSided(NamedTuple):
     Attributes:
         arm: The SAEs.
         metric: The metric, as in results.json.
-        points: Its mean and interval over seeds, and those of its value at random, None
-            where there is none.
+        mean: Its mean and interval over seeds.
+        random: The same of its value at random.
     """
 
     arm: str
     metric: Mapping[str, Any]
-    points: tuple[Mapping[str, Any], Mapping[str, Any] | None]
+    mean: str
+    random: str
 
 
-def baseline_text(baseline: Mapping[str, Any]) -> str:
-    """A baseline with its measured l0_total, or the bracket that it is interpolated in."""
-    if len(baseline["measured"]) == 2:
-        ends = [
-            at_l0(f"k={end['k']:g}", end["l0_total"]) for end in baseline["measured"]
-        ]
-        return f"{baseline['arm']} between {' and '.join(ends)}"
-    (end,) = baseline["measured"]
-    return at_l0(end["arm"], end["l0_total"])
+def rows_by_pair(
+    results: Mapping[str, Any],
+) -> dict[str, dict[tuple[str, str], list[Row]]]:
+    """The comparisons of each matching, by the judged SAEs and their baseline."""
+    metrics = {metric["id"]: metric for metric in results["metrics"]}
+    n_seeds = len(results["summary"]["seeds"])
+    found: dict[str, dict[tuple[str, str], list[Row]]] = {}
+    for comparison in results["comparisons"]:
+        treatment = comparison["treatment"]
+        judged = _at_l0(treatment["arm"], treatment["l0_total"])
+        pair = (judged, _baseline(comparison["baseline"]))
+        row = _row(comparison, metrics[comparison["metric"]], n_seeds)
+        found.setdefault(comparison["matching"], {}).setdefault(pair, []).append(row)
+    return found
 
 
-def at_l0(arm: str, l0_total: float | None) -> str:
-    """SAEs with their measured l0_total, if it is known."""
-    return arm if l0_total is None else f"{arm} (l0_total {l0_total:.1f})"
+def one_sided(results: Mapping[str, Any]) -> list[OneSided]:
+    """
+    Metrics without any comparison, as those that only SAEs with a scaffold have.
+
+    Args:
+        results: Contents of results.json.
+    """
+    compared = {comparison["metric"] for comparison in results["comparisons"]}
+    metrics = {metric["id"]: metric for metric in results["metrics"]}
+    at_random = {metric["random"] for metric in results["metrics"]}
+    points = {
+        (curve["metric"], Arm(curve["architecture"], point["axes"]).label): point
+        for curve in results["curves"]
+        for point in curve["points"]
+    }
+
+    def mean(id_: str, arm: str, metric: Mapping[str, Any]) -> str:
+        point = points.get((id_, arm), {"mean": None})
+        return estimate(point, "mean", digits_of_means(metric))
+
+    arms = dict.fromkeys(sae["arm"] for sae in results["saes"])
+    return [
+        OneSided(arm, metric, mean(id_, arm, metric), mean(metric["random"], arm, metric))
+        for arm in arms
+        for id_, metric in metrics.items()
+        if id_ not in compared and id_ not in at_random and (id_, arm) in points
+    ]
 
 
-def verdict_text(comparison: Mapping[str, Any], n_seeds: int) -> str:
-    """A verdict, and how many seeds it is of where some are missing."""
-    sides = (comparison["n_treatment"], comparison["n_baseline"])
-    if 0 < min(sides) < n_seeds:
-        return f"{comparison['verdict']} ({sides[0]} against {sides[1]} seeds)"
-    return comparison["verdict"]
+def number(value: float | None, digits: int, sign: str = "-") -> str:
+    """A number, or a dash if there is none."""
+    return "-" if value is None else f"{value:{sign},.{digits}f}"
+
+
+def estimate(
+    found: Mapping[str, Any], field: str, digits: int, sign: str = "-"
+) -> str:
+    """A number with its interval, if it has one."""
+    shown = number(found[field], digits, sign)
+    if found.get("ci_low") is None or found.get("ci_high") is None:
+        return shown
+    ends = (number(found[end], digits, sign) for end in ("ci_low", "ci_high"))
+    return f"{shown} [{', '.join(ends)}]"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value to three digits; empty if there is none."""
+    if p is None:
+        return ""
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def digits_of_means(metric: Mapping[str, Any]) -> int:
+    """Digits of a metric's means: those of counts are not whole."""
+    return max(int(metric["digits"]), 1)
 
 
 def legend(comparisons: Comparisons) -> str:
-    """What stands below the comparisons of one matching."""
+    """Explanation below the comparisons of one matching."""
     tested = [c for c in comparisons if c["p_value"] is not None]
     if not tested:
         return ""
@@ -86,30 +159,43 @@ def legend(comparisons: Comparisons) -> str:
 
 
 def confidence_text(comparisons: Comparisons) -> str:
-    """The confidence of all intervals."""
+    """Confidence of the intervals."""
     levels = sorted({comparison["confidence"] for comparison in comparisons})
     return " or ".join(f"{level:.0%}" for level in levels)
 
 
-def one_sided(results: Mapping[str, Any]) -> list[OneSided]:
-    """
-    The metrics that no comparison has, as those that only SAEs with a scaffold have.
+def _row(
+    comparison: Mapping[str, Any], metric: Mapping[str, Any], n_seeds: int
+) -> Row:
+    digits = digits_of_means(metric)
+    verdict = comparison["verdict"]
+    detectable = ""
+    if verdict == "not distinguishable" and comparison["detectable"] is not None:
+        detectable = number(comparison["detectable"], digits)
+    sides = (comparison["n_treatment"], comparison["n_baseline"])
+    if 0 < min(sides) < n_seeds:
+        verdict += f" ({sides[0]} against {sides[1]} seeds)"
+    return Row(
+        comparison,
+        metric,
+        number(comparison["treatment_mean"], digits),
+        number(comparison["baseline_mean"], digits),
+        estimate(comparison, "mean", digits, "+"),
+        detectable,
+        verdict,
+    )
 
-    Args:
-        results: As in results.json.
-    """
-    compared = {comparison["metric"] for comparison in results["comparisons"]}
-    metrics = {metric["id"]: metric for metric in results["metrics"]}
-    at_random = {metric["random"] for metric in results["metrics"]}
-    points = {
-        (curve["metric"], Arm(curve["architecture"], point["axes"]).label): point
-        for curve in results["curves"]
-        for point in curve["points"]
-    }
-    arms = dict.fromkeys(sae["arm"] for sae in results["saes"])
-    return [
-        OneSided(arm, metric, (points[id_, arm], points.get((metric["random"], arm))))
-        for arm in arms
-        for id_, metric in metrics.items()
-        if id_ not in compared and id_ not in at_random and (id_, arm) in points
-    ]
+
+def _baseline(baseline: Mapping[str, Any]) -> str:
+    """A baseline with its measured l0_total, or the bracket that it is interpolated in."""
+    if len(baseline["measured"]) == 2:
+        ends = [
+            _at_l0(f"k={end['k']:g}", end["l0_total"]) for end in baseline["measured"]
+        ]
+        return f"{baseline['arm']} between {' and '.join(ends)}"
+    (end,) = baseline["measured"]
+    return _at_l0(end["arm"], end["l0_total"])
+
+
+def _at_l0(arm: str, l0_total: float | None) -> str:
+    return arm if l0_total is None else f"{arm} (l0_total {l0_total:.1f})"

@@ -1,32 +1,22 @@
-"""The plots of a comparison's report."""
+"""Data of the report's plots; page.html says what they show, page.js how they look."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+import html
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from plotly import graph_objects as go
+import numpy as np
 
 from saelens_scaffold.compare.metrics import metric_name
-from saelens_scaffold.compare.report.drawing import (
-    Trace,
-    error_bars,
-    line,
-    log_axis,
-    named,
-    new_figure,
-)
-from saelens_scaffold.compare.report.series import Style, series_of, styles
+from saelens_scaffold.compare.report.axes import log_axis
+from saelens_scaffold.compare.report.series import series_of
 
 Results = Mapping[str, Any]
-SAE = Mapping[str, Any]
+Seeds = Sequence[Mapping[str, Any]]
+"""SAEs that differ in their seeds only, as in results.json."""
 
-DENSE_THRESHOLD = 0.1
-"""Firing frequency above which a latent is called dense, as in arXiv 2506.15679."""
-
-BAR_WIDTH = 17
-"""Of the bars of the ablation plots, in pixels."""
+Trace = dict[str, Any]
+"""plotly's description of a curve or of bars."""
 
 
 class Plot(NamedTuple):
@@ -34,139 +24,52 @@ class Plot(NamedTuple):
     A plot of the report.
 
     Attributes:
-        title: What stands above it; empty if its section's heading says it all.
-        traces: What it draws: a trace for each series, which is its `legendgroup`.
-        figure: plotly's, with the traces.
+        title: Heading; empty if that of its section suffices.
+        traces: A trace for each series, whose `legendgroup` is the series.
+        axes: plotly's `xaxis` and `yaxis`, without titles.
     """
 
     title: str
-    traces: Sequence[Trace]
-    figure: go.Figure
+    traces: list[Trace]
+    axes: dict[str, dict[str, Any]]
 
 
 def metric_curves(results: Results) -> list[Plot]:
-    """A plot for each metric: mean and interval over seeds against the measured L0."""
-    looks = styles(results)
-    l0 = [point["l0"] for curve in results["curves"] for point in curve["points"]]
+    """Mean and interval over seeds against the measured L0, a plot for each metric."""
+    l0s = [point["l0"] for curve in results["curves"] for point in curve["points"]]
     plots: list[Plot] = []
     for metric in results["metrics"]:
-        curves = [
-            _curve(curve, looks)
+        traces = [
+            _metric_curve(curve["architecture"], curve["points"])
             for curve in results["curves"]
             if curve["metric"] == metric["id"] and curve["points"]
         ]
-        if curves:
-            figure = new_figure(curves)
-            figure.update_xaxes(title_text="l0_total", **log_axis(l0))
-            title = metric_name(metric)
-            plots.append(Plot(title, curves, figure))
+        if traces:
+            plots.append(Plot(metric_name(metric), traces, {"xaxis": log_axis(l0s)}))
     return plots
-
-
-def _curve(curve: Mapping[str, Any], looks: Mapping[str, Style]) -> Trace:
-    points = sorted(curve["points"], key=lambda point: point["l0"])
-    series = series_of(curve["architecture"], points[0]["axes"])
-    style = looks[series]
-    return line(
-        series,
-        style,
-        [point["l0"] for point in points],
-        [point["mean"] for point in points],
-        error_y=error_bars(
-            [(point["mean"], point["ci_low"], point["ci_high"]) for point in points],
-            style,
-        ),
-        customdata=[point["n_seeds"] for point in points],
-        hovertemplate="l0_total %{x:.4g}: %{y:.4g}, %{customdata} seeds",
-    )
 
 
 def firing_frequencies(results: Results) -> list[Plot]:
-    """How many sparse latents fire more often than x, mean over seeds; a plot for each k."""
+    """Number of sparse latents that fire more often than x, mean over seeds, for each k."""
 
-    def curve(series: str, style: Style, seeds: Sequence[SAE]) -> Trace | None:
-        found = _mean_histogram(
-            [sae["firing_histogram"] for sae in seeds], "log10_edges"
-        )
-        if found is None:
-            return None
-        edges, counts = found
-        return line(
-            series,
-            style,
-            *_exceedance([10**edge for edge in edges], counts),
-            hovertemplate="%{y:.4g} latents above %{x:.3~%}",
-        )
+    def curve(seeds: Seeds) -> Trace:
+        histograms = [sae["firing_histogram"] for sae in seeds]
+        log_x, y = _exceedance(histograms, "log10_edges")
+        return {"x": [10**edge for edge in log_x], "y": y}
 
     plots = _facets(results, curve)
-    frequencies = [x for plot in plots for trace in plot.traces for x in trace["x"]]
-    for plot in plots:
-        plot.figure.update_xaxes(
-            title_text="firing frequency x (share of tokens)",
-            **log_axis([*frequencies, 1.0], "%"),
-        )
-        plot.figure.add_vline(
-            DENSE_THRESHOLD, line={"color": "#888", "width": 1, "dash": "dot"}
-        )
-        plot.figure.add_annotation(
-            text="dense →",
-            # annotations of a logarithmic axis stand at the logarithm
-            x=math.log10(DENSE_THRESHOLD),
-            y=1,
-            yref="paper",
-            xanchor="left",
-            yanchor="bottom",
-            showarrow=False,
-        )
-    _share_log_axis(plots, "latents firing more often")
-    return plots
+    x_axis = log_axis([*_values(plots, "x"), 1.0], "%")
+    return _with_axes(plots, x_axis, log_axis(_values(plots, "y")))
 
 
 def ablation_ratios(results: Results) -> list[Plot]:
     """
-    Cross-entropy under each intervention of `scaffold_ablation`, a plot for each k.
+    Cross-entropy under each intervention of `scaffold_ablation`, for each k.
 
-    A bar is the mean over seeds; its interval reaches from the lowest to the highest end
-    of the seeds' own.
+    A bar is the mean over seeds; its whiskers reach from the lowest to the highest end of
+    the seeds' own intervals.
     """
-
-    def bars(series: str, style: Style, seeds: Sequence[SAE]) -> Trace | None:
-        measured = [
-            sae["evaluations"]["scaffold_ablation"]["cross_entropy"]
-            for sae in seeds
-            if sae["evaluations"].get("scaffold_ablation")
-        ]
-        estimates = {
-            key: estimate
-            for key in dict.fromkeys(key for ratios in measured for key in ratios)
-            if key.startswith("ce_ratio_") and not key.endswith(("_ci_low", "_ci_high"))
-            if (estimate := _envelope(measured, key)) is not None
-        }
-        if not estimates:
-            return None
-        return dict(
-            type="bar",
-            orientation="h",
-            y=[_intervention(key) for key in estimates],
-            # bars start where the intervention changes nothing
-            base=[1.0] * len(estimates),
-            x=[mean - 1 for mean, _, _ in estimates.values()],
-            error_x=error_bars(list(estimates.values()), style),
-            customdata=[mean for mean, _, _ in estimates.values()],
-            hovertemplate="%{customdata:.4g} × the clean cross-entropy",
-            marker={
-                "color": "rgba(0, 0, 0, 0)" if style.is_plain else style.colour,
-                "line": {"color": style.colour, "width": 1.5},
-                "pattern": {
-                    "shape": style.bar_pattern,
-                    "fillmode": "overlay",
-                    "fgcolor": style.colour if style.is_plain else "#fff",
-                },
-            },
-            **named(series),
-        )
-
-    plots = _facets(results, bars)
+    plots = _facets(results, _ablation_bars)
     ends = [
         mean + sign * error
         for plot in plots
@@ -176,146 +79,142 @@ def ablation_ratios(results: Results) -> list[Plot]:
             trace["customdata"], trace["error_x"][errors], strict=True
         )
     ]
-    for plot in plots:
-        n_interventions = len({y for trace in plot.traces for y in trace["y"]})
-        plot.figure.update_xaxes(
-            title_text="cross-entropy, × the clean one", **log_axis([1.0, *ends])
-        )
-        plot.figure.update_yaxes(autorange="reversed")
-        plot.figure.update_layout(
-            height=120 + n_interventions * (len(plot.traces) + 1) * BAR_WIDTH,
-            bargap=0.25,
-            hovermode="closest",
-        )
-    return plots
-
-
-def _intervention(key: str) -> str:
-    """A field of the evaluation's output as a label of a bar: a word a line."""
-    name = key.removeprefix("ce_ratio_").replace("pca", "PCA")
-    return name.replace("_", "<br>")
-
-
-def _envelope(
-    measured: Sequence[Mapping[str, Any]], key: str
-) -> tuple[float, float, float] | None:
-    """Mean over seeds, and the ends of all of their intervals."""
-    values = [ratios[key] for ratios in measured if ratios.get(key) is not None]
-    if not values:
-        return None
-    ends = [
-        ratios[end]
-        for ratios in measured
-        for end in (f"{key}_ci_low", f"{key}_ci_high")
-        if ratios.get(end) is not None
-    ]
-    return fmean(values), min(values + ends), max(values + ends)
+    return _with_axes(plots, log_axis([1.0, *ends]), {"autorange": "reversed"})
 
 
 def scaffold_spectra(results: Results) -> list[Plot]:
-    """Singular values of the scaffold's map A B, mean over seeds; a plot for each k."""
+    """Singular values of the scaffold's map A B, mean over seeds, for each k."""
 
-    def spectrum(series: str, style: Style, seeds: Sequence[SAE]) -> Trace | None:
-        known = [s["scaffold"]["singular_values"] for s in seeds if s["scaffold"]]
-        if not known:
-            return None
+    def spectrum(seeds: Seeds) -> Trace:
+        known = [sae["scaffold"]["singular_values"] for sae in seeds if sae["scaffold"]]
         means = [fmean(values) for values in zip(*known, strict=True)]
-        return line(
-            series,
-            style,
-            list(range(1, len(means) + 1)),
-            means,
-            hovertemplate="singular value %{x}: %{y:.4g}",
-        )
+        return {"x": list(range(1, len(means) + 1)), "y": means}
 
     plots = _facets(results, spectrum)
-    values = [y for plot in plots for trace in plot.traces for y in trace["y"]]
-    for plot in plots:
-        plot.figure.update_xaxes(title_text="number of the direction", nticks=8)
-        plot.figure.update_yaxes(
-            title_text="singular value", range=[0, 1.08 * max(values)]
-        )
-    return plots
+    top = 1.08 * max(_values(plots, "y"), default=0.0)
+    return _with_axes(plots, {"nticks": 8}, {"range": [0, top]})
 
 
 def alignments(results: Results) -> list[Plot]:
-    """How many sparse latents point into the scaffold's span by more than x."""
+    """Number of sparse latents with more than a share x in the scaffold's span."""
 
-    def curve(series: str, style: Style, seeds: Sequence[SAE]) -> Trace | None:
-        found = _mean_histogram(
-            [s["scaffold"]["alignment_histogram"] for s in seeds if s["scaffold"]],
-            "edges",
-        )
-        if found is None:
-            return None
-        return line(
-            series,
-            style,
-            *_exceedance(*found),
-            hovertemplate="%{y:.4g} latents above %{x:.0%}",
-        )
+    def curve(seeds: Seeds) -> Trace:
+        scaffolds = [sae["scaffold"] for sae in seeds if sae["scaffold"]]
+        histograms = [scaffold["alignment_histogram"] for scaffold in scaffolds]
+        x, y = _exceedance(histograms, "edges")
+        return {"x": x, "y": y}
 
     plots = _facets(results, curve)
-    for plot in plots:
-        plot.figure.update_xaxes(
-            title_text="share x in the scaffold's span", tickformat=".0%", nticks=6
-        )
-    _share_log_axis(plots, "latents with a larger share")
-    return plots
+    x_axis = {"tickformat": ".0%", "nticks": 6}
+    return _with_axes(plots, x_axis, log_axis(_values(plots, "y")))
 
 
-def _facets(
-    results: Results,
-    trace: Callable[[str, Style, Sequence[SAE]], Trace | None],
-) -> list[Plot]:
+def _facets(results: Results, draw: Callable[[Seeds], Trace]) -> list[Plot]:
     """
-    A plot for each k, with a trace for each series.
+    A plot for each k, with a trace for each series that has data.
 
     Args:
         results: The comparison's results.
-        trace: Draws the seeds of one series at one k, or nothing where it has no data.
+        draw: Draws the seeds of one series at one k.
     """
-    looks = styles(results)
-    seeds: dict[Any, dict[str, list[SAE]]] = {}
+    by_k: dict[Any, dict[str, list[Mapping[str, Any]]]] = {}
     for sae in results["saes"]:
         series = series_of(sae["architecture"], sae["axes"])
-        seeds.setdefault(sae["axes"].get("k"), {}).setdefault(series, []).append(sae)
+        by_k.setdefault(sae["axes"].get("k"), {}).setdefault(series, []).append(sae)
     plots: list[Plot] = []
-    for k, by_series in seeds.items():
-        traces = [
-            drawn
-            for series, saes in by_series.items()
-            if (drawn := trace(series, looks[series], saes)) is not None
-        ]
+    for k, by_series in by_k.items():
+        traces = [_trace(series, **draw(seeds)) for series, seeds in by_series.items()]
+        traces = [trace for trace in traces if trace["x"]]
         if traces:
-            title = "" if k is None else f"k = {k}"
-            plots.append(Plot(title, traces, new_figure(traces)))
+            plots.append(Plot("" if k is None else f"k = {k}", traces, {}))
     return plots
 
 
-def _mean_histogram(
-    histograms: Iterable[Mapping[str, Any] | None], edges: str
-) -> tuple[list[float], list[float]] | None:
-    """Edges of the bins and mean counts, or None where there is no histogram."""
-    known = [histogram for histogram in histograms if histogram is not None]
-    seeds = zip(*(histogram["counts"] for histogram in known), strict=True)
-    counts = [fmean(count) for count in seeds]
-    return (known[0][edges], counts) if any(counts) else None
+def _with_axes(
+    plots: Sequence[Plot], x_axis: dict[str, Any], y_axis: dict[str, Any]
+) -> list[Plot]:
+    """The plots with the same axes, so that they compare by eye."""
+    return [plot._replace(axes={"xaxis": x_axis, "yaxis": y_axis}) for plot in plots]
+
+
+def _trace(series: str, **more: Any) -> Trace:
+    # plotly reads some HTML in names
+    name = html.escape(series, quote=False)
+    return {"type": "scatter", "name": name, "legendgroup": series, **more}
+
+
+def _metric_curve(architecture: str, points: Sequence[Mapping[str, Any]]) -> Trace:
+    points = sorted(points, key=lambda point: point["l0"])
+    return _trace(
+        series_of(architecture, points[0]["axes"]),
+        x=[point["l0"] for point in points],
+        y=[point["mean"] for point in points],
+        error_y=_whiskers([(p["mean"], p["ci_low"], p["ci_high"]) for p in points]),
+        customdata=[point["n_seeds"] for point in points],
+    )
+
+
+def _ablation_bars(seeds: Seeds) -> Trace:
+    measured = [
+        sae["evaluations"]["scaffold_ablation"]["cross_entropy"]
+        for sae in seeds
+        if sae["evaluations"].get("scaffold_ablation")
+    ]
+
+    def known(field: str) -> list[float]:
+        return [found[field] for found in measured if found.get(field) is not None]
+
+    estimates: dict[str, tuple[float, float, float]] = {}
+    for field in dict.fromkeys(field for found in measured for field in found):
+        values = known(field)
+        if field.startswith("ce_ratio_") and "_ci_" not in field and values:
+            ends = values + known(f"{field}_ci_low") + known(f"{field}_ci_high")
+            estimates[field] = (fmean(values), min(ends), max(ends))
+    means = [mean for mean, _, _ in estimates.values()]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "y": [_intervention(field) for field in estimates],
+        # bars start where the intervention changes nothing
+        "base": [1.0] * len(means),
+        "x": [mean - 1 for mean in means],
+        "error_x": _whiskers(list(estimates.values())),
+        "customdata": means,
+    }
+
+
+def _intervention(field: str) -> str:
+    """Label of a bar, a word a line, for a field of the evaluation's output."""
+    name = field.removeprefix("ce_ratio_").replace("pca", "PCA")
+    return name.replace("_", "<br>")
 
 
 def _exceedance(
-    edges: Sequence[float], counts: Sequence[float]
+    histograms: Sequence[Mapping[str, Any] | None], edges: str
 ) -> tuple[list[float], list[float]]:
-    """Each lower edge of a bin, and the number above it, as long as there are any."""
-    above = list(accumulate(reversed(counts)))[::-1]
-    points = [(x, y) for x, y in zip(edges, above, strict=False) if y > 0]
-    # from where the count starts to fall
-    start = max((i for i, (_, y) in enumerate(points) if y == points[0][1]), default=0)
-    return [x for x, _ in points[start:]], [y for _, y in points[start:]]
+    """
+    Lower edges of the bins and the mean count above each, as long as there is any.
+
+    They start where the count starts to fall. Both are empty without a histogram.
+    """
+    known = [histogram for histogram in histograms if histogram is not None]
+    if not known:
+        return [], []
+    counts = np.mean([histogram["counts"] for histogram in known], axis=0)
+    above = np.cumsum(counts[::-1])[::-1]
+    is_shown = (above > 0) & (np.append(above[1:], 0.0) < above[0])
+    return np.array(known[0][edges])[:-1][is_shown].tolist(), above[is_shown].tolist()
 
 
-def _share_log_axis(plots: Sequence[Plot], title: str) -> None:
-    """Give the plots the same logarithmic y axis, so that they compare by eye."""
-    values = [y for plot in plots for trace in plot.traces for y in trace["y"]]
-    for plot in plots:
-        plot.figure.update_yaxes(title_text=title, **log_axis(values))
+def _whiskers(
+    estimates: Sequence[tuple[float, float | None, float | None]],
+) -> dict[str, Any]:
+    """plotly's error bars of (mean, low, high); of no length where an end is missing."""
+    return {
+        "array": [0 if high is None else high - mean for mean, _, high in estimates],
+        "arrayminus": [0 if low is None else mean - low for mean, low, _ in estimates],
+    }
+
+
+def _values(plots: Sequence[Plot], coordinate: str) -> list[float]:
+    return [value for plot in plots for t in plot.traces for value in t[coordinate]]

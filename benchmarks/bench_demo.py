@@ -52,7 +52,7 @@ def measure(demo_args: list[str], report: Path) -> None:
 def run_demo(kernels: str, quick: bool) -> Seconds:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "seconds.json")
-        demo_args = ["--out", str(Path(folder, "demo")), *["--quick"] * quick]
+        demo_args = ["--output_path", str(Path(folder, "demo")), *["--quick"] * quick]
         subprocess.run(
             [sys.executable, __file__, "--report", str(report), *demo_args],
             env={**os.environ, "SAELENS_SCAFFOLD_KERNELS": kernels},

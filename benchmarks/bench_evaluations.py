@@ -27,8 +27,8 @@ from sae_lens import SAE
 
 import saelens_scaffold  # noqa: F401  (registers the architectures)
 from saelens_scaffold.evals.dense_latents import DenseLatentsEvalConfig
-from saelens_scaffold.evals.dense_latents import main as dense_latents
 from saelens_scaffold.evals.language_model import HookedModel
+from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation import main as scaffold_ablation
 from saelens_scaffold.evals.selected_saes import load_saes
@@ -41,7 +41,7 @@ TEXT: dict[str, Any] = {
 
 
 def saes_of(directory: Path, count: int) -> list[tuple[str, SAE[Any]]]:
-    """The SAEs of a demo's seed, over and over, under names of their own."""
+    """The SAEs of a folder, over and over, under names of their own."""
     saes = load_saes(sorted(p.parent for p in directory.glob("*/cfg.json")))
     return [
         (f"{i} {saes[i % len(saes)][0]}", copy.deepcopy(saes[i % len(saes)][1]))
@@ -49,22 +49,28 @@ def saes_of(directory: Path, count: int) -> list[tuple[str, SAE[Any]]]:
     ]
 
 
-def evaluate(main: Any, config: Any, saes: Any) -> float:
+def evaluate(name: str, config: Any, saes: Any) -> float:
     """Seconds of a call."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        main.run_eval(config, saes, "cpu", folder)
+        run_eval(
+            name,
+            config,
+            saes,
+            output_path=Path(folder, "results"),
+            artifacts_path=Path(folder, "artifacts"),
+        )
         return time.perf_counter() - start
 
 
 def bench_more_saes(directory: Path, n_tokens: int, repeats: int) -> None:
     config = DenseLatentsEvalConfig(**TEXT, n_tokens=n_tokens)
     eight = saes_of(directory, 8)
-    evaluate(dense_latents, DenseLatentsEvalConfig(**TEXT, n_tokens=2000), eight)
+    evaluate("dense_latents", DenseLatentsEvalConfig(**TEXT, n_tokens=2000), eight)
     times: dict[int, list[float]] = {1: [], 8: []}
     for i in range(repeats):
         for count in (1, 8) if i % 2 else (8, 1):
-            times[count].append(evaluate(dense_latents, config, eight[:count]))
+            times[count].append(evaluate("dense_latents", config, eight[:count]))
     ratios = sorted(b / a for a, b in zip(times[1], times[8], strict=True))
     print(
         f"dense_latents, {n_tokens:,} tokens: one SAE {median(times[1]):.1f} s, 8 SAEs "
@@ -87,25 +93,27 @@ def bench_more_interventions(directory: Path, n_tokens: int) -> None:
 
         return wrapper
 
-    fit = scaffold_ablation._fit
+    def timed_ablation(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            # of the ablation pass only, not of what was fitted before it
+            spent.update(below=0.0, above=0.0)
+            calls.update(below=0, above=0)
+            return timed("measure_losses", function)(*args, **kwargs)
 
-    def fit_and_forget(*args: Any) -> Any:
-        result = fit(*args)
-        spent["below"] = spent["above"] = 0.0  # of the ablation pass only
-        calls["below"] = calls["above"] = 0
-        return result
+        return wrapper
 
     HookedModel.below = timed("below", HookedModel.below)
     HookedModel.above = timed("above", HookedModel.above)
-    scaffold_ablation.measure_losses = timed(
-        "measure_losses", scaffold_ablation.measure_losses
-    )
-    scaffold_ablation._fit = fit_and_forget
+    scaffold_ablation.measure_losses = timed_ablation(scaffold_ablation.measure_losses)
     config = ScaffoldAblationEvalConfig(
-        **TEXT, n_fit_tokens=n_tokens, n_tokens=n_tokens, topics=False
+        **TEXT,
+        n_fit_tokens=n_tokens,
+        n_tokens=n_tokens,
+        topics=False,
+        include_special_tokens=False,
     )
-    saes = [s for s in saes_of(directory, 6) if "Scaffold" in s[0]]
-    evaluate(scaffold_ablation, config, saes)
+    saes = [s for s in saes_of(directory, 6) if "scaffold" in s[0]]
+    evaluate("scaffold_ablation", config, saes)
     runs_per_batch = calls["above"] / calls["below"]
     print(
         f"scaffold_ablation, {len(saes)} SAEs, {n_tokens:,} tokens, {runs_per_batch:.0f} runs "
@@ -117,7 +125,7 @@ def bench_more_interventions(directory: Path, n_tokens: int) -> None:
 
 def _evaluate_and_measure(directory: Path, n_tokens: int, queue: Any) -> None:
     config = DenseLatentsEvalConfig(**TEXT, n_tokens=n_tokens)
-    evaluate(dense_latents, config, saes_of(directory, 2))
+    evaluate("dense_latents", config, saes_of(directory, 2))
     queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
@@ -145,7 +153,7 @@ def main() -> None:
     parser.add_argument(
         "--saes",
         type=Path,
-        default=Path("demo-output/saes/language_model/seed-0"),
+        default=Path("demo-output/language_model/saes"),
         help="folder of SAEs of py-neox (default: what the demo wrote)",
     )
     parser.add_argument("--n_tokens", type=int, default=50_000)

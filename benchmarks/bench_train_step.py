@@ -36,12 +36,19 @@ from measure import (
     ratio_of_medians,
     seconds,
 )
-from sae_lens import TrainingSAE
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    TrainingSAE,
+)
 from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-import saelens_scaffold  # noqa: F401  (registers the architectures)
-from saelens_scaffold.demo.architectures import twin_configs
+from saelens_scaffold import (
+    ScaffoldBatchTopKTrainingSAEConfig,
+    ScaffoldMatryoshkaTrainingSAEConfig,
+)
 
 __all__ = ["seconds", "trainer"]
 
@@ -225,17 +232,28 @@ def run(o: argparse.Namespace) -> None:
         f"copies {machine.bandwidth / 1e9:.0f} GB/s, multiplies "
         f"{machine.rate / 1e9:.0f} GFLOP/s\n"
     )
-    configs = twin_configs(
-        d_in=o.d_in,
-        d_sae=o.d_sae,
-        k=o.k,
-        scaffold_rank=o.rank,
-        matryoshka_widths=widths(o),
-        device=o.device,
-    )
+    configs = sae_configs(o)
     for parent, others in FAMILIES.items():
         if parent in o.families:
             run_family(parent, others, configs, machine, o)
+
+
+def sae_configs(o: argparse.Namespace) -> dict[str, TrainingSAEConfig]:
+    """Each plain architecture and its scaffold twin, of the same width and k."""
+    plain: dict[str, Any] = {
+        "d_in": o.d_in,
+        "d_sae": o.d_sae,
+        "k": o.k,
+        "device": o.device,
+    }
+    scaffold: dict[str, Any] = {**plain, "scaffold_rank": o.rank}
+    levels: dict[str, Any] = {"matryoshka_widths": list(widths(o))}
+    return {
+        "BatchTopK": BatchTopKTrainingSAEConfig(**plain),
+        "ScaffoldBatchTopK": ScaffoldBatchTopKTrainingSAEConfig(**scaffold),
+        "Matryoshka": MatryoshkaBatchTopKTrainingSAEConfig(**plain, **levels),
+        "ScaffoldMatryoshka": ScaffoldMatryoshkaTrainingSAEConfig(**scaffold, **levels),
+    }
 
 
 def run_family(

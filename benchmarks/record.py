@@ -46,8 +46,7 @@ def record(file: Path, command: list[str], seeds: str) -> int:
 
 def _header(command: list[str], seeds: str, seconds: float) -> list[str]:
     # which takes seconds to import
-    from saelens_scaffold._util.provenance import versions
-    from saelens_scaffold.compare.training import hardware
+    from saelens_scaffold._util.provenance import hardware, versions
 
     return [
         f"$ {shlex.join(command)}",

@@ -25,6 +25,7 @@ from transformer_lens import HookedTransformer
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.bootstrap import student_interval
 from saelens_scaffold.evals.bounds import SHARE, Bounds
+from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.labelled_data import (
     MAX_CLASSES,
     LabelledText,
@@ -37,7 +38,6 @@ from saelens_scaffold.evals.language_model import (
     known_model_name,
     load_language_model,
 )
-from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.run import SPEED_ONLY, Result, run_evaluation
 from saelens_scaffold.evals.selected_saes import (
     SelectedSAE,

@@ -1,13 +1,18 @@
 """What interventions need to know of the activations: means, directions, frequencies."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from saelens_scaffold.evals.language_model import HookedModel, check_finite
+from saelens_scaffold.evals.scaffold_ablation.eval_config import (
+    ScaffoldAblationEvalConfig,
+)
+from saelens_scaffold.evals.scaffold_ablation.latents import most_aligned
 from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.saes.firing import FiringStatistics
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.saes.subspaces import ActivationMoments, orthonormal_basis
@@ -15,15 +20,18 @@ from saelens_scaffold.saes.subspaces import ActivationMoments, orthonormal_basis
 
 class SAEFit:
     """
-    What is learnt of one SAE from the text to fit on.
+    Statistics of one SAE on the text to fit on.
 
     Attributes:
         sae: The SAE.
-        fired: Tokens on which each sparse latent fired, shape (n_sparse,).
+        pca_rank: Number of principal directions that it is compared with.
+        baseline: The same of its baseline, if it has one.
     """
 
-    def __init__(self, sae: SelectedSAE):
+    def __init__(self, sae: SelectedSAE, pca_rank: int):
         self.sae = sae
+        self.pca_rank = pca_rank
+        self.baseline: SAEFit | None = None
         self._firing = FiringStatistics(sae.sae, n_replicates=0)
         self._scaffold_sum = torch.zeros(sae.sae.cfg.d_in, dtype=torch.float64)
         self._n = 0
@@ -42,6 +50,7 @@ class SAEFit:
 
     @property
     def fired(self) -> torch.Tensor:
+        """Tokens on which each sparse latent fired, shape (n_sparse,)."""
         return self._firing.fired
 
     @property
@@ -57,46 +66,39 @@ class SAEFit:
             return None
         return orthonormal_basis(self.sae.sae.W_dec[: self.sae.rank].detach().cpu())
 
+    def most_aligned(self, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its alive sparse latents, most aligned with a subspace first, and the cosines."""
+        decoder = self.sae.sae.W_dec[self.sae.rank :].detach()
+        return most_aligned(decoder, self.fired > 0, basis)
 
-@dataclass
+
 class ModelFit:
     """
-    What is learnt of the activations at one hook point.
+    Statistics of the activations at one hook point.
 
     Attributes:
-        mean: E[x], shape (d_in,), float64.
         moments: Mean and covariance.
+        mean: E[x], shape (d_in,), float64.
         directions: Orthonormal principal directions, largest variance first, shape
             (d_in, d_in), float64.
         outliers: Dimensions of the residual stream, largest root mean square first,
             shape (d_in,). By magnitude, as outlier dimensions are known in the
             literature (arXiv 2208.07339), and so also by their mean.
-        root_mean_squares: Of those, in that order, shape (d_in,), float64.
+        root_mean_squares: Their root mean squares, in that order, shape (d_in,), float64.
     """
 
-    mean: torch.Tensor
-    moments: ActivationMoments
-    directions: torch.Tensor
-    outliers: torch.Tensor
-    root_mean_squares: torch.Tensor
-
-    @classmethod
-    def of(cls, moments: ActivationMoments) -> "ModelFit":
-        _, directions = moments.principal_directions()
-        mean_squares = moments.covariance.diagonal() + moments.mean.pow(2)
-        outliers = mean_squares.argsort(descending=True, stable=True)
-        return cls(
-            mean=moments.mean,
-            moments=moments,
-            directions=directions,
-            outliers=outliers,
-            root_mean_squares=mean_squares[outliers].sqrt(),
-        )
+    def __init__(self, moments: ActivationMoments):
+        self.moments = moments
+        self.mean = moments.mean
+        _, self.directions = moments.principal_directions()
+        mean_squares = moments.covariance.diagonal() + self.mean.pow(2)
+        self.outliers = mean_squares.argsort(descending=True, stable=True)
+        self.root_mean_squares = mean_squares[self.outliers].sqrt()
 
 
 class Fit(NamedTuple):
     """
-    What is learnt of some tokens at one hook point.
+    Statistics of some tokens at one hook point.
 
     Attributes:
         model: Of the activations.
@@ -106,9 +108,46 @@ class Fit(NamedTuple):
     model: ModelFit
     saes: dict[str, SAEFit]
 
-    def baseline(
-        self, sae: SelectedSAE, baseline_keys: Mapping[str, str]
-    ) -> SAEFit | None:
-        """Of the baseline of an SAE, if it has one among `baseline_keys`."""
-        key = baseline_keys.get(sae.key)
-        return None if key is None else self.saes[key]
+
+def fit(
+    config: ScaffoldAblationEvalConfig,
+    hooked: HookedModel,
+    group: Sequence[SelectedSAE],
+    baselines: Mapping[str, SelectedSAE],
+    stream: TokenStream,
+) -> dict[bool, Fit]:
+    """
+    Args:
+        config: Number of tokens, and which.
+        hooked: The language model at the SAEs' hook point.
+        group: The SAEs, their baselines among them.
+        baselines: The baselines of SAEs, by the SAEs' keys.
+        stream: The text.
+
+    Returns:
+        Statistics without special tokens under False, and with them under True if they are
+        included.
+    """
+    d_in, device = group[0].sae.cfg.d_in, hooked.model.cfg.device or "cpu"
+    kinds = (False, True) if config.include_special_tokens else (False,)
+    moments = {special: ActivationMoments(d_in, device) for special in kinds}
+    saes = {
+        special: {
+            sae.key: SAEFit(sae, config.pca_rank or sae.subspace_rank) for sae in group
+        }
+        for special in kinds
+    }
+    for tokens, counts in stream.batches(config.n_fit_tokens, "Fitting ablations"):
+        full = hooked.below(tokens)[0]
+        for special in kinds:
+            x = full.flatten(0, 1) if special else full[counts]
+            check_finite(x, hooked.hook_name)
+            moments[special].update(x)
+            for of in saes[special].values():
+                of.update(x)
+    for by_key in saes.values():
+        for key in by_key.keys() & baselines.keys():
+            by_key[key].baseline = by_key[baselines[key].key]
+    return {
+        special: Fit(ModelFit(moments[special]), saes[special]) for special in kinds
+    }

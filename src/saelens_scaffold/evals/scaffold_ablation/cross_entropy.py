@@ -1,29 +1,22 @@
 """What interventions cost the language model in next-token prediction."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from saelens_scaffold.evals.bootstrap import SequenceBootstrap
 from saelens_scaffold.evals.language_model import HookedBatch, HookedModel
 from saelens_scaffold.evals.output_fields import estimates
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
-)
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     ScaffoldAblationResultDetail,
 )
 from saelens_scaffold.evals.scaffold_ablation.interventions import (
     CLEAN,
+    Identity,
     Intervention,
-    SAEBatch,
-)
-from saelens_scaffold.evals.scaffold_ablation.predictions import (
-    CleanPredictions,
-    ReplicateLosses,
-    SequenceLosses,
+    distinct,
 )
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
@@ -31,17 +24,31 @@ from saelens_scaffold.evals.text_data import TokenStream
 
 class Losses:
     """
-    Losses in every bootstrap replicate, of the clean run and of interventions.
+    Sums over all predictions in every bootstrap replicate, the sample's own first.
 
     Attributes:
-        n_predictions: Shape (1 + n_replicates,), float64.
-        of: Losses by key of the SAE and name of the intervention, the clean run's too.
+        n_predictions: Number of predictions, shape (1 + n_replicates,), float64.
+        of: Cross-entropy and KL of the clean run and of each intervention, by its identity,
+            shape (2, 1 + n_replicates), float64.
     """
 
     def __init__(self, n_replicates: int):
-        self.n_predictions = torch.zeros(1 + n_replicates, dtype=torch.float64)
-        self.of: defaultdict[tuple[str, str], ReplicateLosses]
-        self.of = defaultdict(ReplicateLosses)
+        zeros = torch.zeros(2, 1 + n_replicates, dtype=torch.float64)
+        self.n_predictions = zeros[0]
+        self.of: dict[Identity, torch.Tensor] = defaultdict(lambda: zeros)
+
+    def add(
+        self, identity: Identity, weights: torch.Tensor, losses: torch.Tensor
+    ) -> None:
+        """
+        Args:
+            identity: Identity of the intervention.
+            weights: How often each replicate counts each sequence, shape
+                (1 + n_replicates, batch), float64.
+            losses: Losses of the sequences of a batch, shape (2, batch), float64.
+        """
+        sums = torch.stack([weights @ loss for loss in losses])
+        self.of[identity] = self.of[identity] + sums
 
 
 @torch.no_grad()
@@ -68,50 +75,33 @@ def measure_losses(
         weights = bootstrap.draw(len(tokens)).double()
         run = HookedBatch(hooked, tokens, counts)
         clean = CleanPredictions(run.above(run.full), tokens, counts)
-        losses.n_predictions += weights @ clean.n_predictions
+        losses.n_predictions = losses.n_predictions + weights @ clean.n_predictions
+        losses.add(CLEAN.identity(), weights, clean.losses)
         runs = {False: run}
         if config.include_special_tokens:
             runs[True] = run.changing(torch.ones_like(counts))
-        # interventions that do not depend on the SAE are run once
-        of_batch: dict[tuple[Any, ...], SequenceLosses] = {}
-        for sae in group:
-            losses.of[sae.key, CLEAN.name].add(weights, clean.losses)
-            batches = {special: SAEBatch(of.x, sae.sae) for special, of in runs.items()}
-            for change in changes[sae.key]:
-                of, batch = runs[change.special_tokens], batches[change.special_tokens]
-                identity = change.identity(sae.key)
-                if identity not in of_batch:
-                    of_batch[identity] = SequenceLosses.mean(
-                        [
-                            clean.compare(of.above(of.full_with(draw(batch))))
-                            for draw in change.changes
-                        ]
-                    )
-                losses.of[sae.key, change.name].add(weights, of_batch[identity])
+        for identity, change, batch in distinct(group, changes, runs):
+            of = runs[change.special_tokens]
+            draws = [
+                clean.compare(of.above(of.full_with(draw(batch))))
+                for draw in change.changes
+            ]
+            losses.add(identity, weights, torch.stack(draws).mean(dim=0))
     return losses
 
 
 def result_details(
-    config: ScaffoldAblationEvalConfig,
     losses: Losses,
     sae: SelectedSAE,
     changes: Sequence[Intervention],
+    confidence: float,
 ) -> list[ScaffoldAblationResultDetail]:
-    """
-    Cross-entropy and KL of the clean run and of each intervention, with intervals.
-
-    Args:
-        config: Confidence of the intervals.
-        losses: Losses of all SAEs.
-        sae: The SAE.
-        changes: Its interventions.
-    """
-    n_predictions = losses.n_predictions
-    clean_ce = losses.of[sae.key, CLEAN.name].cross_entropy / n_predictions
+    """Cross-entropy and KL of the clean run and of each intervention on an SAE."""
+    clean_ce = losses.of[CLEAN.identity()][0] / losses.n_predictions
     found: list[ScaffoldAblationResultDetail] = []
     for change in [CLEAN, *changes]:
-        of = losses.of[sae.key, change.name]
-        ce = of.cross_entropy / n_predictions
+        ce, kl = losses.of[change.identity(sae.key)] / losses.n_predictions
+        figures = {"ce": ce, "ce_ratio": ce / clean_ce, "delta_ce": ce - clean_ce}
         detail = ScaffoldAblationResultDetail(
             intervention=change.name,
             kind=change.kind,
@@ -119,13 +109,82 @@ def result_details(
             special_tokens=change.special_tokens,
             size=change.size,
             n_draws=len(change.changes),
-            **estimates(
-                config.confidence,
-                ce=ce,
-                ce_ratio=ce / clean_ce,
-                delta_ce=ce - clean_ce,
-                kl=of.kl / n_predictions,
-            ),
+            **estimates(confidence, **figures, kl=kl),
         )
         found.append(detail)
     return found
+
+
+class CleanPredictions:
+    """
+    Predictions of the language model when nothing is changed, for one batch.
+
+    Args:
+        logits: Shape (batch, seq, d_vocab).
+        tokens: Shape (batch, seq).
+        counts: Mask of the tokens that count, shape (batch, seq). A prediction counts if
+            both the token it is made at and the token it is about do: elsewhere the
+            activations are not changed, and the predictions hardly.
+
+    Attributes:
+        n_predictions: Number of predictions that count in each sequence, shape (batch,),
+            float64.
+        losses: Losses as of `compare`; the KL divergence is 0.
+    """
+
+    def __init__(
+        self, logits: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor
+    ):
+        # what follows the last token of a sequence is not known, and never counts
+        self._targets = tokens.roll(-1, dims=1).flatten()
+        follows = counts.roll(-1, dims=1)
+        follows[:, -1] = False
+        self._counts = (counts & follows).cpu().double()
+        self.n_predictions = self._counts.sum(dim=1)
+        flat = logits.flatten(0, 1)
+        self._probabilities = torch.empty_like(flat, dtype=torch.float32)
+        for rows, log_p in _log_softmax_in_parts(logits):
+            torch.exp(log_p, out=self._probabilities[rows])
+        _, self._clean_expectation = self._surprise_and_expectation(logits)
+        self.losses = self.compare(logits)
+
+    def compare(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Losses of other predictions for the same batch.
+
+        Args:
+            logits: Shape (batch, seq, d_vocab).
+
+        Returns:
+            Sums over the predictions of each sequence, in nats, shape (2, batch), float64:
+            cross-entropy of the next token, and KL divergence from the clean prediction.
+        """
+        surprise, expectation = self._surprise_and_expectation(logits)
+        # KL(p || q) = E_p[log p] - E_p[log q], of which the first is the same for all q
+        both = torch.stack([surprise, self._clean_expectation - expectation])
+        by_token = both.cpu().double().view(2, *self._counts.shape)
+        return (by_token * self._counts).sum(dim=2)
+
+    def _surprise_and_expectation(
+        self, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-log q(next token) and E_p[log q], both of shape (batch * seq,)."""
+        surprises: list[torch.Tensor] = []
+        expectations: list[torch.Tensor] = []
+        for rows, log_q in _log_softmax_in_parts(logits):
+            targets = self._targets[rows, None]
+            surprises.append(-log_q.gather(1, targets).squeeze(1))
+            p = self._probabilities[rows]
+            expectations.append(torch.bmm(p[:, None], log_q[:, :, None]).flatten())
+        return torch.cat(surprises), torch.cat(expectations)
+
+
+def _log_softmax_in_parts(
+    logits: torch.Tensor,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Log probabilities in float32, in parts small enough for a CPU's cache."""
+    flat = logits.flatten(0, 1)
+    step = max(1, (2**20 if flat.device.type == "cpu" else 2**26) // flat.shape[1])
+    for start in range(0, len(flat), step):
+        rows = slice(start, start + step)
+        yield rows, flat[rows].float().log_softmax(dim=-1)

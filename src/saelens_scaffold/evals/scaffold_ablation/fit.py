@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 
 from saelens_scaffold.evals.language_model import HookedModel, check_finite
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
-)
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.latents import most_aligned
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
@@ -66,47 +63,67 @@ class SAEFit:
             return None
         return orthonormal_basis(self.sae.sae.W_dec[: self.sae.rank].detach().cpu())
 
+    def like_weights(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor with dtype and device of the SAE's weights."""
+        return tensor.to(device=self.sae.sae.device, dtype=self.sae.sae.dtype)
+
     def most_aligned(self, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Its alive sparse latents, most aligned with a subspace first, and the cosines."""
         decoder = self.sae.sae.W_dec[self.sae.rank :].detach()
         return most_aligned(decoder, self.fired > 0, basis)
 
 
-class ModelFit:
-    """
-    Statistics of the activations at one hook point.
-
-    Attributes:
-        moments: Mean and covariance.
-        mean: E[x], shape (d_in,), float64.
-        directions: Orthonormal principal directions, largest variance first, shape
-            (d_in, d_in), float64.
-        outliers: Dimensions of the residual stream, largest root mean square first,
-            shape (d_in,). By magnitude, as outlier dimensions are known in the
-            literature (arXiv 2208.07339), and so also by their mean.
-        root_mean_squares: Their root mean squares, in that order, shape (d_in,), float64.
-    """
-
-    def __init__(self, moments: ActivationMoments):
-        self.moments = moments
-        self.mean = moments.mean
-        _, self.directions = moments.principal_directions()
-        mean_squares = moments.covariance.diagonal() + self.mean.pow(2)
-        self.outliers = mean_squares.argsort(descending=True, stable=True)
-        self.root_mean_squares = mean_squares[self.outliers].sqrt()
-
-
-class Fit(NamedTuple):
+class Fit:
     """
     Statistics of some tokens at one hook point.
 
     Attributes:
-        model: Of the activations.
-        saes: Of each SAE, by its key.
+        moments: Mean and covariance of the activations.
+        saes: Statistics of each SAE, by its key.
     """
 
-    model: ModelFit
-    saes: dict[str, SAEFit]
+    def __init__(
+        self,
+        config: ScaffoldAblationEvalConfig,
+        group: Sequence[SelectedSAE],
+        device: str | torch.device,
+    ):
+        self.moments = ActivationMoments(group[0].sae.cfg.d_in, device)
+        self.saes = {
+            sae.key: SAEFit(sae, config.pca_rank or sae.subspace_rank) for sae in group
+        }
+
+    def update(self, x: torch.Tensor) -> None:
+        """As `SAEFit.update`."""
+        self.moments.update(x)
+        for of in self.saes.values():
+            of.update(x)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """E[x], shape (d_in,), float64."""
+        return self.moments.mean
+
+    @cached_property
+    def directions(self) -> torch.Tensor:
+        """Orthonormal principal directions, largest variance first, shape (d_in, d_in),
+        float64."""
+        return self.moments.principal_directions()[1]
+
+    @cached_property
+    def root_mean_squares(self) -> torch.Tensor:
+        """Root mean square of each dimension of the residual stream, shape (d_in,)."""
+        return (self.moments.covariance.diagonal() + self.mean.pow(2)).sqrt()
+
+    @cached_property
+    def outliers(self) -> torch.Tensor:
+        """
+        Dimensions of the residual stream, largest root mean square first, shape (d_in,).
+
+        By magnitude, as outlier dimensions are known in the literature (arXiv 2208.07339),
+        and so also by their mean.
+        """
+        return self.root_mean_squares.argsort(descending=True, stable=True)
 
 
 def fit(
@@ -128,26 +145,16 @@ def fit(
         Statistics without special tokens under False, and with them under True if they are
         included.
     """
-    d_in, device = group[0].sae.cfg.d_in, hooked.model.cfg.device or "cpu"
     kinds = (False, True) if config.include_special_tokens else (False,)
-    moments = {special: ActivationMoments(d_in, device) for special in kinds}
-    saes = {
-        special: {
-            sae.key: SAEFit(sae, config.pca_rank or sae.subspace_rank) for sae in group
-        }
-        for special in kinds
-    }
+    device = hooked.model.cfg.device or "cpu"
+    fits = {special: Fit(config, group, device) for special in kinds}
     for tokens, counts in stream.batches(config.n_fit_tokens, "Fitting ablations"):
         full = hooked.below(tokens)[0]
-        for special in kinds:
+        for special, of in fits.items():
             x = full.flatten(0, 1) if special else full[counts]
             check_finite(x, hooked.hook_name)
-            moments[special].update(x)
-            for of in saes[special].values():
-                of.update(x)
-    for by_key in saes.values():
-        for key in by_key.keys() & baselines.keys():
-            by_key[key].baseline = by_key[baselines[key].key]
-    return {
-        special: Fit(ModelFit(moments[special]), saes[special]) for special in kinds
-    }
+            of.update(x)
+    for of in fits.values():
+        for key in of.saes.keys() & baselines.keys():
+            of.saes[key].baseline = of.saes[baselines[key].key]
+    return fits

@@ -2,21 +2,17 @@
 
 import torch
 
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
-)
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     DictionaryAlignment,
     GeometryMetrics,
     PrincipalAngles,
 )
-from saelens_scaffold.evals.scaffold_ablation.fit import ModelFit, SAEFit
+from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit
 from saelens_scaffold.saes.subspaces import principal_angle_cosines
 
 
-def geometry(
-    fit: ModelFit, of: SAEFit
-) -> tuple[GeometryMetrics, PrincipalAngles | None]:
+def geometry(fit: Fit, of: SAEFit) -> tuple[GeometryMetrics, PrincipalAngles | None]:
     """
     Compare the scaffold's subspace with the top principal directions (claim i of the
     paper, arXiv 2606.14040).
@@ -43,7 +39,7 @@ def geometry(
         variance_explained_by_random=rank / d_in,
         outlier_share_in_pca=outlier_share(pca),
         outlier_share_in_random=rank / d_in,
-        outlier_rms_ratio=float(rms[rank - 1] / rms.median()),
+        outlier_rms_ratio=float(rms[outliers[-1]] / rms.median()),
     )
     scaffold = of.scaffold_basis
     if scaffold is None:

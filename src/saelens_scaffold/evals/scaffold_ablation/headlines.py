@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saelens_scaffold.evals.output_fields import headlines, repeated
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
-)
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     CrossEntropyMetrics,
     DictionaryAlignment,
@@ -103,8 +101,8 @@ def special_token_metrics(
     metrics: dict[str, Any] = {}
     for special, fit in fits.items():
         name = f"top_direction_variance{WITH_SPECIAL_TOKENS if special else ''}"
-        metrics[name] = fit.model.moments.explained_variance(fit.model.directions[:1])
-    with_them, _ = geometry(fits[True].model, fits[True].saes[sae_key])
+        metrics[name] = fit.moments.explained_variance(fit.directions[:1])
+    with_them, _ = geometry(fits[True], fits[True].saes[sae_key])
     read = _after_the_last_layer(accuracies)
     return SpecialTokenMetrics(
         overlap_with_pca_with_special_tokens=with_them.overlap_with_pca,

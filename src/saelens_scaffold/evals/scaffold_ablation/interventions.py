@@ -1,6 +1,6 @@
 """Changes to the activations at the hook point, each under the name it is reported by."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
-)
-from saelens_scaffold.evals.scaffold_ablation.fit import Fit, ModelFit, SAEFit
+from saelens_scaffold.evals.language_model import HookedBatch
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
+from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit
 from saelens_scaffold.evals.scaffold_ablation.latents import matched_frequency
+from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.saes.active_latents import ActiveLatents
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.saes.subspaces import orthonormal_basis
@@ -78,6 +78,8 @@ WITH_SPECIAL_TOKENS = "_with_special_tokens"
 
 Change = Callable[[SAEBatch], torch.Tensor]
 
+Identity = tuple[str | int | None, ...]
+
 
 @dataclass
 class Intervention:
@@ -108,12 +110,39 @@ class Intervention:
         name = f"{self.name}{WITH_SPECIAL_TOKENS}"
         return replace(self, name=name, special_tokens=True)
 
-    def identity(self, sae_key: str) -> tuple[Any, ...]:
-        """What it has in common with the same intervention on other SAEs, if anything."""
-        return (self.name, self.size) + (() if self.of_model else (sae_key,))
+    def identity(self, sae_key: str = "") -> Identity:
+        """What tells it from others. SAEs share an intervention that is of the model."""
+        return (self.name, self.size, None if self.of_model else sae_key)
 
 
-CLEAN = Intervention("clean", "nothing changed", [lambda batch: batch.x])
+CLEAN = Intervention("clean", "nothing changed", [lambda batch: batch.x], of_model=True)
+
+
+def distinct(
+    group: Sequence[SelectedSAE],
+    changes: Mapping[str, list[Intervention]],
+    runs: Mapping[bool, HookedBatch],
+) -> Iterator[tuple[Identity, Intervention, SAEBatch]]:
+    """
+    Interventions on a batch, once if several SAEs share one.
+
+    Args:
+        group: The SAEs.
+        changes: The interventions on each SAE, by its key.
+        runs: The batch without special tokens under False, and with them under True if
+            there are interventions that include them.
+
+    Yields:
+        An intervention's identity, the intervention, and the activations it changes.
+    """
+    found: set[Identity] = set()
+    for sae in group:
+        batches = {special: SAEBatch(run.x, sae.sae) for special, run in runs.items()}
+        for change in changes[sae.key]:
+            identity = change.identity(sae.key)
+            if identity not in found:
+                found.add(identity)
+                yield identity, change, batches[change.special_tokens]
 
 
 def interventions(
@@ -131,26 +160,29 @@ def interventions(
     return [
         change.including_special_tokens() if special else change
         for special, fit in fits.items()
-        for change in _interventions(config, fit.model, fit.saes[sae_key])
+        for change in _interventions(config, fit, fit.saes[sae_key])
     ]
 
 
 def _interventions(
-    config: ScaffoldAblationEvalConfig, fit: ModelFit, of: SAEFit
+    config: ScaffoldAblationEvalConfig, fit: Fit, of: SAEFit
 ) -> Iterator[Intervention]:
-    like_x = partial(torch.Tensor.to, device=of.sae.sae.device, dtype=of.sae.sae.dtype)
     generator = torch.Generator().manual_seed(config.random_seed)
+    mean = of.like_weights(fit.mean)
     basis = of.scaffold_basis
-    yield from _references(like_x(fit.mean))
+    yield from _references(mean)
     if basis is not None:
-        yield from _of_scaffold(like_x(of.scaffold_mean), like_x(basis), of.sae.rank)
-    yield from _of_geometry(config, fit, of.pca_rank, like_x, generator)
+        yield from _of_scaffold(of, basis)
+    random = [
+        orthonormal_basis(torch.randn(of.pca_rank, len(mean), generator=generator))
+        for _ in range(config.n_random_draws)
+    ]
+    yield from _of_geometry(fit, of, mean, random)
     if basis is not None:
         yield from _of_dictionary(config, of, basis, generator)
         if of.baseline is not None:
-            yield from _of_dictionary(
-                config, of.baseline, basis, generator, "baseline_"
-            )
+            own = of.baseline
+            yield from _of_dictionary(config, own, basis, generator, "baseline_")
 
 
 def _references(mean: torch.Tensor) -> Iterator[Intervention]:
@@ -173,19 +205,18 @@ def _references(mean: torch.Tensor) -> Iterator[Intervention]:
     )
 
 
-def _of_scaffold(
-    scaffold_mean: torch.Tensor, basis: torch.Tensor, rank: int
-) -> Iterator[Intervention]:
-    removal = partial(Intervention, kind="scaffold", size=rank)
+def _of_scaffold(of: SAEFit, basis: torch.Tensor) -> Iterator[Intervention]:
+    removal = partial(Intervention, kind="scaffold", size=of.sae.rank)
+    mean = of.like_weights(of.scaffold_mean)
     yield removal(
         "scaffold_mean_ablated",
         "x - s(x) + E[s]: the scaffold's part of the reconstruction replaced by its mean",
-        [lambda batch: batch.x - batch.scaffold(fix_gauge=True) + scaffold_mean],
+        [lambda batch: batch.x - batch.scaffold(fix_gauge=True) + mean],
     )
     yield removal(
         "scaffold_projected_out",
         "the span of the scaffold's decoder rows projected out of x",
-        [_projection(basis)],
+        [_projection(of.like_weights(basis))],
     )
     yield removal(
         "scaffold_subtracted_gauge_fixed",
@@ -201,30 +232,18 @@ def _of_scaffold(
 
 
 def _of_geometry(
-    config: ScaffoldAblationEvalConfig,
-    fit: ModelFit,
-    rank: int,
-    like_x: Callable[[torch.Tensor], torch.Tensor],
-    generator: torch.Generator,
+    fit: Fit, of: SAEFit, mean: torch.Tensor, random: list[torch.Tensor]
 ) -> Iterator[Intervention]:
-    d_in = len(fit.mean)
-    mean = like_x(fit.mean)
-    random = [
-        orthonormal_basis(torch.randn(rank, d_in, generator=generator))
-        for _ in range(config.n_random_draws)
-    ]
-    outliers = torch.eye(d_in)[fit.outliers[:rank].cpu()]
+    rank = of.pca_rank
+    removal = partial(Intervention, kind="geometry", size=rank, of_model=True)
+    outliers = torch.eye(len(mean))[fit.outliers[:rank].cpu()]
+    largest = "the dimensions of the residual stream with the largest root mean square"
     for name, what, draws in (
         ("pca", "the top principal directions", [fit.directions[:rank]]),
         ("random", "as many random directions", random),
-        (
-            "outlier_dimensions",
-            "the dimensions of the residual stream with the largest root mean square",
-            [outliers],
-        ),
+        ("outlier_dimensions", largest, [outliers]),
     ):
-        bases = [like_x(basis) for basis in draws]
-        removal = partial(Intervention, kind="geometry", size=rank, of_model=True)
+        bases = [of.like_weights(basis) for basis in draws]
         yield removal(
             f"{name}_mean_ablated",
             f"the coordinates of x along {what} replaced by their mean",

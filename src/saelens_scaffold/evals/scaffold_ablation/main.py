@@ -7,12 +7,13 @@ from saelens_scaffold.evals.base import Call, Implementation, Result
 from saelens_scaffold.evals.baselines import baseline_named
 from saelens_scaffold.evals.language_model import by_hook_point, load_language_model
 from saelens_scaffold.evals.overlap import text_seen_in_training
+from saelens_scaffold.evals.scaffold_ablation import (
+    ScaffoldAblationEvalConfig,
+    headlines,
+)
 from saelens_scaffold.evals.scaffold_ablation.cross_entropy import (
     measure_losses,
     result_details,
-)
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
 )
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     ScaffoldAblationEvalOutput,
@@ -22,11 +23,6 @@ from saelens_scaffold.evals.scaffold_ablation.fit import fit
 from saelens_scaffold.evals.scaffold_ablation.geometry import (
     dictionary_alignments,
     geometry,
-)
-from saelens_scaffold.evals.scaffold_ablation.headlines import (
-    cross_entropy_metrics,
-    special_token_metrics,
-    topic_metrics,
 )
 from saelens_scaffold.evals.scaffold_ablation.interventions import interventions
 from saelens_scaffold.evals.scaffold_ablation.topic_texts import (
@@ -57,11 +53,7 @@ def measure(
     for hooked, at_hook in by_hook_point(model, list(needed.values())):
         stream = TokenStream(config, model, at_hook)
         # read before the long work, so that errors in it are reported now
-        texts = (
-            load_topic_texts(config, model, stream.context_size, stream.prepend_bos)
-            if config.topics
-            else None
-        )
+        texts = load_topic_texts(config, model, stream) if config.topics else None
         fits = fit(config, hooked, at_hook, baselines, stream)
         group = [sae for sae in at_hook if sae.key in seen]
         changes = {sae.key: interventions(config, fits, sae.key) for sae in group}
@@ -72,14 +64,16 @@ def measure(
         for sae in group:
             of = fits[False].saes[sae.key]
             accuracies = topics.get(sae.key, [])
-            details = result_details(config, losses, sae, changes[sae.key])
+            details = result_details(losses, sae, changes[sae.key], config.confidence)
             alignments = dictionary_alignments(config, of)
-            of_geometry, angles = geometry(fits[False].model, of)
+            of_geometry, angles = geometry(fits[False], of)
             metrics = ScaffoldAblationMetricCategories(
-                cross_entropy=cross_entropy_metrics(config, details, alignments),
+                cross_entropy=headlines.cross_entropy_metrics(
+                    config, details, alignments
+                ),
                 geometry=of_geometry,
-                topics=topic_metrics(texts, accuracies, of),
-                special_tokens=special_token_metrics(
+                topics=headlines.topic_metrics(texts, accuracies, of),
+                special_tokens=headlines.special_token_metrics(
                     fits, sae.key, details, accuracies
                 ),
             )

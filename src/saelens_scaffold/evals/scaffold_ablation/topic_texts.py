@@ -9,9 +9,8 @@ from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.labelled_data import TextsByLabel, read_labelled_text
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
-)
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
+from saelens_scaffold.evals.text_data import TokenStream
 
 MMLU = "cais/mmlu"
 """MMLU (Hendrycks et al. 2021, arXiv 2009.03300) on the Hub. Its columns are question,
@@ -72,15 +71,14 @@ def read_topics(
 def load_topic_texts(
     config: ScaffoldAblationEvalConfig,
     model: HookedTransformer,
-    context_size: int,
-    prepend_bos: bool,
+    stream: TokenStream,
 ) -> TopicTexts:
     """
     Args:
         config: Which texts.
         model: The language model, for its tokenizer.
-        context_size: Longest text in tokens, BOS included; the rest is cut off.
-        prepend_bos: Whether each text begins with BOS.
+        stream: Its context size is that of the longest text, beyond which texts are cut
+            off. It also says whether they begin with BOS.
 
     Raises:
         UserError: The texts cannot be read, or there are too few.
@@ -95,14 +93,15 @@ def load_topic_texts(
     ]
     n_train = sum(map(len, train.values()))
     labels = torch.tensor([label for _, label in texts])
+
+    def tokens_of(text: str) -> torch.Tensor:
+        bos = stream.prepend_bos
+        tokens = model.to_tokens(text, prepend_bos=bos, move_to_device=False)
+        return tokens[0, : stream.context_size]
+
     return TopicTexts(
         topics=topics,
-        tokens=[
-            model.to_tokens(text, prepend_bos=prepend_bos, move_to_device=False)[
-                0, :context_size
-            ]
-            for text, _ in texts
-        ],
+        tokens=[tokens_of(text) for text, _ in texts],
         labels=labels,
         n_train=n_train,
         chance=float(labels[n_train:].bincount().max() / len(labels[n_train:])),

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -17,15 +16,14 @@ from saelens_scaffold.evals.language_model import (
     special_token_ids,
 )
 from saelens_scaffold.evals.output_fields import estimates
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
-)
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import TopicAccuracy
-from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit
+from saelens_scaffold.evals.scaffold_ablation.fit import Fit
 from saelens_scaffold.evals.scaffold_ablation.interventions import (
     WITH_SPECIAL_TOKENS,
+    Identity,
     Intervention,
-    SAEBatch,
+    distinct,
     without_latents,
 )
 from saelens_scaffold.evals.scaffold_ablation.topic_texts import TopicTexts
@@ -47,9 +45,6 @@ _PLACES = ("hook_point", "last_layer")
 
 _Features = dict[str, torch.Tensor]
 """The pooled activations of texts at each place, shape (n_texts, d)."""
-
-_Identity = tuple[Any, ...]
-"""What tells interventions apart, by `Intervention.identity`."""
 
 
 class TopicProbes:
@@ -78,7 +73,7 @@ class TopicProbes:
         self._weights = SequenceBootstrap(config.n_bootstrap, config.random_seed).draw(
             n_texts - texts.n_train
         )
-        clean = CLEAN.identity("")
+        clean = CLEAN.identity()
         self._clean = self._collect(
             "Topics", lambda batch: {clean: batch.features(batch.runs[False].x, False)}
         )[clean]
@@ -104,22 +99,27 @@ class TopicProbes:
             ]
             for key, of_sae in interventions.items()
         }
-        saes = fits[False].saes
-        features = self._collect(
-            "Topics, ablating", lambda batch: _ablated(batch, saes, changes)
-        )
+        group = [fits[False].saes[key].sae for key in interventions]
+        by_identity: dict[Identity, Intervention] = {}
+
+        def features_of(batch: _TextBatch) -> dict[Identity, _Features]:
+            found: dict[Identity, _Features] = {}
+            for identity, change, of in distinct(group, changes, batch.runs):
+                by_identity[identity] = change
+                x = change.changes[0](of)
+                found[identity] = batch.features(x, change.special_tokens)
+            return found
+
+        features = self._collect("Topics, ablating", features_of)
+        read = {
+            identity: self._accuracies_of(by_identity[identity], of)
+            for identity, of in features.items()
+        }
         clean = self._accuracies_of(CLEAN, self._clean)
-        by_identity: dict[_Identity, list[TopicAccuracy]] = {}
-        found: dict[str, list[TopicAccuracy]] = {}
-        for key, of_sae in changes.items():
-            found[key] = [*clean]
-            for change in of_sae:
-                identity = change.identity(key)
-                if identity not in by_identity:
-                    read = self._accuracies_of(change, features[identity])
-                    by_identity[identity] = read
-                found[key] += by_identity[identity]
-        return found
+        return {
+            key: clean + [a for i in of_sae for a in read[i.identity(key)]]
+            for key, of_sae in changes.items()
+        }
 
     def _accuracies_of(
         self, change: Intervention, features: _Features
@@ -182,10 +182,10 @@ class TopicProbes:
     def _collect(
         self,
         desc: str,
-        features_of: Callable[["_TextBatch"], dict[_Identity, _Features]],
-    ) -> dict[_Identity, _Features]:
+        features_of: Callable[["_TextBatch"], dict[Identity, _Features]],
+    ) -> dict[Identity, _Features]:
         """Features of all texts, batch by batch, in the order of the texts."""
-        parts: defaultdict[tuple[_Identity, str], list[torch.Tensor]]
+        parts: defaultdict[tuple[Identity, str], list[torch.Tensor]]
         parts = defaultdict(list)
         size = self._config.llm_batch_size
         for start in tqdm(range(0, len(self._order), size), desc=desc, unit="batch"):
@@ -195,7 +195,7 @@ class TopicProbes:
                 for place in _PLACES:
                     parts[identity, place].append(features[place])
         rank_of_text = torch.tensor(self._order).argsort()
-        found: defaultdict[_Identity, _Features] = defaultdict(dict)
+        found: defaultdict[Identity, _Features] = defaultdict(dict)
         for (identity, place), rows in parts.items():
             found[identity][place] = torch.cat(rows)[rank_of_text]
         return found
@@ -242,23 +242,6 @@ class _TextBatch:
             place: (acts.float() * self._weights).sum(dim=1).cpu()
             for place, acts in zip(_PLACES, (full, last), strict=True)
         }
-
-
-def _ablated(
-    batch: _TextBatch,
-    saes: Mapping[str, SAEFit],
-    changes: Mapping[str, list[Intervention]],
-) -> dict[_Identity, _Features]:
-    """Features after each intervention, once if all SAEs share it."""
-    found: dict[_Identity, _Features] = {}
-    for key, of_sae in changes.items():
-        sae = saes[key].sae.sae
-        batches = {special: SAEBatch(of.x, sae) for special, of in batch.runs.items()}
-        for change in of_sae:
-            if change.identity(key) not in found:
-                x = change.changes[0](batches[change.special_tokens])
-                found[change.identity(key)] = batch.features(x, change.special_tokens)
-    return found
 
 
 def _pooling_weights(is_text: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from saelens_scaffold.evals.language_model import by_hook_point, load_language_m
 from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.scaffold_ablation import (
     ScaffoldAblationEvalConfig,
-    headlines,
+    metrics,
 )
 from saelens_scaffold.evals.scaffold_ablation.cross_entropy import (
     measure_losses,
@@ -20,10 +20,6 @@ from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     ScaffoldAblationMetricCategories,
 )
 from saelens_scaffold.evals.scaffold_ablation.fit import fit
-from saelens_scaffold.evals.scaffold_ablation.geometry import (
-    dictionary_alignments,
-    geometry,
-)
 from saelens_scaffold.evals.scaffold_ablation.interventions import interventions
 from saelens_scaffold.evals.scaffold_ablation.topic_texts import (
     load_topic_texts,
@@ -65,22 +61,22 @@ def measure(
             of = fits[False].saes[sae.key]
             accuracies = topics.get(sae.key, [])
             details = result_details(losses, sae, changes[sae.key], config.confidence)
-            alignments = dictionary_alignments(config, of)
-            of_geometry, angles = geometry(fits[False], of)
-            metrics = ScaffoldAblationMetricCategories(
-                cross_entropy=headlines.cross_entropy_metrics(
+            alignments = metrics.dictionary_alignments(config, of)
+            geometry, angles = metrics.geometry_metrics(fits[False], of)
+            categories = ScaffoldAblationMetricCategories(
+                cross_entropy=metrics.cross_entropy_metrics(
                     config, details, alignments
                 ),
-                geometry=of_geometry,
-                topics=headlines.topic_metrics(texts, accuracies, of),
-                special_tokens=headlines.special_token_metrics(
+                geometry=geometry,
+                topics=metrics.topic_metrics(texts, accuracies, of),
+                special_tokens=metrics.special_token_metrics(
                     fits, sae.key, details, accuracies
                 ),
             )
             yield (
                 sae,
                 {
-                    "eval_result_metrics": metrics,
+                    "eval_result_metrics": categories,
                     "eval_result_details": details,
                     "topic_accuracies": accuracies,
                     "principal_angles": angles,

@@ -1,7 +1,8 @@
 """Whether the topic of a text can be read with the scaffold, without it, or without latents."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -20,6 +21,7 @@ from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import TopicAccuracy
 from saelens_scaffold.evals.scaffold_ablation.fit import Fit
 from saelens_scaffold.evals.scaffold_ablation.interventions import (
+    CLEAN,
     WITH_SPECIAL_TOKENS,
     Identity,
     Intervention,
@@ -27,6 +29,7 @@ from saelens_scaffold.evals.scaffold_ablation.interventions import (
     without_latents,
 )
 from saelens_scaffold.evals.scaffold_ablation.topic_texts import TopicTexts
+from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.saes.subspaces import orthonormal_basis
 
 # What removes the scaffold, or its geometric twin. The others only change how much text
@@ -38,8 +41,6 @@ INTERVENTIONS = (
     "pca_projected_out",
     "pca_mean_ablated",
 )
-
-CLEAN = Intervention("clean", "nothing taken away", [])
 
 _PLACES = ("hook_point", "last_layer")
 
@@ -66,6 +67,7 @@ class TopicProbes:
         self, config: ScaffoldAblationEvalConfig, hooked: HookedModel, texts: TopicTexts
     ):
         self._config, self._hooked, self._texts = config, hooked, texts
+        self._probes: dict[str, Pipeline] = {}
         # Texts of similar length share a batch, since padding is computed and dropped.
         n_texts = len(texts.tokens)
         self._order = sorted(range(n_texts), key=lambda i: len(texts.tokens[i]))
@@ -73,11 +75,6 @@ class TopicProbes:
         self._weights = SequenceBootstrap(config.n_bootstrap, config.random_seed).draw(
             n_texts - texts.n_train
         )
-        clean = CLEAN.identity()
-        self._clean = self._collect(
-            "Topics", lambda batch: {clean: batch.features(batch.runs[False].x, False)}
-        )[clean]
-        self._probes = {place: self._probe(self._clean[place]) for place in _PLACES}
 
     def accuracies(
         self, fits: Mapping[bool, Fit], interventions: Mapping[str, list[Intervention]]
@@ -92,32 +89,29 @@ class TopicProbes:
             For each SAE, one entry for each intervention and each place where the topic
             is read, clean first.
         """
+        group = [fits[False].saes[key].sae for key in interventions]
+        clean = replace(CLEAN, description="nothing taken away")
+        (of_clean,) = self._features(
+            "Topics", group[:1], {key: [clean] for key in interventions}
+        ).values()
+        self._probes = {place: self._probe(of_clean[place]) for place in _PLACES}
+        basis = self._topic_basis(of_clean["hook_point"])
         changes = {
             key: [
                 *(i for i in of_sae if _base_name(i) in INTERVENTIONS),
-                *self._topic_latents_ablated(fits, key),
+                *self._topic_latents_ablated(fits, key, basis),
             ]
             for key, of_sae in interventions.items()
         }
-        group = [fits[False].saes[key].sae for key in interventions]
-        by_identity: dict[Identity, Intervention] = {}
-
-        def features_of(batch: _TextBatch) -> dict[Identity, _Features]:
-            found: dict[Identity, _Features] = {}
-            for identity, change, of in distinct(group, changes, batch.runs):
-                by_identity[identity] = change
-                x = change.changes[0](of)
-                found[identity] = batch.features(x, change.special_tokens)
-            return found
-
-        features = self._collect("Topics, ablating", features_of)
-        read = {
-            identity: self._accuracies_of(by_identity[identity], of)
-            for identity, of in features.items()
-        }
-        clean = self._accuracies_of(CLEAN, self._clean)
+        features = self._features("Topics, ablating", group, changes)
+        read = {clean.identity(): self._accuracies_of(clean, of_clean)}
+        for key, of_sae in changes.items():
+            for change in of_sae:
+                identity = change.identity(key)
+                if identity not in read:
+                    read[identity] = self._accuracies_of(change, features[identity])
         return {
-            key: clean + [a for i in of_sae for a in read[i.identity(key)]]
+            key: [a for i in [clean, *of_sae] for a in read[i.identity(key)]]
             for key, of_sae in changes.items()
         }
 
@@ -154,17 +148,17 @@ class TopicProbes:
         correct = (predicted == labels[n_train:]).float()
         return (self._weights @ correct) / self._weights.sum(dim=1)
 
+    def _topic_basis(self, features: torch.Tensor) -> torch.Tensor:
+        """Orthonormal rows that span the topics' mean activations."""
+        n_train, n_topics = self._texts.n_train, len(self._texts.topics)
+        train, labels = features[:n_train].double(), self._texts.labels[:n_train]
+        means = torch.stack([train[labels == i].mean(dim=0) for i in range(n_topics)])
+        return orthonormal_basis(means - means.mean(dim=0))
+
     def _topic_latents_ablated(
-        self, fits: Mapping[bool, Fit], sae_key: str
+        self, fits: Mapping[bool, Fit], sae_key: str, basis: torch.Tensor
     ) -> Iterator[Intervention]:
         """Without the alive latents that lie most in the span of the topics' means."""
-        n_train, n_topics = self._texts.n_train, len(self._texts.topics)
-        features = self._clean["hook_point"][:n_train].double()
-        labels = self._texts.labels[:n_train]
-        means = torch.stack(
-            [features[labels == i].mean(dim=0) for i in range(n_topics)]
-        )
-        basis = orthonormal_basis(means - means.mean(dim=0))
         for special, fit in fits.items():
             of = fit.saes[sae_key]
             latents = of.most_aligned(basis)[0][: self._config.n_topic_latents]
@@ -179,26 +173,29 @@ class TopicProbes:
             yield change.including_special_tokens() if special else change
 
     @torch.no_grad()
-    def _collect(
+    def _features(
         self,
         desc: str,
-        features_of: Callable[["_TextBatch"], dict[Identity, _Features]],
+        group: Sequence[SelectedSAE],
+        changes: Mapping[str, list[Intervention]],
     ) -> dict[Identity, _Features]:
-        """Features of all texts, batch by batch, in the order of the texts."""
-        parts: defaultdict[tuple[Identity, str], list[torch.Tensor]]
-        parts = defaultdict(list)
+        """Features of all texts after each distinct intervention."""
+        parts: defaultdict[Identity, list[_Features]] = defaultdict(list)
         size = self._config.llm_batch_size
         for start in tqdm(range(0, len(self._order), size), desc=desc, unit="batch"):
             texts = [self._texts.tokens[i] for i in self._order[start : start + size]]
             batch = _TextBatch(self._config, self._hooked, texts)
-            for identity, features in features_of(batch).items():
-                for place in _PLACES:
-                    parts[identity, place].append(features[place])
+            for identity, change, of in distinct(group, changes, batch.runs):
+                x = change.changes[0](of)
+                parts[identity].append(batch.features(x, change.special_tokens))
         rank_of_text = torch.tensor(self._order).argsort()
-        found: defaultdict[Identity, _Features] = defaultdict(dict)
-        for (identity, place), rows in parts.items():
-            found[identity][place] = torch.cat(rows)[rank_of_text]
-        return found
+        return {
+            identity: {
+                place: torch.cat([part[place] for part in of])[rank_of_text]
+                for place in _PLACES
+            }
+            for identity, of in parts.items()
+        }
 
 
 class _TextBatch:

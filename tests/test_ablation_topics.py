@@ -19,6 +19,7 @@ from datasets import (
     Value,
 )
 from pydantic import ValidationError
+from saelens_scaffold.evals.scaffold_ablation.mmlu import SUBJECTS_BY_CATEGORY
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -28,7 +29,6 @@ from eval_helpers import HOOK, eval_sae
 from saelens_scaffold.evals import text_data
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.main import run_eval
-from saelens_scaffold.evals.scaffold_ablation.mmlu import SUBJECTS_BY_CATEGORY
 from saelens_scaffold.evals.scaffold_ablation.topic_texts import read_topics
 from saelens_scaffold.models import load_embedded_model
 

@@ -1,4 +1,4 @@
-"""What a `compare` run says of an SAE and its baseline."""
+"""Dense latents of an SAE against its baseline, as a `compare` run reports them."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ class Reduction(NamedTuple):
 
     Attributes:
         share: 1 minus the ratio of the two counts.
-        baseline: What the run calls the baseline.
+        baseline: Name of the baseline in the run.
     """
 
     share: float
@@ -30,14 +30,15 @@ def reductions_in(run: Path) -> dict[str, Reduction]:
     The reductions of a run's SAEs against baselines of the same k and seed, by id.
 
     Args:
-        run: The folder of a `compare` run, or any other, which says nothing.
+        run: Folder of a `compare` run; any other gives none.
 
     Raises:
-        UserError: There is a results.json, but it is not one of `compare`.
+        UserError: Its results.json is not one of `compare`.
     """
     file = run / RESULTS_FILE
     if not file.is_file():
         return {}
+    found: dict[str, Reduction] = {}
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         compared = {
@@ -45,17 +46,16 @@ def reductions_in(run: Path) -> dict[str, Reduction]:
             for comparison in results["comparisons"]
             if comparison["metric"] == _DENSE_LATENTS and comparison["matching"] == "k"
         }
-        found: dict[str, Reduction] = {}
         for sae in results["saes"]:
-            comparison = compared.get(sae["arm"])
-            if comparison is None:
+            if sae["arm"] not in compared:
                 continue
+            comparison = compared[sae["arm"]]
             difference = comparison["differences"].get(str(sae["seed"]))
             count = sae["metrics"][_DENSE_LATENTS]["value"]
             if difference is not None and count is not None and count > difference:
-                found[sae_id_of_path(Path(sae["name"]))] = Reduction(
-                    -difference / (count - difference), comparison["baseline"]["arm"]
-                )
+                share = -difference / (count - difference)
+                baseline = comparison["baseline"]["arm"]
+                found[sae_id_of_path(Path(sae["name"]))] = Reduction(share, baseline)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} is not the results.json of a `compare` run "

@@ -27,10 +27,10 @@ from sae_bench.evals.base_eval_output import (  # noqa: E402
     BaseMetrics,
     BaseResultDetail,
 )
+from saelens_scaffold.evals.run import run_evaluation  # noqa: E402
 
 from saelens_scaffold.evals import command_line, json_schemas, registry  # noqa: E402
 from saelens_scaffold.evals.registry import Evaluation, Metric  # noqa: E402
-from saelens_scaffold.evals.run import run_evaluation  # noqa: E402
 from saelens_scaffold.evals.selected_saes import load_saes  # noqa: E402
 
 QUICK_CORE = [

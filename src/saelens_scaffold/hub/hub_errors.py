@@ -50,9 +50,7 @@ class HubUploadError(UserError):
     exit_status = 1
 
 
-def retry(
-    action: Callable[[], Result], statuses: frozenset[int] = TRANSIENT
-) -> Result:
+def retry(action: Callable[[], Result], statuses: frozenset[int] = TRANSIENT) -> Result:
     """
     Do something, and repeat it while the Hub answers with one of these statuses.
 

@@ -69,8 +69,7 @@ class UploadSummary:
         readme_outcome: What became of it, or would.
         readme_diff: Unified diff from the repository's README; None if that is unknown.
         pull_request: URL of the pull request, if there is one.
-        unmatched_results: Evaluation results of none of the SAEs.
-        stale_results: Why each outdated result is not uploaded, by file.
+        left_out: Evaluation results that are not uploaded, with the reason.
     """
 
     repo_url: str
@@ -80,5 +79,4 @@ class UploadSummary:
     readme_outcome: Literal["written", "unchanged", "kept"] = "written"
     readme_diff: str | None = None
     pull_request: str | None = None
-    unmatched_results: list[Path] = field(default_factory=list)
-    stale_results: dict[Path, str] = field(default_factory=dict)
+    left_out: Mapping[Path, str] = field(default_factory=dict)

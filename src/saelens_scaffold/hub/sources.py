@@ -1,9 +1,10 @@
-"""The SAEs that are to be uploaded: where they are, and what is known of them."""
+"""The SAEs to upload: where they are, and what is known of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sae_lens.constants import (
@@ -14,10 +15,12 @@ from sae_lens.constants import (
 )
 from sae_lens.saes.sae import SAE, TrainingSAE
 from safetensors.torch import load_file
+from tqdm.autonotebook import tqdm
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.hub.comparisons import Reduction
-from saelens_scaffold.hub.evaluation_results import EvaluationResult, results_of
+from saelens_scaffold.hub.comparisons import Reduction, reductions_in
+from saelens_scaffold.hub.facts import Facts, facts_of
+from saelens_scaffold.hub.results import read_results, results_of
 from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.sae_ids import (
     RESULTS_FOLDER,
@@ -34,13 +37,16 @@ from saelens_scaffold.saes.validation import (
 )
 from saelens_scaffold.training.measurement import Measurement
 
-MAX_RUNNER_CFG_BYTES = 1 << 24
+if TYPE_CHECKING:
+    from saelens_scaffold.evals.store import StoredResult
 
-COMPARE_RUN_SAES = "saes"
-"""The folder of a `compare` run with its SAEs."""
+_MAX_RUNNER_CFG_BYTES = 1 << 24
 
-COMPARE_RUN_FILES = ("compare.yaml", "results.json", "report.html")
-"""What else of a `compare` run is published: its configuration, results and report."""
+_COMPARE_SAES = "saes"
+"""Folder of a `compare` run with its SAEs."""
+
+_COMPARE_FILES = ("compare.yaml", "results.json", "report.html")
+"""Published files of a `compare` run: its configuration, results and report."""
 
 SAESource = SAE[Any] | Path | str
 """An SAE, or the directory of one."""
@@ -53,14 +59,13 @@ class UploadedSAE:
 
     Attributes:
         sae_id: Its id in the repository.
-        source: The SAE, in inference form, or its directory.
+        source: The SAE in inference form, or its directory.
         cfg: Its configuration.
         log_sparsity: log10 of the latents' firing frequencies in training, shape
-            (d_sae,), if they are known.
+            (d_sae,), if known.
         measurement: What was measured of these weights when they were saved, if anything.
         results: Its evaluation results.
-        reduction: How many fewer dense latents it has than a baseline, if a `compare` run
-            says so.
+        reduction: Its reduction of dense latents against the baseline of a `compare` run.
     """
 
     sae_id: str
@@ -68,8 +73,13 @@ class UploadedSAE:
     cfg: Any
     log_sparsity: torch.Tensor | None = None
     measurement: Measurement | None = None
-    results: list[EvaluationResult] = field(default_factory=list)
+    results: "Sequence[StoredResult]" = ()
     reduction: Reduction | None = None
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Its numbers in the card."""
+        return facts_of(self.results, self.measurement, self.reduction)
 
     @property
     def rank(self) -> int:
@@ -78,12 +88,12 @@ class UploadedSAE:
 
     @property
     def in_scaffold_form(self) -> bool:
-        """Whether it is in the form that needs this package, whatever its rank is."""
+        """Whether it needs this package to load, whatever its rank."""
         return self.cfg.architecture() == "scaffold_jumprelu"
 
     @property
     def runner_cfg(self) -> Path | None:
-        """The configuration of the runner that trained it, if there is one."""
+        """Configuration of the runner that trained it, if there is one."""
         if not isinstance(self.source, Path):
             return None
         file = self.source / RUNNER_CFG_FILENAME
@@ -101,25 +111,24 @@ def find_saes(path: Path) -> dict[str, Path]:
     The SAEs of a directory.
 
     Args:
-        path: The directory of an SAE, that of a `compare` run, or any with SAEs below.
+        path: Directory of an SAE, of a `compare` run, or any with SAEs below it.
 
     Returns:
         The SAEs' directories by id: an SAE's own name, or its path below the directory.
 
     Raises:
-        UserError: There is none.
-        UserError: Two have the same id, or one's path makes none.
+        UserError: There is none, two have the same id, or a path makes no id.
     """
     if not path.is_dir():
         raise UserError(f"{path} is no directory")
     if _is_sae(path):
         return {sae_id_of_path(Path(path.resolve().name)): path}
-    root = path / COMPARE_RUN_SAES if is_compare_run(path) else path
+    root = path / _COMPARE_SAES if compare_files(path) else path
     directories: list[Path] = []
     for file in sorted(root.rglob(SAE_CFG_FILENAME)):
-        inside_another = any(other in file.parents for other in directories)
         # what lies in an SAE's directory belongs to it, as a plain form saved there
-        if _is_sae(file.parent) and not inside_another:
+        is_inside_another = any(other in file.parents for other in directories)
+        if _is_sae(file.parent) and not is_inside_another:
             directories.append(file.parent)
     if not directories:
         raise UserError(
@@ -132,28 +141,37 @@ def find_saes(path: Path) -> dict[str, Path]:
     return dict(zip(ids, directories, strict=True))
 
 
-def given_saes(arguments: Sequence[str]) -> dict[str, Path]:
+def given_saes(
+    arguments: Sequence[str],
+) -> tuple[Mapping[str, Path] | Path, list[Path]]:
     """
-    The SAEs that a command line names.
+    The SAEs of a command line.
 
     Args:
-        arguments: Directories that `find_saes` takes, or ID=DIRECTORY.
+        arguments: Directories as for `find_saes`, or ID=DIRECTORY.
+
+    Returns:
+        The SAEs' directories by id, or the only directory if it is given without an id;
+        and the directories as given.
 
     Raises:
-        UserError: One holds no SAE.
-        UserError: An id is none, or two are the same.
+        UserError: A directory holds no SAE, an id is invalid, or two are the same.
     """
+    given = [_split_id(argument) for argument in arguments]
+    directories = [path for _, path in given]
+    if len(given) == 1 and given[0][0] is None:
+        return directories[0], directories
     found: list[tuple[str, Path]] = []
-    for given_id, path in map(split_id, arguments):
+    for given_id, path in given:
         for sae_id, directory in find_saes(path).items():
             if given_id is not None:
                 sae_id = given_id if directory == path else f"{given_id}/{sae_id}"
-            found.append((check_sae_id(sae_id), directory))
+            found.append((sae_id, directory))
     check_distinct(sae_id for sae_id, _ in found)
-    return dict(found)
+    return dict(found), directories
 
 
-def split_id(argument: str) -> tuple[str | None, Path]:
+def _split_id(argument: str) -> tuple[str | None, Path]:
     """The id, if one is given, and the directory of an ID=DIRECTORY."""
     sae_id, equals, directory = argument.partition("=")
     if not equals or Path(argument).exists():
@@ -162,73 +180,114 @@ def split_id(argument: str) -> tuple[str | None, Path]:
 
 
 def results_folders(paths: Iterable[str | Path]) -> list[Path]:
-    """The folders with evaluation results that lie in these directories."""
+    """The folders with evaluation results in these directories."""
     folders = [Path(path) / RESULTS_FOLDER for path in paths]
     return [folder for folder in folders if folder.is_dir()]
 
 
-def is_compare_run(path: Path) -> bool:
-    """Whether a folder is that of a `compare` run."""
-    return (path / COMPARE_RUN_SAES).is_dir() and (
-        path / COMPARE_RUN_FILES[0]
-    ).is_file()
+def compare_files(path: Path) -> dict[str, Path]:
+    """The published files of a `compare` run by name; none of any other directory."""
+    files = {name: path / name for name in _COMPARE_FILES if (path / name).is_file()}
+    is_run = (path / _COMPARE_SAES).is_dir() and _COMPARE_FILES[0] in files
+    return files if is_run else {}
 
 
-def run_files(path: Path) -> dict[str, Path]:
-    """The files of a `compare` run that go along, by name."""
-    files = {name: path / name for name in COMPARE_RUN_FILES}
-    return {name: file for name, file in files.items() if file.is_file()}
-
-
-def prepare_sae(
-    sae_id: str, source: SAESource, results: Sequence[EvaluationResult]
-) -> UploadedSAE:
+def prepare(
+    saes: Mapping[str, SAESource] | Path | str,
+    eval_results: Path | str | Sequence[Path | str] | None,
+    show_progress: bool,
+) -> tuple[list[UploadedSAE], dict[str, Path], dict[Path, str]]:
     """
-    See that an SAE can be uploaded, and gather what is known of it.
+    Check that SAEs can be uploaded, and gather what is known of them.
 
     Args:
-        sae_id: The id it is to have.
-        source: The SAE, in training or in inference form, or its directory.
-        results: Evaluation results, of any SAEs.
+        saes: SAEs, or their directories, by id; or one directory as for `find_saes`.
+        eval_results: Folders with evaluation results; None for those in the directories.
+        show_progress: Whether to show a progress bar.
+
+    Returns:
+        The SAEs; the files of a `compare` run by name; and the evaluation results that
+        are not uploaded, with the reason.
 
     Raises:
-        InvalidSAEError: The SAE, or a file of it, cannot be used.
-        UserError: The id is none.
-        TypeError: The source is neither an SAE nor a path.
+        InvalidSAEError: An SAE, or one of its files, cannot be used.
+        UserError: There is no SAE, or an id or a result cannot be used.
     """
-    check_sae_id(sae_id)
+    directory = Path(saes) if isinstance(saes, str | Path) else None
+    by_id = _by_id(saes)
+    if eval_results is None:
+        sources = [s for s in by_id.values() if isinstance(s, str | Path)]
+        eval_results = results_folders([directory] if directory else sources)
+    folders = [eval_results] if isinstance(eval_results, str | Path) else eval_results
+    results = read_results([Path(folder) for folder in folders])
+    left_out = {r.file: why for r in results if (why := r.why_stale()) is not None}
+    current = [result for result in results if result.file not in left_out]
+    run_files = compare_files(directory) if directory else {}
+    reductions = reductions_in(directory) if directory and run_files else {}
+    prepared = [
+        _prepare_sae(sae_id, source, current, reductions.get(sae_id))
+        for sae_id, source in tqdm(
+            by_id.items(), desc="Checking SAEs", disable=not show_progress
+        )
+    ]
+    matched = {result.file for sae in prepared for result in sae.results}
+    for result in current:
+        if result.file not in matched:
+            left_out[result.file] = "is of none of these SAEs"
+    return prepared, run_files, left_out
+
+
+def _by_id(saes: Mapping[str, SAESource] | Path | str) -> Mapping[str, SAESource]:
+    if isinstance(saes, (str, Path)):
+        return find_saes(Path(saes))
+    if not isinstance(saes, Mapping):
+        raise UserError("name the SAEs: pass a dictionary of SAEs by id")
+    if not saes:
+        raise UserError("no SAEs to upload")
+    for sae_id in saes:
+        check_sae_id(sae_id)
+    check_distinct(saes)
+    return saes
+
+
+def _prepare_sae(
+    sae_id: str,
+    source: SAESource,
+    results: "Sequence[StoredResult]",
+    reduction: Reduction | None,
+) -> UploadedSAE:
+    if not isinstance(source, (SAE, str, Path)):
+        raise TypeError(
+            f"an SAE or the path of its directory is needed, got {source!r:.100}"
+        )
+    log_sparsity = None
     try:
         if isinstance(source, SAE):
-            sae = inference_form(source)
-            uploaded = UploadedSAE(sae_id, sae, sae.cfg)
+            source = sae = _inference_form(source)
             check_weights(sae.cfg.to_dict(), sae.state_dict())
-        elif isinstance(source, (str, Path)):
-            sae = load_scaffold_sae(source)
-            uploaded = UploadedSAE(sae_id, Path(source), sae.cfg)
-            sparsity_file = Path(source) / SPARSITY_FILENAME
-            if sparsity_file.exists():
-                uploaded.log_sparsity = load_file(sparsity_file)["sparsity"]
-            if uploaded.runner_cfg is not None:
-                read_json_object(uploaded.runner_cfg, MAX_RUNNER_CFG_BYTES)
         else:
-            raise TypeError(
-                f"an SAE or the path of its directory is needed, got {source!r:.100}"
-            )
+            source = Path(source)
+            sae = load_scaffold_sae(source)
+            if (source / SPARSITY_FILENAME).exists():
+                log_sparsity = load_file(source / SPARSITY_FILENAME)["sparsity"]
+            if (source / RUNNER_CFG_FILENAME).exists():
+                read_json_object(source / RUNNER_CFG_FILENAME, _MAX_RUNNER_CFG_BYTES)
         check_can_be_used(sae)
     except InvalidSAEError as error:
         raise InvalidSAEError(f"SAE {sae_id!r}: {error}") from error
-    uploaded.results = results_of(sae, results)
-    uploaded.measurement = Measurement.of(sae)
-    return uploaded
+    return UploadedSAE(
+        sae_id,
+        source,
+        sae.cfg,
+        log_sparsity,
+        Measurement.of(sae),
+        results_of(sae, results),
+        reduction,
+    )
 
 
-def inference_form(sae: SAE[Any]) -> SAE[Any]:
-    """
-    The form of an SAE that is published.
-
-    Raises:
-        InvalidSAEError: It is a training SAE of SAELens's own.
-    """
+def _inference_form(sae: SAE[Any]) -> SAE[Any]:
+    """The form of an SAE that is published."""
     if isinstance(sae, ScaffoldMixin):
         return sae.to_inference()
     if isinstance(sae, TrainingSAE):
@@ -242,25 +301,3 @@ def inference_form(sae: SAE[Any]) -> SAE[Any]:
 def _is_sae(directory: Path) -> bool:
     names = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
     return all((directory / name).is_file() for name in names)
-
-
-def as_mapping(
-    saes: Mapping[str, SAESource] | SAESource,
-) -> tuple[dict[str, SAESource], Path | None]:
-    """
-    The SAEs by id, and the directory in which they lie, if one was given.
-
-    Raises:
-        UserError: The directory holds no SAE.
-        UserError: There is none, or it has no id.
-    """
-    if isinstance(saes, (str, Path)):
-        return dict(find_saes(Path(saes))), Path(saes)
-    if not isinstance(saes, Mapping):
-        raise UserError("name the SAEs: pass a dictionary of SAEs by id")
-    if not saes:
-        raise UserError("no SAEs to upload")
-    for sae_id in saes:
-        check_sae_id(sae_id)
-    check_distinct(saes)
-    return dict(saes), None

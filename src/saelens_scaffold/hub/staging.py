@@ -54,7 +54,9 @@ def write_files(
             # often each of them does was not counted.
             scaffold, sparse = log_sparsity.tensor_split([uploaded.rank])
             log_sparsity = torch.cat([scaffold, scaffold, sparse])
-        _save(uploaded, sae.to_jumprelu(), folder / PLAIN_FORM, plain_hint, log_sparsity)
+        _save(
+            uploaded, sae.to_jumprelu(), folder / PLAIN_FORM, plain_hint, log_sparsity
+        )
     _save(uploaded, sae, folder, hint, uploaded.log_sparsity)
     if uploaded.runner_cfg is not None:
         runner_cfg = json.loads(uploaded.runner_cfg.read_text(encoding="utf-8"))

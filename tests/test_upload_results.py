@@ -57,7 +57,7 @@ def test_results_go_with_their_sae(hub: HubServer, run: Path) -> None:
     results = {"eval_results/dense_latents.json", "eval_results/sparse_probing.json"}
     assert results < paths_in(hub, "base")
     assert results < paths_in(hub, "scaffold/rank_4")
-    assert {file.name for file in summary.unmatched_results} == {
+    assert {file.name for file in summary.left_out} == {
         "another_custom_sae_eval_results.json"
     }
     files = hub.repositories[REPO].files()
@@ -171,7 +171,7 @@ def test_a_compare_run(tmp_path: Path) -> None:
             "eval_results/dense_latents.json",
         ):
             assert f"{name}/{file}" in summary.files
-    assert not summary.unmatched_results
+    assert not summary.left_out
 
     # and says which SAEs do not have the L0 they were trained for
     l0s = {

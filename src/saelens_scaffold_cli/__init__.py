@@ -200,9 +200,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return compare_command.run(options)
     if argv[:1] == ["upload"]:
         options = parser.parse_args(argv)
-        from saelens_scaffold.hub import command as upload_command
+        from saelens_scaffold._util.errors import UserError, one_line
+        from saelens_scaffold.hub import upload
 
-        return upload_command.run(options)
+        try:
+            text, notes = upload.run(**vars(options))
+        except UserError as error:
+            print(
+                f"saelens-scaffold upload: error: {one_line(error)}", file=sys.stderr
+            )
+            return error.exit_status
+        print("\n".join(notes), file=sys.stderr)
+        print(text)
+        return 0
     if argv[:1] == ["demo"]:
         from saelens_scaffold import demo
 

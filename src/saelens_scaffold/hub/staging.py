@@ -88,7 +88,8 @@ def _save(
         "measured": measurement.to_metadata() if measurement else None,
         "weights_sha256": weights_sha256(sae),
     }
-    _write_json({**cfg, "metadata": without_directories(cfg["metadata"])}, file)
+    cfg["metadata"] = without_directories(cfg["metadata"])
+    file.write_text(json.dumps(cfg), encoding="utf-8")
     if log_sparsity is not None:
         sparsity = {"sparsity": log_sparsity.contiguous()}
         save_file(sparsity, folder / SPARSITY_FILENAME)

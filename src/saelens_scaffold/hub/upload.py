@@ -218,7 +218,7 @@ def _dry_run_text(summary: UploadSummary) -> str:
         )
     elif summary.readme_diff is None:
         parts.append(
-            f"It is unknown from here whether the repository has a {README}; if so, it "
-            "would be kept unless --overwrite_readme is given. The new one:"
+            f"Whether the repository has a {README} cannot be found out from here; if it "
+            "has, it would be kept, unless --overwrite_readme is given. The new one:"
         )
     return "\n".join([*parts, "", summary.readme_diff or summary.readme])

@@ -206,9 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             text, notes = upload.run(**vars(options))
         except UserError as error:
-            print(
-                f"saelens-scaffold upload: error: {one_line(error)}", file=sys.stderr
-            )
+            print(f"saelens-scaffold upload: error: {one_line(error)}", file=sys.stderr)
             return error.exit_status
         print("\n".join(notes), file=sys.stderr)
         print(text)

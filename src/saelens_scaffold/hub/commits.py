@@ -10,20 +10,17 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+    errors,
 )
 from sae_lens import constants
 
 from saelens_scaffold.hub.hub_errors import (
+    HUB_FAILURES,
     NOT_APPLIED,
     TOKENS_URL,
     TRANSIENT,
     HubUploadError,
-    explained,
+    advice,
     retry,
 )
 from saelens_scaffold.hub.model_card import model_card
@@ -59,6 +56,7 @@ class HubUpload:
         self.opens_pr = plan.create_pr
         self.head: str | None = None
         self.remote_files: set[str] = set()
+        self.doing = ""
 
     def run(self) -> None:
         """
@@ -67,43 +65,44 @@ class HubUpload:
         Raises:
             HubUploadError: The Hub refuses or cannot be reached, and what to do.
         """
-        with explained(f"checking {self.repo_id}", self.repo_id, self._state):
-            account = retry(self.api.whoami)
-            _check_permission(account, self.plan)
-            # create_commit validates the front matter, too, but the card comes last.
-            # (ModelCard.validate always asks huggingface.co, whatever the endpoint is.)
-            card = model_card(self.plan)
-            retry(lambda: self.api._validate_yaml(card))
-            self._open_repository(account)
+        try:
+            self._run()
+        except HubUploadError:
+            raise
+        except HUB_FAILURES as error:
+            reason = advice(error, self.repo_id)
+            raise HubUploadError(f"{self.doing}: {reason} {self._state()}") from error
+
+    def _run(self) -> None:
+        self.doing = f"checking {self.repo_id}"
+        account = retry(self.api.whoami)
+        _check_permission(account, self.plan)
+        # create_commit validates the front matter, too, but the card comes last.
+        # (ModelCard.validate always asks huggingface.co, whatever the endpoint is.)
+        card = model_card(self.plan)
+        retry(lambda: self.api._validate_yaml(card))
+        self._open_repository(account)
         for sae in self.plan.progress(self.plan.saes, "Uploading SAEs"):
-            doing = f"uploading {sae.sae_id}"
-            with (
-                explained(doing, self.repo_id, self._state),
-                TemporaryDirectory() as folder,
-            ):
+            self.doing = f"uploading {sae.sae_id}"
+            with TemporaryDirectory() as folder:
                 files = write_files(self.plan, sae, Path(folder))
                 old = self._old_files(sae.sae_id) - set(files)
-                self.summary.commits[sae.sae_id] = self._commit(
-                    files, old, f"Upload SAE {sae.sae_id}"
-                )
-        with explained("uploading the model card", self.repo_id, self._state):
-            self._write_card()
+                title = f"Upload SAE {sae.sae_id}"
+                self.summary.commits[sae.sae_id] = self._commit(files, old, title)
+        self.doing = "uploading the model card"
+        self._write_card()
 
     def _open_repository(self, account: Mapping[str, Any]) -> None:
         """Find the repository, its branch and its files; create what is missing."""
         try:
             retry(lambda: self.api.repo_info(self.repo_id))
-        except RepositoryNotFoundError:
+        except errors.RepositoryNotFoundError:
             _check_may_create(account, self.plan)
-            private = self.plan.private or None
-            retry(
-                lambda: self.api.create_repo(
-                    self.repo_id, private=private, exist_ok=True
-                )
-            )
+            options = {"private": self.plan.private or None, "exist_ok": True}
+            retry(lambda: self.api.create_repo(self.repo_id, **options))
         try:
             retry(self._read_branch)
-        except RevisionNotFoundError:
+        except errors.RevisionNotFoundError:
             if self.revision.startswith("refs/"):
                 raise
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
@@ -145,21 +144,21 @@ class HubUpload:
         self.api.preupload_lfs_files(self.repo_id, additions, **where)
 
         def commit(deleted: set[str]) -> CommitInfo:
-            deletions = [CommitOperationDelete(path) for path in sorted(deleted)]
-            operations = [*additions, *deletions]
-            return self.api.create_commit(
-                self.repo_id, operations, commit_message=title, **where
-            )
-
-        def commit_existing() -> CommitInfo:
+            operations = [*additions, *map(CommitOperationDelete, sorted(deleted))]
             try:
-                return commit(old)
-            except EntryNotFoundError:
-                # deleted already, by a commit whose answer was lost
-                return commit(old & self._list_files())
+                return self.api.create_commit(
+                    self.repo_id, operations, commit_message=title, **where
+                )
+            except errors.EntryNotFoundError:
+                still_there = deleted & self._list_files()
+                if still_there == deleted:
+                    raise
+                # the others are gone, by a commit whose answer was lost
+                return commit(still_there)
 
         # Repeating a commit changes nothing; repeating a pull request opens a second one.
-        made = retry(commit_existing, NOT_APPLIED if self.opens_pr else TRANSIENT)
+        statuses = NOT_APPLIED if self.opens_pr else TRANSIENT
+        made = retry(lambda: commit(old), statuses)
         self.remote_files = (self.remote_files | set(files)) - old
         if made.oid == self.head:
             return None

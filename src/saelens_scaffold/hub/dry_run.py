@@ -4,23 +4,19 @@ import difflib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import (
-    HfApi,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+import huggingface_hub
+from huggingface_hub import errors
 
 from saelens_scaffold.hub.model_card import model_card
 from saelens_scaffold.hub.plan import README, UploadPlan, UploadSummary
 from saelens_scaffold.hub.staging import write_files
 from saelens_scaffold.saes.loading import HTTP_ERROR
+
+_NOT_THERE = (
+    errors.EntryNotFoundError,
+    errors.RepositoryNotFoundError,
+    errors.RevisionNotFoundError,
+)
 
 _TIMEOUT = 5.0
 """Seconds to wait for an existing README, which is optional."""
@@ -62,15 +58,18 @@ def _known_of_repository(plan: UploadPlan) -> tuple[str | None, list[str]]:
     where = {"repo_id": plan.repo_id, "revision": plan.revision}
     path, files = None, []
     try:
-        url = hf_hub_url(filename=README, **where)
+        url = huggingface_hub.hf_hub_url(filename=README, **where)
         # one short request, where hf_hub_download alone would retry for long
-        get_hf_file_metadata(url, token=plan.token, timeout=_TIMEOUT)
-        path = hf_hub_download(filename=README, token=plan.token, **where)
-        files = HfApi(token=plan.token).list_repo_files(**where)
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        huggingface_hub.get_hf_file_metadata(url, token=plan.token, timeout=_TIMEOUT)
+        path = huggingface_hub.hf_hub_download(
+            filename=README, token=plan.token, **where
+        )
+        files = huggingface_hub.HfApi(token=plan.token).list_repo_files(**where)
+    except _NOT_THERE:
         return "", []
     except (HTTP_ERROR, OSError):
-        path = path or try_to_load_from_cache(filename=README, **where)
+        cached = huggingface_hub.try_to_load_from_cache(filename=README, **where)
+        path = path or cached
     if not isinstance(path, str):
         return None, []
     return Path(path).read_text(encoding="utf-8"), files

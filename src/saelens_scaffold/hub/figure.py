@@ -26,11 +26,13 @@ def write_firing_frequencies(saes: Sequence[UploadedSAE], path: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
+    known = [sae for sae in saes if sae.facts.frequencies is not None]
+    if not known:
+        return False
     from matplotlib.figure import Figure  # not needed to load SAEs
 
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
-    known = [sae for sae in saes if sae.facts.frequencies is not None]
     for sae in known[:_MAX_CURVES]:
         frequencies = np.asarray(sae.facts.frequencies)
         alive = np.sort(frequencies[frequencies > 0])[::-1]
@@ -41,8 +43,7 @@ def write_firing_frequencies(saes: Sequence[UploadedSAE], path: Path) -> bool:
             linewidth=1.6,
             label=f"{sae.sae_id} (rank {sae.rank})" if sae.rank else sae.sae_id,
         )
-    if known:
-        finish_firing_axes(axes, known[0].facts.threshold)
-        # no version and no date, so that the same plot is the same file
-        figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
-    return bool(known)
+    finish_firing_axes(axes, known[0].facts.threshold)
+    # no version and no date, so that the same plot is the same file
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+    return True

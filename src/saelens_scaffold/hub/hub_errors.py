@@ -2,14 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import errors
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.saes.loading import HTTP_ERROR
@@ -21,6 +16,9 @@ NOT_APPLIED = frozenset({409, 429, 503})
 """Transient statuses after which the request has certainly changed nothing."""
 
 TOKENS_URL = "https://huggingface.co/settings/tokens"
+
+HUB_FAILURES = (HTTP_ERROR, OSError, RuntimeError, ValueError)
+"""What huggingface_hub raises when a request fails."""
 
 _MAX_TRIES = 5
 _MAX_WAIT = 60.0
@@ -35,11 +33,6 @@ _ADVICE = {
     409: "409, somebody else is changing the repository; wait a minute.",
     429: "429, too many requests to the Hub; wait some minutes.",
 }
-_SERVER_TROUBLE = "{status}, the Hub has a problem; see https://status.huggingface.co."
-_NO_TOKEN = (
-    "there is no token; log in with `hf auth login`, or set HF_TOKEN to one from "
-    f"{TOKENS_URL} that may write."
-)
 
 Result = TypeVar("Result")
 
@@ -59,8 +52,8 @@ def retry(action: Callable[[], Result], statuses: frozenset[int] = TRANSIENT) ->
     for wait in (2**i for i in range(_MAX_TRIES - 1)):
         try:
             return action()
-        except HfHubHTTPError as error:
-            if _status(error) not in statuses:
+        except errors.HfHubHTTPError as error:
+            if error.response is None or error.response.status_code not in statuses:
                 raise
             asked_for = error.response.headers.get("Retry-After", "")
             time.sleep(
@@ -69,43 +62,22 @@ def retry(action: Callable[[], Result], statuses: frozenset[int] = TRANSIENT) ->
     return action()
 
 
-@contextmanager
-def explained(doing: str, repo_id: str, state: Callable[[], str]) -> Iterator[None]:
-    """
-    Turn any failure of the Hub into one error that says what to do.
-
-    Args:
-        doing: The current step, as in "uploading layer_12".
-        repo_id: The repository.
-        state: Says what is done already, and how to continue.
-
-    Raises:
-        HubUploadError: A step failed.
-    """
-    try:
-        yield
-    except HubUploadError:
-        raise
-    except (HTTP_ERROR, OSError, RuntimeError, ValueError) as error:
-        message = f"{doing}: {_advice(error, repo_id)} {state()}"
-        raise HubUploadError(message.strip()) from error
-
-
-def _advice(error: BaseException, repo_id: str) -> str:
+def advice(error: BaseException, repo_id: str) -> str:
+    """What went wrong in a request to the Hub, and what to do, as sentences."""
     causes = list(_causes(error))
     for cause in causes:
-        if isinstance(cause, LocalTokenNotFoundError):
-            return _NO_TOKEN
-        if isinstance(cause, OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set; unset it, or only look, with --dry-run."
-        status = _status(cause)
-        if isinstance(cause, HfHubHTTPError) and status:
-            other = _SERVER_TROUBLE if status >= 500 else "the Hub answered {status}."
-            advice = _ADVICE.get(status, other).format(
-                status=status, repo_id=repo_id, owner=repo_id.partition("/")[0]
+        if isinstance(cause, errors.LocalTokenNotFoundError):
+            return (
+                "there is no token; log in with `hf auth login`, or set HF_TOKEN to one "
+                f"from {TOKENS_URL} that may write."
             )
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set; unset it, or only look, with --dry-run."
+        if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
             said = cause.server_message
-            return f"{advice} The Hub says: {said}." if said else advice
+            return _advice_by_status(cause.response.status_code, repo_id) + (
+                f" The Hub says: {said}." if said else ""
+            )
     if any(isinstance(cause, HTTP_ERROR) for cause in causes):
         reason = str(causes[-1]).strip() or type(error).__name__
         return f"the connection broke ({reason:.200}); check the network."
@@ -117,8 +89,11 @@ def _advice(error: BaseException, repo_id: str) -> str:
     return f"{type(error).__name__}: {error!s:.500}."
 
 
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+def _advice_by_status(status: int, repo_id: str) -> str:
+    if status >= 500:
+        return f"{status}, the Hub has a problem; see https://status.huggingface.co."
+    advice = _ADVICE.get(status, f"the Hub refuses with {status}.")
+    return advice.format(repo_id=repo_id, owner=repo_id.partition("/")[0])
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

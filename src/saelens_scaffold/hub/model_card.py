@@ -11,9 +11,9 @@ from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_scaffold.evals.base import Metric
+from saelens_scaffold.hub.facts import config_of, dataset_of, headline_metrics
 from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.hub.plan import FIGURE, UploadPlan
-from saelens_scaffold.hub.results import config_of, dataset_of, headline_metrics
 from saelens_scaffold.hub.sources import UploadedSAE
 from saelens_scaffold.saes.sae_ids import PLAIN_FORM
 
@@ -28,61 +28,27 @@ def model_card(plan: UploadPlan, remote_files: Iterable[str] = ()) -> str:
         plan: The upload.
         remote_files: Files that are in the repository already.
     """
-    saes = plan.saes
-    scaffold = [sae for sae in saes if sae.in_scaffold_form]
-    plain_ids = [sae.sae_id for sae in saes if not sae.in_scaffold_form]
-    if scaffold and plan.jumprelu:
-        plain_ids.insert(0, f"{scaffold[0].sae_id}/{PLAIN_FORM}")
-    n_scaffold = sum(bool(sae.rank) for sae in saes)
-    kinds = {"with a scaffold": n_scaffold, "plain": len(saes) - n_scaffold}
     # an SAE may have had another name in the evaluation
-    ids = {sae.facts.name: sae.sae_id for sae in saes}
-    baselines = [sae.facts.baseline for sae in saes if sae.facts.baseline]
+    ids = {sae.facts.name: sae.sae_id for sae in plan.saes}
+    baselines = [sae.facts.baseline for sae in plan.saes if sae.facts.baseline]
     measured: dict[str | None, list[str]] = {}
-    for sae in saes:
+    for sae in plan.saes:
         measured.setdefault(sae.facts.measured, []).append(sae.sae_id)
-    return (
-        _environment()
-        .get_template("model_card.md.jinja")
-        .render(
-            front_matter=_front_matter(plan).to_yaml(),
-            name=plan.repo_id.partition("/")[2],
-            repo_id=plan.repo_id,
-            models=[sae.cfg.metadata.model_name for sae in saes],
-            kinds=" and ".join(f"{n} {kind}" for kind, n in kinds.items() if n),
-            saes=saes,
-            scaffold=scaffold,
-            plain_id=plain_ids[0] if plain_ids else None,
-            jumprelu=plan.jumprelu,
-            figure=FIGURE if FIGURE in plan.extra_files else None,
-            threshold=f"{saes[0].facts.threshold:.0%}",
-            baselines=[ids.get(name, name) for name in baselines],
-            intervals=any(
-                "[" in sae.facts.cells["dense_latents.dense_latents"] for sae in saes
-            ),
-            measured=measured,
-            others=_other_saes(plan, remote_files),
-            results=[
-                (sae.sae_id, result.evaluation, dataset_of(result), *headline)
-                for sae in saes
-                for result in sae.results
-                for headline in headline_metrics(result)
-            ],
-            sparsity_files=any(sae.log_sparsity is not None for sae in saes),
-        )
+    return _TEMPLATE.render(
+        front_matter=_front_matter(plan).to_yaml(),
+        plan=plan,
+        saes=plan.saes,
+        figure=FIGURE if FIGURE in plan.extra_files else None,
+        baselines=[ids.get(name, name) for name in baselines],
+        measured=measured,
+        others=_other_saes(plan, remote_files),
+        results=[
+            (sae.sae_id, result.evaluation, dataset_of(result), *headline)
+            for sae in plan.saes
+            for result in sae.results
+            for headline in headline_metrics(result)
+        ],
     )
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("saelens_scaffold", "hub"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        autoescape=False,  # Markdown, whose special characters `plain` removes
-    )
-    environment.filters |= {"code": _code, "plain": _plain, "digits": _digits}
-    return environment
 
 
 def _front_matter(plan: UploadPlan) -> ModelCardData:
@@ -171,3 +137,14 @@ def _plain(value: object) -> str:
 
 def _digits(value: float, metric: Metric) -> str:
     return f"{value:.{metric.digits}f}"
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("saelens_scaffold", "hub"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+    autoescape=False,  # Markdown, whose special characters `plain` removes
+)
+_ENVIRONMENT.filters |= {"code": _code, "plain": _plain, "digits": _digits}
+_TEMPLATE = _ENVIRONMENT.get_template("model_card.md.jinja")

@@ -5,21 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.constants import (
-    RUNNER_CFG_FILENAME,
-    SAE_CFG_FILENAME,
-    SPARSITY_FILENAME,
-)
+from sae_lens import constants
 from sae_lens.saes.sae import SAE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.hub.plan import UploadPlan
 from saelens_scaffold.hub.sources import UploadedSAE
 from saelens_scaffold.saes.digest import weights_sha256
+from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.sae_ids import PLAIN_FORM, RESULTS_FOLDER
+from saelens_scaffold.training.measurement import Measurement
 
-_CONFIGURATIONS = {"eval_config", "sae_cfg_dict"}
+_CONFIGURATIONS = ("eval_config", "sae_cfg_dict")
 """Parts of an evaluation result that may name local paths. The rest may quote text that
 only looks like a path."""
 
@@ -38,75 +36,67 @@ def write_files(
     Returns:
         The files by path in the repository.
     """
-    sae: Any = uploaded.load()
-    sae_id, log_sparsity = uploaded.sae_id, uploaded.log_sparsity
+    sae: Any = load_scaffold_sae(uploaded.directory)
+    sae_id, measurement = uploaded.sae_id, Measurement.of(sae)
+    # null: nothing was measured of these weights
+    measured = measurement.to_metadata() if measurement else None
+    sparsity = None
+    if uploaded.sparsity_file is not None:
+        sparsity = load_file(uploaded.sparsity_file)["sparsity"]
     hint = f'SAE.from_pretrained("{plan.repo_id}", "{sae_id}")'
-    plain_hint = f'SAE.from_pretrained("{plan.repo_id}", "{sae_id}/{PLAIN_FORM}")'
     if uploaded.in_scaffold_form:
         hint = f"pip install saelens-scaffold; then import saelens_scaffold, and {hint}"
     if uploaded.in_scaffold_form and plan.jumprelu:
+        plain_hint = f'SAE.from_pretrained("{plan.repo_id}", "{sae_id}/{PLAIN_FORM}")'
         hint += (
             ". Or without that package, as a plain SAE with the same outputs: "
             f"{plain_hint}"
         )
-        if log_sparsity is not None:
+        plain = folder / PLAIN_FORM
+        _save(sae.to_jumprelu(), plain, how_to_load=plain_hint, measured=measured)
+        if sparsity is not None:
             # Together, the two halves of a linear latent fire as often as it does; how
             # often each of them does was not counted.
-            scaffold, sparse = log_sparsity.tensor_split([uploaded.rank])
-            log_sparsity = torch.cat([scaffold, scaffold, sparse])
-        _save(
-            uploaded, sae.to_jumprelu(), folder / PLAIN_FORM, plain_hint, log_sparsity
-        )
-    _save(uploaded, sae, folder, hint, uploaded.log_sparsity)
-    if uploaded.runner_cfg is not None:
-        runner_cfg = json.loads(uploaded.runner_cfg.read_text(encoding="utf-8"))
-        _write_json(without_directories(runner_cfg), folder / RUNNER_CFG_FILENAME)
+            linear, sparse = sparsity.tensor_split([uploaded.rank])
+            _save_sparsity(torch.cat([linear, linear, sparse]), plain)
+    _save(sae, folder, how_to_load=hint, measured=measured)
+    if sparsity is not None:
+        _save_sparsity(sparsity, folder)
+    runner_cfg = uploaded.directory / constants.RUNNER_CFG_FILENAME
+    if runner_cfg.exists():
+        content = json.loads(runner_cfg.read_text(encoding="utf-8"))
+        _write_json(without_directories(content), folder / runner_cfg.name)
     for name, content in _published_results(uploaded).items():
         _write_json(content, folder / RESULTS_FOLDER / name)
-    return {
-        f"{sae_id}/{file.relative_to(folder).as_posix()}": file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{sae_id}/{path.relative_to(folder).as_posix()}": path for path in files}
 
 
-def _save(
-    uploaded: UploadedSAE,
-    sae: SAE[Any],
-    folder: Path,
-    how_to_load: str,
-    log_sparsity: torch.Tensor | None,
-) -> None:
-    """Save one form of an SAE, with metadata that may be published."""
+def _save(sae: SAE[Any], folder: Path, **metadata: Any) -> None:
+    """Save an SAE with further metadata, and without local paths in them."""
     sae.save_model(folder)
-    file = folder / SAE_CFG_FILENAME
+    file = folder / constants.SAE_CFG_FILENAME
     cfg = json.loads(file.read_text(encoding="utf-8"))
-    measurement = uploaded.measurement
-    cfg["metadata"] |= {
-        "how_to_load": how_to_load,
-        # null: nothing was measured of these weights
-        "measured": measurement.to_metadata() if measurement else None,
-        "weights_sha256": weights_sha256(sae),
-    }
-    cfg["metadata"] = without_directories(cfg["metadata"])
+    metadata["weights_sha256"] = weights_sha256(sae)
+    cfg["metadata"] = without_directories({**cfg["metadata"], **metadata})
     file.write_text(json.dumps(cfg), encoding="utf-8")
-    if log_sparsity is not None:
-        sparsity = {"sparsity": log_sparsity.contiguous()}
-        save_file(sparsity, folder / SPARSITY_FILENAME)
+
+
+def _save_sparsity(log_sparsity: torch.Tensor, folder: Path) -> None:
+    sparsity = {"sparsity": log_sparsity.contiguous()}
+    save_file(sparsity, folder / constants.SPARSITY_FILENAME)
 
 
 def _published_results(uploaded: UploadedSAE) -> dict[str, Any]:
-    """An SAE's evaluation results, by file name."""
+    """An SAE's evaluation results by file name, without local paths."""
     published: dict[str, Any] = {}
     for result in uploaded.results:
         name, number = f"{result.evaluation}.json", 1
         while name in published:
             number += 1
             name = f"{result.evaluation}-{number}.json"
-        published[name] = {
-            key: without_directories(value) if key in _CONFIGURATIONS else value
-            for key, value in result.content.items()
-        }
+        about = {k: v for k, v in result.content.items() if k in _CONFIGURATIONS}
+        published[name] = {**result.content, **without_directories(about)}
     return published
 
 

@@ -6,17 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    validate_repo_id,
-)
+from huggingface_hub import HfApi, errors, utils
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub.commits import HubUpload
+from saelens_scaffold.hub.compare_runs import run_files
 from saelens_scaffold.hub.dry_run import look
 from saelens_scaffold.hub.figure import write_firing_frequencies
 from saelens_scaffold.hub.plan import FIGURE, README, UploadPlan, UploadSummary
@@ -84,13 +78,16 @@ def upload_scaffold_saes(
         UserError: An argument cannot be used, or a directory is missing or holds no SAE.
         HubUploadError: The Hub refuses or cannot be reached, and what to do.
     """
-    check_repo_id(hf_repo_id)
-    prepared, extra_files, left_out = prepare(saes, eval_results, show_progress)
-    summary = UploadSummary(f"{HfApi().endpoint}/{hf_repo_id}", left_out=left_out)
+    _check_repo_id(hf_repo_id)
     with TemporaryDirectory() as folder:
+        prepared, left_out = prepare(
+            saes, eval_results, Path(folder, "saes"), show_progress
+        )
+        extra_files = run_files(Path(saes)) if isinstance(saes, str | Path) else {}
         figure = Path(folder, FIGURE)
         if write_firing_frequencies(prepared, figure):
             extra_files[FIGURE] = figure
+        summary = UploadSummary(f"{HfApi().endpoint}/{hf_repo_id}", left_out=left_out)
         plan = UploadPlan(
             saes=prepared,
             extra_files=extra_files,
@@ -121,7 +118,6 @@ def run(
     revision: str = "main",
     no_jumprelu: bool = False,
     eval_results: Sequence[str] | None = None,
-    license: str | None = None,
     dry_run: bool = False,
     **options: Any,
 ) -> tuple[str, list[str]]:
@@ -134,7 +130,6 @@ def run(
         revision: The branch.
         no_jumprelu: Whether to leave out the plain form of scaffold SAEs.
         eval_results: Output folders of `saelens-scaffold eval`.
-        license: License of the SAEs.
         dry_run: Whether only to look.
         options: Further options of `upload_scaffold_saes`.
 
@@ -148,48 +143,38 @@ def run(
         hf_revision=revision,
         jumprelu=not no_jumprelu,
         eval_results=eval_results or results_folders(directories),
-        license=license,
         dry_run=dry_run,
         **options,
     )
     notes = [f"{file}: stays here, {why}" for file, why in summary.left_out.items()]
-    if license is None:
+    if options.get("license") is None:
         notes.append("The card names no licence; --license mit, say, would.")
     return (_dry_run_text if dry_run else _text)(summary), notes
 
 
-def check_repo_id(hf_repo_id: str) -> str:
-    """
-    Check that this is the name of a repository, with its owner.
-
-    Raises:
-        UserError: It is not.
-    """
+def _check_repo_id(repo_id: str) -> None:
     try:
-        validate_repo_id(hf_repo_id)
-    except HFValidationError as error:
+        utils.validate_repo_id(repo_id)
+    except errors.HFValidationError as error:
+        raise UserError(f"{repo_id!r:.200} is no repository's id: {error}") from error
+    if "/" not in repo_id:
         raise UserError(
-            f"{hf_repo_id!r:.200} is no repository's id: {error}"
-        ) from error
-    if hf_repo_id.count("/") != 1:
-        raise UserError(
-            f"{hf_repo_id!r} lacks the owner, without which SAELens finds no repository; "
-            f"write USER/{hf_repo_id}"
+            f"{repo_id!r} lacks the owner, without which SAELens finds no repository; "
+            f"write USER/{repo_id}"
         )
-    return hf_repo_id
 
 
 @contextmanager
 def _file_progress(show: bool) -> Iterator[None]:
     """Switch off huggingface_hub's progress bar for each file, unless it is wanted."""
-    if show or are_progress_bars_disabled():
+    if show or utils.are_progress_bars_disabled():
         yield
         return
-    disable_progress_bars()
+    utils.disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        utils.enable_progress_bars()
 
 
 def _text(summary: UploadSummary) -> str:

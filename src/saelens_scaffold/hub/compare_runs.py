@@ -1,4 +1,4 @@
-"""Dense latents of an SAE against its baseline, as a `compare` run reports them."""
+"""The folder of a `compare` run: its SAEs, its files, and its reductions of dense latents."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import NamedTuple
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.saes.sae_ids import sae_id_of_path
 
-RESULTS_FILE = "results.json"
+SAES_FOLDER = "saes"
 
+_FILES = ("compare.yaml", "results.json", "report.html")
 _DENSE_LATENTS = "dense_latents.dense_latents.dense_latents"
 
 
@@ -25,18 +26,21 @@ class Reduction(NamedTuple):
     baseline: str
 
 
-def reductions_in(run: Path) -> dict[str, Reduction]:
+def run_files(path: Path) -> dict[str, Path]:
+    """Configuration, results and report of a run by name; none of any other directory."""
+    files = {name: path / name for name in _FILES if (path / name).is_file()}
+    return files if (path / SAES_FOLDER).is_dir() and _FILES[0] in files else {}
+
+
+def reductions_in(path: Path) -> dict[str, Reduction]:
     """
     The reductions of a run's SAEs against baselines of the same k and seed, by id.
 
-    Args:
-        run: Folder of a `compare` run; any other gives none.
-
     Raises:
-        UserError: Its results.json is not one of `compare`.
+        UserError: The run's results.json is not one of `compare`.
     """
-    file = run / RESULTS_FILE
-    if not file.is_file():
+    file = run_files(path).get("results.json")
+    if file is None:
         return {}
     found: dict[str, Reduction] = {}
     try:
@@ -57,8 +61,8 @@ def reductions_in(run: Path) -> dict[str, Reduction]:
                 baseline = comparison["baseline"]["arm"]
                 found[sae_id_of_path(Path(sae["name"]))] = Reduction(share, baseline)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        kind = type(error).__name__
         raise UserError(
-            f"{file} is not the results.json of a `compare` run "
-            f"({type(error).__name__}: {error})"
+            f"{file} is not the results.json of a `compare` run ({kind}: {error})"
         ) from error
     return found

@@ -1,6 +1,7 @@
 """Carrying out an upload: one commit for each SAE, and one for the card."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,10 +10,8 @@ from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
-    HfApi,
     errors,
 )
-from sae_lens import constants
 
 from saelens_scaffold.hub.hub_errors import (
     HUB_FAILURES,
@@ -26,14 +25,12 @@ from saelens_scaffold.hub.hub_errors import (
 from saelens_scaffold.hub.model_card import model_card
 from saelens_scaffold.hub.plan import README, UploadPlan, UploadSummary
 from saelens_scaffold.hub.staging import write_files
-from saelens_scaffold.saes.sae_ids import PLAIN_FORM, RESULTS_FOLDER
 
 _SAE_FILES = (
-    constants.SAE_CFG_FILENAME,
-    constants.SAE_WEIGHTS_FILENAME,
-    constants.SPARSITY_FILENAME,
-    constants.RUNNER_CFG_FILENAME,
+    r"(jumprelu/)?(cfg\.json|(sae_weights|sparsity)\.safetensors|runner_cfg\.json)"
+    r"|eval_results/.*"
 )
+"""Files of an SAE in its folder, where other SAEs may have theirs."""
 
 
 class HubUpload:
@@ -50,7 +47,7 @@ class HubUpload:
         self.plan = plan
         self.summary = summary
         self.repo_id = plan.repo_id
-        self.api = HfApi(token=plan.token)
+        self.api = plan.api
         # the first commit opens a pull request, and the others are made in it
         self.revision = plan.revision
         self.opens_pr = plan.create_pr
@@ -86,7 +83,8 @@ class HubUpload:
             self.doing = f"uploading {sae.sae_id}"
             with TemporaryDirectory() as folder:
                 files = write_files(self.plan, sae, Path(folder))
-                old = self._old_files(sae.sae_id) - set(files)
+                own = re.compile(f"{re.escape(sae.sae_id)}/({_SAE_FILES})")
+                old = set(filter(own.fullmatch, self.remote_files)) - set(files)
                 title = f"Upload SAE {sae.sae_id}"
                 self.summary.commits[sae.sae_id] = self._commit(files, old, title)
         self.doing = "uploading the model card"
@@ -98,8 +96,9 @@ class HubUpload:
             retry(lambda: self.api.repo_info(self.repo_id))
         except errors.RepositoryNotFoundError:
             _check_may_create(account, self.plan)
-            options = {"private": self.plan.private or None, "exist_ok": True}
-            retry(lambda: self.api.create_repo(self.repo_id, **options))
+            private = self.plan.private or None
+            create = self.api.create_repo
+            retry(lambda: create(self.repo_id, private=private, exist_ok=True))
         try:
             retry(self._read_branch)
         except errors.RevisionNotFoundError:
@@ -121,17 +120,6 @@ class HubUpload:
 
     def _list_files(self) -> set[str]:
         return set(self.api.list_repo_files(self.repo_id, revision=self.revision))
-
-    def _old_files(self, sae_id: str) -> set[str]:
-        """The files of an SAE of this id that are in the repository."""
-        plain = (f"{PLAIN_FORM}/{name}" for name in _SAE_FILES)
-        own = {f"{sae_id}/{name}" for name in (*_SAE_FILES, *plain)}
-        results = f"{sae_id}/{RESULTS_FOLDER}/"
-        return {
-            path
-            for path in self.remote_files
-            if path in own or path.startswith(results)
-        }
 
     def _commit(
         self, files: Mapping[str, Path | bytes], old: set[str], title: str
@@ -202,7 +190,7 @@ def _check_permission(account: Mapping[str, Any], plan: UploadPlan) -> None:
             f"the token of {user} may only read; make one that may write at {TOKENS_URL}, "
             "and log in with it (`hf auth login`), or set HF_TOKEN to it"
         )
-    scopes: Sequence[Any] | None = (token.get("fineGrained") or {}).get("scoped")
+    scopes = (token.get("fineGrained") or {}).get("scoped")
     if role != "fineGrained" or plan.create_pr or scopes is None:
         return
     names = {plan.repo_id, plan.repo_id.partition("/")[0]}

@@ -4,8 +4,7 @@ import difflib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import errors, hf_hub_url, try_to_load_from_cache
 
 from saelens_scaffold.hub.model_card import model_card
 from saelens_scaffold.hub.plan import README, UploadPlan, UploadSummary
@@ -55,21 +54,18 @@ def _known_of_repository(plan: UploadPlan) -> tuple[str | None, list[str]]:
     Returns:
         The README ("" if there is none, None if that is unknown), and the files' paths.
     """
-    where = {"repo_id": plan.repo_id, "revision": plan.revision}
+    api, repo_id, revision = plan.api, plan.repo_id, plan.revision
     path, files = None, []
     try:
-        url = huggingface_hub.hf_hub_url(filename=README, **where)
         # one short request, where hf_hub_download alone would retry for long
-        huggingface_hub.get_hf_file_metadata(url, token=plan.token, timeout=_TIMEOUT)
-        path = huggingface_hub.hf_hub_download(
-            filename=README, token=plan.token, **where
-        )
-        files = huggingface_hub.HfApi(token=plan.token).list_repo_files(**where)
+        url = hf_hub_url(repo_id, README, revision=revision)
+        api.get_hf_file_metadata(url=url, timeout=_TIMEOUT)
+        path = api.hf_hub_download(repo_id, README, revision=revision)
+        files = api.list_repo_files(repo_id, revision=revision)
     except _NOT_THERE:
         return "", []
     except (HTTP_ERROR, OSError):
-        cached = huggingface_hub.try_to_load_from_cache(filename=README, **where)
-        path = path or cached
+        path = path or try_to_load_from_cache(repo_id, README, revision=revision)
     if not isinstance(path, str):
         return None, []
     return Path(path).read_text(encoding="utf-8"), files

@@ -1,7 +1,7 @@
 """What is known of an SAE: its evaluation results, and its numbers in the model card."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -185,15 +185,10 @@ def dataset_of(result: "StoredResult") -> str:
 
 def headline_metrics(
     result: "StoredResult",
-) -> list[tuple[Metric, float, tuple[float, float] | None]]:
+) -> Iterator[tuple[Metric, float, tuple[float, float] | None]]:
     """The headline metrics that the result has, with their values and intervals."""
     evaluation = known_evaluations().get(result.evaluation)
-    values = [
-        (metric, metric.value(result.content), metric.interval(result.content))
-        for metric in (evaluation.metrics if evaluation else ())
-    ]
-    return [
-        (metric, value, interval)
-        for metric, value, interval in values
-        if value is not None and math.isfinite(value)
-    ]
+    for metric in evaluation.metrics if evaluation else ():
+        value = metric.value(result.content)
+        if value is not None and math.isfinite(value):
+            yield metric, value, metric.interval(result.content)

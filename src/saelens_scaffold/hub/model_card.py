@@ -109,8 +109,9 @@ def _base_models(saes: Sequence[UploadedSAE]) -> list[str]:
 
 
 def _is_hub_id(name: object) -> bool:
-    is_id = isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
-    return is_id and not Path(name).exists()
+    if not isinstance(name, str) or _HUB_ID.fullmatch(name) is None:
+        return False
+    return not Path(name).exists()
 
 
 def _other_saes(plan: UploadPlan, remote_files: Iterable[str]) -> list[str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from huggingface_hub import HfApi
 from tqdm.autonotebook import tqdm
 
 from saelens_scaffold.hub.sources import UploadedSAE
@@ -32,7 +33,7 @@ class UploadPlan:
         license: License id of the Hub, as in "mit"; None leaves it out.
         base_model: The language model's id on the Hub; None infers it from the SAEs.
         datasets: Hub ids of the training data; None infers them from the SAEs.
-        token: Token of the Hub; None for the stored one.
+        api: The Hub, with the user's token.
         show_progress: Whether to show progress bars.
     """
 
@@ -47,7 +48,7 @@ class UploadPlan:
     license: str | None
     base_model: str | None
     datasets: Sequence[str] | None
-    token: str | None
+    api: HfApi
     show_progress: bool
 
     def progress(self, items: Iterable[Item], description: str) -> Iterable[Item]:

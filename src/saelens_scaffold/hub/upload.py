@@ -87,7 +87,8 @@ def upload_scaffold_saes(
         figure = Path(folder, FIGURE)
         if write_firing_frequencies(prepared, figure):
             extra_files[FIGURE] = figure
-        summary = UploadSummary(f"{HfApi().endpoint}/{hf_repo_id}", left_out=left_out)
+        api = HfApi(token=token)
+        summary = UploadSummary(f"{api.endpoint}/{hf_repo_id}", left_out=left_out)
         plan = UploadPlan(
             saes=prepared,
             extra_files=extra_files,
@@ -100,7 +101,7 @@ def upload_scaffold_saes(
             license=license,
             base_model=base_model,
             datasets=datasets,
-            token=token,
+            api=api,
             show_progress=show_progress,
         )
         if dry_run:

@@ -277,8 +277,8 @@ def _check_datasets(
 ) -> None:
     """See that text on this machine can be read."""
     for option in ("dataset", "labelled_dataset"):
-        name = options.get(option)
-        looks_local = name and (Path(name).is_absolute() or name.startswith("."))
+        name = options.get(option, "")
+        looks_local = Path(name).is_absolute() or name.startswith(".")
         if looks_local and not Path(name).exists():
             raise UserError(f"there is no dataset {name}")
     dataset = options.get("dataset")

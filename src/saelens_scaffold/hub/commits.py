@@ -13,6 +13,7 @@ from huggingface_hub import (
     errors,
 )
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub.hub_errors import (
     HUB_FAILURES,
     NOT_APPLIED,
@@ -64,7 +65,7 @@ class HubUpload:
         """
         try:
             self._run()
-        except HubUploadError:
+        except UserError:
             raise
         except HUB_FAILURES as error:
             reason = advice(error, self.repo_id)

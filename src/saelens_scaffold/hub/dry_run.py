@@ -72,11 +72,6 @@ def _known_of_repository(plan: UploadPlan) -> tuple[str | None, list[str]]:
 
 
 def _diff(existing: str, new: str) -> str:
-    return "".join(
-        difflib.unified_diff(
-            existing.splitlines(keepends=True),
-            new.splitlines(keepends=True),
-            f"{README} in the repository",
-            f"{README} of this upload",
-        )
-    )
+    old_lines, new_lines = existing.splitlines(True), new.splitlines(True)
+    names = (f"{README} in the repository", f"{README} of this upload")
+    return "".join(difflib.unified_diff(old_lines, new_lines, *names))

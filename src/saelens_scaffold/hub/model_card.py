@@ -34,7 +34,7 @@ def model_card(plan: UploadPlan, remote_files: Iterable[str] = ()) -> str:
     measured: dict[str | None, list[str]] = {}
     for sae in plan.saes:
         measured.setdefault(sae.facts.measured, []).append(sae.sae_id)
-    return _TEMPLATE.render(
+    return _ENVIRONMENT.get_template("model_card.md.jinja").render(
         front_matter=_front_matter(plan).to_yaml(),
         plan=plan,
         saes=plan.saes,
@@ -148,4 +148,3 @@ _ENVIRONMENT = Environment(
     autoescape=False,  # Markdown, whose special characters `plain` removes
 )
 _ENVIRONMENT.filters |= {"code": _code, "plain": _plain, "digits": _digits}
-_TEMPLATE = _ENVIRONMENT.get_template("model_card.md.jinja")

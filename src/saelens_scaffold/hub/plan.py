@@ -22,8 +22,6 @@ class UploadPlan:
     What is uploaded, checked, and where.
 
     Attributes:
-        saes: The SAEs.
-        extra_files: Files beside the card, by path in the repository.
         repo_id: The repository.
         revision: The branch.
         jumprelu: Whether scaffold SAEs are uploaded in their plain form, too.
@@ -35,10 +33,10 @@ class UploadPlan:
         datasets: Hub ids of the training data; None infers them from the SAEs.
         api: The Hub, with the user's token.
         show_progress: Whether to show progress bars.
+        saes: The SAEs.
+        extra_files: Files beside the card, by path in the repository.
     """
 
-    saes: Sequence[UploadedSAE]
-    extra_files: Mapping[str, Path]
     repo_id: str
     revision: str
     jumprelu: bool
@@ -50,6 +48,8 @@ class UploadPlan:
     datasets: Sequence[str] | None
     api: HfApi
     show_progress: bool
+    saes: Sequence[UploadedSAE] = ()
+    extra_files: Mapping[str, Path] = field(default_factory=dict)
 
     def progress(self, items: Iterable[Item], description: str) -> Iterable[Item]:
         """The items, with a progress bar if one is wanted."""

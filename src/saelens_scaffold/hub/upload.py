@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,9 +47,8 @@ def upload_scaffold_saes(
     `<id>/jumprelu` is its exact plain form, which SAELens loads alone. Sparsity, runner
     configuration and evaluation results go along, and a model card is written.
 
-    Everything is checked before the first byte is sent. An SAE is one commit, so that it
-    is there whole or not at all, and what is there already is not sent again: after an
-    interruption, repeat the call.
+    Everything is checked before the first byte is sent. An SAE is one commit: it is there
+    whole or not at all. After an interruption, repeat the call, which sends only the rest.
 
     Args:
         saes: SAEs, or their directories, by id; or one directory: of an SAE, of a
@@ -79,37 +79,20 @@ def upload_scaffold_saes(
         HubUploadError: The Hub refuses or cannot be reached, and what to do.
     """
     _check_repo_id(hf_repo_id)
-    with TemporaryDirectory() as folder:
-        prepared, left_out = prepare(
-            saes, eval_results, Path(folder, "saes"), show_progress
-        )
-        extra_files = run_files(Path(saes)) if isinstance(saes, str | Path) else {}
-        figure = Path(folder, FIGURE)
-        if write_firing_frequencies(prepared, figure):
-            extra_files[FIGURE] = figure
-        api = HfApi(token=token)
-        summary = UploadSummary(f"{api.endpoint}/{hf_repo_id}", left_out=left_out)
-        plan = UploadPlan(
-            saes=prepared,
-            extra_files=extra_files,
-            repo_id=hf_repo_id,
-            revision=hf_revision,
-            jumprelu=jumprelu,
-            private=private,
-            create_pr=create_pr,
-            overwrite_readme=overwrite_readme,
-            license=license,
-            base_model=base_model,
-            datasets=datasets,
-            api=api,
-            show_progress=show_progress,
-        )
-        if dry_run:
-            look(plan, summary)
-        else:
-            with _file_progress(show_progress):
-                HubUpload(plan, summary).run()
-    return summary
+    plan = UploadPlan(
+        repo_id=hf_repo_id,
+        revision=hf_revision,
+        jumprelu=jumprelu,
+        private=private,
+        create_pr=create_pr,
+        overwrite_readme=overwrite_readme,
+        license=license,
+        base_model=base_model,
+        datasets=datasets,
+        api=HfApi(token=token),
+        show_progress=show_progress,
+    )
+    return _upload(plan, saes, eval_results, dry_run)
 
 
 def run(
@@ -151,6 +134,31 @@ def run(
     if options.get("license") is None:
         notes.append("The card names no licence; --license mit, say, would.")
     return (_dry_run_text if dry_run else _text)(summary), notes
+
+
+def _upload(
+    plan: UploadPlan,
+    saes: Mapping[str, SAESource] | Path | str,
+    eval_results: Path | str | Sequence[Path | str] | None,
+    dry_run: bool,
+) -> UploadSummary:
+    with TemporaryDirectory() as folder:
+        prepared, left_out = prepare(
+            saes, eval_results, Path(folder, "saes"), plan.show_progress
+        )
+        extra_files = run_files(Path(saes)) if isinstance(saes, str | Path) else {}
+        figure = Path(folder, FIGURE)
+        if write_firing_frequencies(prepared, figure):
+            extra_files[FIGURE] = figure
+        plan = replace(plan, saes=prepared, extra_files=extra_files)
+        url = f"{plan.api.endpoint}/{plan.repo_id}"
+        summary = UploadSummary(url, left_out=left_out)
+        if dry_run:
+            look(plan, summary)
+        else:
+            with _file_progress(plan.show_progress):
+                HubUpload(plan, summary).run()
+    return summary
 
 
 def _check_repo_id(repo_id: str) -> None:

@@ -36,6 +36,7 @@ from saelens_scaffold import (
     load_scaffold_sae,
     upload_scaffold_saes,
 )
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub.hub_errors import HubUploadError
 from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.saes.digest import weights_sha256
@@ -206,6 +207,9 @@ def test_the_card_of_a_scaffold_sae_without_scaffold(hub: HubServer) -> None:
 def test_no_path_of_the_users_machine_is_published(
     hub: HubServer, tmp_path: Path
 ) -> None:
+    pytest.importorskip("sae_bench")
+    from saelens_scaffold.evals.store import ResultStore, _current_versions
+
     home = "/home/alice/private"
     sae = save_sae(tmp_path / "sae", rank=4)
     sae.cfg.metadata.model_name = f"{home}/model"
@@ -213,15 +217,18 @@ def test_no_path_of_the_users_machine_is_published(
     sae.save_model(tmp_path / "sae")
     runner_cfg = {"output_path": f"{home}/out", "sae": {"dataset": "~/private"}}
     (tmp_path / "sae" / "runner_cfg.json").write_text(json.dumps(runner_cfg))
-    results = tmp_path / "results" / "dense_latents"
-    results.mkdir(parents=True)
     result = {
         "eval_result_metrics": {},
         "eval_result_unstructured": {"tokens": ["/*", "/usr/bin"]},
         "eval_config": {"dataset": f"{home}/texts"},
-        "sae_cfg_dict": {"metadata": {"weights_sha256": weights_sha256(sae)}},
     }
-    (results / "sae.json").write_text(json.dumps(result))
+    key = {
+        "evaluation": {"name": "dense_latents"},
+        "eval_config": result["eval_config"],
+        "weights": {"sae": weights_sha256(sae)},
+        "versions": _current_versions(),
+    }
+    ResultStore(tmp_path / "results").keep("sae.json", key, result)
     upload({"sae": tmp_path / "sae"}, eval_results=tmp_path / "results")
     files = hub.repositories[REPO].files()
     texts = {
@@ -667,7 +674,7 @@ def test_everything_is_checked_before_anything_is_sent(
         upload_scaffold_saes({"good": good}, "../saes")
     with pytest.raises(ValueError, match="no SAEs to upload"):
         upload({})
-    with pytest.raises(FileNotFoundError, match="no folder with evaluation results"):
+    with pytest.raises(UserError, match="no folder with evaluation results"):
         upload({"good": good}, eval_results=tmp_path / "nowhere")
     assert hub.requests == []
 

@@ -13,6 +13,14 @@ from eval_helpers import HOOK, eval_sae
 from hub_fixtures import REPO, hub, paths_in, save_sae
 from hub_server import HubServer
 from saelens_scaffold import upload_scaffold_saes
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals.store import (
+    KEY_SUFFIX,
+    ResultStore,
+    _current_versions,
+    fingerprints,
+)
+from saelens_scaffold.saes.digest import weights_sha256
 from saelens_scaffold_cli import main
 
 __all__ = ["hub"]  # a fixture
@@ -39,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--set=dense_latents.n_tokens=2000",
             "--set=sparse_probing.probe_train_set_size=40",
             "--set=sparse_probing.probe_test_set_size=20",
-            f"--output_folder={folder}/eval_results",
+            f"--output_path={folder}/eval_results",
             f"--artifacts_path={folder}/artifacts",
         ]
     )
@@ -57,7 +65,7 @@ def test_results_go_with_their_sae(hub: HubServer, run: Path) -> None:
     results = {"eval_results/dense_latents.json", "eval_results/sparse_probing.json"}
     assert results < paths_in(hub, "base")
     assert results < paths_in(hub, "scaffold/rank_4")
-    assert {file.name for file in summary.unmatched_results} == {
+    assert {file.name for file in summary.left_out} == {
         "another_custom_sae_eval_results.json"
     }
     files = hub.repositories[REPO].files()
@@ -171,7 +179,7 @@ def test_a_compare_run(tmp_path: Path) -> None:
             "eval_results/dense_latents.json",
         ):
             assert f"{name}/{file}" in summary.files
-    assert not summary.unmatched_results
+    assert not summary.left_out
 
     # and says which SAEs do not have the L0 they were trained for
     l0s = {
@@ -197,9 +205,70 @@ def test_a_compare_run(tmp_path: Path) -> None:
     assert "to the dense latents of `batchtopk k=4`" in summary.readme
 
 
-def test_what_is_no_result_is_refused(run: Path, tmp_path: Path) -> None:
+def keep_result(
+    folder: Path, name: str, sae: Any, evaluation: str = "dense_latents", **config: Any
+) -> Path:
+    """A result in the store, with the key that it would have now."""
+    key = {
+        "evaluation": {"name": evaluation},
+        "eval_config": config,
+        "weights": {"sae": weights_sha256(sae)},
+        "fingerprints": fingerprints(config),
+        "versions": _current_versions(),
+    }
+    content = {"eval_result_metrics": {}, "eval_config": config}
+    store = ResultStore(folder / evaluation)
+    store.keep(name, key, content)
+    return store.folder / name
+
+
+def test_outdated_results_stay_at_home(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sae = save_sae(tmp_path / "sae")
+    results, text = tmp_path / "results", tmp_path / "text.txt"
+    text.write_text("some text")
+    current = keep_result(results, "current.json", sae, "core", dataset=str(text))
+    other = keep_result(results, "other.json", eval_sae(rank=2, seed=3))
+    by_versions = keep_result(results, "versions.json", sae)
+    key_file = by_versions.with_suffix(KEY_SUFFIX)
+    key_file.write_text(key_file.read_text().replace('"torch": "', '"torch": "0.'))
+    unknown = keep_result(results, "unknown.json", sae)
+    unknown.with_suffix(KEY_SUFFIX).unlink()
+
+    def left_out() -> dict[Path, str]:
+        summary = upload_scaffold_saes(
+            {"sae": tmp_path / "sae"},
+            REPO,
+            eval_results=results,
+            show_progress=False,
+            dry_run=True,
+        )
+        uploaded = [path for path in summary.files if "eval_results" in path]
+        assert bool(uploaded) == (current not in summary.left_out)
+        return dict(summary.left_out)
+
+    reasons = left_out()
+    assert set(reasons) == {other, by_versions, unknown}
+    assert reasons[other] == "is of none of these SAEs"
+    assert "measured with torch '0." in reasons[by_versions]
+    assert "nothing says what it was measured with" in reasons[unknown]
+
+    text.write_text("another text")
+    assert "of the same name" in left_out()[current]
+    argv = ["upload", f"sae={tmp_path / 'sae'}", "--repo_id", REPO, "--dry-run"]
+    assert main([*argv, "--eval_results", str(results)]) == 0
+    assert f"{current}: stays here, measured with another" in capsys.readouterr().err
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
+    save_sae(tmp_path / "sae")
     (tmp_path / "broken.json").write_text('{"eval_type_id": "dense')
-    with pytest.raises(ValueError, match="broken.json is not JSON"):
+    with pytest.raises(UserError, match="broken.json is not JSON"):
         upload_scaffold_saes(
-            run / "saes", REPO, eval_results=tmp_path, show_progress=False, dry_run=True
+            tmp_path / "sae",
+            REPO,
+            eval_results=tmp_path,
+            show_progress=False,
+            dry_run=True,
         )

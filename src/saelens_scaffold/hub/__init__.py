@@ -1,9 +1,7 @@
-"""Scaffold SAEs on the Hugging Face Hub: what goes up, and what comes down.
+"""Scaffold SAEs on the Hugging Face Hub: uploading them, with a model card.
 
-`validation` says what is wrong with an SAE's files, before anything is sent or memory is
-allocated, and knows no other module here; `loading` loads only what passes. `sources`
-finds the SAEs to upload, `evaluation_results` and `comparisons` what is known of them.
-`staging` writes their files, `facts`, `figure` and `model_card` the card. `upload` puts a
-`plan` together, which `dry_run` looks at and `commits` carries out; `hub_errors` says what
-to do when the Hub does not do as it is asked. `command` is `saelens-scaffold upload`.
+`upload` is the entry point, for Python and for the command line. It makes a `plan` of the
+SAEs that `sources` finds, with what `facts` and `compare_runs` know of them. A `dry_run`
+looks at the plan; `commits` carries it out, and `hub_errors` says what to do when the Hub
+refuses. `staging` writes the files of an SAE, `model_card` and `figure` the card.
 """

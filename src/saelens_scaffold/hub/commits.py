@@ -1,277 +1,222 @@
-"""Carrying an upload out: a commit for each SAE, and one for the card."""
+"""Carrying out an upload: one commit for each SAE, and one for the card."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
-    HfApi,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from sae_lens.constants import (
-    RUNNER_CFG_FILENAME,
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    SPARSITY_FILENAME,
+    errors,
 )
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub.hub_errors import (
-    NOTHING_DONE,
-    TRY_AGAIN,
+    HUB_FAILURES,
+    NOT_APPLIED,
+    TOKENS_URL,
+    TRANSIENT,
     HubUploadError,
-    explained,
-    try_again,
+    advice,
+    retry,
 )
+from saelens_scaffold.hub.model_card import model_card
 from saelens_scaffold.hub.plan import README, UploadPlan, UploadSummary
-from saelens_scaffold.hub.sources import UploadedSAE
-from saelens_scaffold.saes.sae_ids import PLAIN_FORM, RESULTS_FOLDER
+from saelens_scaffold.hub.staging import write_files
 
 _SAE_FILES = (
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    SPARSITY_FILENAME,
-    RUNNER_CFG_FILENAME,
+    r"(jumprelu/)?(cfg\.json|(sae_weights|sparsity)\.safetensors|runner_cfg\.json)"
+    r"|eval_results/.*"
 )
+"""Files of an SAE in its folder, where other SAEs may have theirs."""
 
 
 class HubUpload:
     """
-    The conversation with the Hub, in which a plan is carried out.
+    A conversation with the Hub that carries out a plan.
 
-    SAELens's `upload_saes_to_huggingface` has the layout and the commit messages that are
-    used here. It is not called, since it makes two commits of an SAE's two forms, between
-    which one is there without the other; it leaves files of a former upload beside those
-    of a new one; its repositories are public, and its uploads no pull requests; and it
-    checks nothing but that two files are there.
+    It keeps the layout and the commit messages of SAELens's `upload_saes_to_huggingface`,
+    which has no private repositories and no pull requests, makes two commits for the two
+    forms of an SAE, leaves files of former uploads in place, and checks only that two
+    files exist.
     """
 
     def __init__(self, plan: UploadPlan, summary: UploadSummary) -> None:
         self.plan = plan
         self.summary = summary
         self.repo_id = plan.repo_id
-        self.api = HfApi(token=plan.token)
-        # In a pull request, the first commit opens it and the others are made in it.
+        self.api = plan.api
+        # the first commit opens a pull request, and the others are made in it
         self.revision = plan.revision
         self.opens_pr = plan.create_pr
         self.head: str | None = None
         self.remote_files: set[str] = set()
+        self.doing = ""
 
     def run(self) -> None:
         """
-        Check, then make a commit for each SAE, and one for the card.
+        Check everything, then commit each SAE, and then the card.
 
         Raises:
-            HubUploadError: The Hub refuses, or cannot be reached, and what to do.
+            HubUploadError: The Hub refuses or cannot be reached, and what to do.
         """
-        with self._explained(f"checking {self.repo_id}"):
-            exists = self._check_account_and_repository()
-            # create_commit has the Hub check the card's front matter, but the card comes
-            # last. (ModelCard.validate of huggingface_hub 1 asks huggingface.co, whatever
-            # the endpoint is.)
-            card = str(self.plan.card())
-            try_again(lambda: self.api._validate_yaml(card), TRY_AGAIN)
-            if not exists:
-                self._create_repository()
-            self._read_repository()
+        try:
+            self._run()
+        except UserError:
+            raise
+        except HUB_FAILURES as error:
+            reason = advice(error, self.repo_id)
+            raise HubUploadError(f"{self.doing}: {reason} {self._state()}") from error
+
+    def _run(self) -> None:
+        self.doing = f"checking {self.repo_id}"
+        account = retry(self.api.whoami)
+        _check_permission(account, self.plan)
+        # create_commit validates the front matter, too, but the card comes last.
+        # (ModelCard.validate always asks huggingface.co, whatever the endpoint is.)
+        card = model_card(self.plan)
+        retry(lambda: self.api._validate_yaml(card))
+        self._open_repository(account)
         for sae in self.plan.progress(self.plan.saes, "Uploading SAEs"):
-            with (
-                self._explained(f"uploading {sae.sae_id}"),
-                TemporaryDirectory() as folder,
-            ):
-                files = self.plan.write(sae, Path(folder))
-                self.summary.commits[sae.sae_id] = self._commit(
-                    files, self._left_over(sae, files), f"Upload SAE {sae.sae_id}"
-                )
-        with self._explained("uploading the model card"):
-            self._write_card()
+            self.doing = f"uploading {sae.sae_id}"
+            with TemporaryDirectory() as folder:
+                files = write_files(self.plan, sae, Path(folder))
+                own = re.compile(f"{re.escape(sae.sae_id)}/({_SAE_FILES})")
+                old = set(filter(own.fullmatch, self.remote_files)) - set(files)
+                title = f"Upload SAE {sae.sae_id}"
+                self.summary.commits[sae.sae_id] = self._commit(files, old, title)
+        self.doing = "uploading the model card"
+        self._write_card()
 
-    def _check_account_and_repository(self) -> bool:
-        """Whether the repository exists; an error if nothing may be written to it."""
-        owner, name = self.repo_id.split("/")
-        account = try_again(self.api.whoami, TRY_AGAIN)
+    def _open_repository(self, account: Mapping[str, Any]) -> None:
+        """Find the repository, its branch and its files; create what is missing."""
         try:
-            try_again(lambda: self.api.repo_info(self.repo_id), TRY_AGAIN)
-            exists = True
-        except RepositoryNotFoundError:
-            exists = False
-        _check_permission(account, self.repo_id, self.plan.create_pr)
-        if exists:
-            return True
-        if self.plan.create_pr:
-            raise HubUploadError(
-                f"there is no repository {self.repo_id} to open a pull request in, or the "
-                "token may not see it; see to its name, or leave out --create_pr"
-            )
-        may_create = [
-            account["name"],
-            *(org["name"] for org in account.get("orgs", [])),
-        ]
-        if owner not in may_create:
-            raise HubUploadError(
-                f"there is no repository {self.repo_id}, and the token, of "
-                f"{account['name']}, can make none for {owner!r}; write one of "
-                + ", ".join(f"{possible}/{name}" for possible in may_create)
-            )
-        return False
-
-    def _create_repository(self) -> None:
-        def create() -> None:
-            self.api.create_repo(self.repo_id, private=self.plan.private or None)
-
+            retry(lambda: self.api.repo_info(self.repo_id))
+        except errors.RepositoryNotFoundError:
+            _check_may_create(account, self.plan)
+            private = self.plan.private or None
+            create = self.api.create_repo
+            retry(lambda: create(self.repo_id, private=private, exist_ok=True))
         try:
-            try_again(create, TRY_AGAIN - {409})
-        except HfHubHTTPError as error:
-            # 409: it is there meanwhile, as after an answer that was lost
-            if error.response is None or error.response.status_code != 409:
-                raise
-
-    def _read_repository(self) -> None:
-        """Find the branch, and what is in it."""
-
-        def read() -> None:
-            info = self.api.repo_info(self.repo_id, revision=self.revision)
-            if self.plan.private and not info.private:
-                raise HubUploadError(
-                    f"{self.repo_id} exists, and is public, so that the SAEs would be, too; "
-                    "make it private in its settings on the Hub, choose another repository, "
-                    "or leave out --private (private=True)"
-                )
-            self.head = info.sha
-            self.remote_files = set(
-                self.api.list_repo_files(self.repo_id, revision=self.revision)
-            )
-
-        try:
-            try_again(read, TRY_AGAIN)
-        except RevisionNotFoundError:
+            retry(self._read_branch)
+        except errors.RevisionNotFoundError:
             if self.revision.startswith("refs/"):
                 raise
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-            try_again(read, TRY_AGAIN)
+            retry(self._read_branch)
 
-    def _left_over(self, sae: UploadedSAE, files: Mapping[str, Path]) -> list[str]:
-        """Files of a former upload of this SAE that the new one does not have."""
-        plain = (f"{PLAIN_FORM}/{name}" for name in _SAE_FILES)
-        own = {f"{sae.sae_id}/{name}" for name in (*_SAE_FILES, *plain)}
-        results = f"{sae.sae_id}/{RESULTS_FOLDER}/"
-        return sorted(
-            path
-            for path in self.remote_files - set(files)
-            if path in own or path.startswith(results)
-        )
+    def _read_branch(self) -> None:
+        info = self.api.repo_info(self.repo_id, revision=self.revision)
+        if self.plan.private and not info.private:
+            raise HubUploadError(
+                f"{self.repo_id} exists and is public, so the SAEs would be public, too; "
+                "make it private in its settings on the Hub, choose another repository, "
+                "or leave out --private (private=True)"
+            )
+        self.head = info.sha
+        self.remote_files = self._list_files()
+
+    def _list_files(self) -> set[str]:
+        return set(self.api.list_repo_files(self.repo_id, revision=self.revision))
 
     def _commit(
-        self, files: Mapping[str, Path | bytes], left_over: Sequence[str], title: str
+        self, files: Mapping[str, Path | bytes], old: set[str], title: str
     ) -> str | None:
-        """Make one commit; its URL is returned, and None if nothing has changed."""
-        additions = [
-            CommitOperationAdd(path, _content(file)) for path, file in files.items()
-        ]
-        # Files first, which huggingface_hub tries again by itself. They are seen by nobody
-        # before they are in a commit.
-        self.api.preupload_lfs_files(
-            self.repo_id,
-            additions,
-            revision=self.revision,
-            create_pr=self.opens_pr,
-        )
+        """Add files and delete old ones; returns the commit's URL, None if none was due."""
+        additions = [CommitOperationAdd(path, file) for path, file in files.items()]
+        where: dict[str, Any] = {"revision": self.revision, "create_pr": self.opens_pr}
+        # Large files go first, which huggingface_hub retries by itself. Nobody sees them
+        # before a commit refers to them.
+        self.api.preupload_lfs_files(self.repo_id, additions, **where)
 
-        def commit_without(paths: Iterable[str]) -> CommitInfo:
-            return self.api.create_commit(
-                self.repo_id,
-                [*additions, *map(CommitOperationDelete, paths)],
-                commit_message=title,
-                revision=self.revision,
-                create_pr=self.opens_pr,
-            )
-
-        def make() -> CommitInfo:
+        def commit(deleted: set[str]) -> CommitInfo:
+            operations = [*additions, *map(CommitOperationDelete, sorted(deleted))]
             try:
-                return commit_without(left_over)
-            except EntryNotFoundError:
-                # what is to go is gone, as after a commit of which the answer was lost
-                there = self.api.list_repo_files(self.repo_id, revision=self.revision)
-                return commit_without(sorted(set(left_over) & set(there)))
+                return self.api.create_commit(
+                    self.repo_id, operations, commit_message=title, **where
+                )
+            except errors.EntryNotFoundError:
+                still_there = deleted & self._list_files()
+                if still_there == deleted:
+                    raise
+                # the others are gone, by a commit whose answer was lost
+                return commit(still_there)
 
-        # A commit made twice is harmless, as the second changes nothing; a pull request
-        # opened twice is not.
-        commit = try_again(make, NOTHING_DONE if self.opens_pr else TRY_AGAIN)
-        self.remote_files = (self.remote_files | set(files)) - set(left_over)
-        if commit.oid == self.head:
+        # Repeating a commit changes nothing; repeating a pull request opens a second one.
+        statuses = NOT_APPLIED if self.opens_pr else TRANSIENT
+        made = retry(lambda: commit(old), statuses)
+        self.remote_files = (self.remote_files | set(files)) - old
+        if made.oid == self.head:
             return None
-        self.head = commit.oid
-        if commit.pr_revision is not None:
-            self.summary.pull_request = commit.pr_url
-            self.revision, self.opens_pr = commit.pr_revision, False
-        return commit.commit_url
+        self.head = made.oid
+        if made.pr_revision is not None:
+            self.summary.pull_request = made.pr_url
+            self.revision, self.opens_pr = made.pr_revision, False
+        return made.commit_url
 
     def _write_card(self) -> None:
-        self.summary.readme = str(self.plan.card(self.remote_files))
+        self.summary.readme = model_card(self.plan, self.remote_files)
         if README in self.remote_files and not self.plan.overwrite_readme:
             self.summary.readme_outcome = "kept"
             return
-        files: dict[str, Path | bytes] = dict(self.plan.extra_files)
-        files[README] = self.summary.readme.encode()
-        if self._commit(files, [], "Write the model card") is None:
+        files = {**self.plan.extra_files, README: self.summary.readme.encode()}
+        if self._commit(files, set(), "Write the model card") is None:
             self.summary.readme_outcome = "unchanged"
 
-    def _explained(self, doing: str) -> AbstractContextManager[None]:
-        return explained(doing, self.repo_id, self._state)
-
     def _state(self) -> str:
-        """What an error says of what is done, and of how to go on."""
+        """What is done, and how to continue."""
         done = "Nothing in the repository has changed."
         if self.summary.commits:
             done = (
                 f"{len(self.summary.commits)} of {len(self.plan.saes)} SAEs are complete in "
-                f"{self.repo_id} ({self.revision}), and of the others nothing is visible."
+                f"{self.repo_id} ({self.revision}), and nothing of the others is visible."
             )
         if self.summary.pull_request is not None:
             return (
                 f"{done} Then repeat the command with --revision {self.revision} instead "
-                "of --create_pr, to go on in the same pull request."
+                "of --create_pr, to continue in the same pull request."
             )
         return f"{done} Then repeat the command: what is there is not sent again."
 
 
-def _check_permission(
-    account: Mapping[str, object], repo_id: str, create_pr: bool
-) -> None:
-    """See that a token may write, as far as the Hub tells; it has the last word."""
-    auth = account.get("auth")
-    token = auth.get("accessToken") if isinstance(auth, dict) else None
-    role = token.get("role") if isinstance(token, dict) else None
+def _check_permission(account: Mapping[str, Any], plan: UploadPlan) -> None:
+    """Check that the token may write, as far as the Hub tells before it is asked to."""
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    role, user = token.get("role"), account.get("name")
     if role == "read":
         raise HubUploadError(
-            f"the token of {account.get('name')} may only read; make one that may write at "
-            "https://huggingface.co/settings/tokens, and log in with it (`hf auth login`), "
-            "or set HF_TOKEN to it"
+            f"the token of {user} may only read; make one that may write at {TOKENS_URL}, "
+            "and log in with it (`hf auth login`), or set HF_TOKEN to it"
         )
-    if role == "fineGrained" and isinstance(token, dict) and not create_pr:
-        scoped = (token.get("fineGrained") or {}).get("scoped")
-        names = {repo_id, repo_id.partition("/")[0]}
-        may_write = not isinstance(scoped, list) or any(
-            scope
-            for scope in scoped
-            if (scope.get("entity") or {}).get("name") in names
-            and "repo.write" in (scope.get("permissions") or [])
-        )
-        if not may_write:
-            raise HubUploadError(
-                f"the fine-grained token of {account.get('name')} has no permission "
-                f"repo.write for {repo_id}; add it at "
-                "https://huggingface.co/settings/tokens"
-            )
+    scopes = (token.get("fineGrained") or {}).get("scoped")
+    if role != "fineGrained" or plan.create_pr or scopes is None:
+        return
+    names = {plan.repo_id, plan.repo_id.partition("/")[0]}
+    for scope in scopes:
+        entity, permissions = scope.get("entity") or {}, scope.get("permissions") or []
+        if entity.get("name") in names and "repo.write" in permissions:
+            return
+    raise HubUploadError(
+        f"the fine-grained token of {user} has no permission repo.write for "
+        f"{plan.repo_id}; add it at {TOKENS_URL}"
+    )
 
 
-def _content(file: Path | bytes) -> str | bytes:
-    return file if isinstance(file, bytes) else str(file)
+def _check_may_create(account: Mapping[str, Any], plan: UploadPlan) -> None:
+    """Check that the account may create the repository, which does not exist."""
+    if plan.create_pr:
+        raise HubUploadError(
+            f"there is no repository {plan.repo_id} to open a pull request in, or the "
+            "token may not see it; check its name, or leave out --create_pr"
+        )
+    owner, _, name = plan.repo_id.partition("/")
+    owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
+    if owner not in owners:
+        raise HubUploadError(
+            f"there is no repository {plan.repo_id}, and the token of {owners[0]} cannot "
+            f"create one for {owner!r}; write one of "
+            + ", ".join(f"{possible}/{name}" for possible in owners)
+        )

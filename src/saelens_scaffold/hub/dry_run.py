@@ -1,43 +1,40 @@
-"""What an upload would do."""
+"""A dry run: what an upload would do, found without sending anything."""
 
 import difflib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import (
-    HfApi,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors, hf_hub_url, try_to_load_from_cache
 
+from saelens_scaffold.hub.model_card import model_card
 from saelens_scaffold.hub.plan import README, UploadPlan, UploadSummary
+from saelens_scaffold.hub.staging import write_files
 from saelens_scaffold.saes.loading import HTTP_ERROR
 
+_NOT_THERE = (
+    errors.EntryNotFoundError,
+    errors.RepositoryNotFoundError,
+    errors.RevisionNotFoundError,
+)
+
 _TIMEOUT = 5.0
-"""Seconds to wait for an existing README, which can be done without."""
+"""Seconds to wait for an existing README, which is optional."""
 
 
 def look(plan: UploadPlan, summary: UploadSummary) -> None:
     """
-    Write every file once, and see what would be where, without sending anything.
+    Write every file once to learn its size, and compare the card with an existing one.
 
     Args:
-        plan: What is to be uploaded.
-        summary: Where to say what would come of it.
+        plan: The upload.
+        summary: Filled with what the upload would do.
     """
     for sae in plan.progress(plan.saes, "Writing files"):
         with TemporaryDirectory() as folder:
-            for path, file in plan.write(sae, Path(folder)).items():
+            for path, file in write_files(plan, sae, Path(folder)).items():
                 summary.files[path] = file.stat().st_size
     existing, remote_files = _known_of_repository(plan)
-    summary.readme = str(plan.card(remote_files))
+    summary.readme = model_card(plan, remote_files)
     if existing is not None:
         summary.readme_diff = _diff(existing, summary.readme)
         if existing == summary.readme:
@@ -52,20 +49,20 @@ def look(plan: UploadPlan, summary: UploadSummary) -> None:
 
 def _known_of_repository(plan: UploadPlan) -> tuple[str | None, list[str]]:
     """
-    The repository's README, and its files, as far as can be found out.
+    The repository's README and files, as far as the network and the cache tell.
 
     Returns:
-        The README, "" if there is none, and None if that is not known; and the files.
+        The README ("" if there is none, None if that is unknown), and the files' paths.
     """
-    repo_id, revision, token = plan.repo_id, plan.revision, plan.token
+    api, repo_id, revision = plan.api, plan.repo_id, plan.revision
     path, files = None, []
     try:
+        # one short request, where hf_hub_download alone would retry for long
         url = hf_hub_url(repo_id, README, revision=revision)
-        # asks once and not for long, which hf_hub_download would not
-        get_hf_file_metadata(url, token=token, timeout=_TIMEOUT)
-        path = hf_hub_download(repo_id, README, revision=revision, token=token)
-        files = HfApi(token=token).list_repo_files(repo_id, revision=revision)
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        api.get_hf_file_metadata(url=url, timeout=_TIMEOUT)
+        path = api.hf_hub_download(repo_id, README, revision=revision)
+        files = api.list_repo_files(repo_id, revision=revision)
+    except _NOT_THERE:
         return "", []
     except (HTTP_ERROR, OSError):
         path = path or try_to_load_from_cache(repo_id, README, revision=revision)
@@ -75,11 +72,6 @@ def _known_of_repository(plan: UploadPlan) -> tuple[str | None, list[str]]:
 
 
 def _diff(existing: str, new: str) -> str:
-    return "".join(
-        difflib.unified_diff(
-            existing.splitlines(keepends=True),
-            new.splitlines(keepends=True),
-            f"{README} in the repository",
-            f"{README} of this upload",
-        )
-    )
+    old_lines, new_lines = existing.splitlines(True), new.splitlines(True)
+    names = (f"{README} in the repository", f"{README} of this upload")
+    return "".join(difflib.unified_diff(old_lines, new_lines, *names))

@@ -1,44 +1,41 @@
-"""The picture of a model card."""
+"""The figure of a model card."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.plots import finish_firing_axes
-from saelens_scaffold.hub.facts import facts_of
 from saelens_scaffold.hub.sources import UploadedSAE
 
-MAX_CURVES = 10
+_MAX_CURVES = 10
 """As many as can be told apart."""
 
 
 def write_firing_frequencies(saes: Sequence[UploadedSAE], path: Path) -> bool:
     """
-    Draw how often sparse latents fire, a curve for each SAE, and save it as a PNG.
+    Plot how often sparse latents fire, one curve for each SAE, and save it as a PNG.
 
-    A point (x, y) of a curve says: y sparse latents fire on more than x of the tokens.
+    A point (x, y) of a curve: y sparse latents fire on more than x of the tokens.
     Scaffold SAEs have solid lines, plain ones dashed lines.
 
     Args:
-        saes: The SAEs. The first ten whose frequencies are known are drawn.
+        saes: The SAEs, of which the first ten with known frequencies are drawn.
         path: Where to write.
 
     Returns:
         Whether there was anything to draw.
     """
-    known = [(sae, facts_of(sae)) for sae in saes]
-    known = [(sae, facts) for sae, facts in known if facts.frequencies is not None]
+    known = [sae for sae in saes if sae.facts.frequencies is not None]
     if not known:
         return False
-    from matplotlib.figure import Figure  # not needed by those who only load SAEs
+    from matplotlib.figure import Figure  # not needed to load SAEs
 
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
-    for sae, facts in known[:MAX_CURVES]:
-        assert facts.frequencies is not None
-        alive = np.sort(facts.frequencies[facts.frequencies > 0])[::-1]
+    for sae in known[:_MAX_CURVES]:
+        frequencies = np.asarray(sae.facts.frequencies)
+        alive = np.sort(frequencies[frequencies > 0])[::-1]
         axes.step(
             alive,
             np.arange(1, len(alive) + 1),
@@ -46,8 +43,7 @@ def write_firing_frequencies(saes: Sequence[UploadedSAE], path: Path) -> bool:
             linewidth=1.6,
             label=f"{sae.sae_id} (rank {sae.rank})" if sae.rank else sae.sae_id,
         )
-    finish_firing_axes(axes, known[0][1].threshold)
-    with new_file(path) as temporary:
-        # no version or date, so that the same picture is the same file
-        figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})
+    finish_firing_axes(axes, known[0].facts.threshold)
+    # no version and no date, so that the same plot is the same file
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
     return True

@@ -1,4 +1,4 @@
-"""Of paths on somebody's disk, the directories are nobody's business."""
+"""Paths of the user's disk, of which only the last part is published."""
 
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
@@ -9,11 +9,11 @@ def without_directories(value: Any) -> Any:
     A value as it may be published.
 
     Args:
-        value: A string, or what JSON has, of any depth.
+        value: A string, or JSON data of any depth.
 
     Returns:
-        The same, but that of each path to something local only the last part is left. Ids
-        on the Hub, as "user/model", stay as they are.
+        The same with only the last part of each local path. Hub ids such as "user/model"
+        stay as they are.
     """
     if isinstance(value, dict):
         return {key: without_directories(content) for key, content in value.items()}

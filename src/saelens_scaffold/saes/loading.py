@@ -1,6 +1,6 @@
-"""Loading SAEs that may be anybody's: checked first, then loaded by SAELens.
+"""Loading SAEs that may come from anybody: checked first, then loaded by SAELens.
 
-The loaders here are what SAELens calls converters: `SAE.from_pretrained(repo, sae_id,
+The loaders here are SAELens converters: `SAE.from_pretrained(repo, sae_id,
 converter=checked_huggingface_loader)` and `SAE.load_from_disk(path,
 converter=checked_disk_loader)`.
 """
@@ -9,41 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
+from huggingface_hub import (
+    errors,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
 )
-from sae_lens import SAE
-from sae_lens.constants import (
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    SPARSITY_FILENAME,
-)
-from sae_lens.loading.pretrained_sae_loaders import (
-    get_sae_lens_config_from_disk,
-    read_sae_components_from_disk,
-    sae_lens_disk_loader,
-)
+from sae_lens import SAE, constants
+from sae_lens.loading import pretrained_sae_loaders
 from safetensors.torch import load_file
 
+from saelens_scaffold.saes import validation
 from saelens_scaffold.saes.sae_ids import check_sae_path
-from saelens_scaffold.saes.validation import (
-    MAX_CFG_BYTES,
-    MAX_HEADER_BYTES,
-    InvalidSAEError,
-    check_sae_directory,
-    check_sparsity_file,
-    check_weights_file,
-    max_weights_bytes,
-    read_config,
-)
 
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-"""What a broken connection raises: HTTPError of httpx or, from huggingface_hub 2 on, of
-httpx2. huggingface_hub shows neither, and its own errors derive from it."""
+HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__bases__[0]
+"""Error of a broken connection: HTTPError of httpx or, from huggingface_hub 2 on, of
+httpx2. huggingface_hub exports neither, but its own errors derive from it."""
+
+Weights = dict[str, torch.Tensor]
 
 
 def load_scaffold_sae(
@@ -58,7 +42,7 @@ def load_scaffold_sae(
 
     As `SAE.from_pretrained` and `SAE.load_from_disk` do, but everything is checked
     first: only safetensors files are read, the configuration is data, and its sizes are
-    held against the weights before anything is downloaded, or memory allocated.
+    compared with the weights before anything is downloaded, or memory allocated.
 
     Args:
         repo_id_or_path: A repository of the Hub, as "user/repo", or the directory of an
@@ -67,32 +51,29 @@ def load_scaffold_sae(
             a directory.
         device: Where to put it.
         dtype: Its dtype, as "float32"; None for that in which it was saved.
-        force_download: Whether to download what is in the cache already.
+        force_download: Whether to download again what is in the cache.
 
     Returns:
         The SAE, in evaluation form.
 
     Raises:
         InvalidSAEError: The files cannot be used, and why.
-        ValueError: The id is none.
+        UserError: The id is invalid.
         HfHubHTTPError: The Hub does not give the files.
     """
-    if sae_id is None:
-        return SAE.load_from_disk(
-            repo_id_or_path, device=device, dtype=dtype, converter=checked_disk_loader
-        )
 
     def converter(
         path: str | Path, device: str, cfg_overrides: dict[str, Any] | None
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        cfg, state_dict, _ = checked_huggingface_loader(
+    ) -> tuple[dict[str, Any], Weights]:
+        if sae_id is None:
+            return checked_disk_loader(path, device, cfg_overrides)
+        return checked_huggingface_loader(
             str(path), sae_id, device, force_download, cfg_overrides
-        )
-        return cfg, state_dict
+        )[:2]
 
-    # load_from_disk and not from_pretrained, which knows no dtype but a given one
+    # load_from_disk also for the Hub, as from_pretrained needs a dtype
     return SAE.load_from_disk(
-        str(repo_id_or_path), device=device, dtype=dtype, converter=converter
+        repo_id_or_path, device=device, dtype=dtype, converter=converter
     )
 
 
@@ -100,7 +81,7 @@ def checked_disk_loader(
     path: str | Path,
     device: str = "cpu",
     cfg_overrides: dict[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Any], Weights]:
     """
     A converter for `SAE.load_from_disk` that checks the files first.
 
@@ -115,8 +96,8 @@ def checked_disk_loader(
     Raises:
         InvalidSAEError: The files cannot be used, and why.
     """
-    check_sae_directory(path)
-    return sae_lens_disk_loader(path, device, cfg_overrides)
+    validation.check_sae_directory(path)
+    return pretrained_sae_loaders.sae_lens_disk_loader(path, device, cfg_overrides)
 
 
 def checked_huggingface_loader(
@@ -125,7 +106,7 @@ def checked_huggingface_loader(
     device: str = "cpu",
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
+) -> tuple[dict[str, Any], Weights, torch.Tensor | None]:
     """
     A converter for `SAE.from_pretrained` that checks each file before the next.
 
@@ -133,7 +114,7 @@ def checked_huggingface_loader(
         repo_id: A repository of the Hub.
         folder_name: The SAE's folder in it.
         device: Where to put the weights.
-        force_download: Whether to download what is in the cache already.
+        force_download: Whether to download again what is in the cache.
         cfg_overrides: Fields of the configuration to replace.
 
     Returns:
@@ -142,35 +123,39 @@ def checked_huggingface_loader(
 
     Raises:
         InvalidSAEError: The files cannot be used, and why.
-        ValueError: The folder's name is no SAE's id.
+        UserError: The folder's name is no SAE's id.
         HfHubHTTPError: The Hub does not give the files.
     """
     folder = check_sae_path(folder_name)
 
-    def download(name: str, max_bytes: int, revision: str | None) -> Path:
-        return _download(
-            repo_id, f"{folder}/{name}", max_bytes, revision, force_download
-        )
+    def download(name: str, max_bytes: int, revision: str | None = None) -> Path:
+        path = f"{folder}/{name}"
+        return _download(repo_id, path, max_bytes, revision, force_download)
 
-    cfg_path = download(SAE_CFG_FILENAME, MAX_CFG_BYTES, None)
-    cfg = read_config(cfg_path)
-    # The other files are those of the same commit, whatever happens in the meantime.
+    cfg_path = download(constants.SAE_CFG_FILENAME, validation.MAX_CFG_BYTES)
+    cfg = validation.read_config(cfg_path)
+    # All files are of one commit, whatever is pushed in the meantime.
     commit = cfg_path.parents[folder.count("/") + 1].name
-    weights_path = download(SAE_WEIGHTS_FILENAME, max_weights_bytes(cfg), commit)
-    check_weights_file(weights_path, cfg)
+    max_bytes = validation.max_weights_bytes(cfg)
+    weights_path = download(constants.SAE_WEIGHTS_FILENAME, max_bytes, commit)
+    validation.check_weights_file(weights_path, cfg)
     log_sparsity = None
     try:
-        max_bytes = MAX_HEADER_BYTES + 8 * cfg["d_sae"]
-        sparsity_path = download(SPARSITY_FILENAME, max_bytes, commit)
-    except (EntryNotFoundError, OfflineModeIsEnabled):
+        max_bytes = validation.MAX_HEADER_BYTES + 8 * cfg["d_sae"]
+        sparsity_path = download(constants.SPARSITY_FILENAME, max_bytes, commit)
+    except (errors.EntryNotFoundError, errors.OfflineModeIsEnabled):
         pass
     else:
-        check_sparsity_file(sparsity_path, cfg["d_sae"])
+        validation.check_sparsity_file(sparsity_path, cfg["d_sae"])
         log_sparsity = load_file(sparsity_path, device)["sparsity"]
 
-    cfg = get_sae_lens_config_from_disk(cfg_path.parent, device, cfg_overrides)
-    cfg, state_dict = read_sae_components_from_disk(cfg, weights_path, device)
-    return cfg, state_dict, log_sparsity
+    cfg = pretrained_sae_loaders.get_sae_lens_config_from_disk(
+        cfg_path.parent, device, cfg_overrides
+    )
+    cfg, weights = pretrained_sae_loaders.read_sae_components_from_disk(
+        cfg, weights_path, device
+    )
+    return cfg, weights, log_sparsity
 
 
 def _download(
@@ -180,31 +165,25 @@ def _download(
     revision: str | None,
     force_download: bool,
 ) -> Path:
-    """Download a file if it is no larger than that, or find it in the cache."""
+    """Download a file of a limited size, or find it in the cache."""
     url = hf_hub_url(repo_id, filename, revision=revision)
     try:
         metadata = get_hf_file_metadata(url)
-    except EntryNotFoundError:
+    except errors.EntryNotFoundError:
         raise
-    except (HTTP_ERROR, OSError) as error:
-        try:
-            return Path(
-                hf_hub_download(
-                    repo_id, filename, revision=revision, local_files_only=True
-                )
-            )
-        except LocalEntryNotFoundError:
-            raise error from None
+    except (HTTP_ERROR, OSError):
+        cached = try_to_load_from_cache(repo_id, filename, revision=revision)
+        if not isinstance(cached, str):
+            raise
+        return Path(cached)
     if metadata.size is not None and metadata.size > max_bytes:
-        raise InvalidSAEError(
+        raise validation.InvalidSAEError(
             f"{repo_id}: {filename} has {metadata.size} bytes; by the configuration it "
             f"has {max_bytes} at most"
         )
+    commit = metadata.commit_hash or revision
     return Path(
         hf_hub_download(
-            repo_id,
-            filename,
-            revision=metadata.commit_hash or revision,
-            force_download=force_download,
+            repo_id, filename, revision=commit, force_download=force_download
         )
     )

@@ -7,10 +7,10 @@ from pathlib import Path
 from saelens_scaffold._util.errors import UserError
 
 PLAIN_FORM = "jumprelu"
-"""The folder, in an SAE's, of its plain form."""
+"""Folder of the plain form, in the folder of an SAE."""
 
 RESULTS_FOLDER = "eval_results"
-"""The folder, in an SAE's, of its evaluation results."""
+"""Folder of evaluation results, in the folder of an SAE."""
 
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.,=+-]{0,94}[A-Za-z0-9_,=+])?")
 _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.,=+/-]+")
@@ -18,7 +18,7 @@ _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.,=+/-]+")
 
 def check_sae_id(sae_id: object) -> str:
     """
-    See that an id can be a folder's path on the Hub and on every disk.
+    Check that an id can be the path of a folder on the Hub and on every disk.
 
     Args:
         sae_id: The id, as in "blocks.12.hook_resid_post/rank_24".
@@ -27,7 +27,7 @@ def check_sae_id(sae_id: object) -> str:
         The id.
 
     Raises:
-        UserError: It cannot, and what is allowed.
+        UserError: It cannot.
     """
     allowed = (
         "names of letters, digits and _ . , = + -, of at most 96 characters, with "
@@ -47,7 +47,7 @@ def check_sae_id(sae_id: object) -> str:
 
 def check_sae_path(sae_path: object) -> str:
     """
-    See that this is an SAE's id, or that of its plain form, "ID/jumprelu".
+    Check that this is the id of an SAE, or of its plain form, "ID/jumprelu".
 
     Raises:
         UserError: It is neither.
@@ -59,10 +59,10 @@ def check_sae_path(sae_path: object) -> str:
 
 def sae_id_of_path(path: Path) -> str:
     """
-    The id that a relative path makes: "BatchTopK (centred)" becomes "BatchTopK-centred".
+    The id made of a relative path: "BatchTopK (centred)" becomes "BatchTopK-centred".
 
     Raises:
-        UserError: There is nothing in the path that an id could be made of.
+        UserError: A part of the path has no allowed character.
     """
     parts = (_OTHER_CHARACTERS.sub("-", part).strip("-.") for part in path.parts)
     return check_sae_id("/".join(parts))
@@ -70,8 +70,10 @@ def sae_id_of_path(path: Path) -> str:
 
 def check_distinct(sae_ids: Iterable[str]) -> None:
     """
+    Check that ids are distinct.
+
     Raises:
-        UserError: Two ids are the same where upper and lower case are, as on many disks.
+        UserError: Two ids are the same on disks that ignore case.
     """
     seen: dict[str, str] = {}
     for sae_id in sae_ids:

@@ -149,7 +149,7 @@ CASES: list[tuple[list[str], str]] = [
     (compare(grid={"architecture": ["no_such_one"], "k": [4]}), "no_such_one"),
     (compare(grid={**EXPERIMENT["grid"], "no_such_axis": [1]}), "no_such_axis"),
     (compare(grid={**EXPERIMENT["grid"], "scaffold_rank": [256]}), "scaffold_rank"),
-    (compare(training={"training_tokens": 10}), "training_tokens"),
+    (compare(training={**EXPERIMENT["training"], "training_tokens": 10}), "is 10;"),
     (compare(evaluations={"no_such_evaluation": None}), "no_such_evaluation"),
     (compare(evaluations={"dense_latents": {"no_such_field": 1}}), "no_such_field"),
     (["upload", *UPLOAD], "DIR"),
@@ -178,7 +178,7 @@ CASES: list[tuple[list[str], str]] = [
     (["demo", "--output_path", "file/new"], "file"),
 ]
 
-PROGRESS = re.compile(r"\d+%\||examples/s|it/s|^\w+: \d+ SAEs$")
+PROGRESS = re.compile(r"\d+%\||examples/s|it/s|^\w+: \d+ SAEs$|^Using device: ")
 """What long work says of how far it is."""
 
 
@@ -205,7 +205,9 @@ def contents(folder: Path) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize(("argv", "culprit"), CASES)
+@pytest.mark.parametrize(
+    ("argv", "culprit"), CASES, ids=[f"{argv[0]}-{culprit}" for argv, culprit in CASES]
+)
 def test_one_line_names_the_culprit(
     argv: list[str],
     culprit: str,

@@ -444,6 +444,8 @@ def test_options_of_today_and_before() -> None:
         "force_rerun": False,
         "debug": True,
     }
+    train = COMMANDS["train"].parse(["--k=3", "--debug", "--help"])
+    assert vars(train) == {"args": ["--k=3", "--help"], "debug": True}
     compare = COMMANDS["compare"].parse(["folder/experiment.yaml"])
     assert compare.arguments()["output_path"] == "experiment-output"
 

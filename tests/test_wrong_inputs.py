@@ -178,7 +178,9 @@ CASES: list[tuple[list[str], str]] = [
     (["demo", "--output_path", "file/new"], "file"),
 ]
 
-PROGRESS = re.compile(r"\d+%\||examples/s|it/s|^\w+: \d+ SAEs$|^Using device: ")
+PROGRESS = re.compile(
+    r"\d+%\||examples/s|it/s|^\w+: \d+ SAEs$|^Using device: |^Loaded pretrained"
+)
 """What long work says of how far it is."""
 
 

@@ -209,7 +209,7 @@ class Eval(Command):
         arguments = self.arguments()
         arguments.update(sae_path=self.sae_path or [], settings=self.settings or [])
         report = runner.evaluate(**arguments, debug=self.debug)
-        return Output(report.text, report.failures, status=bool(report.failures))
+        return Output(report.text, report.failures, 1 if report.failures else 0)
 
 
 @dataclass

@@ -38,16 +38,16 @@ _STAND_IN = "stores-activations"
 """Name of SAEs whose results are not used, among SAEBench's results of a seed."""
 
 
-def _none_twice(values: list[int]) -> list[int]:
-    if len(set(values)) < len(values):
-        raise ValueError("must name none twice")
+def _distinct(values: list[int]) -> list[int]:
+    if not values or len(set(values)) < len(values):
+        raise ValueError("must name at least one, and none twice")
     return values
 
 
-Distinct = [Field(min_length=1), AfterValidator(_none_twice)]
-"""Constraints of a list of numbers: at least one, none twice."""
+Distinct = AfterValidator(_distinct)
+"""Constraint of a list of numbers."""
 
-LatentCounts = Annotated[list[Literal[1, 2, 5, 10, 20, 50, 100]], *Distinct]
+LatentCounts = Annotated[list[Literal[1, 2, 5, 10, 20, 50, 100]], Distinct]
 """Numbers of latents to probe that SAEBench's outputs have metrics for."""
 
 
@@ -55,7 +55,7 @@ LatentCounts = Annotated[list[Literal[1, 2, 5, 10, 20, 50, 100]], *Distinct]
 class OverSeedsEvalConfig(ModelConfig):
     """Seeds, and text of the user's own, in addition to SAEBench's configuration."""
 
-    random_seeds: Annotated[list[NonNegativeInt], *Distinct] = Field(
+    random_seeds: Annotated[list[NonNegativeInt], Distinct] = Field(
         default_factory=lambda: [_DEFAULT_SEED]
     )
     """SAEBench's evaluation is run once with each of these seeds, which draw the rows of the
@@ -294,7 +294,8 @@ class ProbingEvaluation:
         if self.probes_follow_activations:
             first_of_hook = {sae.hook_name: sae.sae for sae in reversed(saes)}
             stand_ins = [
-                (f"{_STAND_IN}-{i}", sae) for i, sae in enumerate(first_of_hook.values())
+                (f"{_STAND_IN}-{i}", sae)
+                for i, sae in enumerate(first_of_hook.values())
             ]
             self.run(replace(run, saes=stand_ins))
         self.run(run)

@@ -53,7 +53,7 @@ class TppEvalConfig(OverSeedsEvalConfig, LlmConfig, ScrAndTppEvalConfig):
     """Tokens of each text that are read; the rest is cut off."""
     sae_batch_size: PositiveInt = _DEFAULTS.sae_batch_size
     """Texts that an SAE encodes at a time."""
-    n_values: Annotated[list[Literal[2, 5, 10, 20, 50, 100, 500]], *Distinct] = Field(
+    n_values: Annotated[list[Literal[2, 5, 10, 20, 50, 100, 500]], Distinct] = Field(
         default_factory=lambda: list(_DEFAULTS.n_values)
     )
     """Numbers of latents that are ablated."""

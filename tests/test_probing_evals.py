@@ -37,17 +37,19 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.labelled_data import read_labelled_text
 from saelens_scaffold.evals.registry import EVALUATIONS
+from saelens_scaffold.evals.saebench.probing import (
+    SparseProbingEvalConfig,
+    TppEvalConfig,
+)
 from saelens_scaffold.evals.saebench.replacements import (
     labelled_texts,
     replaced,
     sae_probes_tasks,
 )
-from saelens_scaffold.evals.saebench.sparse_probing import SparseProbingEvalConfig
-from saelens_scaffold.evals.saebench.sparse_probing_sae_probes import (
+from saelens_scaffold.evals.saebench.sae_probes import (
     SparseProbingSaeProbesEvalConfig,
     one_vs_rest_tasks,
 )
-from saelens_scaffold.evals.saebench.tpp import TppEvalConfig
 from saelens_scaffold.evals.selected_saes import View, resolve_saes
 from saelens_scaffold.models import load_embedded_model, register_embedded_model
 

@@ -367,12 +367,6 @@ def test_unlearning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "llm_batch_size": 8,
         "llm_dtype": "float32",
     }
-    evaluation = EVALUATIONS["unlearning"].load()
-    config = validating(evaluation.config_class)
-    with pytest.raises(UserError, match="there is no sae_bench/.*forget-corpus"):
-        evaluation.check(config(**fields), [])
-    with pytest.raises(UserError, match="model_name is 'py-neox'.* gemma-2-2b-it and"):
-        evaluation.check(config(**{**fields, "model_name": "py-neox"}), [])
     corpus = tmp_path / "sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl"
     corpus.parent.mkdir(parents=True)
     corpus.write_text(json.dumps({"text": "def f(x): return x + 1\n" * 60}) + "\n")

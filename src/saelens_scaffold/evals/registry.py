@@ -187,7 +187,7 @@ EVALUATIONS: dict[str, Evaluation] = {
         Evaluation(
             "sparse_probing",
             "sparse",
-            f"{_OURS}.saebench.sparse_probing:IMPLEMENTATION",
+            f"{_OURS}.saebench.probing:SPARSE_PROBING",
             (
                 _higher_share("top-1 accuracy", "sae.sae_top_1_test_accuracy"),
                 _higher_share("top-5 accuracy", "sae.sae_top_5_test_accuracy"),
@@ -197,7 +197,7 @@ EVALUATIONS: dict[str, Evaluation] = {
         Evaluation(
             "sparse_probing_sae_probes",
             "sparse",
-            f"{_OURS}.saebench.sparse_probing_sae_probes:IMPLEMENTATION",
+            f"{_OURS}.saebench.probing:SPARSE_PROBING_SAE_PROBES",
             (
                 _higher_share("top-1 AUC", "sae.sae_top_1_test_auc"),
                 _higher_share("top-5 AUC", "sae.sae_top_5_test_auc"),
@@ -207,7 +207,7 @@ EVALUATIONS: dict[str, Evaluation] = {
         Evaluation(
             "tpp",
             "sparse",
-            f"{_OURS}.saebench.tpp:IMPLEMENTATION",
+            f"{_OURS}.saebench.probing:TPP",
             (
                 # a drop of one accuracy, less the mean drop of others
                 Metric(

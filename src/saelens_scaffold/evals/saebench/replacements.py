@@ -31,12 +31,12 @@ class Replacement(NamedTuple):
     A name that gets another value.
 
     Attributes:
-        namespace: What the name is looked up in: a module's `vars`, or a dictionary.
+        namespace: The dictionary where the name is looked up, as a module's `vars`.
         name: The name.
         value: Its new value.
     """
 
-    namespace: dict[str, Any]
+    namespace: Any
     name: str
     value: Any
 

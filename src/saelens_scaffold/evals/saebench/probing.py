@@ -94,7 +94,7 @@ class TppEvalOutput(OverSeedsEvalOutput, SaeBenchTppOutput):
 
 def _check_sparse_probing(
     config: SparseProbingEvalConfig,
-    saes: Sequence[SelectedSAE],
+    _saes: Sequence[SelectedSAE],
     texts: list[LabelledText],
 ) -> None:
     check_set_sizes(texts, config, "probe_train_set_size", "probe_test_set_size")

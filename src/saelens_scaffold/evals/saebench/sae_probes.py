@@ -112,7 +112,7 @@ def one_vs_rest_tasks(text: LabelledText, task_size: int) -> dict[str, pd.DataFr
 
 def _check(
     config: SparseProbingSaeProbesEvalConfig,
-    saes: Sequence[SelectedSAE],
+    _saes: Sequence[SelectedSAE],
     texts: list[LabelledText],
 ) -> None:
     for text in texts:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from importlib.resources import files
@@ -32,27 +33,24 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_probes import utils_data
 
 from helpers import scaffold_sae
-from saelens_scaffold.evals.labelled_data import (
-    known_to_sae_bench,
-    read_labelled_text,
-)
-from saelens_scaffold.evals.selected_saes import View, resolve_saes
-from saelens_scaffold.evals.sparse_probing import (
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals import runner
+from saelens_scaffold.evals.labelled_data import read_labelled_text
+from saelens_scaffold.evals.registry import EVALUATIONS
+from saelens_scaffold.evals.saebench.probing import (
     SparseProbingEvalConfig,
-    SparseProbingEvalOutput,
+    TppEvalConfig,
 )
-from saelens_scaffold.evals.sparse_probing import main as sparse_probing
-from saelens_scaffold.evals.sparse_probing_sae_probes import (
+from saelens_scaffold.evals.saebench.replacements import (
+    labelled_texts,
+    replaced,
+    sae_probes_tasks,
+)
+from saelens_scaffold.evals.saebench.sae_probes import (
     SparseProbingSaeProbesEvalConfig,
-    SparseProbingSaeProbesEvalOutput,
-)
-from saelens_scaffold.evals.sparse_probing_sae_probes import main as sae_probes
-from saelens_scaffold.evals.sparse_probing_sae_probes.tasks import (
-    known_to_sae_probes,
     one_vs_rest_tasks,
 )
-from saelens_scaffold.evals.tpp import TppEvalConfig, TppEvalOutput
-from saelens_scaffold.evals.tpp import main as tpp
+from saelens_scaffold.evals.selected_saes import View, resolve_saes
 from saelens_scaffold.models import load_embedded_model, register_embedded_model
 
 HOOK, D_IN, D_SAE = "blocks.2.hook_resid_post", 256, 48
@@ -162,6 +160,13 @@ def sae_probes_config(
     return SparseProbingSaeProbesEvalConfig(**kwargs)
 
 
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "sparse_probing": sp_config,
+    "tpp": tpp_config,
+    "sparse_probing_sae_probes": sae_probes_config,
+}
+
+
 def metric_values(result: dict[str, Any]) -> dict[str, float]:
     return {
         name: value
@@ -172,14 +177,14 @@ def metric_values(result: dict[str, Any]) -> dict[str, float]:
 
 
 def run(
-    main: Any, config: Any, saes: Any, folder: Path, **kwargs: Any
+    name: str, config: Any, saes: Any, folder: Path, **kwargs: Any
 ) -> dict[str, dict[str, Any]]:
-    return main.run_eval(
+    return runner.run_eval(
+        name,
         config,
         saes,
-        "cpu",
-        str(folder / "results"),
-        artifacts_path=str(folder / "artifacts"),
+        output_path=folder / "results",
+        artifacts_path=folder / "artifacts",
         **kwargs,
     )
 
@@ -192,16 +197,12 @@ def json_of(value: Any) -> Any:
 FIRST = [("first", plain(2))]
 
 
-@pytest.mark.parametrize(
-    ("main", "make_config"), [(sparse_probing, "sp"), (tpp, "tpp")]
-)
-def test_equal_saes_have_equal_results(
-    main: Any, make_config: str, texts: Path, tmp_path: Path
-):
-    config = {"sp": sp_config, "tpp": tpp_config}[make_config](texts / "data.csv")
-    together = run(main, config, [(n, plain()) for n in "abc"], tmp_path)
-    later = run(main, config, [("d", plain())], tmp_path)
-    alone = run(main, config, [("e", plain())], tmp_path / "alone")
+@pytest.mark.parametrize("name", ["sparse_probing", "tpp"])
+def test_equal_saes_have_equal_results(name: str, texts: Path, tmp_path: Path):
+    config = CONFIGS[name](texts / "data.csv")
+    together = run(name, config, [(n, plain()) for n in "abc"], tmp_path)
+    later = run(name, config, [("d", plain())], tmp_path)
+    alone = run(name, config, [("e", plain())], tmp_path / "alone")
     metrics = [
         result["eval_result_metrics"]
         for results in (together, later, alone)
@@ -229,10 +230,11 @@ def test_sparse_probing_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: P
     dataset = texts / "data.csv"
     config = sp_config(dataset)
     ours = run(
-        sparse_probing, config, [("plain", plain()), ("scaffold", scaffold)], tmp_path
+        "sparse_probing", config, [("plain", plain()), ("scaffold", scaffold)], tmp_path
     )
     model_name = register_embedded_model()
-    with known_to_sae_bench([read_labelled_text(str(dataset), "text", "label")]):
+    text = read_labelled_text(str(dataset), "text", "label")
+    with replaced(labelled_texts([text])):
         theirs = sae_bench_sparse_probing.run_eval(
             sae_bench_sp_config.SparseProbingEvalConfig(
                 model_name=model_name,
@@ -263,9 +265,10 @@ def test_sparse_probing_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: P
 def test_tpp_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: Path):
     dataset = texts / "data.csv"
     config = tpp_config(dataset)
-    ours = run(tpp, config, [("plain", plain()), ("scaffold", scaffold)], tmp_path)
+    ours = run("tpp", config, [("plain", plain()), ("scaffold", scaffold)], tmp_path)
     assert torch.is_grad_enabled()
-    with known_to_sae_bench([read_labelled_text(str(dataset), "text", "label")]):
+    text = read_labelled_text(str(dataset), "text", "label")
+    with replaced(labelled_texts([text])):
         theirs = sae_bench_tpp.run_eval(
             ScrAndTppEvalConfig(
                 model_name=register_embedded_model(),
@@ -296,10 +299,13 @@ def test_sae_probes_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: Path)
     dataset = texts / "data.csv"
     config = sae_probes_config(dataset, include_llm_baseline=True)
     ours = run(
-        sae_probes, config, [("plain", plain()), ("scaffold", scaffold)], tmp_path
+        "sparse_probing_sae_probes",
+        config,
+        [("plain", plain()), ("scaffold", scaffold)],
+        tmp_path,
     )
     tasks = one_vs_rest_tasks(read_labelled_text(str(dataset), "text", "label"), 200)
-    with known_to_sae_probes(tasks, load_embedded_model()):
+    with replaced(sae_probes_tasks(tasks, load_embedded_model())):
         theirs = sae_bench_sae_probes.run_eval(
             sae_bench_sae_probes_config.SparseProbingSaeProbesEvalConfig(
                 model_name=register_embedded_model(),
@@ -332,7 +338,7 @@ def test_one_vs_rest_tasks_are_balanced(texts: Path):
         assert task["target"].sum() == 100
         assert task["prompt"].is_unique
     own = utils_data.get_dataset_sizes().copy()
-    with known_to_sae_probes(tasks, load_embedded_model()):
+    with replaced(sae_probes_tasks(tasks, load_embedded_model())):
         assert (
             utils_data.get_yvals("0_data-files") == tasks["0_data-files"]["target"]
         ).all()
@@ -340,28 +346,18 @@ def test_one_vs_rest_tasks_are_balanced(texts: Path):
     assert utils_data.get_dataset_sizes() == own
 
 
-EVALUATIONS: dict[str, tuple[Any, Callable[..., Any], type[Any]]] = {
-    "sparse_probing": (sparse_probing, sp_config, SparseProbingEvalOutput),
-    "tpp": (tpp, tpp_config, TppEvalOutput),
-    "sparse_probing_sae_probes": (
-        sae_probes,
-        sae_probes_config,
-        SparseProbingSaeProbesEvalOutput,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_several_seeds(name: str, texts: Path, scaffold: Any, tmp_path: Path):
-    main, make_config, output_class = EVALUATIONS[name]
+    make_config = CONFIGS[name]
+    output_class: Any = EVALUATIONS[name].load().output_class
     seeds = [3, 1, 8]
     saes = [("my/scaffold", scaffold)]
     config = make_config(texts / "data.csv", random_seeds=seeds, confidence=0.9)
-    result = run(main, config, saes, tmp_path / "all")["my/scaffold_custom_sae"]
+    result = run(name, config, saes, tmp_path / "all")["my/scaffold_custom_sae"]
     single = [
         metric_values(
             run(
-                main,
+                name,
                 make_config(texts / "data.csv", random_seed=seed),
                 saes,
                 tmp_path / f"{seed}",
@@ -478,7 +474,8 @@ def test_no_text_is_trained_and_tested_on(
     )
     copies.save_to_disk(tmp_path / "copies")
     text = read_labelled_text(str(tmp_path / "copies"), "text", "label")
-    assert "70 texts occur again" in caplog.text
+    assert "40 texts occur again" in caplog.text
+    assert "30 texts occur again" in caplog.text
     assert text.test is not None
     found = [
         sorted(text for texts in part.values() for text in texts)
@@ -508,7 +505,7 @@ def test_sae_bench_is_left_as_it_was(texts: Path):
     classes = dict(dataset_info.chosen_classes_per_dataset)
     load = dataset_utils.get_multi_label_train_test_data
     text = read_labelled_text(str(texts / "data.csv"), "text", "label")
-    with pytest.raises(KeyboardInterrupt), known_to_sae_bench([text]):
+    with pytest.raises(KeyboardInterrupt), replaced(labelled_texts([text])):
         assert text.name in dataset_info.chosen_classes_per_dataset
         with pytest.raises(ValueError, match="not supported"):
             dataset_utils.get_multi_label_train_test_data("unknown", 4, 4, 0)
@@ -518,7 +515,7 @@ def test_sae_bench_is_left_as_it_was(texts: Path):
     assert text.name not in sae_bench_tpp.COLUMN2_VALS_LOOKUP
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     ("dataset", "overrides", "message"),
     [
@@ -527,7 +524,7 @@ def test_sae_bench_is_left_as_it_was(texts: Path):
         ("one-class.jsonl", {}, r"1 class\(es\) of text in column 'label'"),
         ("empty.jsonl", {}, "is empty"),
         ("empty", {}, "is empty"),
-        ("few.jsonl", {}, "they may be|has fewer of these"),
+        ("few.jsonl", {}, "has fewer than the|has fewer of these"),
         ("nowhere.csv", {}, "no such file"),
     ],
 )
@@ -540,18 +537,17 @@ def test_unusable_text_is_refused_before_anything_is_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    main, make_config, _ = EVALUATIONS[name]
     monkeypatch.setattr(
-        "saelens_scaffold.evals.over_seeds.load_language_model",
+        "saelens_scaffold.evals.saebench.over_seeds.load_language_model",
         lambda *_: pytest.fail("the model was loaded"),
     )
     results = tmp_path / "results"
     results.mkdir()
     kept = results / "plain_custom_sae_eval_results.json"
     kept.write_text("kept")
-    config = make_config(texts / dataset, **overrides)
-    with pytest.raises(ValueError, match=message) as error:
-        run(main, config, [("plain", plain())], tmp_path, force_rerun=True)
+    config = CONFIGS[name](texts / dataset, **overrides)
+    with pytest.raises(UserError, match=message) as error:
+        run(name, config, [("plain", plain())], tmp_path, force_rerun=True)
     assert "\n" not in str(error.value)
     assert dataset in str(error.value)
     assert kept.read_text() == "kept"
@@ -560,7 +556,7 @@ def test_unusable_text_is_refused_before_anything_is_run(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sp_config("x", random_seeds=[]), "at least one seed"),
+        (lambda: sp_config("x", random_seeds=[]), "at least one, and none twice"),
         (lambda: sp_config("x", random_seeds=[1, 1]), "none twice"),
         (
             lambda: sp_config("x", random_seeds=[1, 2], random_seed=3),
@@ -571,10 +567,10 @@ def test_unusable_text_is_refused_before_anything_is_run(
         (lambda: sp_config("x", k_values=[3]), "1, 2, 5, 10"),
         (lambda: sp_config("x", confidence=1.0), "between 0 and 1"),
         (lambda: tpp_config("x", n_values=[1]), "2, 5, 10"),
-        (lambda: tpp_config("x", perform_scr=True), "must be False"),
-        (lambda: sae_probes_config("x", setting="scarcity"), "must be normal"),
-        (lambda: sae_probes_config("x", binarize=True), "must be False"),
-        (lambda: sae_probes_config("x", task_size=101), "at least 200"),
+        (lambda: tpp_config("x", perform_scr=True), "should be False"),
+        (lambda: sae_probes_config("x", setting="scarcity"), "should be 'normal'"),
+        (lambda: sae_probes_config("x", binarize=True), "should be False"),
+        (lambda: sae_probes_config("x", task_size=101), "multiple of 2"),
     ],
 )
 def test_unusable_configurations(make: Callable[[], Any], message: str):
@@ -586,29 +582,21 @@ def test_other_refusals(texts: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="a dimension for heads"):
         of_heads = plain()
         of_heads.cfg.reshape_activations = "hook_z"
-        run(sparse_probing, sp_config("x"), [("heads", of_heads)], tmp_path)
+        run("sparse_probing", sp_config("x"), [("heads", of_heads)], tmp_path)
     saes = [("plain", plain())]
     data = texts / "data.csv"
     with pytest.raises(ValueError, match="dataset_names is empty"):
-        run(sparse_probing, sp_config(data, dataset_names=[]), saes, tmp_path)
+        run("sparse_probing", sp_config(data, dataset_names=[]), saes, tmp_path)
     with pytest.raises(ValueError, match="n_values has 100, but SAE 'plain'"):
-        run(tpp, tpp_config(data, n_values=[100]), saes, tmp_path)
+        run("tpp", tpp_config(data, n_values=[100]), saes, tmp_path)
     with pytest.raises(ValueError, match="d_in 16, but py-neox has width 256"):
         narrow = plain()
         narrow.cfg.d_in = 16
-        run(sparse_probing, sp_config(data), [("narrow", narrow)], tmp_path)
-    with pytest.raises(ValueError, match="lies in output_path"):
-        sparse_probing.run_eval(
-            sp_config(data),
-            saes,
-            "cpu",
-            str(tmp_path),
-            artifacts_path=str(tmp_path / "artifacts"),
-        )
+        run("sparse_probing", sp_config(data), [("narrow", narrow)], tmp_path)
 
 
 def test_every_field_can_be_a_flag():
-    for _, make_config, _ in EVALUATIONS.values():
+    for make_config in CONFIGS.values():
         for field in type(make_config("x")).__pydantic_fields__.values():
             assert field.title
             assert field.description
@@ -632,15 +620,12 @@ def test_a_scaffold_sae_of_a_release_is_judged_by_its_sparse_part(
 
 def test_a_local_model_of_any_path(texts: Path, tmp_path: Path):
     directory = tmp_path / "models" / "my-model"
-    shutil.copytree(
-        Path(str(files("saelens_scaffold") / "embedded/py-neox")), directory
-    )
+    shutil.copytree(Path(str(files("saelens_scaffold.models") / "py-neox")), directory)
     before = sorted(directory.rglob("*"))
     data = texts / "data.csv"
-    for main, make in ((sparse_probing, sp_config), (sae_probes, sae_probes_config)):
-        config = make(data, model_name=str(directory))
-        folder = tmp_path / str(main.__name__)
-        (ours,) = run(main, config, [("plain", plain())], folder).values()
+    for name in ("sparse_probing", "sparse_probing_sae_probes"):
+        config = CONFIGS[name](data, model_name=str(directory))
+        (ours,) = run(name, config, [("plain", plain())], tmp_path / name).values()
         assert ours["eval_config"]["model_name"] == str(directory)
         assert sorted(directory.rglob("*")) == before
 
@@ -658,7 +643,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
     own = sae_bench_sparse_probing.run_eval
 
     def count(config: Any, selected_saes: Any, *args: Any, **kwargs: Any) -> Any:
-        names = [name.partition("-")[0] for name, _ in selected_saes]
+        names = [re.split("[-_]", name)[0] for name, _ in selected_saes]
         calls.append((config.random_seed, names))
         if config.random_seed == 13:
             raise KeyboardInterrupt
@@ -674,56 +659,36 @@ def test_an_interrupted_call_goes_on(
     data = texts / "data.csv"
     a, b = ("a", plain(0)), ("b", plain(1))
     with pytest.raises(KeyboardInterrupt):
-        run(sparse_probing, sp_config(data, random_seeds=[1, 2, 13]), [a, b], tmp_path)
+        run(
+            "sparse_probing", sp_config(data, random_seeds=[1, 2, 13]), [a, b], tmp_path
+        )
     stored = ["stores"]
     both = ["a", "b"]
     assert runs == [(1, stored), (1, both), (2, stored), (2, both), (13, stored)]
     assert not list((tmp_path / "results").glob("*.json"))
 
     # a result that was not written to its end does not count, the others do
-    (broken,) = tmp_path.rglob("seed-2/results/b-*.json")
+    (broken,) = tmp_path.rglob("b_*.seed-2.partial")
     broken.write_text(broken.read_text()[:100])
     runs.clear()
     config = sp_config(data, random_seeds=[1, 2, 3])
-    resumed = run(sparse_probing, config, [a, b], tmp_path)
-    assert runs == [(2, ["b"]), (3, stored), (3, both)]
-    fresh = run(sparse_probing, config, [a, b], tmp_path / "fresh")
+    resumed = run("sparse_probing", config, [a, b], tmp_path)
+    assert runs == [(2, stored), (2, ["b"]), (3, stored), (3, both)]
+    fresh = run("sparse_probing", config, [a, b], tmp_path / "fresh")
     assert [r["metrics_over_seeds"] for r in resumed.values()] == [
         r["metrics_over_seeds"] for r in fresh.values()
     ]
 
     # finished results are left alone
     runs.clear()
-    assert json_of(run(sparse_probing, config, [a, b], tmp_path)) == json_of(resumed)
+    assert json_of(run("sparse_probing", config, [a, b], tmp_path)) == json_of(resumed)
     assert runs == []
-    # another SAE of that name, other settings, or other text: nothing is reused
-    with pytest.raises(ValueError, match="another SAE of the same name"):
-        run(sparse_probing, config, [("a", plain(2))], tmp_path)
-    with pytest.raises(ValueError, match=r"k_values \[1, 5\]"):
-        other = sp_config(data, random_seeds=[1, 2, 3], k_values=[2])
-        run(sparse_probing, other, [a], tmp_path)
-    for file in (tmp_path / "results").glob("*.json"):
-        file.unlink()
-    assert runs == []
-    run(sparse_probing, sp_config(data, random_seeds=[1]), [("a", plain(2))], tmp_path)
+    # results of an SAE of that name, or of other settings, are measured again
     run(
-        sparse_probing,
-        sp_config(data, random_seeds=[1], context_length=20),
-        [a],
-        tmp_path,
-        force_rerun=True,
+        "sparse_probing", sp_config(data, random_seeds=[1]), [("a", plain(2))], tmp_path
     )
-    assert runs == [(1, ["a"]), (1, stored), (1, ["a"])]
-
-
-def test_activations_are_kept_or_not_as_in_sae_bench(texts: Path, tmp_path: Path):
-    config = sp_config(texts / "data.csv", k_values=[1])
-    saes = [("plain", plain())]
-    for kwargs, kept in (
-        ({}, 1),
-        ({"save_activations": False}, 0),
-        ({"clean_up_activations": True}, 0),
-    ):
-        folder = tmp_path / "-".join(["run", *kwargs])
-        run(sparse_probing, config, saes, folder, **kwargs)
-        assert len(list(folder.rglob("*_activations.pt"))) == kept
+    other = sp_config(data, random_seeds=[1], context_length=20)
+    run("sparse_probing", other, [a], tmp_path)
+    assert runs == [(1, stored), (1, ["a"])] * 2
+    # SAEBench's results of single seeds are nowhere where its tools look for results
+    assert len(graphing_utils.find_eval_results_files([str(tmp_path)])) == 4

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,19 +13,27 @@ import torch
 
 pytest.importorskip("sae_bench")
 
+from sae_bench.evals.absorption import common as absorption_common
+from sae_bench.evals.absorption import feature_absorption
 from sae_bench.evals.absorption import main as absorption
+from sae_bench.evals.absorption.vocab import get_alpha_tokens
+from sae_bench.evals.core import main as core
+from sae_bench.evals.meta_structure import main as meta_structure
 from sae_bench.evals.ravel import instance as ravel_instance
 from sae_bench.evals.scr_and_tpp import dataset_creation
 from sae_bench.evals.unlearning import main as unlearning
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval_helpers import eval_sae
+from eval_helpers import eval_sae, write_texts
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.configs import make_config, validating
 from saelens_scaffold.evals.jobs import Job
 from saelens_scaffold.evals.registry import EVALUATIONS
+from saelens_scaffold.evals.saebench.passthrough import EvaluationError
+from saelens_scaffold.evals.saebench.replacements import Replacement, replaced
+from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.models import embedded_model_path, load_embedded_model
 
 WORDS = ["open", "read", "write", "path", "close", "seek", "buffer", "stream", "for"]
@@ -46,10 +55,12 @@ def run(
     """The results; nothing is left of the call but these, and the process is as before."""
     before = Path.cwd()
     saes = saes or [("plain", eval_sae()), ("scaffold", eval_sae(rank=4))]
-    outcome = runner.run(job(name, folder, fields, **kwargs), saes)
-    assert Path.cwd() == before
-    assert torch.is_grad_enabled()
-    assert list((folder / "artifacts").iterdir()) == []
+    try:
+        outcome = runner.run(job(name, folder, fields, **kwargs), saes)
+    finally:
+        assert Path.cwd() == before
+        assert torch.is_grad_enabled()
+        assert list((folder / "artifacts").iterdir()) == []
     if outcome.error is not None:
         raise outcome.error
     assert [f"{label}_custom_sae" for label, _ in saes] == list(outcome.results)
@@ -66,7 +77,13 @@ def values(results: dict[str, Any], path: str) -> list[float]:
     return [r["eval_result_metrics"][category][name] for r in results.values()]
 
 
-def test_absorption(tmp_path: Path):
+def test_absorption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    by_letter: dict[str, list[str]] = {}
+    for word in get_alpha_tokens(load_embedded_model().tokenizer):  # type: ignore[arg-type]
+        by_letter.setdefault(word.strip()[0].lower(), []).append(word)
+    few = [word for words in by_letter.values() for word in words[:7]]
+    for module in (absorption_common, feature_absorption):
+        monkeypatch.setattr(module, "get_alpha_tokens", lambda _: few)
     results = run(
         "absorption",
         tmp_path,
@@ -79,9 +96,10 @@ def test_absorption(tmp_path: Path):
             "precalc_k_sparse_probe_sae_acts": True,
             "llm_batch_size": 64,
         },
+        [("scaffold", eval_sae(rank=4))],
     )
-    scores = values(results, "mean.mean_absorption_fraction_score")
-    assert all(0 <= score <= 1 for score in scores)
+    (score,) = values(results, "mean.mean_absorption_fraction_score")
+    assert 0 <= score <= 1
     # nothing is put where SAEBench is installed
     package = Path(str(absorption.__file__)).parents[2]
     assert not (package / "artifacts").exists()
@@ -240,16 +258,20 @@ def test_ravel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "model_name": "py-neox",
         "entity_attribute_selection": {"city": ["Country", "Continent"]},
         "artifact_dir": str(tmp_path / "prompts"),
-        "num_pairs_per_attribute": 6,
-        "llm_batch_size": 2,
+        "num_pairs_per_attribute": 8,
+        "train_test_split": 0.5,
+        "llm_batch_size": 4,
         "llm_dtype": "float32",
         "n_generated_tokens": 3,
         "num_epochs": 1,
     }
-    results = run("ravel", tmp_path, fields)
-    assert all(0 <= s <= 1 for s in values(results, "ravel.disentanglement_score"))
+    saes = [("scaffold", eval_sae(rank=4))]
+    results = run("ravel", tmp_path, fields, saes)
+    (score,) = values(results, "ravel.disentanglement_score")
+    assert 0 <= score <= 1
     # the prompts stay where the configuration says, and nothing else does
-    run("ravel", tmp_path / "again", fields)
+    again = run("ravel", tmp_path / "again", fields, saes)
+    assert values(again, "ravel.disentanglement_score") == [score]
     assert len(downloads) == 1
     assert [file.name for file in (tmp_path / "prompts").iterdir()] == ["base"]
     assert not (embedded_model_path() / "blocks.0.hook_resid_post").exists()
@@ -302,7 +324,7 @@ def test_scr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
 
 
-def knowing_model(*_: Any, **__: Any) -> Any:
+def knowing_model() -> Any:
     """The embedded model in place of Gemma: it knows that the answer is "right"."""
     model: Any = load_embedded_model()
     tokenizer = model.tokenizer
@@ -318,8 +340,7 @@ def knowing_model(*_: Any, **__: Any) -> Any:
         if kwargs.get("return_type") == "logits":
             for logits, text in zip(out, tokenizer.batch_decode(tokens), strict=True):
                 letter = text.partition(". right")[0][-1]
-                (token,) = tokenizer(letter)["input_ids"]
-                logits[:, token] += 50
+                logits[:, model.to_single_token(letter)] += 50
         return out
 
     model.forward = forward
@@ -346,12 +367,6 @@ def test_unlearning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "llm_batch_size": 8,
         "llm_dtype": "float32",
     }
-    evaluation = EVALUATIONS["unlearning"].load()
-    config = validating(evaluation.config_class)
-    with pytest.raises(UserError, match="there is no sae_bench/.*forget-corpus"):
-        evaluation.check(config(**fields), [])
-    with pytest.raises(UserError, match="model_name is 'py-neox'.* gemma-2-2b-it and"):
-        evaluation.check(config(**{**fields, "model_name": "py-neox"}), [])
     corpus = tmp_path / "sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl"
     corpus.parent.mkdir(parents=True)
     corpus.write_text(json.dumps({"text": "def f(x): return x + 1\n" * 60}) + "\n")
@@ -359,8 +374,88 @@ def test_unlearning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     retained = [{"text": "import os\nos.path.join(a, b)\n" * 60}]
     monkeypatch.setattr(feature_activation, "load_dataset", lambda *_, **__: retained)
     monkeypatch.setattr(metrics, "load_dataset", questions)
+    model = knowing_model()
+    loader = SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
+    monkeypatch.setattr(unlearning, "HookedTransformer", loader)
+    results = run("unlearning", tmp_path, fields, [("scaffold", eval_sae(rank=4))])
+    (score,) = values(results, "unlearning.unlearning_score")
+    assert 0 <= score <= 1
+
+
+def test_what_core_logs_is_the_reason_and_what_is_finished_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own = core.run_evals
+
+    def fail(sae: Any, *args: Any, **kwargs: Any) -> Any:
+        if sae.cfg.d_sae == 40:
+            raise RuntimeError("out of luck")
+        return own(sae, *args, **kwargs)
+
+    monkeypatch.setattr(core, "run_evals", fail)
+    saes = [(name, eval_sae(d_sae=d_sae)) for name, d_sae in (("a", 40), ("b", 48))]
+    with pytest.raises(EvaluationError, match="^a: RuntimeError: out of luck$"):
+        run("core", tmp_path, QUICK_CORE, saes)
+    (kept,) = (tmp_path / "results").glob("*.json")
+    assert kept.name == "b_custom_sae_eval_results.json"
+
+
+def test_an_interruption_leaves_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own = meta_structure.run_eval_single_sae
+
+    def interrupt(sae_release: str, *args: Any, **kwargs: Any) -> Any:
+        if sae_release == "b":
+            raise KeyboardInterrupt
+        return own(sae_release, *args, **kwargs)
+
+    def run_two() -> None:
+        saes = [("a", eval_sae()), ("b", eval_sae(seed=1))]
+        fields = {"train_steps": 1, "train_batch_size": 32}
+        run("meta_structure", tmp_path, fields, saes)
+
     monkeypatch.setattr(
-        unlearning.HookedTransformer, "from_pretrained_no_processing", knowing_model
+        meta_structure,
+        "run_eval_single_sae",
+        lambda *args, sae_release, **kwargs: interrupt(sae_release, *args, **kwargs),
     )
-    results = run("unlearning", tmp_path, fields)
-    assert all(0 <= s <= 1 for s in values(results, "unlearning.unlearning_score"))
+    with pytest.raises(KeyboardInterrupt):
+        run_two()
+    assert [file.name[0] for file in (tmp_path / "results").glob("*.json")] == ["a"]
+
+
+def test_an_sae_without_a_result_and_without_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def say(*_: Any, **__: Any) -> None:
+        print("nothing to do")
+
+    monkeypatch.setattr(meta_structure, "run_eval", say)
+    with pytest.raises(EvaluationError, match="plain, scaffold: .*last: nothing to do"):
+        run("meta_structure", tmp_path, {})
+
+
+def test_local_text_of_another_column(tmp_path: Path):
+    texts = ["def f(x):\n    return x + 1\n" * 40] * 20
+    file = write_texts(tmp_path / "code.jsonl", texts)
+    file.write_text(file.read_text().replace('"text"', '"code"'))
+    fields = {**QUICK_CORE, "dataset": str(file)}
+    run("core", tmp_path, fields, [("plain", eval_sae())], text_column="code")
+
+
+def test_refusals():
+    implementation = EVALUATIONS["absorption"].load()
+    config = implementation.config_class(model_name="pythia-70m-deduped")
+    of_release = SelectedSAE("release", "id", eval_sae())
+    with pytest.raises(UserError, match="'release/id' was trained on py-neox, not on"):
+        implementation.check(config, [of_release])
+
+
+def test_replacements_are_taken_back():
+    table = {"a": 1}
+    replacements = [Replacement(table, "a", 2), Replacement(table, "b", 3)]
+    with pytest.raises(KeyboardInterrupt), replaced(replacements):
+        assert table == {"a": 2, "b": 3}
+        raise KeyboardInterrupt
+    assert table == {"a": 1}

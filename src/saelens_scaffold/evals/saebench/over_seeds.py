@@ -1,20 +1,26 @@
 """SAEBench's probing evaluations, run once for each of several seeds."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    field_validator,
+    model_validator,
+)
 from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.documented import documented
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.base import SHARE, Bounds, Call, Implementation, Result
+from saelens_scaffold.evals.base import SHARE, Bounds, Call, Result
 from saelens_scaffold.evals.bootstrap import student_interval
 from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.labelled_data import (
@@ -30,7 +36,7 @@ from saelens_scaffold.evals.language_model import (
 from saelens_scaffold.evals.saebench.replacements import rows_per_class
 from saelens_scaffold.evals.saebench.traces import read_result
 from saelens_scaffold.evals.selected_saes import SelectedSAE, result_file_name
-from saelens_scaffold.evals.store import ResultStore, result_key
+from saelens_scaffold.evals.store import Key, ResultStore, result_key
 
 _DEFAULT_SEED = 42  # SAEBench's
 
@@ -38,24 +44,30 @@ _STAND_IN = "stores-activations"
 """Name of SAEs whose results are not used, among SAEBench's results of a seed."""
 
 
-def _none_twice(values: list[int]) -> list[int]:
-    if len(set(values)) < len(values):
-        raise ValueError("must name none twice")
+def _distinct(values: list[int]) -> list[int]:
+    if not values or len(set(values)) < len(values):
+        raise ValueError("must name at least one, and none twice")
     return values
 
 
-Distinct = [Field(min_length=1), AfterValidator(_none_twice)]
-"""Constraints of a list of numbers: at least one, none twice."""
+Distinct = AfterValidator(_distinct)
+"""Constraint of a list of numbers."""
 
-LatentCounts = Annotated[list[Literal[1, 2, 5, 10, 20, 50, 100]], *Distinct]
+LatentCounts = Annotated[list[Literal[1, 2, 5, 10, 20, 50, 100]], Distinct]
 """Numbers of latents to probe that SAEBench's outputs have metrics for."""
 
 
 @documented
 class OverSeedsEvalConfig(ModelConfig):
-    """Seeds, and text of the user's own, in addition to SAEBench's configuration."""
+    """
+    Seeds and other text, in addition to SAEBench's configuration.
 
-    random_seeds: Annotated[list[NonNegativeInt], *Distinct] = Field(
+    `dataset_names` takes SAEBench's names of its datasets, and any other labelled text: a
+    dataset on the Hub, a local directory or file (.parquet, .jsonl, .csv), or python-stdlib
+    for the embedded text.
+    """
+
+    random_seeds: Annotated[list[NonNegativeInt], Distinct] = Field(
         default_factory=lambda: [_DEFAULT_SEED]
     )
     """SAEBench's evaluation is run once with each of these seeds, which draw the rows of the
@@ -68,6 +80,13 @@ class OverSeedsEvalConfig(ModelConfig):
     """Configuration of a dataset on the Hub that SAEBench does not know."""
     max_classes: Annotated[int, Field(ge=2)] = MAX_CLASSES
     """Number of classes, the most frequent ones, of a dataset that SAEBench does not know."""
+
+    @field_validator("sae_batch_size", "context_length", check_fields=False)
+    @classmethod
+    def ensure_positive(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("must be at least 1")
+        return value
 
     @model_validator(mode="after")
     def ensure_first_seed(self) -> "OverSeedsEvalConfig":
@@ -117,28 +136,20 @@ class SeedRun:
     A call of SAEBench with one seed.
 
     Attributes:
-        config: The configuration of all seeds.
-        seed_config: That of this seed, of SAEBench's class.
-        saes: (name, SAE) pairs, as for SAEBench.
-        device: Where to compute.
-        folder: Folder for results and activations of this seed, removed afterwards.
-        shared: Folder for activations that all seeds of the call share.
-        texts: The text that SAEBench does not know.
+        config: The configuration, with one seed.
+        call: Device, and a folder for activations that all seeds share.
+        texts: The texts that SAEBench does not know.
         model: The language model.
+        saes: (name, SAE) pairs, as for SAEBench.
+        folder: Folder for results and activations of this seed, removed afterwards.
     """
 
     config: Any
-    seed_config: Any
-    saes: list[tuple[str, Any]]
-    device: str
-    folder: Path
-    shared: Path
+    call: Call
     texts: list[LabelledText]
     model: HookedTransformer
-
-
-def _no_check(*_: Any) -> None:
-    pass
+    saes: list[tuple[str, Any]] = field(default_factory=list)
+    folder: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -148,12 +159,10 @@ class ProbingEvaluation:
 
     Attributes:
         name: Its name.
-        sae_bench_config: SAEBench's class of configurations.
-        run: Calls SAEBench with one seed.
         knows: Whether a dataset is one of SAEBench's own.
-        check_text: Raises `UserError` if a text of the user's own is too short for the
-            configuration.
-        check_sae: Raises `UserError` if the configuration does not go with an SAE.
+        check_data: Raises `UserError` if the configuration does not go with the SAEs, or
+            with a text that SAEBench does not know.
+        run: Calls SAEBench with one seed.
         bounds: The least and the largest possible value of its metrics.
         averaged: Fields of its output that are averaged over the seeds.
         probes_follow_activations: Whether the probes of the first SAE of a call are drawn
@@ -162,20 +171,12 @@ class ProbingEvaluation:
     """
 
     name: str
-    sae_bench_config: type[Any]
-    run: Callable[[SeedRun], None]
     knows: Callable[[str], bool]
-    check_text: Callable[[Any, LabelledText], None]
-    check_sae: Callable[[Any, SelectedSAE], None] = _no_check
+    check_data: Callable[[Any, Sequence[SelectedSAE], list[LabelledText]], None]
+    run: Callable[[SeedRun], None]
     bounds: Bounds = SHARE
     averaged: tuple[str, ...] = ("eval_result_metrics", "eval_result_details")
     probes_follow_activations: bool = True
-
-    def implementation(
-        self, config_class: type[Any], output_class: type[Any]
-    ) -> Implementation:
-        """The evaluation over seeds, with its configuration and output classes."""
-        return Implementation(config_class, self.measure, output_class, self.check)
 
     def check(self, config: Any, saes: Sequence[SelectedSAE]) -> None:
         """
@@ -184,6 +185,30 @@ class ProbingEvaluation:
         Raises:
             UserError: It does not, or the text cannot be read.
         """
+        self._checked_texts(config, saes)
+
+    def measure(
+        self, config: Any, saes: list[SelectedSAE], call: Call
+    ) -> Iterator[tuple[SelectedSAE, Result]]:
+        """Run SAEBench with each seed, and yield means and intervals of each SAE."""
+        texts = self._checked_texts(config, saes)
+        dtype = getattr(config, "llm_dtype", "float32")
+        model = load_language_model(config.model_name, call.device, dtype)
+        by_hook_point(model, saes)  # checks that they fit the model
+        by_seed: list[dict[str, Any]] = []
+        for seed in tqdm(config.random_seeds, desc="Seeds"):
+            of_seed = replace(
+                config, random_seed=seed, random_seeds=[seed], confidence=0.95
+            )
+            run = SeedRun(of_seed, call, texts, model)
+            by_seed.append(self._measure_seed(run, saes))
+        for sae in saes:
+            yield sae, self._over_seeds(config, sae, [of[sae.key] for of in by_seed])
+
+    def _checked_texts(
+        self, config: Any, saes: Sequence[SelectedSAE]
+    ) -> list[LabelledText]:
+        """The texts that SAEBench does not know, if it can evaluate the SAEs on them."""
         for sae in saes:
             if sae.sae.cfg.reshape_activations == "hook_z":
                 raise UserError(
@@ -191,16 +216,6 @@ class ProbingEvaluation:
                     "have a dimension for heads; SAEBench's probes read hook points "
                     "without one"
                 )
-            self.check_sae(config, sae)
-        self.own_texts(config)
-
-    def own_texts(self, config: Any) -> list[LabelledText]:
-        """
-        The texts that SAEBench does not know.
-
-        Raises:
-            UserError: No dataset is named, or a text cannot be read or used.
-        """
         if not config.dataset_names:
             raise UserError("dataset_names is empty; name at least one dataset")
         texts = [
@@ -214,74 +229,33 @@ class ProbingEvaluation:
             for name in config.dataset_names
             if not self.knows(name)
         ]
-        for text in texts:
-            self.check_text(config, text)
+        self.check_data(config, saes, texts)
         return texts
 
-    def measure(
-        self, config: Any, saes: list[SelectedSAE], call: Call
-    ) -> Iterator[tuple[SelectedSAE, Result]]:
-        """Run SAEBench with each seed, and yield means and intervals of each SAE."""
-        self.check(config, saes)
-        texts = self.own_texts(config)
-        dtype = getattr(config, "llm_dtype", "float32")
-        model = load_language_model(config.model_name, call.device, dtype)
-        by_hook_point(model, saes)  # checks that they fit the model
-        by_seed = [
-            self._measure_seed(seed, config, saes, call, texts, model)
-            for seed in tqdm(config.random_seeds, desc="Seeds")
-        ]
-        for sae in saes:
-            yield sae, self._over_seeds(config, sae, [of[sae.key] for of in by_seed])
-
-    def _measure_seed(
-        self,
-        seed: int,
-        config: Any,
-        saes: list[SelectedSAE],
-        call: Call,
-        texts: list[LabelledText],
-        model: HookedTransformer,
-    ) -> dict[str, Any]:
+    def _measure_seed(self, run: SeedRun, saes: list[SelectedSAE]) -> dict[str, Any]:
         """SAEBench's results with one seed; those of an earlier call are not run again."""
-        store = ResultStore(call.store_path)
-        of_seed = replace(
-            config, random_seed=seed, random_seeds=[seed], confidence=0.95
-        )
-        files = {
-            # not *.json, which SAEBench's tools would take for a result
-            sae.key: f"{sae.file_name}.seed-{seed}.partial"
-            for sae in saes
-        }
-        keys = {
-            sae.key: result_key(self.name, of_seed, sae, {}, hook=sae.hook_name)
-            for sae in saes
-        }
-        results = {key: store.find(files[key], keys[key]) for key in keys}
+        store = ResultStore(run.call.store_path)
+        kept_as = {sae.key: self._kept_as(run.config, sae) for sae in saes}
+        results = {key: store.find(*kept_as[key]) for key in kept_as}
         missing = [sae for sae in saes if results[sae.key] is None]
         if not missing:
             return results
-        with TemporaryDirectory(dir=call.artifacts) as folder, torch.enable_grad():
-            run = SeedRun(
-                config,
-                self._seed_config(of_seed),
-                [(_slashless(sae.key), sae.sae) for sae in missing],
-                call.device,
-                Path(folder),
-                call.artifacts / "activations",
-                texts,
-                model,
-            )
+        with TemporaryDirectory(dir=run.call.artifacts) as folder, torch.enable_grad():
             try:
-                self._run(run, missing)
+                self._run(replace(run, folder=Path(folder)), missing)
             finally:  # an interrupted call goes on with the SAEs that are missing
                 for sae in missing:
                     file = result_file_name(_slashless(sae.key))
-                    result = read_result(run.folder, file)
+                    results[sae.key] = result = read_result(Path(folder), file)
                     if result is not None:
-                        store.keep(files[sae.key], keys[sae.key], result)
-                    results[sae.key] = result
+                        store.keep(*kept_as[sae.key], result)
         return results
+
+    def _kept_as(self, config: Any, sae: SelectedSAE) -> tuple[str, Key]:
+        """File name and key of an SAE's result with one seed."""
+        # a name that SAEBench's tools do not take for a result's
+        name = f"{_slashless(sae.key)}.seed-{config.random_seed}.partial"
+        return name, result_key(self.name, config, sae, {}, hook_name=sae.hook_name)
 
     def _run(self, run: SeedRun, saes: list[SelectedSAE]) -> None:
         """
@@ -289,8 +263,10 @@ class ProbingEvaluation:
 
         Storing activations, and probing them, uses up random numbers that the first SAE's
         probes are drawn from as well. Left to the first SAE of each hook point, it would
-        give this one other draws than those after it. So another SAE does it first.
+        give this one other draws than those after it. So a stand-in does it first.
         """
+        model_name = known_model_name(run.config.model_name)
+        run = replace(run, config=replace(run.config, model_name=model_name))
         if self.probes_follow_activations:
             first_of_hook = {sae.hook_name: sae.sae for sae in reversed(saes)}
             stand_ins = [
@@ -298,29 +274,20 @@ class ProbingEvaluation:
                 for i, sae in enumerate(first_of_hook.values())
             ]
             self.run(replace(run, saes=stand_ins))
-        self.run(run)
-
-    def _seed_config(self, config: Any) -> Any:
-        """A configuration of one seed, of SAEBench's class."""
-        names = [field.name for field in fields(self.sae_bench_config)]
-        values = {name: getattr(config, name) for name in names}
-        values["model_name"] = known_model_name(config.model_name)
-        return self.sae_bench_config(**values)
+        self.run(replace(run, saes=[(_slashless(sae.key), sae.sae) for sae in saes]))
 
     def _over_seeds(self, config: Any, sae: SelectedSAE, raw: list[Any]) -> Result:
         metadata = sae.sae.cfg.metadata
         is_sparse = metadata.scaffold_view == "sparse"
+        rank = int(metadata.scaffold_rank or 0) if is_sparse else sae.rank
         unstructured = [result["eval_result_unstructured"] for result in raw]
         return {
             **{name: _mean([result[name] for result in raw]) for name in self.averaged},
-            "eval_result_unstructured": {
-                str(seed): of_seed
-                for seed, of_seed in zip(config.random_seeds, unstructured, strict=True)
-            },
+            "eval_result_unstructured": dict(
+                zip(map(str, config.random_seeds), unstructured, strict=True)
+            ),
             "judged_view": "sparse" if is_sparse else "whole",
-            "scaffold_rank": int(metadata.scaffold_rank or 0)
-            if is_sparse
-            else sae.rank,
+            "scaffold_rank": rank,
             "metrics_over_seeds": _metrics_over_seeds(
                 [result["eval_result_metrics"] for result in raw],
                 config.confidence,
@@ -360,13 +327,13 @@ def _mean(values: list[Any]) -> Any:
 
 
 def check_set_sizes(
-    text: LabelledText, config: Any, train_field: str, test_field: str
+    texts: list[LabelledText], config: Any, train_field: str, test_field: str
 ) -> None:
     """
-    See that a dataset has the rows that SAEBench will draw.
+    See that datasets have the rows that SAEBench will draw.
 
     Args:
-        text: The dataset.
+        texts: The datasets.
         config: The configuration.
         train_field: Its field with the size of the training set.
         test_field: Its field with the size of the test set.
@@ -376,10 +343,11 @@ def check_set_sizes(
     """
     train, test = getattr(config, train_field), getattr(config, test_field)
     sizes = rows_per_class(train), rows_per_class(test)
-    try:
-        text.sample(*sizes, seed=0)
-    except UserError as error:
-        raise UserError(
-            f"{train_field} {train} and {test_field} {test} take {sizes[0]} train rows and "
-            f"{sizes[1]} test rows of each class: {error}"
-        ) from error
+    for text in texts:
+        try:
+            text.sample(*sizes, seed=0)
+        except UserError as error:
+            raise UserError(
+                f"{train_field} {train} and {test_field} {test} take {sizes[0]} train rows "
+                f"and {sizes[1]} test rows of each class: {error}"
+            ) from error

@@ -30,10 +30,9 @@ from saelens_scaffold.evals.base import Call, Implementation, Result
 from saelens_scaffold.evals.language_model import known_model_name
 from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.saebench.replacements import (
-    Replacement,
     absorption_folders,
     mdl_globals,
-    ravel_downloads,
+    ravel_libraries,
     replaced,
 )
 from saelens_scaffold.evals.saebench.traces import listening, read_result
@@ -44,14 +43,11 @@ from saelens_scaffold.evals.text_data import (
     rows_with,
 )
 
-_RESULTS = "results"
+_RESULTS = Path("results")
 """Folder for SAEBench's results, in the folder of the call."""
 
-_FORGET_CORPUS = Path("sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl")
+_FORGET_CORPUS = "sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl"
 """Where unlearning looks for the text to forget, which each user has to apply for."""
-
-_UNLEARNING_MODELS = ("gemma-2-2b-it", "gemma-2-9b-it")
-"""The models that SAEBench's unlearning has a prompt format for."""
 
 
 class EvaluationError(Exception):
@@ -68,17 +64,20 @@ class _Request:
         config: The configuration, as SAEBench can use it.
         saes: What SAEBench calls `selected_saes`.
         call: Device, folder and API key.
+        called_in: The working directory of the user.
     """
 
     main: Any
     config: Any
     saes: list[tuple[str, Any]]
     call: Call
+    called_in: Path
 
-
-def _run_eval(request: _Request) -> None:
-    device = request.call.device
-    request.main.run_eval(request.config, request.saes, device, output_path=_RESULTS)
+    def run(self) -> None:
+        """Call SAEBench with the arguments that most of its evaluations have."""
+        self.main.run_eval(
+            self.config, self.saes, self.call.device, output_path=str(_RESULTS)
+        )
 
 
 @dataclass(frozen=True)
@@ -88,44 +87,27 @@ class _Passthrough:
 
     Attributes:
         package: Its package in `sae_bench.evals`.
-        config_class: SAEBench's class of configurations.
+        run: Calls SAEBench; the working directory is the folder of the call.
         text_field: The field of the configuration that names a text, if it reads one.
-        run: Calls SAEBench, in the folder of the call.
-        prepare: Provides what SAEBench looks for in the working directory.
-        replacements: What must be replaced in SAEBench.
-        check_files: Raises `UserError` if SAEBench cannot use the model, or lacks a file.
     """
 
     package: str
-    config_class: type[Any]
+    run: Callable[[_Request], None] = _Request.run
     text_field: str | None = None
-    run: Callable[[_Request], None] = _run_eval
-    prepare: Callable[[_Request], None] = lambda _: None
-    replacements: Callable[[_Request], list[Replacement]] = lambda _: []
-    check_files: Callable[[Any], None] = lambda _: None
-
-    @property
-    def implementation(self) -> Implementation:
-        """The evaluation, with results as SAEBench writes them."""
-        return Implementation(self.config_class, self.measure, check=self.check)
 
     def check(self, config: Any, saes: Sequence[SelectedSAE]) -> None:
         """
-        See that SAEBench can evaluate the SAEs.
+        See that SAEs which SAEBench loads itself were trained on the model.
 
         Raises:
-            UserError: It cannot.
+            UserError: One was not.
         """
-        self.check_files(config)
         name = getattr(config, "model_name", None)
         for sae in saes:
             trained_on = str(sae.sae.cfg.metadata.model_name)
-            is_loaded_by_sae_bench = sae.sae_id != CUSTOM_SAE_ID
-            if (
-                name
-                and is_loaded_by_sae_bench
-                and _official(name) != _official(trained_on)
-            ):
+            if sae.sae_id == CUSTOM_SAE_ID or name is None:
+                continue
+            if _official(name) != _official(trained_on):
                 raise UserError(
                     f"SAE {sae.label!r} was trained on {trained_on}, not on {name}"
                 )
@@ -144,9 +126,10 @@ class _Passthrough:
         self.check(config, saes)
         request = self._request(config, saes, call)
         interruption = None
-        with listening() as heard:
+        with listening() as heard, _working_directory(call.artifacts):
             try:
-                self._run(request)
+                _RESULTS.mkdir()
+                self.run(request)
             except Exception as error:
                 heard.errors.append(error)
             except BaseException as error:  # what is finished is kept
@@ -159,21 +142,16 @@ class _Passthrough:
                 unfinished.append(sae.label)
                 continue
             # what the user named, in place of what SAEBench was told
-            for field in ("model_name", self.text_field):
-                if field in result["eval_config"]:
-                    result["eval_config"][field] = getattr(config, field)
+            for name in {"model_name", self.text_field} & set(result["eval_config"]):
+                result["eval_config"][name] = getattr(config, name)
             yield sae, result
         if interruption is not None:
             raise interruption
         if unfinished:
-            # The first error is the reason; later ones are often its consequences.
-            reason = heard.errors[0] if heard.errors else None
-            said = (
-                f"SAEBench wrote no result, and said last: {heard.last_line}"
-                if reason is None
-                else f"{type(reason).__name__}: {reason}"
+            reason = heard.reason()
+            raise EvaluationError(f"{', '.join(unfinished)}: {reason}") from (
+                heard.errors[0] if heard.errors else None
             )
-            raise EvaluationError(f"{', '.join(unfinished)}: {said}") from reason
 
     def _request(self, config: Any, saes: list[SelectedSAE], call: Call) -> _Request:
         config = copy.deepcopy(config)
@@ -182,27 +160,19 @@ class _Passthrough:
             # SAEBench's outputs have no field for it, so that a warning is all there is
             text_seen_in_training(saes, dataset, call.dataset_split, call.text_column)
             setattr(config, self.text_field, _text_for_saelens(dataset, call))
-        if hasattr(config, "model_name"):
+        has_model = hasattr(config, "model_name")
+        if has_model:
             config.model_name = known_model_name(config.model_name)
         pairs: list[tuple[str, Any]] = []
         for sae in saes:
             is_object = sae.sae_id == CUSTOM_SAE_ID
-            if is_object and hasattr(config, "model_name"):
+            if is_object and has_model:
                 # core takes the model's name from the SAE, which has it in two places
                 cfg = sae.sae.cfg
                 cfg.metadata.model_name = cfg.model_name = config.model_name
             pairs.append((sae.release, sae.sae if is_object else sae.sae_id))
         main = importlib.import_module(f"sae_bench.evals.{self.package}.main")
-        return _Request(main, config, pairs, call)
-
-    def _run(self, request: _Request) -> None:
-        self.prepare(request)
-        with (
-            _working_directory(request.call.artifacts),
-            replaced(self.replacements(request)),
-        ):
-            Path(_RESULTS).mkdir()
-            self.run(request)
+        return _Request(main, config, pairs, call, Path.cwd())
 
 
 @contextmanager
@@ -247,10 +217,15 @@ def _text_for_saelens(dataset: str, call: Call) -> str:
     return str(folder)
 
 
+def _absorption(request: _Request) -> None:
+    with replaced(absorption_folders(request.main, Path.cwd())):
+        request.run()
+
+
 def _autointerp(request: _Request) -> None:
     call = request.call
     request.main.run_eval(
-        request.config, request.saes, call.device, call.api_key, output_path=_RESULTS
+        request.config, request.saes, call.device, call.api_key, str(_RESULTS)
     )
 
 
@@ -269,94 +244,71 @@ def _core(request: _Request) -> None:
         ),
         dataset=config.dataset,
         context_size=config.context_size,
-        output_folder=_RESULTS,
+        output_folder=str(_RESULTS),
         verbose=config.verbose,
         dtype=config.llm_dtype,
         device=request.call.device,
     )
 
 
+def _mdl(request: _Request) -> None:
+    with replaced(mdl_globals(request.main, request.config, request.call.device)):
+        request.run()
+
+
 def _meta_structure(request: _Request) -> None:
     torch.manual_seed(request.config.random_seed)  # which only its command line does
-    _run_eval(request)
+    request.run()
 
 
-def _absorption_replacements(request: _Request) -> list[Replacement]:
-    return absorption_folders(request.main, request.call.artifacts.resolve())
-
-
-def _mdl_replacements(request: _Request) -> list[Replacement]:
-    return mdl_globals(request.main, request.config, request.call.device)
-
-
-def _prepare_ravel(request: _Request) -> None:
+def _ravel(request: _Request) -> None:
     """
-    Give RAVEL its prompts, and a local model under a relative path.
-
     RAVEL's prompts are downloaded once, to the folder that its configuration names; what
     it computes beside them is of this call. It reads the model with transformers, not
-    TransformerLens, and makes folders of its name.
+    TransformerLens, and makes folders of its name, so that a local one has a short path.
     """
-    config, folder = request.config, request.call.artifacts
-    prompts = Path(config.artifact_dir, "base").resolve()
-    prompts.mkdir(parents=True, exist_ok=True)
+    config = request.config
+    prompts = request.called_in / config.artifact_dir / "base"
     config.artifact_dir = "ravel-data"
-    (folder / config.artifact_dir).mkdir()
-    (folder / config.artifact_dir / "base").symlink_to(prompts)
-    official = Path(_official(config.model_name))
-    if official.is_dir():
-        link = Path("models", config.model_name)
-        (folder / link).parent.mkdir()
-        (folder / link).symlink_to(official.resolve())
-        config.model_name = str(link)
+    _link(Path(config.artifact_dir, "base"), prompts)
+    prompts.mkdir(parents=True, exist_ok=True)
+    directory = Path(_official(config.model_name))
+    if directory.is_dir():
+        config.model_name = f"models/{config.model_name}"
+        _link(Path(config.model_name), directory.resolve())
+    with replaced(ravel_libraries(request.main, config.model_name)):
+        request.run()
 
 
-def _ravel_replacements(request: _Request) -> list[Replacement]:
-    return ravel_downloads(request.main, request.config.model_name)
+def _unlearning(request: _Request) -> None:
+    _link(Path(_FORGET_CORPUS), request.called_in / _FORGET_CORPUS)
+    request.run()
 
 
-def _check_unlearning(config: Any) -> None:
-    if config.model_name.rpartition("/")[2] not in _UNLEARNING_MODELS:
-        raise UserError(
-            f"model_name is {config.model_name!r}; SAEBench's unlearning has prompts for "
-            f"{' and '.join(_UNLEARNING_MODELS)} only"
-        )
-    if not _FORGET_CORPUS.is_file():
-        raise UserError(
-            f"there is no {_FORGET_CORPUS}; SAEBench's evals/unlearning/README.md says "
-            "where to apply for it"
-        )
-
-
-def _prepare_unlearning(request: _Request) -> None:
-    link = request.call.artifacts / _FORGET_CORPUS
+def _link(link: Path, target: Path) -> None:
     link.parent.mkdir(parents=True)
-    link.symlink_to(_FORGET_CORPUS.resolve())
+    link.symlink_to(target)
 
 
-ABSORPTION = _Passthrough(
-    "absorption", AbsorptionEvalConfig, replacements=_absorption_replacements
-).implementation
-AUTOINTERP = _Passthrough(
-    "autointerp", AutoInterpEvalConfig, "dataset_name", _autointerp
-).implementation
-CORE = _Passthrough("core", CoreEvalConfig, "dataset", _core).implementation
-MDL = _Passthrough(
-    "mdl", MDLEvalConfig, "dataset_name", replacements=_mdl_replacements
-).implementation
-META_STRUCTURE = _Passthrough(
-    "meta_structure", MetaStructureEvalConfig, run=_meta_structure
-).implementation
-RAVEL = _Passthrough(
-    "ravel",
-    RAVELEvalConfig,
-    prepare=_prepare_ravel,
-    replacements=_ravel_replacements,
-).implementation
-SCR = _Passthrough("scr_and_tpp", ScrAndTppEvalConfig).implementation
-UNLEARNING = _Passthrough(
-    "unlearning",
-    UnlearningEvalConfig,
-    prepare=_prepare_unlearning,
-    check_files=_check_unlearning,
-).implementation
+def _implementation(
+    config_class: type[Any], evaluation: _Passthrough
+) -> Implementation:
+    return Implementation(config_class, evaluation.measure, check=evaluation.check)
+
+
+ABSORPTION = _implementation(
+    AbsorptionEvalConfig, _Passthrough("absorption", _absorption)
+)
+AUTOINTERP = _implementation(
+    AutoInterpEvalConfig, _Passthrough("autointerp", _autointerp, "dataset_name")
+)
+CORE = _implementation(CoreEvalConfig, _Passthrough("core", _core, "dataset"))
+MDL = _implementation(MDLEvalConfig, _Passthrough("mdl", _mdl, "dataset_name"))
+META_STRUCTURE = _implementation(
+    MetaStructureEvalConfig, _Passthrough("meta_structure", _meta_structure)
+)
+RAVEL = _implementation(RAVELEvalConfig, _Passthrough("ravel", _ravel))
+SCR = _implementation(ScrAndTppEvalConfig, _Passthrough("scr_and_tpp"))
+UNLEARNING = _implementation(
+    UnlearningEvalConfig, _Passthrough("unlearning", _unlearning)
+)

@@ -4,7 +4,7 @@ Read in sae-bench 0.6.0 and sae-probes 0.4. Each function returns the replacemen
 purpose; `replaced` applies them for as long as a call lasts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 
 from saelens_scaffold.evals.labelled_data import LabelledText, TextsByLabel
@@ -30,12 +31,12 @@ class Replacement(NamedTuple):
     A name that gets another value.
 
     Attributes:
-        namespace: What the name is looked up in: a module's `vars`, or a dictionary.
+        namespace: The dictionary where the name is looked up, as a module's `vars`.
         name: The name.
         value: Its new value.
     """
 
-    namespace: dict[str, Any]
+    namespace: Any
     name: str
     value: Any
 
@@ -204,22 +205,43 @@ def mdl_globals(main: ModuleType, config: Any, device: str) -> list[Replacement]
     return replacements
 
 
-def ravel_downloads(main: ModuleType, model_name: str) -> list[Replacement]:
-    """
-    RAVEL takes any model, and can download its prompts.
+class _LayerWithTuples:
+    """A layer of transformers 5 whose hooks get a tuple, as in transformers 4."""
 
-    It looks the model's name up in a table of two, and passes `snapshot_download` an
-    argument that huggingface_hub 1.0 has dropped.
+    def __init__(self, layer: torch.nn.Module):
+        self.layer = layer
+
+    def register_forward_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        def hook_of_tensor(module: Any, inputs: Any, output: torch.Tensor) -> Any:
+            return hook(module, inputs, (output,))[0]
+
+        return self.layer.register_forward_hook(hook_of_tensor)
+
+
+def ravel_libraries(main: ModuleType, model_name: str) -> list[Replacement]:
+    """
+    RAVEL takes any model, and works with the libraries of today.
+
+    It looks the model's name up in a table of two; it expects a tuple where a layer of
+    transformers 5 returns a tensor; and it passes `snapshot_download` an argument that
+    huggingface_hub 1.0 has dropped.
     """
     from sae_bench.evals.ravel import instance
+    from sae_bench.sae_bench_utils import activation_collection
 
-    own = instance.snapshot_download
     names: dict[str, str] = main.LLM_NAME_MAP
+    own_get_module = activation_collection.get_module
+    own_download = instance.snapshot_download
 
-    def snapshot_download(*, local_dir_use_symlinks: bool, **kwargs: Any) -> Any:
-        return own(**kwargs)
+    def get_module(model: Any, layer_num: int) -> _LayerWithTuples:
+        return _LayerWithTuples(own_get_module(model, layer_num))
+
+    def snapshot_download(**kwargs: Any) -> Any:
+        del kwargs["local_dir_use_symlinks"]
+        return own_download(**kwargs)
 
     return [
         Replacement(names, model_name, names.get(model_name, model_name)),
+        Replacement(vars(activation_collection), "get_module", get_module),
         Replacement(vars(instance), "snapshot_download", snapshot_download),
     ]

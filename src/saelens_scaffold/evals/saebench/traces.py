@@ -34,6 +34,13 @@ class Heard:
     errors: list[BaseException] = field(default_factory=list)
     last_line: str = "nothing"
 
+    def reason(self) -> str:
+        """Why there is no result, as far as SAEBench has said."""
+        if not self.errors:
+            return f"SAEBench wrote no result, and said last: {self.last_line}"
+        # later errors are often consequences of the first
+        return f"{type(self.errors[0]).__name__}: {self.errors[0]}"
+
 
 @contextmanager
 def listening() -> Iterator[Heard]:

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,7 @@ from sae_probes import DATASETS
 
 from saelens_scaffold._util.documented import documented
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals.base import Implementation
 from saelens_scaffold.evals.labelled_data import LabelledText
 from saelens_scaffold.evals.saebench.over_seeds import (
     LatentCounts,
@@ -24,27 +26,19 @@ from saelens_scaffold.evals.saebench.over_seeds import (
     SeedRun,
 )
 from saelens_scaffold.evals.saebench.replacements import replaced, sae_probes_tasks
-
-_DEFAULTS = sae_bench_config.SparseProbingSaeProbesEvalConfig()
+from saelens_scaffold.evals.selected_saes import SelectedSAE
 
 
 @documented
 class SparseProbingSaeProbesEvalConfig(
     OverSeedsEvalConfig, sae_bench_config.SparseProbingSaeProbesEvalConfig
 ):
-    """SAEBench's configuration of sparse probing by sae-probes, with seeds and text of
-    one's own."""
+    """SAEBench's configuration of sparse probing by sae-probes, with seeds and other text."""
 
-    dataset_names: list[str] = Field(
-        default_factory=lambda: list(_DEFAULTS.dataset_names)
-    )
-    """sae-probes' names of its datasets, or any other labelled text: a dataset on the Hub, a
-    local directory or file (.parquet, .jsonl, .csv), or python-stdlib for the embedded
-    text."""
     task_size: Annotated[int, Field(ge=200, multiple_of=2)] = 2000
     """Texts of the task that is made of each class of a dataset that sae-probes does not
     know: half of that class, half of the others."""
-    ks: LatentCounts = Field(default_factory=lambda: list(_DEFAULTS.ks))
+    ks: LatentCounts = Field(default_factory=lambda: [1, 2, 5])
     """Numbers of latents that a probe reads."""
     reg_type: Literal["l1", "l2"] = "l1"
     """Regularisation of the probes."""
@@ -110,40 +104,53 @@ def one_vs_rest_tasks(text: LabelledText, task_size: int) -> dict[str, pd.DataFr
             rows += [(prompt, 0) for prompt in rng.sample(pool[other], share)]
         rng.shuffle(rows)
         name = re.sub(r"[^A-Za-z0-9-]+", "-", f"{Path(text.name).stem}-{label}")
-        tasks[f"{number}_{name}"] = pd.DataFrame(rows, columns=["prompt", "target"])
+        tasks[f"{number}_{name}"] = pd.DataFrame.from_records(
+            rows, columns=["prompt", "target"]
+        )
     return tasks
 
 
-def _check_text(config: SparseProbingSaeProbesEvalConfig, text: LabelledText) -> None:
-    one_vs_rest_tasks(text, config.task_size)
+def _check(
+    config: SparseProbingSaeProbesEvalConfig,
+    _saes: Sequence[SelectedSAE],
+    texts: list[LabelledText],
+) -> None:
+    for text in texts:
+        one_vs_rest_tasks(text, config.task_size)
 
 
 def _run(run: SeedRun) -> None:
-    of_text = {
-        text.name: one_vs_rest_tasks(text, run.config.task_size) for text in run.texts
-    }
+    tasks: dict[str, pd.DataFrame] = {}
+    names = [name for name in run.config.dataset_names if _knows(name)]
+    for text in run.texts:
+        tasks |= one_vs_rest_tasks(text, run.config.task_size)
     config = replace(
-        run.seed_config,
-        dataset_names=[
-            name
-            for dataset in run.seed_config.dataset_names
-            for name in of_text.get(dataset, [dataset])
-        ],
+        run.config,
+        dataset_names=[*names, *tasks],
         results_path=str(run.folder / "sae-probes"),
-        model_cache_path=str(run.shared),
+        model_cache_path=str(run.call.artifacts / "activations"),
     )
-    tasks = {name: task for of in of_text.values() for name, task in of.items()}
     with replaced(sae_probes_tasks(tasks, run.model)):
-        main.run_eval(config, run.saes, run.device, str(run.folder / "results"))
+        main.run_eval(config, run.saes, run.call.device, str(run.folder / "results"))
 
 
-IMPLEMENTATION = ProbingEvaluation(
+def _knows(dataset: str) -> bool:
+    return dataset in DATASETS
+
+
+_EVALUATION = ProbingEvaluation(
     "sparse_probing_sae_probes",
-    sae_bench_config.SparseProbingSaeProbesEvalConfig,
+    _knows,
+    _check,
     _run,
-    knows=frozenset(DATASETS).__contains__,
-    check_text=_check_text,
     averaged=("eval_result_metrics", "eval_result_details", "sae_metrics_by_k"),
     # sae-probes draws with a generator of its own, seeded for each task
     probes_follow_activations=False,
-).implementation(SparseProbingSaeProbesEvalConfig, SparseProbingSaeProbesEvalOutput)
+)
+
+SPARSE_PROBING_SAE_PROBES = Implementation(
+    SparseProbingSaeProbesEvalConfig,
+    _EVALUATION.measure,
+    SparseProbingSaeProbesEvalOutput,
+    _EVALUATION.check,
+)

@@ -1,0 +1,147 @@
+"""SAEBench's sparse probing and targeted probe perturbation (TPP), over several seeds.
+
+Sparse probing asks how well a probe on a few latents tells a concept; TPP, whether the
+latents that matter to one class's probe matter to that one alone.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from types import ModuleType
+from typing import Annotated, Literal
+
+from pydantic import Field
+from sae_bench.evals.scr_and_tpp import main as tpp
+from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+from sae_bench.evals.scr_and_tpp.eval_output import TppEvalOutput as SaeBenchTppOutput
+from sae_bench.evals.sparse_probing import eval_config as sparse_probing_config
+from sae_bench.evals.sparse_probing import eval_output as sparse_probing_output
+from sae_bench.evals.sparse_probing import main as sparse_probing
+from sae_bench.sae_bench_utils import dataset_info
+
+from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals.base import Implementation
+from saelens_scaffold.evals.labelled_data import LabelledText
+from saelens_scaffold.evals.model_config import LlmConfig
+from saelens_scaffold.evals.saebench.over_seeds import (
+    Distinct,
+    LatentCounts,
+    OverSeedsEvalConfig,
+    OverSeedsEvalOutput,
+    ProbingEvaluation,
+    SeedRun,
+    check_set_sizes,
+)
+from saelens_scaffold.evals.saebench.replacements import (
+    labelled_texts,
+    lent_model,
+    replaced,
+)
+from saelens_scaffold.evals.selected_saes import SelectedSAE
+
+CAVEAT = (
+    "TPP is noisy: at its canonical settings it fails several of the reliability checks of "
+    "arXiv 2605.18229 (Are Sparse Autoencoder Benchmarks Reliable?). Run several seeds, and "
+    "call no SAE better while the intervals overlap."
+)
+
+
+@documented
+class SparseProbingEvalConfig(
+    OverSeedsEvalConfig, LlmConfig, sparse_probing_config.SparseProbingEvalConfig
+):
+    """SAEBench's configuration of sparse probing, with seeds and other text."""
+
+    k_values: LatentCounts = Field(default_factory=lambda: [1, 2, 5])
+    """Numbers of latents, or residual stream channels, that a probe reads."""
+
+
+@documented(title="Sparse Probing")
+class SparseProbingEvalOutput(
+    OverSeedsEvalOutput, sparse_probing_output.SparseProbingEvalOutput
+):
+    """
+    SAEBench's sparse probing over several seeds: how well a few latents of the sparse dictionary, picked for each concept, let a linear probe tell the concept. Metrics are means over the seeds.
+    """
+
+    eval_config: SparseProbingEvalConfig  # pyright: ignore[reportGeneralTypeIssues]
+    """Configuration of the evaluation."""
+
+
+@documented
+class TppEvalConfig(OverSeedsEvalConfig, LlmConfig, ScrAndTppEvalConfig):
+    """SAEBench's configuration of TPP, with seeds and other text."""
+
+    perform_scr: Literal[False] = False
+    """Always false: this is TPP. SCR is an evaluation of its own, `scr`."""
+    n_values: Annotated[list[Literal[2, 5, 10, 20, 50, 100, 500]], Distinct] = Field(
+        default_factory=lambda: [2, 5, 10, 20, 50, 100, 500]
+    )
+    """Numbers of latents that are ablated."""
+
+
+@documented(title="TPP")
+class TppEvalOutput(OverSeedsEvalOutput, SaeBenchTppOutput):
+    """
+    SAEBench's targeted probe perturbation over several seeds: how far ablating the latents that matter to one class's probe harms that probe, and that one alone. Metrics are means over the seeds.
+    """
+
+    eval_config: TppEvalConfig  # pyright: ignore[reportGeneralTypeIssues]
+    """Configuration of the evaluation."""
+    caveat: str = CAVEAT
+    """What is known of this metric's reliability."""
+
+
+def _check_sparse_probing(
+    config: SparseProbingEvalConfig,
+    _saes: Sequence[SelectedSAE],
+    texts: list[LabelledText],
+) -> None:
+    check_set_sizes(texts, config, "probe_train_set_size", "probe_test_set_size")
+
+
+def _check_tpp(
+    config: TppEvalConfig, saes: Sequence[SelectedSAE], texts: list[LabelledText]
+) -> None:
+    for sae in saes:
+        if max(config.n_values) > sae.sae.cfg.d_sae:
+            raise UserError(
+                f"n_values has {max(config.n_values)}, but SAE {sae.label!r} has no more "
+                f"than {sae.sae.cfg.d_sae} sparse latents to ablate; give smaller n_values"
+            )
+    check_set_sizes(texts, config, "train_set_size", "test_set_size")
+
+
+def _run(main: ModuleType, run: SeedRun) -> None:
+    with replaced([*labelled_texts(run.texts), *lent_model(main, run.model)]):
+        main.run_eval(
+            run.config,
+            run.saes,
+            run.call.device,
+            str(run.folder / "results"),
+            artifacts_path=str(run.folder),
+        )
+
+
+_SPARSE_PROBING = ProbingEvaluation(
+    "sparse_probing",
+    dataset_info.chosen_classes_per_dataset.__contains__,
+    _check_sparse_probing,
+    partial(_run, sparse_probing),
+)
+_TPP = ProbingEvaluation(
+    "tpp",
+    dataset_info.chosen_classes_per_dataset.__contains__,
+    _check_tpp,
+    partial(_run, tpp),
+    # a drop of one accuracy, less the mean drop of others
+    bounds=(-2.0, 2.0),
+)
+
+SPARSE_PROBING = Implementation(
+    SparseProbingEvalConfig,
+    _SPARSE_PROBING.measure,
+    SparseProbingEvalOutput,
+    _SPARSE_PROBING.check,
+)
+TPP = Implementation(TppEvalConfig, _TPP.measure, TppEvalOutput, _TPP.check)

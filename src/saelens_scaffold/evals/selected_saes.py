@@ -44,31 +44,6 @@ def label_of(release: str, sae_id: str) -> str:
     return release if sae_id == CUSTOM_SAE_ID else f"{release}/{sae_id}"
 
 
-def selected_baseline(name: str, selected_saes: SelectedSAEs) -> tuple[str, Any]:
-    """
-    The SAE of a call that its others are compared with.
-
-    Args:
-        name: What a table calls it.
-        selected_saes: (release, sae_id) or (name, SAE object) pairs.
-
-    Returns:
-        Its pair.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    labels = [
-        label_of(release, sae if isinstance(sae, str) else CUSTOM_SAE_ID)
-        for release, sae in selected_saes
-    ]
-    if name not in labels:
-        raise UserError(
-            f"baseline is {name!r}; it must be one of the SAEs in the call: {labels}"
-        )
-    return selected_saes[labels.index(name)]
-
-
 @dataclass
 class SelectedSAE:
     """

@@ -14,6 +14,7 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from transformer_lens import HookedTransformer
 
 from eval_helpers import D_MODEL, HOOK, eval_sae
+from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig, main
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     ScaffoldAblationMetricCategories,
@@ -58,11 +59,12 @@ def run(model: HookedTransformer, path: Path, **overrides: Any) -> dict[str, Any
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "load_language_model", lambda *_: model)
-        results = main.run_eval(
+        results = run_eval(
+            "scaffold_ablation",
             ScaffoldAblationEvalConfig(**kwargs),
             [("sae", eval_sae(rank=RANK))],
-            "cpu",
-            str(path),
+            output_path=path / "out",
+            artifacts_path=path / "artifacts",
         )
     return results["sae_custom_sae"]
 

@@ -26,10 +26,12 @@ from transformer_lens import HookedTransformer
 
 from eval_helpers import HOOK, eval_sae
 from saelens_scaffold.evals import text_data
+from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
-from saelens_scaffold.evals.scaffold_ablation.main import run_eval
-from saelens_scaffold.evals.scaffold_ablation.mmlu import SUBJECTS_BY_CATEGORY
-from saelens_scaffold.evals.scaffold_ablation.topic_texts import read_topics
+from saelens_scaffold.evals.scaffold_ablation.topic_texts import (
+    SUBJECTS_BY_CATEGORY,
+    read_topics,
+)
 from saelens_scaffold.models import load_embedded_model
 
 WORDS = {
@@ -95,6 +97,17 @@ def config(mmlu: Path | str, **overrides: Any) -> ScaffoldAblationEvalConfig:
         **overrides,
     }
     return ScaffoldAblationEvalConfig(**kwargs)
+
+
+def run(path: Path, cfg: ScaffoldAblationEvalConfig, sae: Any) -> dict[str, Any]:
+    results = run_eval(
+        "scaffold_ablation",
+        cfg,
+        [("sae", sae)],
+        output_path=path / "out",
+        artifacts_path=path / "artifacts",
+    )
+    return results["sae_custom_sae"]
 
 
 def test_mmlu_on_the_hub_is_read_by_its_name_alone(
@@ -257,7 +270,7 @@ def test_accuracies_are_those_of_probes_on_hooked_activations(
     )
     rank = 40
     sae = eval_sae(rank=rank, d_sae=120)
-    result = run_eval(cfg, [("sae", sae)], "cpu", str(tmp_path))["sae_custom_sae"]
+    result = run(tmp_path, cfg, sae)
     basis = torch.linalg.qr(sae.W_dec[:rank].detach().T).Q.T
 
     train, test = read_topics(cfg)
@@ -312,7 +325,8 @@ def test_fewer_latents_alive_than_asked_for_are_said(
     with torch.no_grad():
         sae.threshold[10:] = 1e9  # 10 can fire
     results = {
-        n: run_eval(
+        n: run(
+            tmp_path / str(n),
             config(
                 mmlu,
                 n_topic_latents=n,
@@ -320,10 +334,8 @@ def test_fewer_latents_alive_than_asked_for_are_said(
                 topic_train_size=2,
                 topic_test_size=1,
             ),
-            [("sae", sae)],
-            "cpu",
-            str(tmp_path / str(n)),
-        )["sae_custom_sae"]["eval_result_metrics"]["topics"]
+            sae,
+        )["eval_result_metrics"]["topics"]
         for n in (4, 2048)
     }
     assert results[4]["n_topic_latents"] == 4

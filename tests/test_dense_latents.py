@@ -24,7 +24,7 @@ from saelens_scaffold.evals.dense_latents import (
     DenseLatentsEvalConfig,
     DenseLatentsEvalOutput,
 )
-from saelens_scaffold.evals.dense_latents.main import run_eval
+from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.models import (
     Split,
@@ -48,11 +48,18 @@ def config(**overrides: Any) -> DenseLatentsEvalConfig:
     return DenseLatentsEvalConfig(**kwargs)
 
 
+def run(
+    tmp_path: Path, cfg: DenseLatentsEvalConfig, saes: Any, force_rerun: bool = False
+) -> dict[str, Any]:
+    folders = tmp_path / "out", tmp_path / "artifacts"
+    return run_eval(
+        "dense_latents", cfg, saes, "cpu", folders[0], force_rerun, folders[1]
+    )
+
+
 def evaluate(tmp_path: Path, saes: dict[str, Any], **overrides: Any) -> dict[str, Any]:
     """The results by the SAEs' own names."""
-    results = run_eval(
-        config(**overrides), list(saes.items()), "cpu", str(tmp_path / "out")
-    )
+    results = run(tmp_path, config(**overrides), list(saes.items()))
     return {name: results[f"{name}_custom_sae"] for name in saes}
 
 
@@ -244,13 +251,9 @@ def test_dense_latents_are_described(tmp_path: Path) -> None:
 def test_reduction_against_a_baseline(tmp_path: Path) -> None:
     saes = {"base": eval_sae(), "sae": eval_sae(rank=4, seed=1)}
     # the baseline's result is there already when the other SAE is evaluated
-    run_eval(
-        config(baseline="base"),
-        [("base", saes["base"])],
-        "cpu",
-        str(tmp_path / "resumed" / "out"),
-    )
-    resumed = evaluate(tmp_path / "resumed", saes, baseline="base")
+    resumed = tmp_path / "resumed"
+    run(resumed, config(baseline="base"), [("base", saes["base"])])
+    resumed = evaluate(resumed, saes, baseline="base")
     results = evaluate(tmp_path / "at once", saes, baseline="base")
     assert (
         resumed["sae"]["eval_result_metrics"] == results["sae"]["eval_result_metrics"]
@@ -293,9 +296,12 @@ def test_baseline_that_was_measured_before_it_was_one(tmp_path: Path) -> None:
     results = evaluate(tmp_path, saes, baseline="base")
     assert results["base"]["eval_id"] == alone["eval_id"]  # read, not measured
     assert results["sae"]["eval_result_metrics"]["dense_latents"]["reduction"]
-    # and of the other, there now is a result against a baseline
-    with pytest.raises(ValueError, match=r"baseline 'base' \(now None\).*force_rerun"):
-        evaluate(tmp_path, saes)
+    # and without a baseline, only the other is measured again
+    without = evaluate(tmp_path, saes)
+    assert without["base"]["eval_id"] == alone["eval_id"]
+    assert without["sae"]["eval_id"] != results["sae"]["eval_id"]
+    metrics = without["sae"]["eval_result_metrics"]["dense_latents"]
+    assert metrics["reduction"] is None
 
 
 def test_baseline_of_a_release_is_found_where_sae_bench_keeps_it(
@@ -313,8 +319,8 @@ def test_baseline_of_a_release_is_found_where_sae_bench_keeps_it(
     monkeypatch.setattr(SAE, "from_pretrained_with_cfg_and_sparsity", from_hub)
     pairs = [("release", sae_id) for sae_id in loaded]
     cfg = config(baseline="release/layer_0")
-    run_eval(cfg, pairs[:1], "cpu", str(tmp_path))
-    results = run_eval(cfg, pairs, "cpu", str(tmp_path))
+    run(tmp_path, cfg, pairs[:1])
+    results = run(tmp_path, cfg, pairs)
     metrics = results["release_layer_1"]["eval_result_metrics"]["dense_latents"]
     assert metrics["reduction"] is not None
 
@@ -339,7 +345,9 @@ def test_batches_end_where_they_should_and_go_on_there(tmp_path: Path) -> None:
     assert len(reference.unique(dim=0)) > 50
 
 
-def test_result_is_written_once_and_guarded(tmp_path: Path) -> None:
+def test_result_is_written_once_and_kept_while_it_is_current(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sae = eval_sae()
     first = evaluate(tmp_path, {"sae": sae})["sae"]
     file = tmp_path / "out" / "sae_custom_sae_eval_results.json"
@@ -351,20 +359,23 @@ def test_result_is_written_once_and_guarded(tmp_path: Path) -> None:
 
     again = evaluate(tmp_path, {"sae": sae})["sae"]
     assert again["eval_id"] == first["eval_id"]  # read, not measured
-    with pytest.raises(ValueError, match=r"n_tokens 5000 \(now 6000\).*force_rerun"):
-        evaluate(tmp_path, {"sae": sae}, n_tokens=6_000)
-    other = eval_sae(seed=5)
-    with pytest.raises(ValueError, match="another SAE of the same name"):
-        evaluate(tmp_path, {"sae": other})
-    assert file.read_text() == text
     # how fast it is measured is no other measurement
     assert evaluate(tmp_path, {"sae": sae}, llm_batch_size=7)["sae"] == again
+    assert file.read_text() == text
 
-    forced = run_eval(
-        config(), [("sae", other)], "cpu", str(tmp_path / "out"), force_rerun=True
-    )
-    assert forced["sae_custom_sae"]["eval_id"] != first["eval_id"]
-    assert sorted(p.name for p in file.parent.iterdir()) == [file.name]
+    more = evaluate(tmp_path, {"sae": sae}, n_tokens=6_000)["sae"]
+    assert "n_tokens 5000 (now 6000)" in capsys.readouterr().err
+    other = evaluate(tmp_path, {"sae": eval_sae(seed=5)}, n_tokens=6_000)["sae"]
+    assert "other weights" in capsys.readouterr().err
+    fired = [r["eval_result_unstructured"]["fired"] for r in (first, more, other)]
+    assert fired[0] != fired[1] != fired[2]
+
+    forced = run(
+        tmp_path, config(n_tokens=6_000), [("sae", eval_sae(seed=5))], force_rerun=True
+    )["sae_custom_sae"]
+    assert forced["eval_id"] != other["eval_id"]
+    assert forced["eval_result_metrics"] == other["eval_result_metrics"]
+    assert {p.suffix for p in file.parent.iterdir()} == {".json", ".key"}
 
 
 def test_sae_that_was_evaluated_is_not_changed(tmp_path: Path) -> None:
@@ -454,11 +465,10 @@ def test_bad_input_gets_one_clear_line(
 ) -> None:
     before = evaluate(tmp_path, {"sae": eval_sae()})["sae"]
     with pytest.raises(ValueError, match=message) as error:
-        run_eval(
+        run(
+            tmp_path,
             config(**overrides(tmp_path)),
             [("sae", eval_sae())],
-            "cpu",
-            str(tmp_path / "out"),
             force_rerun=True,
         )
     assert "\n" not in str(error.value)
@@ -468,7 +478,7 @@ def test_bad_input_gets_one_clear_line(
 def test_saes_that_do_not_fit_the_model(tmp_path: Path) -> None:
     def message(*saes: tuple[str, Any]) -> str:
         with pytest.raises(ValueError) as error:
-            run_eval(config(), list(saes), "cpu", str(tmp_path / "out"))
+            run(tmp_path, config(), list(saes))
         assert not list((tmp_path / "out").glob("*"))
         return str(error.value)
 

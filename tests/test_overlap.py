@@ -139,7 +139,7 @@ def test_results_say_it(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixt
         out = tmp_path / split
         arguments: list[Any] = [
             *("eval", name, f"--sae_path={tmp_path}/sae", "--dataset=python-stdlib"),
-            *(f"--dataset_split={split}", f"--output_folder={out}", "--device=cpu"),
+            *(f"--dataset_split={split}", f"--output_path={out}", "--device=cpu"),
             *(arg for setting in settings for arg in ("--set", setting)),
         ]
         caplog.clear()
@@ -159,7 +159,7 @@ def test_core_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     }
     arguments = [
         *("eval", "core", f"--sae_path={tmp_path}/sae", "--dataset=python-stdlib"),
-        *("--dataset_split=train", f"--output_folder={tmp_path}/out", "--device=cpu"),
+        *("--dataset_split=train", f"--output_path={tmp_path}/out", "--device=cpu"),
         *(a for k, v in fields.items() for a in ("--set", f"core.{k}={v}")),
         f"--artifacts_path={tmp_path}/artifacts",
     ]
@@ -173,7 +173,7 @@ def test_rank_says_it(tmp_path: Path):
     sae.save_model(tmp_path / "sae")
     arguments = [
         *("rank", f"--sae_path={tmp_path}/sae", "--dataset=python-stdlib"),
-        *("--n_tokens=500", f"--out={tmp_path}/out", "--device=cpu"),
+        *("--n_tokens=500", f"--output_path={tmp_path}/out", "--device=cpu"),
     ]
     assert main(arguments) == 0
     written = json.loads((tmp_path / "out" / "rank.json").read_text())

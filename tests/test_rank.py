@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 pytest.importorskip("sae_bench")
 
 from eval_helpers import HOOK, eval_sae
-from saelens_scaffold.evals.rank import command as rank_command
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals.rank import suggest_rank, suggestion
 from saelens_scaffold.evals.rank.analysis import (
     RankAnalysis,
     RankCandidate,
@@ -28,7 +29,6 @@ from saelens_scaffold.evals.rank.spectrum import (
     outlier_dimensions,
     without_dimensions,
 )
-from saelens_scaffold_cli import main
 
 
 def ranks(candidates: list[RankCandidate]) -> dict[str, int]:
@@ -178,21 +178,17 @@ def test_suggestion() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*args: str) -> tuple[int, str, str]:
-        status = main(
-            ["rank", "--device=cpu", f"--out={tmp_path}/out", "--n_tokens=2000", *args]
-        )
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+def suggest(tmp_path: Path) -> Any:
+    def suggest(**options: Any) -> str:
+        given = {"dataset": "python-stdlib", "n_tokens": 2000, "device": "cpu"}
+        return suggest_rank(output_path=tmp_path / "out", **given | options)
 
-    return run
+    return suggest
 
 
-def test_command_with_a_plain_sae(run: Any, tmp_path: Path) -> None:
+def test_with_a_plain_sae(suggest: Any, tmp_path: Path) -> None:
     eval_sae().save_model(tmp_path / "sae")
-    status, out, _ = run("--dataset=python-stdlib", f"--sae_path={tmp_path}/sae")
-    assert status == 0
+    out = suggest(sae_path=f"{tmp_path}/sae")
     written = json.loads((tmp_path / "out" / "rank.json").read_text())
     assert f"Try scaffold_rank={written['suggestion']['rank']}" in out
     for candidate in written["candidates"]:
@@ -213,12 +209,8 @@ def test_command_with_a_plain_sae(run: Any, tmp_path: Path) -> None:
     assert picture.startswith(b"\x89PNG")
 
 
-def test_command_without_an_sae(run: Any, tmp_path: Path) -> None:
-    status, out, _ = run(
-        "--model=py-neox", f"--hook_name={HOOK}", "--dataset=python-stdlib"
-    )
-    assert status == 0
-    assert "dense latents" not in out
+def test_without_an_sae(suggest: Any) -> None:
+    assert "dense latents" not in suggest(model_name="py-neox", hook_name=HOOK)
 
 
 def test_nothing_is_suggested_for_noise() -> None:
@@ -232,50 +224,45 @@ def test_nothing_is_suggested_for_noise() -> None:
     assert "outlier dimensions: 0" in titles
 
 
-def test_sae_of_another_hook_point(run: Any, tmp_path: Path) -> None:
+def test_sae_of_another_hook_point(suggest: Any, tmp_path: Path) -> None:
     eval_sae().save_model(tmp_path / "sae")
-    other = "--hook_name=blocks.1.hook_resid_post"
-    status, _, err = run("--dataset=python-stdlib", f"--sae_path={tmp_path}/sae", other)
-    assert status == 2
-    assert f"was trained at {HOOK}, not at blocks.1" in err.splitlines()[-1]
+    other = "blocks.1.hook_resid_post"
+    with pytest.raises(UserError, match=f"was trained at {HOOK}, not at {other}"):
+        suggest(sae_path=f"{tmp_path}/sae", hook_name=other)
 
 
-def test_scaffold_sae_is_no_plain_one(run: Any, tmp_path: Path) -> None:
+def test_scaffold_sae_is_no_plain_one(suggest: Any, tmp_path: Path) -> None:
     sae = eval_sae(rank=4)
     for name, form in ("scaffold", sae), ("jumprelu", sae.to_jumprelu()):
         form.save_model(tmp_path / name)
-        status, _, err = run("--dataset=python-stdlib", f"--sae_path={tmp_path / name}")
-        assert status == 2
-        assert "has a scaffold (of rank 4)" in err.splitlines()[-1]
+        with pytest.raises(UserError, match=r"has a scaffold \(of rank 4\)"):
+            suggest(sae_path=f"{tmp_path / name}")
 
 
 def test_folder_is_seen_to_before_the_work(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suggest: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank_command, "analyse_rank", None)  # not even called
+    monkeypatch.setattr(suggestion, "analyse_rank", None)  # not even called
     (tmp_path / "out").write_text("a file")
-    args = ["--model=py-neox", f"--hook_name={HOOK}", "--dataset=python-stdlib"]
-    status, _, err = run(*args)
-    assert status == 2
-    assert f"{tmp_path}/out" in err.splitlines()[-1]
+    with pytest.raises(UserError, match=f"{tmp_path}/out"):
+        suggest(model_name="py-neox", hook_name=HOOK)
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("options", "message"),
     [
-        (["--model=py-neox"], "name the hook point"),
-        (["--model=py-neox", "--hook_name=nowhere"], "no hook point 'nowhere'"),
-        ([f"--hook_name={HOOK}"], "model_name is empty"),
-        (["--sae_path=/nowhere"], "not an SAE's directory"),
-        (["--model=py-neox", f"--hook_name={HOOK}", "--n_tokens=0"], "n_tokens"),
+        ({"model_name": "py-neox"}, "name the hook point"),
+        ({"model_name": "py-neox", "hook_name": "nowhere"}, "no hook point 'nowhere'"),
+        ({"hook_name": HOOK}, "model_name is empty"),
+        ({"sae_path": "/nowhere"}, "not an SAE's directory"),
+        ({"model_name": "py-neox", "hook_name": HOOK, "n_tokens": 0}, "n_tokens"),
         (
-            ["--model=py-neox", f"--hook_name={HOOK}", "--n_tokens=256"],
+            {"model_name": "py-neox", "hook_name": HOOK, "n_tokens": 256},
             "n_tokens is 256; a spectrum of the 256 dimensions",
         ),
     ],
 )
-def test_mistakes(run: Any, args: list[str], message: str) -> None:
-    status, out, err = run("--dataset=python-stdlib", *args)
-    assert status == 2
-    assert message in err.splitlines()[-1]
-    assert out == ""
+def test_mistakes(suggest: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        suggest(**options)
+    assert "\n" not in str(error.value)

@@ -13,20 +13,18 @@ import torch
 pytest.importorskip("sae_bench")
 
 from sae_bench.evals.absorption import main as absorption
-from sae_bench.evals.meta_structure import main as meta_structure
 from sae_bench.evals.ravel import instance as ravel_instance
 from sae_bench.evals.scr_and_tpp import dataset_creation
 from sae_bench.evals.unlearning import main as unlearning
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval_helpers import eval_sae, write_texts
+from eval_helpers import eval_sae
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.configs import make_config, validating
 from saelens_scaffold.evals.jobs import Job
 from saelens_scaffold.evals.registry import EVALUATIONS
-from saelens_scaffold.evals.saebench.passthrough import EvaluationError
 from saelens_scaffold.models import embedded_model_path, load_embedded_model
 
 WORDS = ["open", "read", "write", "path", "close", "seek", "buffer", "stream", "for"]
@@ -148,7 +146,9 @@ def test_autointerp(tmp_path: Path, fake_openai: list[str | None]):
         dataset_split="test",
         api_key="secret",
     )
-    assert all(0 < score < 1 for score in values(results, "autointerp.autointerp_score"))
+    assert all(
+        0 < score < 1 for score in values(results, "autointerp.autointerp_score")
+    )
     assert len(results["plain_custom_sae"]["eval_result_unstructured"]) == 3
     assert set(fake_openai) == {"Bearer secret"}
 
@@ -201,7 +201,11 @@ def ravel_prompts(folder: Path) -> None:
     """Entities, templates, and as labels what the model answers."""
     model: Any = AutoModelForCausalLM.from_pretrained(embedded_model_path())
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model_path())
-    templates = {"Country": "import %s\nfrom ", "Continent": "class %s(", "Language": "x"}
+    templates = {
+        "Country": "import %s\nfrom ",
+        "Continent": "class %s(",
+        "Language": "x",
+    }
     entities = ["os", "json", "re", "ast", "time", "socket", "random", "string"]
     labels: dict[str, dict[str, str]] = {}
     for entity in entities:
@@ -293,7 +297,9 @@ def test_scr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "llm_dtype": "float32",
         },
     )
-    assert all(s is not None for s in values(results, "scr_metrics.scr_metric_threshold_10"))
+    assert all(
+        s is not None for s in values(results, "scr_metrics.scr_metric_threshold_10")
+    )
 
 
 def knowing_model(*_: Any, **__: Any) -> Any:

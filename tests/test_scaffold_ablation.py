@@ -23,6 +23,7 @@ from transformer_lens import HookedTransformer
 from eval_helpers import D_MODEL, HOOK, eval_sae
 from saelens_scaffold.evals.language_model import HookedModel
 from saelens_scaffold.evals.registry import EVALUATIONS
+from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import (
     ScaffoldAblationEvalConfig,
     ScaffoldAblationEvalOutput,
@@ -31,7 +32,6 @@ from saelens_scaffold.evals.scaffold_ablation.latents import (
     matched_frequency,
     most_aligned,
 )
-from saelens_scaffold.evals.scaffold_ablation.main import run_eval
 from saelens_scaffold.evals.table import metric_cell
 from saelens_scaffold.models import load_embedded_model, load_stdlib_text
 
@@ -57,7 +57,13 @@ def config(**overrides: Any) -> ScaffoldAblationEvalConfig:
 
 
 def evaluate(path: Path, saes: dict[str, Any], **overrides: Any) -> dict[str, Any]:
-    results = run_eval(config(**overrides), list(saes.items()), "cpu", str(path))
+    results = run_eval(
+        "scaffold_ablation",
+        config(**overrides),
+        list(saes.items()),
+        output_path=path / "out",
+        artifacts_path=path / "artifacts",
+    )
     return {name: results[f"{name}_custom_sae"] for name in saes}
 
 
@@ -739,7 +745,7 @@ def test_bad_input_gets_one_clear_line(
     with pytest.raises(ValueError, match=message) as error:
         evaluate(tmp_path / "out", {"sae": eval_sae()}, **overrides)
     assert "\n" not in str(error.value)
-    assert not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.rglob("*.json"))
 
 
 @pytest.mark.parametrize(

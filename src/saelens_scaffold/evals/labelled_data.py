@@ -175,7 +175,9 @@ def _by_class(
 
 def _most_frequent(train: TextsByLabel, test: TextsByLabel, limit: int) -> list[str]:
     """The classes with the most texts in the split where they have fewer."""
-    counts = {label: min(len(train[label]), len(test.get(label, []))) for label in train}
+    counts = {
+        label: min(len(train[label]), len(test.get(label, []))) for label in train
+    }
     labels = [label for label, count in counts.items() if count]
     return sorted(labels, key=lambda label: (-counts[label], label))[:limit]
 

@@ -1,13 +1,13 @@
-"""What evaluations say of their metrics."""
+"""Descriptions of an evaluation's metrics, from the fields of its output class."""
 
-import importlib
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from typing import get_args
 
 from pydantic.fields import FieldInfo
 
-from saelens_scaffold.evals.configs import config_fields
-from saelens_scaffold.evals.registry import Evaluation
+from saelens_scaffold.evals.base import Evaluation
 
 
 def metric_descriptions(evaluation: Evaluation) -> dict[str, str]:
@@ -19,18 +19,18 @@ def metric_descriptions(evaluation: Evaluation) -> dict[str, str]:
 
     Returns:
         The description of each field of `eval_result_metrics`, by its path there, as in
-        "sparsity.l0"; none if the evaluation has no `eval_output` as SAEBench's have.
+        "sparsity.l0"; none if the evaluation has no output class.
     """
-    name = f"{evaluation.package}.eval_output"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        return {}
+    implementation = evaluation.load()
+    outputs = [implementation.output_class]
+    # SAEBench's evaluations have their output class in a module beside the configuration.
+    config_module = implementation.config_class.__module__
+    module = config_module.replace("eval_config", "eval_output")
+    if outputs == [None] and module != config_module and find_spec(module):
+        outputs = list(vars(import_module(module)).values())
     return {
         f"{category}.{metric}": field.description or field.title or metric
-        for output in vars(module).values()
+        for output in outputs
         for metrics in _classes_of(_fields(output).get("eval_result_metrics"))
         for category, of_category in _fields(metrics).items()
         for class_ in _classes_of(of_category)
@@ -46,6 +46,4 @@ def _classes_of(field: FieldInfo | None) -> Iterator[type]:
 
 
 def _fields(of: object) -> dict[str, FieldInfo]:
-    if isinstance(of, type) and "__pydantic_fields__" in vars(of):
-        return config_fields(of)
-    return {}
+    return vars(of).get("__pydantic_fields__", {}) if isinstance(of, type) else {}

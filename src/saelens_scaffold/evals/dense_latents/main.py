@@ -1,6 +1,6 @@
 """Firing frequencies of the sparse latents, and how many of them are dense."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,7 @@ def measure(
     config: DenseLatentsEvalConfig, saes: list[SelectedSAE], call: Call
 ) -> Iterator[tuple[SelectedSAE, Result]]:
     """Count dense latents, of all SAEs in one pass of the language model."""
+    check(config, [*saes, *call.companions])
     # A baseline that has a result is counted again, since replicates are paired.
     baselines = [sae for sae in call.companions if sae.label == config.baseline]
     seen = text_seen_in_training(
@@ -64,7 +65,7 @@ def check(config: DenseLatentsEvalConfig, saes: Sequence[SelectedSAE]) -> None:
         baseline_named(config.baseline, saes)
 
 
-def l0_warning_of(result: dict[str, Any]) -> str | None:
+def l0_warning_of(result: Mapping[str, Any]) -> str | None:
     """A warning if the L0 of an SAE is not the k it was trained with, from its result."""
     metrics = result["eval_result_metrics"]
     return l0_warning(
@@ -236,5 +237,9 @@ def _histogram(frequencies: torch.Tensor) -> output.FiringHistogram:
 
 
 IMPLEMENTATION = Implementation(
-    DenseLatentsEvalConfig, measure, output.DenseLatentsEvalOutput, check
+    DenseLatentsEvalConfig,
+    measure,
+    output.DenseLatentsEvalOutput,
+    check,
+    warning=l0_warning_of,
 )

@@ -6,29 +6,18 @@ import numpy as np
 import torch
 
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals.eval_configs import TextEvalConfig
 from saelens_scaffold.evals.language_model import (
+    HookedModel,
     activations_at,
     by_hook_point,
     check_finite,
     load_language_model,
 )
-from saelens_scaffold.evals.overlap import (
-    TextSeenInTraining,
-    text_seen_in_training,
-)
-from saelens_scaffold.evals.rank.spectrum import (
-    NULL_DRAWS,
-    NULL_QUANTILE,
-    OUTLIER_RATIO,
-    OUTLIER_Z,
-    knee_of,
-    outlier_dimensions,
-    parallel_analysis,
-    without_dimensions,
-)
+from saelens_scaffold.evals.overlap import TextSeenInTraining, text_seen_in_training
+from saelens_scaffold.evals.rank import spectrum
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
-from saelens_scaffold.evals.text_eval_config import TextEvalConfig
 from saelens_scaffold.saes.firing import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.saes.subspaces import ActivationMoments, share_in_subspace
 
@@ -128,39 +117,28 @@ def analyse_rank(
     Raises:
         UserError: The model, the hook point or the text cannot be used, and why.
     """
+    saes = [] if sae is None else [sae]
+    for plain in saes:
+        _check_plain(plain, hook_name)
     model = load_language_model(config.model_name, device, config.llm_dtype)
-    if hook_name not in model.hook_dict or not hook_name.startswith("blocks."):
-        raise UserError(
-            f"the model {config.model_name} has no hook point {hook_name!r} in a layer"
-        )
-    if sae is not None:
-        if sae.rank:
-            raise UserError(
-                f"SAE {sae.label!r} has a scaffold (of rank {sae.rank}), which has taken "
-                "over dense latents already; name a plain SAE of this hook point, or none"
-            )
-        if sae.hook_name != hook_name:
-            raise UserError(
-                f"SAE {sae.label!r} was trained at {sae.hook_name}, not at {hook_name}"
-            )
-        by_hook_point(model, [sae])  # sees that it fits
+    hooked = HookedModel(model, hook_name)
+    by_hook_point(model, saes)  # sees that it fits
+    any_tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    d_in = hooked.below(any_tokens)[0].shape[-1]
+    _check_enough(config.n_tokens, d_in, hook_name)
     seen = text_seen_in_training(
-        [sae] if sae else [], config.dataset, config.dataset_split, config.text_column
+        saes, config.dataset, config.dataset_split, config.text_column
     )
-    stream = TokenStream(config, model, [sae] if sae else [])
     firing = FiringStatistics(sae.sae, n_replicates=0) if sae else None
-    moments: ActivationMoments | None = None
+    moments = ActivationMoments(d_in, device)
+    stream = TokenStream(config, model, saes)
     for tokens, counts in stream.batches(config.n_tokens, "Reading activations"):
         x = activations_at(model, tokens, [hook_name])[hook_name][counts]
         check_finite(x, hook_name)
-        if moments is None:
-            _check_enough(config.n_tokens, x.shape[1], hook_name)
-            moments = ActivationMoments(x.shape[1], device)
         moments.update(x)
         if firing is not None:
             firing.update_unsampled(x)
-    assert moments is not None
-    _check_enough(moments.n, len(moments.mean), hook_name)
+    _check_enough(moments.n, d_in, hook_name)
 
     analysis = analyse_covariance(moments.covariance, moments.n, config.random_seed)
     if sae is not None and firing is not None:
@@ -172,6 +150,18 @@ def analyse_rank(
         analysis.text_seen_in_training = seen[sae.key]
         analysis.suggestion = suggested(analysis.candidates)
     return analysis
+
+
+def _check_plain(sae: SelectedSAE, hook_name: str) -> None:
+    if sae.rank:
+        raise UserError(
+            f"SAE {sae.label!r} has a scaffold (of rank {sae.rank}), which has taken over "
+            "dense latents already; name a plain SAE of this hook point, or none"
+        )
+    if sae.hook_name != hook_name:
+        raise UserError(
+            f"SAE {sae.label!r} was trained at {sae.hook_name}, not at {hook_name}"
+        )
 
 
 def _check_enough(n_tokens: int, d_in: int, hook_name: str) -> None:
@@ -195,10 +185,10 @@ def analyse_covariance(
     """
     covariance = covariance.double().cpu()
     of_dimensions = covariance.diagonal()
-    outliers = outlier_dimensions(of_dimensions)
+    outliers = spectrum.outlier_dimensions(of_dimensions)
     # each outlier dimension takes a degree of freedom
-    beyond = parallel_analysis(
-        without_dimensions(covariance, outliers),
+    beyond = spectrum.parallel_analysis(
+        spectrum.without_dimensions(covariance, outliers),
         n_tokens - len(outliers),
         np.random.default_rng(seed),
     )
@@ -221,8 +211,8 @@ def analyse_covariance(
         variance_shares=(variances / variances.sum()).tolist(),
         correlation_eigenvalues=beyond.eigenvalues.tolist(),
         null_eigenvalues=beyond.null.tolist(),
-        null_quantile=NULL_QUANTILE,
-        null_draws=NULL_DRAWS,
+        null_quantile=spectrum.NULL_QUANTILE,
+        null_draws=spectrum.NULL_DRAWS,
         n_tokens=n_tokens,
     )
 
@@ -241,7 +231,7 @@ def spectrum_candidates(
     """
     shares = variances / variances.sum()
     participation = float(1 / shares.pow(2).sum())
-    knee = knee_of(variances)
+    knee = spectrum.knee_of(variances)
     held = sum(outlier.variance_share for outlier in outliers)
     named = ", ".join(str(outlier.dimension) for outlier in outliers[:MAX_NAMED])
     if len(outliers) > MAX_NAMED:
@@ -251,10 +241,10 @@ def spectrum_candidates(
             "outlier dimensions",
             len(outliers),
             f"dimensions {named} hold {held:.0%} of the variance; each has more than "
-            f"{OUTLIER_RATIO:g} times the median: a lower bound"
+            f"{spectrum.OUTLIER_RATIO:g} times the median: a lower bound"
             if outliers
-            else f"no dimension has more than {OUTLIER_RATIO:g} times the median variance, "
-            f"and a modified z-score above {OUTLIER_Z}",
+            else f"no dimension has more than {spectrum.OUTLIER_RATIO:g} times the median variance, "
+            f"and a modified z-score above {spectrum.OUTLIER_Z}",
         ),
         RankCandidate(
             "knee",
@@ -272,7 +262,7 @@ def spectrum_candidates(
             "parallel analysis",
             len(outliers) + beyond_chance,
             f"the outlier dimensions, and {beyond_chance} directions of the others whose "
-            f"correlations exceed the {NULL_QUANTILE:.0%} quantile of chance (Horn 1965, "
+            f"correlations exceed the {spectrum.NULL_QUANTILE:.0%} quantile of chance (Horn 1965, "
             "Glorfeld 1995): an upper bound",
         ),
     ]

@@ -67,9 +67,9 @@ def _draw_spectrum(axes: Axes, analysis: RankAnalysis) -> None:
             linewidth=2 if is_suggested else 1,
             label=f"{candidate.name}: {candidate.rank}",
         )
-    axes.set_title("spectrum")
-    axes.set_xlabel("principal direction")
-    axes.set_ylabel("share of the variance")
+    axes.set(
+        title="spectrum", xlabel="principal direction", ylabel="share of the variance"
+    )
     axes.legend()
 
 
@@ -83,9 +83,11 @@ def _draw_correlations(axes: Axes, analysis: RankAnalysis) -> None:
         color="grey",
         label=f"chance: {analysis.null_quantile:.0%} quantile, {analysis.null_draws} draws",
     )
-    axes.set_title("correlations without outlier dimensions")
-    axes.set_xlabel("principal direction")
-    axes.set_ylabel("eigenvalue")
+    axes.set(
+        title="correlations without outlier dimensions",
+        xlabel="principal direction",
+        ylabel="eigenvalue",
+    )
     axes.legend()
 
 
@@ -100,9 +102,11 @@ def _draw_dimensions(axes: Axes, analysis: RankAnalysis) -> None:
             xytext=(4, 2),
             textcoords="offset points",
         )
-    axes.set_title(f"outlier dimensions: {len(analysis.outlier_dimensions)}")
-    axes.set_xlabel("dimension")
-    axes.set_ylabel("variance")
+    axes.set(
+        title=f"outlier dimensions: {len(analysis.outlier_dimensions)}",
+        xlabel="dimension",
+        ylabel="variance",
+    )
 
 
 def _numbers(values: Sequence[float]) -> range:

@@ -16,6 +16,7 @@ from saelens_scaffold._util.documented import documented
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import SHARE, Bounds, Call, Implementation, Result
 from saelens_scaffold.evals.bootstrap import student_interval
+from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.labelled_data import (
     MAX_CLASSES,
     LabelledText,
@@ -26,7 +27,6 @@ from saelens_scaffold.evals.language_model import (
     known_model_name,
     load_language_model,
 )
-from saelens_scaffold.evals.model_config import ModelConfig
 from saelens_scaffold.evals.saebench.replacements import rows_per_class
 from saelens_scaffold.evals.saebench.traces import read_result
 from saelens_scaffold.evals.selected_saes import SelectedSAE, result_file_name
@@ -294,7 +294,8 @@ class ProbingEvaluation:
         if self.probes_follow_activations:
             first_of_hook = {sae.hook_name: sae.sae for sae in reversed(saes)}
             stand_ins = [
-                (f"{_STAND_IN}-{i}", sae) for i, sae in enumerate(first_of_hook.values())
+                (f"{_STAND_IN}-{i}", sae)
+                for i, sae in enumerate(first_of_hook.values())
             ]
             self.run(replace(run, saes=stand_ins))
         self.run(run)

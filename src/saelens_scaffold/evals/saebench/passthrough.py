@@ -121,7 +121,11 @@ class _Passthrough:
         for sae in saes:
             trained_on = str(sae.sae.cfg.metadata.model_name)
             is_loaded_by_sae_bench = sae.sae_id != CUSTOM_SAE_ID
-            if name and is_loaded_by_sae_bench and _official(name) != _official(trained_on):
+            if (
+                name
+                and is_loaded_by_sae_bench
+                and _official(name) != _official(trained_on)
+            ):
                 raise UserError(
                     f"SAE {sae.label!r} was trained on {trained_on}, not on {name}"
                 )
@@ -171,9 +175,7 @@ class _Passthrough:
             )
             raise EvaluationError(f"{', '.join(unfinished)}: {said}") from reason
 
-    def _request(
-        self, config: Any, saes: list[SelectedSAE], call: Call
-    ) -> _Request:
+    def _request(self, config: Any, saes: list[SelectedSAE], call: Call) -> _Request:
         config = copy.deepcopy(config)
         if self.text_field is not None:
             dataset = getattr(config, self.text_field)

@@ -142,9 +142,7 @@ def sae_probes_tasks(tasks: Tasks, model: HookedTransformer) -> list[Replacement
     sizes = utils_data.get_dataset_sizes()
     return [
         Replacement(vars(activations), "pd", SimpleNamespace(read_csv=read_csv)),
-        Replacement(
-            vars(activations), "generate_single_dataset_activations", generate
-        ),
+        Replacement(vars(activations), "generate_single_dataset_activations", generate),
         Replacement(
             vars(utils_data), "read_numbered_dataset_df", read_numbered_dataset_df
         ),

@@ -43,7 +43,7 @@ N_QUANTILES = 200
 """Number of quantiles over which a distribution is averaged."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judgement:
     """
     A difference between two means over seeds.

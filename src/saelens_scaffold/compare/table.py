@@ -50,7 +50,9 @@ def comparison_text(results: Mapping[str, Any]) -> str:
             "both.\n"
         )
     if alone := one_sided(results):
-        cells = [(row.arm, metric_name(row.metric), row.mean, row.random) for row in alone]
+        cells = [
+            (row.arm, metric_name(row.metric), row.mean, row.random) for row in alone
+        ]
         table = text_table("llrr", ("SAE", "metric", "mean", "at random"), cells)
         parts.append(f"What only one side has, mean and interval over seeds:\n{table}")
     return "\n".join(parts)

@@ -90,7 +90,9 @@ def one_sided(results: Mapping[str, Any]) -> list[OneSided]:
 
     arms = dict.fromkeys(sae["arm"] for sae in results["saes"])
     return [
-        OneSided(arm, metric, mean(id_, arm, metric), mean(metric["random"], arm, metric))
+        OneSided(
+            arm, metric, mean(id_, arm, metric), mean(metric["random"], arm, metric)
+        )
         for arm in arms
         for id_, metric in metrics.items()
         if id_ not in compared and id_ not in at_random and (id_, arm) in points
@@ -102,9 +104,7 @@ def number(value: float | None, digits: int, sign: str = "-") -> str:
     return "-" if value is None else f"{value:{sign},.{digits}f}"
 
 
-def estimate(
-    found: Mapping[str, Any], field: str, digits: int, sign: str = "-"
-) -> str:
+def estimate(found: Mapping[str, Any], field: str, digits: int, sign: str = "-") -> str:
     """A number with its interval, if it has one."""
     shown = number(found[field], digits, sign)
     if found.get("ci_low") is None or found.get("ci_high") is None:
@@ -164,9 +164,7 @@ def confidence_text(comparisons: Comparisons) -> str:
     return " or ".join(f"{level:.0%}" for level in levels)
 
 
-def _row(
-    comparison: Mapping[str, Any], metric: Mapping[str, Any], n_seeds: int
-) -> Row:
+def _row(comparison: Mapping[str, Any], metric: Mapping[str, Any], n_seeds: int) -> Row:
     digits = digits_of_means(metric)
     verdict = comparison["verdict"]
     detectable = ""

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -70,15 +71,7 @@ def ablation_ratios(results: Results) -> list[Plot]:
     the seeds' own intervals.
     """
     plots = _facets(results, _ablation_bars)
-    ends = [
-        mean + sign * error
-        for plot in plots
-        for trace in plot.traces
-        for sign, errors in ((1, "array"), (-1, "arrayminus"))
-        for mean, error in zip(
-            trace["customdata"], trace["error_x"][errors], strict=True
-        )
-    ]
+    ends = chain.from_iterable(_values(plots, "customdata"))
     return _with_axes(plots, log_axis([1.0, *ends]), {"autorange": "reversed"})
 
 
@@ -169,17 +162,16 @@ def _ablation_bars(seeds: Seeds) -> Trace:
         values = known(field)
         if field.startswith("ce_ratio_") and "_ci_" not in field and values:
             ends = values + known(f"{field}_ci_low") + known(f"{field}_ci_high")
-            estimates[field] = (fmean(values), min(ends), max(ends))
-    means = [mean for mean, _, _ in estimates.values()]
+            estimates[_intervention(field)] = (fmean(values), min(ends), max(ends))
     return {
         "type": "bar",
         "orientation": "h",
-        "y": [_intervention(field) for field in estimates],
+        "y": list(estimates),
         # bars start where the intervention changes nothing
-        "base": [1.0] * len(means),
-        "x": [mean - 1 for mean in means],
+        "base": [1.0] * len(estimates),
+        "x": [mean - 1 for mean, _, _ in estimates.values()],
         "error_x": _whiskers(list(estimates.values())),
-        "customdata": means,
+        "customdata": list(estimates.values()),
     }
 
 
@@ -216,5 +208,5 @@ def _whiskers(
     }
 
 
-def _values(plots: Sequence[Plot], coordinate: str) -> list[float]:
+def _values(plots: Sequence[Plot], coordinate: str) -> list[Any]:
     return [value for plot in plots for t in plot.traces for value in t[coordinate]]

@@ -1,4 +1,4 @@
-"""Whether the intervals over seeds are what they say, and who is compared with whom."""
+"""Intervals and verdicts over seeds, and the choice of pairs."""
 
 import math
 from collections.abc import Callable
@@ -31,7 +31,7 @@ METRIC = ComparisonMetric("score", "score", value=lambda _: None)
 
 
 class FakeConfig:
-    """All that matching asks of an SAE's configuration."""
+    """The fields of an SAE's configuration that matching reads."""
 
     def __init__(self, k: float, scaffold_rank: int):
         self.k = k  # None of an architecture without

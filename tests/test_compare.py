@@ -16,6 +16,7 @@ import torch
 import yaml
 from filelock import FileLock
 from sae_lens import SAE
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import load_file
 
 from saelens_scaffold_cli import main
@@ -26,10 +27,14 @@ from playwright.sync_api import sync_playwright  # noqa: E402
 
 from chromium import launch  # noqa: E402
 from saelens_scaffold import hookimpl  # noqa: E402
+from saelens_scaffold._util.errors import UserError  # noqa: E402
 from saelens_scaffold.compare import CompareConfig, compare, read_config  # noqa: E402
 from saelens_scaffold.compare.experiment import EvaluationsFailed, make_plan  # noqa: E402
+from saelens_scaffold.compare.grid import runs_of  # noqa: E402
 from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
 from saelens_scaffold.compare.training import WaveTrainer  # noqa: E402
+from saelens_scaffold.evals import runner  # noqa: E402
+from saelens_scaffold.evals.jobs import Job  # noqa: E402
 from saelens_scaffold.plugins import manager as plugins  # noqa: E402
 from test_compare_page import visit  # noqa: E402
 
@@ -282,27 +287,91 @@ def stop() -> None:
     raise KeyboardInterrupt
 
 
-def test_as_many_waves_as_memory_needs_and_the_same_results(
+def n_waves(folder: Path) -> int:
+    return len(list((folder / "training").glob("wave-*")))
+
+
+def test_results_do_not_depend_on_the_waves(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = read_config(write(tmp_path))
-    whole = make_plan(config, tmp_path / "out").estimate
-    memory_gb = (whole.shared + 3.5 * max(whole.per_sae.values())) / 1e9
-    plan = make_plan(config, tmp_path / "out", memory_gb=memory_gb)
+    config, out = read_config(write(tmp_path)), tmp_path / "out"
+    plan = make_plan(config, out, saes_per_wave=3)
     assert [len(wave) for wave in plan.waves] == [3, 3, 2]
-    # a wave that has not begun is split anew for the memory that there is then
-    train = WaveTrainer.train
+    # waves that have not begun are divided anew in another call
+    train_wave = WaveTrainer.train_wave
     monkeypatch.setattr(
         WaveTrainer,
-        "train",
-        lambda self, n, wave: train(self, n, wave) if n < 1 else stop(),
+        "train_wave",
+        lambda self, n, wave: train_wave(self, n, wave) if n < 1 else stop(),
     )
     with pytest.raises(KeyboardInterrupt):
-        compare(config, tmp_path / "out", memory_gb=memory_gb)
+        compare(config, out, saes_per_wave=3)
     monkeypatch.undo()
-    compare(config, tmp_path / "out")
-    assert len(list((tmp_path / "out/training").glob("wave-*"))) == 2
-    assert findings(tmp_path / "out") == findings(unbroken)
+    compare(config, out)
+    assert n_waves(out) == 2
+    assert findings(out) == findings(unbroken)
+
+
+class LittleMemory:
+    """Lets a training step of more than some SAEs fail, once there is a checkpoint."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n_saes: int, error: Exception):
+        self.sizes: list[int] = []
+        begin_step = MultiSAETrainer._maybe_log_sparsity
+
+        def fail(trainer: MultiSAETrainer, final: bool = False) -> None:
+            if trainer.n_training_steps == 0:
+                self.sizes.append(len(trainer.saes))
+            if trainer.n_training_steps == 10 and len(trainer.saes) > n_saes:
+                raise error
+            begin_step(trainer, final)
+
+        monkeypatch.setattr(MultiSAETrainer, "_maybe_log_sparsity", fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_a_wave_that_memory_does_not_hold_is_split(
+    error: Exception,
+    unbroken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    memory = LittleMemory(monkeypatch, 3, error)
+    config = read_config(write(tmp_path))
+    runs = runs_of(config)
+    training = tmp_path / "training"
+    WaveTrainer(config, runs, "cpu", tmp_path / "saes", training).train([runs])
+    assert memory.sizes == [8, 4, 2, 2, 4, 2, 2]
+    assert n_waves(tmp_path) == 4
+    names = json.loads((training / "waves.json").read_text())
+    assert [len(wave) for wave in names] == [2, 2, 2, 2]
+    assert "not enough memory to train 8 SAEs together" in capsys.readouterr().err
+    for run in runs:
+        ours, theirs = (
+            load_file(folder / "saes" / run.name / "sae_weights.safetensors")
+            for folder in (tmp_path, unbroken)
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_memory_that_does_not_hold_a_single_sae(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LittleMemory(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(UserError, match="make d_sae, train_batch_size_tokens, n_bat"):
+        compare(read_config(write(tmp_path)), tmp_path / "out")
+    monkeypatch.undo()
+    LittleMemory(monkeypatch, 0, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        compare(read_config(write(tmp_path)), tmp_path / "out")
 
 
 def test_a_finished_experiment_is_only_read(
@@ -312,7 +381,7 @@ def test_a_finished_experiment_is_only_read(
         raise AssertionError("done again")
 
     monkeypatch.setattr("saelens_scaffold.compare.training.initial_sae", not_again)
-    monkeypatch.setattr("saelens_scaffold.compare.evaluating.run_job", not_again)
+    monkeypatch.setattr("saelens_scaffold.evals.runner._measure", not_again)
     before = findings(unbroken)
     compare(read_config(write(tmp_path)), unbroken)
     assert findings(unbroken) == before
@@ -335,11 +404,10 @@ def test_command(
     typed = f"saelens-scaffold compare {file} --output_path {unbroken}"
     assert provenance["command"] == typed
 
-    plan = ["compare", str(file), "--plan", "--memory_gb", "1", "--tflops", "0.1"]
-    assert main(plan) == 0
+    assert main(["compare", str(file), "--plan", "--saes_per_wave", "3"]) == 0
     printed = capsys.readouterr().out
     assert "8 SAEs:\n  batchtopk k=4, seed 0, 1\n" in printed
-    assert "hours at 0.1 TFLOP/s" in printed
+    assert "in 3 waves (of 3, 3, 2), each on one pass of the language model" in printed
     arm = "scaffold_batchtopk k=4 scaffold_rank=2"
     pairs = "batchtopk k=4 (same k), batchtopk k=6 (same l0_total)"
     assert f"comparisons:\n  {arm} with {pairs}\n" in printed
@@ -349,22 +417,6 @@ def test_command(
     error = capsys.readouterr().err
     assert "-data_seed: 42" in error
     assert "+data_seed: 1" in error
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--tflops", "0"], "tflops must be a number above 0, got 0.0"),
-        (["--tflops", "-3"], "tflops must be a number above 0, got -3.0"),
-        (["--memory_gb", "inf"], "memory_gb must be a number above 0, got inf"),
-        (["--memory_gb", "nan"], "memory_gb must be a number above 0, got nan"),
-    ],
-)
-def test_flags_that_make_no_sense(
-    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["compare", str(write(tmp_path)), "--plan", *flags]) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_text_that_evaluations_take_by_default_is_looked_for(
@@ -483,19 +535,14 @@ def test_one_process_at_a_time(unbroken: Path, tmp_path: Path) -> None:
 def test_a_failed_evaluation_leaves_a_report_of_the_rest(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from saelens_scaffold.compare import evaluating
-    from saelens_scaffold.evals.table import Outcome
+    measure = runner._measure
 
-    run_job = evaluating.run_job
-    monkeypatch.setattr(
-        evaluating,
-        "run_job",
-        lambda job, saes: (
-            Outcome(job.evaluation, {}, RuntimeError("no luck"))
-            if job.evaluation.name == "core"
-            else run_job(job, saes)
-        ),
-    )
+    def fail(job: Job, *args: Any) -> Any:
+        if job.evaluation.name == "core":
+            raise RuntimeError("no luck")
+        return measure(job, *args)
+
+    monkeypatch.setattr(runner, "_measure", fail)
     config, out = read_config(write(tmp_path)), tmp_path / "out"
     with pytest.raises(EvaluationsFailed, match="core failed: RuntimeError: no luck"):
         compare(config, out)
@@ -648,7 +695,7 @@ def test_reference_alone_computes_nothing(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "scafold_batchtopk"}, "no architecture 'scafold_batchtopk'"),
+        ({"architecture": "scafold_batchtopk"}, "architecture 'scafold_batchtopk'"),
         ({"architecture": "batchtopk"}, "against_baseline needs"),
         ({"metric": None}, "against_baseline needs a metric"),
         ({"metric": "dense.dense_latents"}, "no evaluation 'dense'"),

@@ -10,6 +10,8 @@ import yaml
 
 pytest.importorskip("sae_bench")
 
+
+from saelens_scaffold._util.errors import UserError  # noqa: E402
 from saelens_scaffold.compare.config import (  # noqa: E402
     CompareConfig,
     ConfigChanged,
@@ -19,8 +21,9 @@ from saelens_scaffold.compare.config import (  # noqa: E402
     read_config,
 )
 from saelens_scaffold.compare.grid import runs_of  # noqa: E402
-from saelens_scaffold.compare.memory import estimate  # noqa: E402
 from saelens_scaffold.compare.pairs import pairs_text  # noqa: E402
+from saelens_scaffold.compare.runner_config import check_training  # noqa: E402
+from saelens_scaffold.compare.waves import plan_waves  # noqa: E402
 from saelens_scaffold.training.runner import initial_sae  # noqa: E402
 
 CONFIG: dict[str, Any] = {
@@ -88,7 +91,7 @@ def test_same_seed_same_weights() -> None:
     assert not torch.equal(plain.W_dec, other.W_dec)
 
 
-def test_fields_of_the_runner_and_hook_points_are_axes_too() -> None:
+def test_fields_of_the_runner_and_hook_points_are_axes_too(tmp_path: Path) -> None:
     hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
     runs = runs_of(
         grid(
@@ -103,11 +106,12 @@ def test_fields_of_the_runner_and_hook_points_are_axes_too() -> None:
         (hook, lr) for hook in hooks for lr in (1e-3, 1e-4)
     }
     # one learning rate to a runner, both hook points on one pass of the language model
-    waves = estimate(config(), runs).waves(runs, available=10**12)
+    waves = plan_waves(tmp_path, tmp_path, runs)
     assert [[run.training["lr"] for run in wave] for wave in waves] == [
         [1e-3, 1e-3],
         [1e-4, 1e-4],
     ]
+    assert [len(wave) for wave in plan_waves(tmp_path, tmp_path, runs, 1)] == [1] * 4
 
 
 def test_plain_saes_start_at_the_mean_unless_told_otherwise() -> None:
@@ -131,17 +135,33 @@ def test_plain_saes_start_at_the_mean_unless_told_otherwise() -> None:
     ("changes", "message"),
     [
         ({"grid": {"k": [4]}}, "architecture"),
-        ({"grid": {"architecture": ["batchtopk"], "k": []}}, "grid: k has no values"),
-        ({"training": {"learning_rate": 1.0}}, "training has no field 'learning_rate'"),
-        ({"training": {"save_final_checkpoint": True}}, "no field 'save_final_che"),
+        (
+            {"grid": {"architecture": ["batchtopk"], "k": []}},
+            "grid.k is []: List should have at least 1 item",
+        ),
+        (
+            {"training": {"learning_rate": 1.0}},
+            "there is no field of training 'learning_rate'",
+        ),
+        (
+            {"training": {"save_final_checkpoint": True}},
+            "field of training 'save_final_che",
+        ),
         (
             {"grid": {"architecture": ["topk"], "k": [4, 4.0]}},
-            "k has the value 4.0 twice",
+            "grid.k is [4, 4.0]: Value error, it has the value 4.0 twice",
         ),
         ({"training": {"trainng_tokens": 1}}, "did you mean 'training_tokens'"),
         ({"sae": {"d_in": 256, "k": 4}}, "k is in the grid and fixed as well"),
-        ({"evaluations": {}}, "evaluations must name at least one"),
-        ({"evaluation_seeds": []}, "evaluation_seeds"),
+        (
+            {"evaluations": {}},
+            "evaluations is {}: Dictionary should have at least 1 item",
+        ),
+        (
+            {"evaluation_seeds": []},
+            "evaluation_seeds is []: List should have at least 1",
+        ),
+        ({"saes_per_wave": 0}, "saes_per_wave is 0: Input should be greater than 0"),
         ({"confidence": 1.5}, "confidence is 1.5"),
         ({"confidence": "much"}, "confidence is 'much'"),
         ({"b_dec_init": "median"}, "b_dec_init is 'median'"),
@@ -181,6 +201,53 @@ def test_combinations_that_make_no_sae_are_named(
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name": "no-such-model"}, "there is no language model 'no-such-model'"),
+        (
+            {"hook_name": "blocks.7.hook_resid_post"},
+            "names layer 7; py-neox has layers 0 to 3",
+        ),
+        (
+            {"sae": {"d_in": 128, "d_sae": 64, "matryoshka_widths": [16, 64]}},
+            "d_in is 128",
+        ),
+        (
+            {"training": {**CONFIG["training"], "training_tokens": 0}},
+            "training_tokens is 0; it must be at least 1",
+        ),
+        ({"training": {"lr_scheduler_name": 3, "context_size": "x"}}, "context_size"),
+        *(
+            ({"training": {**CONFIG["training"], field: value}}, message)
+            for field, value, message in (
+                ("dtype", "floaty", "dtype is 'floaty': Value error, Invalid dtype"),
+                (
+                    "model_from_pretrained_kwargs",
+                    {"dtype": "floaty"},
+                    "model_from_pretrained_kwargs has the dtype 'floaty'; allowed are",
+                ),
+                ("n_checkpoints", "many", "n_checkpoints is 'many': Input should be"),
+                ("adam_beta1", 2.0, "adam_beta1 is 2.0: Input should be less than 1"),
+                ("activations_mixing_fraction", 7, "activations_mixing_fraction is 7"),
+                ("lr", float("nan"), "lr is nan"),
+                ("lr_warm_up_steps", 5, "lr_warm_up_steps is 5 and lr_decay_steps 0"),
+                ("train_batch_size_tokens", 0, "train_batch_size_tokens is 0; it must"),
+                ("training_tokens", 1000, "at least train_batch_size_tokens"),
+                ("prepend_bos", 1, "prepend_bos is 1: Input should be a valid bool"),
+            )
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before(
+    changes: dict[str, Any], message: str
+) -> None:
+    changed = config(**changes)
+    with pytest.raises(ValueError) as raised:
+        check_training(changed, runs_of(changed))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: [", "is not YAML"),
@@ -192,7 +259,7 @@ def test_files_that_are_no_configuration(
     text: str, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "experiment.yaml"
-    with pytest.raises(FileNotFoundError, match="there is no configuration"):
+    with pytest.raises(UserError, match="there is no configuration"):
         read_config(file)
     file.write_text(text)
     with pytest.raises(ValueError, match=message):

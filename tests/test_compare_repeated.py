@@ -72,7 +72,7 @@ def n_tokens(results: dict[str, Any]) -> set[int]:
 def test_what_is_said_of_the_report_just_applies(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saelens_scaffold.compare.evaluating.run_job", not_again)
+    monkeypatch.setattr("saelens_scaffold.evals.runner._measure", not_again)
     results = again(out, title="Corrected", confidence=0.8)
     assert results["title"] == "Corrected"
     assert {c["confidence"] for c in results["comparisons"]} == {0.8}
@@ -175,7 +175,7 @@ def test_until_something_is_trained_all_can_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(WaveTrainer, "train", lambda *_: stop())
+    monkeypatch.setattr(WaveTrainer, "train_wave", lambda *_: stop())
     for seed in (1, 2):
         with pytest.raises(KeyboardInterrupt):
             again(out, data_seed=seed)
@@ -203,7 +203,7 @@ def test_scaffold_ablation_is_given_the_baseline_of_the_same_k(out: Path) -> Non
     assert of[plain]["cross_entropy"]["ce_ratio_baseline_aligned_latents"] is None
     (file,) = (out / "eval_results/scaffold_ablation").glob(f"{judged}*.json")
     result = json.loads(file.read_text())
-    assert result["eval_config"]["baseline"] == {judged: plain}
+    assert result["eval_config"]["baseline"] == plain
     assert [a["sae"] for a in result["dictionary_alignments"]] == [judged, plain]
     # claim i, of SAEs that have a scaffold
     in_curves = {curve["metric"].rpartition(".")[2] for curve in results["curves"]}

@@ -5,23 +5,24 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sae_lens.training._interruption import InterruptedException
+
 _interrupted = False
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """
-    Within it Ctrl-C and SIGTERM raise KeyboardInterrupt, and are remembered.
+    Raise and remember KeyboardInterrupt on Ctrl-C and SIGTERM.
 
-    Python drops an exception that comes while a generator is cleaned up, and libraries
-    turn some into errors of their own. So long work calls `raise_if_interrupted` between
-    its steps, and an error after an interruption is taken for the interruption. SIGTERM
-    is what a cluster sends before it takes the machine away. A signal that was ignored
-    still is.
+    Python drops an exception raised while a generator is cleaned up, and libraries turn
+    some into errors of their own. So long work calls `raise_if_interrupted` between its
+    steps, and an error after an interruption counts as the interruption. Clusters send
+    SIGTERM before they take a machine away. Ignored signals stay ignored. Outside the
+    main thread, where Python has no signals, this does nothing.
 
     Raises:
-        KeyboardInterrupt: As said; from another thread than the main one, where Python
-            has no signals, nothing changes.
+        KeyboardInterrupt: There was an interruption.
     """
     global _interrupted
     if threading.current_thread() is not threading.main_thread():
@@ -35,19 +36,21 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, _interrupt)
     try:
         yield
+    except InterruptedException as error:  # from the handlers that SAELens sets
+        raise KeyboardInterrupt from error
     except Exception:
         raise_if_interrupted()
         raise
     finally:
         for number, handler in before.items():
-            if handler is not None:  # None: one that was not set by Python
+            if handler is not None:  # None: not set by Python
                 signal.signal(number, handler)
         _interrupted = False
 
 
 def raise_if_interrupted() -> None:
     """
-    Raise the interruption that came within `interruptible`, if one did.
+    Raise the interruption that `interruptible` remembers, if there is one.
 
     Raises:
         KeyboardInterrupt: There was one.

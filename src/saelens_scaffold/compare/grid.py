@@ -1,27 +1,26 @@
-"""The SAEs of an experiment: every combination of what the grid names."""
+"""The SAEs of an experiment: every combination of the grid's values."""
 
 import copy
 import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 from sae_lens import TrainingSAE
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.compare.config import (
-    AXIS_FIELDS,
-    CompareConfig,
-    did_you_mean,
-)
+from saelens_scaffold.compare.config import CompareConfig, check_known
+from saelens_scaffold.compare.training_fields import AXIS_FIELDS
 
 MAX_NAME = 150
-"""Characters of an SAE's name: files that have it in theirs may have 255."""
+"""Most characters of an SAE's name; file names that contain it may have 255."""
+
+_OWN_AXES = ("architecture", "seed", "hook_name", "b_dec_init")
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ class Arm:
 
     Attributes:
         architecture: Their architecture.
-        axes: Their values of the grid's other axes, those that their architecture has.
+        axes: Their values on the other axes of the grid that their architecture has.
     """
 
     architecture: str
-    axes: Mapping[str, Any] = field(hash=False)
+    axes: Mapping[str, Any]
 
     def agrees_with(self, other: "Arm") -> bool:
         """Whether they have the same values on all axes that both have."""
@@ -44,12 +43,12 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """What a table calls them."""
+        """Their name in tables."""
         values = [f"{axis}={_shown(value)}" for axis, value in self.axes.items()]
         return " ".join([self.architecture, *values])
 
     def without(self, axis: str) -> "Arm":
-        """The same arm, said without one of its axes."""
+        """The same arm without one of its axes."""
         others = {name: value for name, value in self.axes.items() if name != axis}
         return Arm(self.architecture, others)
 
@@ -63,14 +62,14 @@ class Run:
     One SAE of an experiment.
 
     Attributes:
-        name: Its name, that of its directory as well.
-        arm: What it shares with SAEs of other seeds.
-        seed: Of its initial weights.
+        name: Name of the SAE and of its directory.
+        arm: Architecture and axes, which it shares with SAEs of other seeds.
+        seed: Seed of its initial weights.
         config: Its configuration.
-        hook_name: Where it reads the language model.
-        training: Values of the runner's fields that the grid gives.
-        centre_b_dec: Whether its b_dec is to be started at the activations' mean; a
-            scaffold with scaffold_init="pca" starts it there itself.
+        hook_name: Hook point.
+        training: Fields of the runner that are axes of the grid.
+        centre_b_dec: Whether the runner initialises b_dec at the activations' mean; a
+            scaffold with scaffold_init="pca" does so itself.
     """
 
     name: str
@@ -95,26 +94,18 @@ class Run:
 
 def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
     """
-    The SAEs that a configuration means, each once, ordered by seed.
+    All SAEs of an experiment, ordered by seed.
 
-    An axis that an architecture does not have, as `scaffold_rank` for batchtopk, is left
-    out for it.
+    An architecture leaves out the axes that it does not have, as batchtopk leaves out
+    `scaffold_rank`; combinations that are then the same are one SAE.
 
     Args:
         config: The experiment.
         device: Where the SAEs will be trained.
 
     Raises:
-        UserError: There is no such architecture, no architecture has such a field, or a
-            combination makes no SAE.
+        UserError: No architecture has such a field, or a combination makes no SAE.
     """
-    for architecture in config.grid["architecture"]:
-        if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-            known = sorted(SAE_TRAINING_CLASS_REGISTRY)
-            raise UserError(
-                f"grid: there is no training architecture {architecture!r}"
-                f"{did_you_mean(str(architecture), known)}; there are {', '.join(known)}"
-            )
     _check_fields(config)
     axes = {"seed": [0], **config.grid}
     runs: dict[str, Run] = {}
@@ -128,18 +119,29 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
     return sorted(runs.values(), key=lambda run: run.seed)
 
 
+def _check_fields(config: CompareConfig) -> None:
+    """Check that every field means something to some architecture."""
+    of_saes = set().union(*map(_fields_of, config.grid["architecture"]))
+    of_saes -= {"device", "metadata"}
+    for name in config.sae:
+        check_known("field of these architectures", name, of_saes)
+    for name in config.grid:
+        check_known("axis of the grid", name, {*_OWN_AXES, *AXIS_FIELDS, *of_saes})
+
+
 def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
     architecture, seed = values.pop("architecture"), values.pop("seed")
     fields = _fields_of(architecture)
-    b_dec_init = values.get("b_dec_init", config.b_dec_init)
     sae = {
         name: value
         for name, value in {"device": device, **config.sae, **values}.items()
         if name in fields
     }
-    centres_itself = _value(architecture, sae, "scaffold_init") == "pca" and bool(
-        _value(architecture, sae, "scaffold_rank")
-    )
+
+    def of_sae(name: str) -> Any:
+        return sae.get(name, fields[name].default) if name in fields else None
+
+    centres_itself = of_sae("scaffold_init") == "pca" and bool(of_sae("scaffold_rank"))
     axes = {
         axis: value
         for axis, value in values.items()
@@ -148,19 +150,19 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
         or (axis == "b_dec_init" and not centres_itself)
     }
     arm = Arm(architecture, axes)
-    name = _file_name("-".join([*arm.label.split(" "), f"seed={seed}"]))
+    b_dec_init = values.get("b_dec_init", config.b_dec_init)
     try:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise UserError(f"seed must be an int, got {seed!r}")
         if b_dec_init not in ("mean", "zeros"):
             raise UserError(f"b_dec_init must be 'mean' or 'zeros', got {b_dec_init!r}")
         sae_config = get_sae_training_class(architecture)[1](**copy.deepcopy(sae))
-        # what SAELens finds out only when it makes the SAE, as a wrong type
+        # SAELens notices a wrong type only when it makes the SAE
         TrainingSAE.from_dict({**sae_config.to_dict(), "device": "meta"})
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{arm.label}: {error}") from error
     return Run(
-        name=name,
+        name=_file_name("-".join([*arm.label.split(" "), f"seed={seed}"])),
         arm=arm,
         seed=seed,
         config=sae_config,
@@ -170,49 +172,17 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
     )
 
 
-def _check_fields(config: CompareConfig) -> None:
-    """See that every field means something to some architecture."""
-    of_saes = sorted(
-        set().union(*(_fields_of(name) for name in config.grid["architecture"]))
-        - {"device", "metadata"}
-    )
-    of_grid = [
-        *of_saes,
-        *AXIS_FIELDS,
-        "architecture",
-        "seed",
-        "hook_name",
-        "b_dec_init",
-    ]
-    for where, named, known in (
-        ("sae", config.sae, of_saes),
-        ("grid", config.grid, of_grid),
-    ):
-        for name in named:
-            if name not in known:
-                raise UserError(
-                    f"{where}: none of the architectures has a field {name!r}"
-                    f"{did_you_mean(str(name), known)}; there are {', '.join(sorted(known))}"
-                )
-
-
-def _fields_of(architecture: str) -> set[str]:
-    return set(get_sae_training_class(architecture)[1].__dataclass_fields__)
-
-
-def _value(architecture: str, sae: Mapping[str, Any], name: str) -> Any:
-    """What a field of an SAE's configuration will be; None if there is no such field."""
-    field = get_sae_training_class(architecture)[1].__dataclass_fields__.get(name)
-    return sae.get(name, field and field.default)
+def _fields_of(architecture: str) -> dict[str, Any]:
+    return get_sae_training_class(architecture)[1].__dataclass_fields__
 
 
 def _shown(value: Any) -> str:
-    """A value in a label: without spaces."""
+    """A value in a label, without spaces."""
     return value if isinstance(value, str) else re.sub(r"\s", "", json.dumps(value))
 
 
 def _file_name(text: str) -> str:
-    # Without "=" or brackets, which shells and SAEBench's file names take amiss.
+    # without "=" and brackets, which shells and SAEBench's file names do not take well
     name = re.sub(r"[^\w.+-]+", "_", text.replace("=", "_")).strip("_")
     if len(name) > MAX_NAME:
         name = f"{name[:MAX_NAME]}-{sha256(text.encode()).hexdigest()[:8]}"

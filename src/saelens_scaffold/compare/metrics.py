@@ -1,15 +1,14 @@
-"""What SAEs are compared by: the evaluations' headline metrics, and those of plugins."""
+"""The metrics of a comparison: headline metrics of its evaluations, and those of plugins."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.bounds import UNBOUNDED, Bounds
-from saelens_scaffold.evals.registry import Evaluation
+from saelens_scaffold.evals.base import UNBOUNDED, Bounds, Evaluation, Metric
 from saelens_scaffold.plugins.manager import evaluation_plugins
 
 Results = Mapping[str, Mapping[str, Any]]
-"""An SAE's results, as SAEBench writes them, by the evaluations' names."""
+"""Results of an SAE, as SAEBench writes them, by evaluation."""
 
 
 class ComparisonMetric(NamedTuple):
@@ -17,15 +16,15 @@ class ComparisonMetric(NamedTuple):
     A number by which SAEs are compared.
 
     Attributes:
-        id: A name of its own, as in "dense_latents.sparsity.l0_sparse".
-        title: What a table calls it.
-        value: Its value for an SAE, of whose results it is given; None if there is none.
-        digits: How many to show after the point; 0 for a count.
-        better: Which direction is the better one, if either is.
-        evaluation: The evaluation that it is read from, for metrics that only read one.
-        interval: Its interval within that evaluation, if it has one.
-        bounds: The least and the largest value that it can have.
-        random: Id of the metric with its value for something random, if there is one.
+        id: Unique id, as in "dense_latents.sparsity.l0_sparse".
+        title: Row or axis title.
+        value: Reads the value from the results of an SAE; None if there is none.
+        digits: Digits after the point; 0 for a count.
+        better: The better direction, if either is.
+        evaluation: The evaluation that it is read from, if it is one.
+        interval: Reads the interval within that evaluation, if there is one.
+        bounds: The least and the largest possible value.
+        random: Id of the same metric for a random subspace of equal rank.
     """
 
     id: str
@@ -40,19 +39,19 @@ class ComparisonMetric(NamedTuple):
 
     @property
     def is_count(self) -> bool:
-        """Whether it is a whole number: intervals over seeds take that into account."""
+        """Whether it is a whole number, of which intervals over seeds take account."""
         return self.digits == 0
 
     @property
     def is_sparsity(self) -> bool:
-        """Whether it measures what SAEs are matched by, and not what comes of that."""
+        """Whether it is a number of active latents, by which SAEs are matched."""
         return self.id.rpartition(".")[2] in ("l0", "l0_sparse", "l0_total")
 
 
 def metric_name(metric: Mapping[str, Any]) -> str:
-    """What a metric of results.json is called where all evaluations' stand together."""
-    of = metric["evaluation"]
-    return f"{of}: {metric['title']}" if of else metric["title"]
+    """Title of a metric of results.json among those of other evaluations."""
+    evaluation = metric["evaluation"]
+    return f"{evaluation}: {metric['title']}" if evaluation else metric["title"]
 
 
 def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:
@@ -77,7 +76,7 @@ def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:
     return metrics
 
 
-def _headline(evaluation: Evaluation, metric: Any) -> ComparisonMetric:
+def _headline(evaluation: Evaluation, metric: Metric) -> ComparisonMetric:
     name = evaluation.name
 
     def value(results: Results) -> float | None:

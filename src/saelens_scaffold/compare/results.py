@@ -1,11 +1,9 @@
-"""What an experiment has found, as results.json and results.csv have it."""
+"""The findings of an experiment, as results.json and results.csv have them."""
 
 import csv
 import io
-import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -15,18 +13,19 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold._util.provenance import versions
+from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold.compare.comparisons import Comparison, compare_arms
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.curves import Curve, curves
+from saelens_scaffold.compare.evaluating import EVAL_RESULTS, SAES
 from saelens_scaffold.compare.grid import Arm, Run
-from saelens_scaffold.compare.matching import Known, MeasuredSAE, l0_total
+from saelens_scaffold.compare.matching import MeasuredSAE, l0_total
 from saelens_scaffold.compare.metrics import ComparisonMetric, Results
 from saelens_scaffold.compare.reference import references
 from saelens_scaffold.compare.runner_config import runner_config
-from saelens_scaffold.compare.training import hardware
-from saelens_scaffold.evals.selected_saes import weights_sha256
+from saelens_scaffold.evals.selected_saes import result_file_name
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE
+from saelens_scaffold.saes.digest import weights_sha256
 from saelens_scaffold.saes.subspaces import orthonormal_basis, share_in_subspace
 
 logger = logging.getLogger(__name__)
@@ -38,122 +37,82 @@ def collect(
     config: CompareConfig,
     runs: Sequence[Run],
     metrics: Sequence[ComparisonMetric],
-    results: Mapping[str, Mapping[str, Path]],
-    saes_path: Path,
-    training: Sequence[Mapping[str, Any]],
-    device: str,
-    command: str,
+    results: Mapping[str, Results],
+    output_path: Path,
+    provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """
-    Put together what an experiment has found.
+    Collect the findings of an experiment.
 
     Args:
         config: The experiment.
         runs: Its SAEs.
-        metrics: What they are compared by.
-        results: The files with each SAE's results, by SAE and evaluation.
-        saes_path: Folder with the SAEs.
-        training: What is known of each wave.
-        device: Where it was run.
-        command: That which made it.
+        metrics: The metrics by which they are compared.
+        results: Results of each SAE, by evaluation.
+        output_path: Folder of the experiment.
+        provenance: The experiment's provenance, as `provenance_of` states it.
 
     Returns:
-        What is written as results.json: all of it plain JSON values.
+        The content of results.json, in plain JSON values.
     """
-    root = saes_path.parent
-    read: dict[str, dict[str, Any]] = {
-        run.name: {
-            # without NaN, which JSON does not know, and browsers do not read
-            evaluation: json.loads(
-                file.read_text(encoding="utf-8"), parse_constant=lambda _: None
-            )
-            for evaluation, file in results[run.name].items()
-        }
-        for run in runs
-    }
-    cells = {
-        run.name: {
-            metric.id: _cell(metric, read[run.name], results[run.name], root)
-            for metric in metrics
-        }
-        for run in runs
-    }
+    saes = [_sae(run, metrics, results[run.name], output_path) for run in runs]
     measured = [
         MeasuredSAE(
             run,
-            {metric: cell["value"] for metric, cell in cells[run.name].items()},
-            l0_total(run, read[run.name]),
+            {metric: cell["value"] for metric, cell in sae["metrics"].items()},
+            sae["l0_total"],
         )
-        for run in runs
+        for run, sae in zip(runs, saes, strict=True)
     ]
-    found = compare_arms(
+    comparisons = compare_arms(
         measured, metrics, config.baselines, config.confidence, config.max_bracket
     )
-    seeds = sorted({run.seed for run in runs})
-    hook_names = {run.hook_name for run in runs}
-    hook_name = hook_names.pop() if len(hook_names) == 1 else None
+    hook_name = _common([run.hook_name for run in runs])
     at = f"at {hook_name} of" if hook_name else "of"
-    tokens = {runner_config(config, [run], device).training_tokens for run in runs}
-    results_of_saes = {
+    return {
         "title": config.title or f"SAEs {at} {config.model_name}",
         "summary": {
             "model_name": config.model_name,
             # None where the grid has several
             "hook_name": hook_name,
-            "training_tokens": tokens.pop() if len(tokens) == 1 else None,
-            "seeds": seeds,
+            "training_tokens": _common(
+                [runner_config(config, [run]).training_tokens for run in runs]
+            ),
+            "seeds": sorted({run.seed for run in runs}),
             "n_saes": len(runs),
         },
         "config": asdict(config),
-        "provenance": {
-            "command": command,
-            "versions": versions(),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "hardware": hardware(device),
-            "evaluation_seeds": config.evaluation_seeds,
-            "training": list(training),
-        },
-        "metrics": [
-            {
-                "id": metric.id,
-                "evaluation": metric.evaluation,
-                "title": metric.title,
-                "digits": metric.digits,
-                "better": metric.better,
-                "bounds": list(metric.bounds),
-                "random": metric.random,
-            }
-            for metric in metrics
-        ],
-        "saes": [
-            {
-                "name": sae.run.name,
-                "path": os.fspath((saes_path / sae.run.name).relative_to(root)),
-                "architecture": sae.run.arm.architecture,
-                "arm": sae.run.arm.label,
-                "axes": dict(sae.run.arm.axes),
-                "seed": sae.run.seed,
-                "scaffold_rank": sae.run.scaffold_rank,
-                "l0_nominal": sae.run.nominal_l0_total,
-                "l0_total": sae.l0_total,
-                "metrics": cells[sae.run.name],
-                "evaluations": {
-                    name: result["eval_result_metrics"]
-                    for name, result in read[sae.run.name].items()
-                },
-                "firing_histogram": read[sae.run.name]
-                .get("dense_latents", {})
-                .get("firing_histogram"),
-                **_of_weights(saes_path / sae.run.name),
-            }
-            for sae in measured
-        ],
+        "provenance": provenance,
+        "metrics": [_metric(metric) for metric in metrics],
+        "saes": saes,
         "curves": [_curve(c) for c in curves(measured, metrics, config.confidence)],
-        "comparisons": [_comparison(c, config.confidence) for c in found],
+        "comparisons": [_comparison(c, config.confidence) for c in comparisons],
+        "reference": references(config, saes, provenance["command"]),
     }
+
+
+def provenance_of(
+    config: CompareConfig,
+    command: str,
+    device: str,
+    training: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """
+    Where results come from.
+
+    Args:
+        config: The experiment.
+        command: The command that produced them.
+        device: Where it was run.
+        training: Facts of each wave.
+    """
     return {
-        **results_of_saes,
-        "reference": references(config, results_of_saes["saes"], command),
+        "command": command,
+        "versions": versions(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": hardware(device),
+        "evaluation_seeds": config.evaluation_seeds,
+        "training": list(training),
     }
 
 
@@ -161,44 +120,59 @@ def results_csv(results: Mapping[str, Any]) -> str:
     """Every number of every SAE, a row for each SAE and metric."""
     titles = {metric["id"]: metric["title"] for metric in results["metrics"]}
     axes = [*dict.fromkeys(axis for sae in results["saes"] for axis in sae["axes"])]
+    of_sae = ("seed", "scaffold_rank", "l0_total")
+    of_cell = ("value", "ci_low", "ci_high", "file")
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(
-        [
-            *("sae", "architecture", *axes, "seed", "scaffold_rank", "l0_total"),
-            *("metric", "title", "value", "ci_low", "ci_high", "file"),
-        ]
-    )
+    rows.writerow(["sae", "architecture", *axes, *of_sae, "metric", "title", *of_cell])
     for sae in results["saes"]:
+        about = [sae["name"], sae["architecture"]]
+        about += [sae["axes"].get(axis) for axis in axes]
+        about += [sae[field] for field in of_sae]
         for metric, cell in sae["metrics"].items():
-            rows.writerow(
-                [
-                    sae["name"],
-                    sae["architecture"],
-                    *(sae["axes"].get(axis) for axis in axes),
-                    *(sae[field] for field in ("seed", "scaffold_rank", "l0_total")),
-                    metric,
-                    titles[metric],
-                    *(cell[field] for field in ("value", "ci_low", "ci_high", "file")),
-                ]
-            )
+            numbers = [cell[field] for field in of_cell]
+            rows.writerow([*about, metric, titles[metric], *numbers])
     return text.getvalue()
 
 
-def _cell(
-    metric: ComparisonMetric,
-    results: Results,
-    files: Mapping[str, Path],
-    root: Path,
+def _common(values: Sequence[Any]) -> Any:
+    """The value if all are the same, else None."""
+    return values[0] if len(set(values)) == 1 else None
+
+
+def _metric(metric: ComparisonMetric) -> dict[str, Any]:
+    names = ("id", "evaluation", "title", "digits", "better", "random")
+    fields = {name: getattr(metric, name) for name in names}
+    return {**fields, "bounds": list(metric.bounds)}
+
+
+def _sae(
+    run: Run, metrics: Sequence[ComparisonMetric], results: Results, output_path: Path
 ) -> dict[str, Any]:
-    value, low, high = _numbers(metric, results)
-    file = files.get(metric.evaluation or "")
+    path = f"{SAES}/{run.name}"
     return {
-        "value": value,
-        "ci_low": low,
-        "ci_high": high,
-        "file": file and os.fspath(file.relative_to(root)),
+        "name": run.name,
+        "path": path,
+        **_arm(run.arm),
+        "seed": run.seed,
+        "scaffold_rank": run.scaffold_rank,
+        "l0_nominal": run.nominal_l0_total,
+        "l0_total": l0_total(run, results),
+        "metrics": {metric.id: _cell(metric, run, results) for metric in metrics},
+        "evaluations": {
+            name: result["eval_result_metrics"] for name, result in results.items()
+        },
+        "firing_histogram": results.get("dense_latents", {}).get("firing_histogram"),
+        **_of_weights(output_path / path),
     }
+
+
+def _cell(metric: ComparisonMetric, run: Run, results: Results) -> dict[str, Any]:
+    value, low, high = _numbers(metric, results)
+    file = None
+    if metric.evaluation in results:
+        file = f"{EVAL_RESULTS}/{metric.evaluation}/{result_file_name(run.name)}"
+    return {"value": value, "ci_low": low, "ci_high": high, "file": file}
 
 
 def _numbers(metric: ComparisonMetric, results: Results) -> list[float | None]:
@@ -213,26 +187,28 @@ def _numbers(metric: ComparisonMetric, results: Results) -> list[float | None]:
 
 
 def _of_weights(path: Path) -> dict[str, Any]:
-    """What an SAE's weights tell: a digest, the scaffold's spectrum and its alignment."""
+    """Hash of an SAE's weights; spectrum of its scaffold, and its latents' alignment."""
     sae = SAE.load_from_disk(path)
-    found = {"weights_sha256": weights_sha256(sae), "scaffold": None}
+    scaffold = None
     if isinstance(sae, ScaffoldJumpReLUSAE) and sae.cfg.scaffold_rank:
-        rank = sae.cfg.scaffold_rank
-        A, B = sae.W_enc[:, :rank].detach().double(), sae.W_dec[:rank].detach().double()
-        if not (A.isfinite().all() and B.isfinite().all()):
-            return found
-        # the singular values of A B, without the large product
-        left, right = torch.linalg.qr(A)[1], torch.linalg.qr(B.T)[1]
-        shares = share_in_subspace(
-            sae.W_dec[rank:].detach(), orthonormal_basis(B)
-        ).float()
-        counts = torch.histc(shares, bins=N_ALIGNMENT_BINS, min=0.0, max=1.0)
-        edges = [i / N_ALIGNMENT_BINS for i in range(N_ALIGNMENT_BINS + 1)]
-        found["scaffold"] = {
-            "singular_values": torch.linalg.svdvals(left @ right.T).tolist(),
-            "alignment_histogram": {"edges": edges, "counts": counts.int().tolist()},
-        }
-    return found
+        scaffold = _scaffold(sae)
+    return {"weights_sha256": weights_sha256(sae), "scaffold": scaffold}
+
+
+def _scaffold(sae: ScaffoldJumpReLUSAE) -> dict[str, Any] | None:
+    rank = sae.cfg.scaffold_rank
+    A, B = sae.W_enc[:, :rank].detach().double(), sae.W_dec[:rank].detach().double()
+    if not (A.isfinite().all() and B.isfinite().all()):
+        return None
+    # the singular values of A B, without the large product
+    left, right = torch.linalg.qr(A)[1], torch.linalg.qr(B.T)[1]
+    shares = share_in_subspace(sae.W_dec[rank:].detach(), orthonormal_basis(B))
+    counts = torch.histc(shares.float(), bins=N_ALIGNMENT_BINS, min=0.0, max=1.0)
+    edges = [i / N_ALIGNMENT_BINS for i in range(N_ALIGNMENT_BINS + 1)]
+    return {
+        "singular_values": torch.linalg.svdvals(left @ right.T).tolist(),
+        "alignment_histogram": {"edges": edges, "counts": counts.int().tolist()},
+    }
 
 
 def _curve(curve: Curve) -> dict[str, Any]:
@@ -261,7 +237,11 @@ def _comparison(comparison: Comparison, confidence: float) -> dict[str, Any]:
         "treatment": {**_arm(pair.treatment), "l0_total": pair.treatment_l0},
         "baseline": {
             **_arm(pair.baseline),
-            "measured": [_known(known) for known in pair.known],
+            # the baseline itself, or the two ends of its bracket
+            "measured": [
+                {"arm": known.arm.label, "k": known.k, "l0_total": known.l0_total}
+                for known in pair.known
+            ],
         },
         "interpolated": pair.interpolated,
         "metric": comparison.metric,
@@ -276,14 +256,6 @@ def _comparison(comparison: Comparison, confidence: float) -> dict[str, Any]:
     }
 
 
-def _known(known: Known) -> dict[str, Any]:
-    """Where a baseline's value is from: itself, or one end of its bracket."""
-    return {"arm": known.arm.label, "k": known.k, "l0_total": known.l0_total}
-
-
 def _arm(arm: Arm) -> dict[str, Any]:
-    return {
-        "architecture": arm.architecture,
-        "arm": arm.label,
-        "axes": dict(arm.axes),
-    }
+    axes = dict(arm.axes)
+    return {"architecture": arm.architecture, "arm": arm.label, "axes": axes}

@@ -1,17 +1,12 @@
-"""Labelled text for probes: from anywhere, and made known to SAEBench."""
+"""Labelled text for probes, from the Hub, local files, or the embedded text."""
 
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from hashlib import sha256
 from itertools import islice
 from typing import NamedTuple
-from unittest.mock import patch
 
 from datasets import IterableDataset
-from sae_bench.evals.scr_and_tpp import main as scr_and_tpp
-from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.text_data import open_dataset, rows_with, split_names
@@ -96,14 +91,6 @@ class LabelledText(NamedTuple):
                 f"class: {short}; allowed are smaller sizes, or fewer classes (max_classes)"
             )
 
-    def digest(self) -> str:
-        """Digest of all its texts and labels."""
-        digest = sha256()
-        for part in (self.train, self.test or {}):
-            for label, texts in part.items():
-                digest.update(repr((label, texts)).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
-
 
 def read_labelled_text(
     dataset: str,
@@ -130,7 +117,7 @@ def read_labelled_text(
         subset: The dataset's configuration on the Hub.
         split: Take both from this split. By default the splits "train" and "test" are
             taken if the dataset has both, else "train" for both.
-        max_classes: How many classes are taken at most.
+        max_classes: Maximum number of classes.
         choices_column: A column with lists of answers to choose from. They follow the
             text as MMLU prints them, one a line: "A. ...", "B. ...".
         class_of: The class that a label belongs to. By default each is its own.
@@ -142,39 +129,17 @@ def read_labelled_text(
     if max_classes < 2:
         raise UserError(f"max_classes is {max_classes}; it must be at least 2")
     columns = [text_column, label_column, *([choices_column] if choices_column else [])]
-
     seen: set[str] = set()
-    repeated = 0
 
     def read(split: str) -> TextsByLabel:
-        nonlocal repeated
-        texts: TextsByLabel = {}
-        for text, label in _labelled_rows(dataset, columns, subset, split):
-            if text in seen:
-                repeated += 1
-            else:
-                seen.add(text)
-                texts.setdefault(class_of(label), []).append(text)
-        return texts
+        rows = _labelled_rows(dataset, columns, subset, split)
+        return _by_class(rows, class_of, seen, dataset)
 
     train = read(split or "train")
     test = None
     if split is None and {"train", "test"} <= set(split_names(dataset, subset)):
         test = read("test")
-    if repeated:
-        logger.warning(
-            "dataset %r: %d texts occur again, and are left out there",
-            dataset,
-            repeated,
-        )
-    counts = {
-        label: min(len(texts), len(texts if test is None else test.get(label, [])))
-        for label, texts in train.items()
-    }
-    labels = sorted(
-        (label for label, count in counts.items() if count),
-        key=lambda label: (-counts[label], label),
-    )[:max_classes]
+    labels = _most_frequent(train, train if test is None else test, max_classes)
     if len(labels) < 2:
         both = "" if test is None else " in both its train and its test split"
         raise UserError(
@@ -186,6 +151,33 @@ def read_labelled_text(
         {label: train[label] for label in labels},
         None if test is None else {label: test[label] for label in labels},
     )
+
+
+def _by_class(
+    rows: Iterator[tuple[str, str]],
+    class_of: Callable[[str], str],
+    seen: set[str],
+    dataset: str,
+) -> TextsByLabel:
+    """The texts of each class that were not seen before, which are seen from now on."""
+    texts: TextsByLabel = {}
+    repeated = 0
+    for text, label in rows:
+        if text in seen:
+            repeated += 1
+            continue
+        seen.add(text)
+        texts.setdefault(class_of(label), []).append(text)
+    if repeated:
+        logger.warning("dataset %r: %d texts occur again, left out", dataset, repeated)
+    return texts
+
+
+def _most_frequent(train: TextsByLabel, test: TextsByLabel, limit: int) -> list[str]:
+    """The classes with the most texts in the split where they have fewer."""
+    counts = {label: min(len(train[label]), len(test.get(label, []))) for label in train}
+    labels = [label for label, count in counts.items() if count]
+    return sorted(labels, key=lambda label: (-counts[label], label))[:limit]
 
 
 def _labelled_rows(
@@ -212,89 +204,6 @@ def _labelled_rows(
                     f"dataset {dataset!r}: column {columns[-1]!r} holds "
                     f"{type(answers).__name__}, not a list of answers"
                 )
-            text = "\n".join(
-                [
-                    text,
-                    *(f"{chr(65 + i)}. {answer}" for i, answer in enumerate(answers)),
-                ]
-            )
+            lines = [f"{chr(65 + i)}. {answer}" for i, answer in enumerate(answers)]
+            text = "\n".join([text, *lines])
         yield text, str(label)
-
-
-def is_known_to_sae_bench(dataset: str) -> bool:
-    """Whether a dataset is one of SAEBench's own, by the name SAEBench has for it."""
-    return dataset in dataset_info.chosen_classes_per_dataset
-
-
-@contextmanager
-def known_to_sae_bench(texts: Sequence[LabelledText]) -> Iterator[None]:
-    """
-    Let SAEBench's sparse probing and TPP read other text, for as long as this lasts.
-
-    SAEBench knows its datasets by name, in four places: a table of classes, a function
-    that loads them, a table of second labels that TPP looks into (and does not use), and
-    another function, which calls the first. Its own datasets work as before.
-
-    Args:
-        texts: The text. SAEBench's name for each is its `name`.
-    """
-    by_name = {text.name: text for text in texts}
-    own = dataset_utils.get_multi_label_train_test_data
-
-    def get_multi_label_train_test_data(
-        dataset_name: str, train_set_size: int, test_set_size: int, random_seed: int
-    ) -> tuple[TextsByLabel, TextsByLabel]:
-        if dataset_name not in by_name:
-            return own(dataset_name, train_set_size, test_set_size, random_seed)
-        sizes = rows_per_class(train_set_size, test_set_size)
-        return by_name[dataset_name].sample(*sizes, random_seed)
-
-    with (
-        patch.object(
-            dataset_utils,
-            "get_multi_label_train_test_data",
-            get_multi_label_train_test_data,
-        ),
-        patch.dict(
-            dataset_info.chosen_classes_per_dataset,
-            {text.name: text.labels for text in texts},
-        ),
-        patch.dict(scr_and_tpp.COLUMN2_VALS_LOOKUP, dict.fromkeys(by_name)),
-    ):
-        yield
-
-
-def rows_per_class(train_set_size: int, test_set_size: int) -> tuple[int, int]:
-    """What SAEBench's set sizes take of each class: they are those of a binary task, half
-    of whose rows are of the other classes."""
-    return train_set_size // 2, test_set_size // 2
-
-
-def check_set_sizes(
-    text: LabelledText, train: tuple[str, int], test: tuple[str, int]
-) -> None:
-    """
-    See that a dataset has the rows that SAEBench will draw.
-
-    Args:
-        text: The dataset.
-        train: SAEBench's field, as "probe_train_set_size", and its value.
-        test: The same for the test set.
-
-    Raises:
-        UserError: It has not.
-    """
-    sizes = rows_per_class(train[1], test[1])
-    try:
-        text.sample(*sizes, seed=0)
-    except ValueError as error:
-        has = min(len(texts) for texts in text.train.values())
-        most = f"together at most {2 * has}"
-        if text.test is not None:
-            has_test = min(len(texts) for texts in text.test.values())
-            most = f"at most {2 * has} and {2 * has_test}"
-        raise UserError(
-            f"{train[0]} {train[1]} and {test[0]} {test[1]} take {sizes[0]} train rows and "
-            f"{sizes[1]} test rows of each class; with these classes they may be {most}: "
-            f"{error}"
-        ) from error

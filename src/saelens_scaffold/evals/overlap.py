@@ -4,9 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
-
+from saelens_scaffold._util.documented import documented
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import (
     EMBEDDED_DATASET_NAME,
@@ -26,13 +24,13 @@ MAX_TRAINING_CHARS = 100_000_000
 """How much of local text is compared: a few seconds, and 0.1 GB for the hashes."""
 
 
-@dataclass
+@documented
 class TextSeenInTraining:
-    seen: bool | None = Field(
-        title="Seen",
-        description="Whether the SAE was trained on text that it is evaluated on; None where that cannot be known",
-    )
-    reason: str = Field(title="Reason", description="What that was found from")
+    seen: bool | None
+    """Whether the SAE was trained on text that it is evaluated on; None where that cannot
+    be known"""
+    reason: str
+    """The grounds for that"""
 
 
 def text_seen_in_training(

@@ -1,59 +1,85 @@
-"""What the commands do that run other people's command lines."""
+"""`saelens-scaffold train` and `run`: other command lines, with scaffold SAEs."""
 
 import importlib.util
+import io
 import os
 import runpy
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from importlib.machinery import ModuleSpec
 
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.training._interruption import InterruptedException
+from wandb.errors import UsageError
 
+from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold.models import register_embedded_model
 from saelens_scaffold.models.local import register_local_models_in
+from saelens_scaffold.training.checks import check_runner_config
 from saelens_scaffold.training.runner import ResumableTrainingRunner
 
 
-def train(args: Sequence[str]) -> int:
+def train(args: Sequence[str]) -> str:
     """
     Run SAELens's training command line, which offers the scaffold architectures.
 
     The embedded model, and all model directories among the arguments, can be used in it
-    by name. An interruption (Ctrl-C, SIGTERM) saves a checkpoint, and says how to resume.
+    by name. An interruption (Ctrl-C, SIGTERM) saves a checkpoint.
 
     Args:
         args: What SAELens parses.
 
     Returns:
-        The exit status: 0 after the training, 130 after an interruption.
+        What was measured of the SAE, as a sentence.
 
     Raises:
-        SystemExit: Help has been printed, or SAELens cannot parse the arguments.
+        UserError: The arguments make no sense, or name something that cannot be used.
+        KeyboardInterrupt: There was an interruption; the message says how to resume.
+        SystemExit: Help has been printed.
     """
     register_embedded_model()
     register_local_models_in(args)
-    sys.argv = ["saelens-scaffold train", *args]  # the name that SAELens's help shows
-    runner = ResumableTrainingRunner(_parse_cfg_args(args))
+    cfg = _parse(args)
+    check_runner_config(cfg)
+    runner = ResumableTrainingRunner(cfg)
     try:
         runner.run()
     except (KeyboardInterrupt, InterruptedException):
-        print("\nsaelens-scaffold train: interrupted.", file=sys.stderr)
-        if runner.interruption_checkpoint is not None:
-            print(
-                "To go on, repeat the command with "
-                f"--resume_from_checkpoint {runner.interruption_checkpoint}",
-                file=sys.stderr,
-            )
-        return 130
+        checkpoint = runner.interruption_checkpoint
+        hint = "repeat the command with --resume_from_checkpoint"
+        text = "" if checkpoint is None else f"To go on, {hint} {checkpoint}"
+        raise KeyboardInterrupt(text) from None
+    except UsageError as error:
+        raise UserError(f"{one_line(error)} (or --log_to_wandb=False)") from error
     if runner.measurement is not None:
-        print(f"{runner.cfg.output_path}: {runner.measurement}")
-    elif runner.not_measured is not None:
-        print(f"{runner.cfg.output_path}: nothing was measured; {runner.not_measured}.")
-    return 0
+        return f"{cfg.output_path}: {runner.measurement}"
+    if runner.not_measured is not None:
+        return f"{cfg.output_path}: nothing was measured; {runner.not_measured}."
+    return ""
 
 
-def run_module(module: str, args: Sequence[str]) -> int:
+def _parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig:
+    """SAELens's configuration; its parser's complaint as one line, without the usage."""
+    sys.argv = ["saelens-scaffold train", *args]  # the name that SAELens's help shows
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            cfg = _parse_cfg_args(args)
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise UserError(said.getvalue().rpartition("error: ")[2].strip()) from None
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    sys.stderr.write(said.getvalue())
+    return cfg
+
+
+def run_module(module: str, args: Sequence[str]) -> None:
     """
     Run a module as `python -m` does, with the scaffold architectures registered.
 
@@ -65,17 +91,12 @@ def run_module(module: str, args: Sequence[str]) -> int:
         module: The module's name, or that of a package with a `__main__` module.
         args: What the module finds in `sys.argv[1:]`.
 
-    Returns:
-        The exit status: 0 after the module's last line, 2 if there is no such module.
-        A module that exits by itself does so here, with a status of its own.
+    Raises:
+        UserError: There is no such module.
     """
     if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
         sys.path.insert(0, os.getcwd())
-    problem = _why_not_runnable(module)
-    if problem is not None:
-        print(f"saelens-scaffold run: error: {problem}", file=sys.stderr)
-        return 2
-
+    _check_runnable(module)
     register_embedded_model()
     register_local_models_in(args)
 
@@ -85,28 +106,35 @@ def run_module(module: str, args: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
     sys.argv = [module, *args]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
-    return 0
 
 
-def _why_not_runnable(module: str) -> str | None:
+def _check_runnable(module: str) -> None:
+    """
+    See that there is a module. The ImportError that runpy raises looks like one that the
+    module itself raises.
+
+    Raises:
+        UserError: There is none.
+    """
     if module.startswith("."):
-        return f"the name {module!r} is relative; give the whole name"
-    # Found out beforehand, since the ImportError that runpy raises looks like one that
-    # the module itself raises.
+        raise UserError(f"the name {module!r} is relative; give the whole name")
+    spec = _find(module)
+    if spec is None:
+        hint = " (give its name, not its file)" if module.endswith(".py") else ""
+        raise UserError(f"there is no module {module!r}{hint}")
+    is_package = spec.submodule_search_locations is not None
+    if is_package and _find(f"{module}.__main__") is None:
+        raise UserError(f"{module!r} is a package without a __main__ module")
+
+
+def _find(module: str) -> ModuleSpec | None:
     try:
-        spec = importlib.util.find_spec(module)
-        is_package = spec is not None and spec.submodule_search_locations is not None
-        if is_package and importlib.util.find_spec(f"{module}.__main__") is None:
-            return f"{module!r} is a package without a __main__ module"
+        return importlib.util.find_spec(module)
+    except ValueError:  # no name of a module, such as ""
+        return None
     except ModuleNotFoundError as error:
         # One of the parents is missing, or is no package. Any other missing module is
         # one that a parent needs, and worth its traceback.
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        spec = None
-    except ValueError:  # no name of a module at all, such as ""
-        spec = None
-    if spec is None:
-        hint = " (give its name, not its file)" if module.endswith(".py") else ""
-        return f"there is no module {module!r}{hint}"
-    return None
+        return None

@@ -4,12 +4,7 @@ from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
-    EVAL_TYPE_ID_SCAFFOLD_ABLATION,
     ScaffoldAblationEvalOutput,
 )
 
-__all__ = [
-    "EVAL_TYPE_ID_SCAFFOLD_ABLATION",
-    "ScaffoldAblationEvalConfig",
-    "ScaffoldAblationEvalOutput",
-]
+__all__ = ["ScaffoldAblationEvalConfig", "ScaffoldAblationEvalOutput"]

@@ -1,233 +1,190 @@
 """What interventions cost the language model in next-token prediction."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from saelens_scaffold.evals.bootstrap import SequenceBootstrap, interval
+from saelens_scaffold.evals.bootstrap import SequenceBootstrap
 from saelens_scaffold.evals.language_model import HookedBatch, HookedModel
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
-)
+from saelens_scaffold.evals.output_fields import estimates
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
-    CrossEntropyMetrics,
-    DictionaryAlignment,
     ScaffoldAblationResultDetail,
 )
 from saelens_scaffold.evals.scaffold_ablation.interventions import (
+    CLEAN,
+    Identity,
     Intervention,
-    SAEBatch,
-)
-from saelens_scaffold.evals.scaffold_ablation.predictions import (
-    CleanPredictions,
-    ReplicateLosses,
-    SequenceLosses,
+    distinct,
 )
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
 
-PAPER_ALIGNED_LATENTS = 787
-"""How many aligned latents the paper (arXiv 2606.14040) ablates for its headline."""
 
-# Headline metric: the intervention whose ratio it is. The ends of its interval go with it
-# where the metric has them.
-_RATIOS = {
-    f"ce_ratio_{name}": name
-    for name in (
-        "scaffold_mean_ablated",
-        "pca_mean_ablated",
-        "random_mean_ablated",
-        "scaffold_projected_out",
-        "pca_projected_out",
-        "random_projected_out",
-        "scaffold_subtracted_gauge_fixed",
-    )
-} | {"ce_ratio_reconstruction": "sae_reconstruction"}
-
-
-@dataclass
 class Losses:
     """
-    Losses in every bootstrap replicate, of the clean run and of each SAE's interventions.
+    Sums over all predictions in every bootstrap replicate, the sample's own first.
 
     Attributes:
-        n_predictions: Shape (1 + n_replicates,), float64.
-        clean: Of the clean run.
-        changed: Of the interventions by name, for each SAE by its key.
+        n_predictions: Number of predictions, shape (1 + n_replicates,), float64.
+        of: Cross-entropy and KL of the clean run and of each intervention, by its identity,
+            shape (2, 1 + n_replicates), float64.
     """
 
-    n_predictions: torch.Tensor
-    clean: ReplicateLosses
-    changed: dict[str, dict[str, ReplicateLosses]]
+    def __init__(self, n_replicates: int):
+        zeros = torch.zeros(2, 1 + n_replicates, dtype=torch.float64)
+        self.n_predictions = zeros[0]
+        self.of: dict[Identity, torch.Tensor] = defaultdict(lambda: zeros)
+
+    def add(
+        self, identity: Identity, weights: torch.Tensor, losses: torch.Tensor
+    ) -> None:
+        """
+        Args:
+            identity: Identity of the intervention.
+            weights: How often each replicate counts each sequence, shape
+                (1 + n_replicates, batch), float64.
+            losses: Losses of the sequences of a batch, shape (2, batch), float64.
+        """
+        sums = torch.stack([weights @ loss for loss in losses])
+        self.of[identity] = self.of[identity] + sums
 
 
 @torch.no_grad()
 def measure_losses(
     config: ScaffoldAblationEvalConfig,
     hooked: HookedModel,
-    group: list[SelectedSAE],
     stream: TokenStream,
-    changes: dict[str, list[Intervention]],
+    group: Sequence[SelectedSAE],
+    changes: Mapping[str, list[Intervention]],
 ) -> Losses:
     """
     Run the language model with every intervention.
 
     Args:
-        config: The configuration.
+        config: Number of tokens and replicates.
         hooked: The language model at the SAEs' hook point.
-        group: The SAEs.
         stream: The text, from where it is to be evaluated on.
+        group: The SAEs.
         changes: The interventions on each SAE, by its key.
     """
     bootstrap = SequenceBootstrap(config.n_bootstrap, config.random_seed)
-    losses = Losses(
-        n_predictions=torch.zeros(1 + config.n_bootstrap, dtype=torch.float64),
-        clean=ReplicateLosses(),
-        changed={
-            sae.key: {change.name: ReplicateLosses() for change in changes[sae.key]}
-            for sae in group
-        },
-    )
+    losses = Losses(config.n_bootstrap)
     for tokens, counts in stream.batches(config.n_tokens, "Ablating"):
         weights = bootstrap.draw(len(tokens)).double()
         run = HookedBatch(hooked, tokens, counts)
         clean = CleanPredictions(run.above(run.full), tokens, counts)
-        losses.n_predictions += weights @ clean.n_predictions
-        losses.clean.add(weights, clean.losses)
-        of_model: dict[tuple[str, int | None], SequenceLosses] = {}
+        losses.n_predictions = losses.n_predictions + weights @ clean.n_predictions
+        losses.add(CLEAN.identity(), weights, clean.losses)
         runs = {False: run}
         if config.include_special_tokens:
             runs[True] = run.changing(torch.ones_like(counts))
-        for sae in group:
-            batches = {special: SAEBatch(of.x, sae.sae) for special, of in runs.items()}
-            for change in changes[sae.key]:
-                of, batch = runs[change.special_tokens], batches[change.special_tokens]
-                key = (change.name, change.size)
-                found = of_model.get(key)
-                if found is None:
-                    found = SequenceLosses.mean(
-                        [
-                            clean.compare(of.above(of.full_with(draw(batch))))
-                            for draw in change.changes
-                        ]
-                    )
-                    if change.of_model:
-                        of_model[key] = found
-                losses.changed[sae.key][change.name].add(weights, found)
+        for identity, change, batch in distinct(group, changes, runs):
+            of = runs[change.special_tokens]
+            draws = [
+                clean.compare(of.above(of.full_with(draw(batch))))
+                for draw in change.changes
+            ]
+            losses.add(identity, weights, torch.stack(draws).mean(dim=0))
     return losses
 
 
 def result_details(
-    config: ScaffoldAblationEvalConfig,
     losses: Losses,
     sae: SelectedSAE,
-    changes: list[Intervention],
+    changes: Sequence[Intervention],
+    confidence: float,
 ) -> list[ScaffoldAblationResultDetail]:
-    """
-    Cross-entropy and KL of the clean run and of each intervention, with intervals.
-
-    Args:
-        config: The configuration.
-        losses: Of all SAEs.
-        sae: The SAE.
-        changes: Its interventions.
-    """
-    clean_ce = losses.clean.cross_entropy / losses.n_predictions
-
-    def detail(
-        name: str,
-        kind: str,
-        description: str,
-        size: int | None,
-        n_draws: int,
-        of: ReplicateLosses,
-        special_tokens: bool = False,
-    ) -> ScaffoldAblationResultDetail:
-        ce = of.cross_entropy / losses.n_predictions
-        statistics = {
-            "ce": ce,
-            "ce_ratio": ce / clean_ce,
-            "delta_ce": ce - clean_ce,
-            "kl": of.kl / losses.n_predictions,
-        }
-        values: dict[str, float] = {}
-        for field, statistic in statistics.items():
-            estimate, low, high = interval(statistic, config.confidence)
-            values |= {
-                field: estimate,
-                f"{field}_ci_low": low,
-                f"{field}_ci_high": high,
-            }
-        return ScaffoldAblationResultDetail(
-            intervention=name,
-            kind=kind,
-            description=description,
-            special_tokens=special_tokens,
-            size=size,
-            n_draws=n_draws,
-            **values,
+    """Cross-entropy and KL of the clean run and of each intervention on an SAE."""
+    clean_ce = losses.of[CLEAN.identity()][0] / losses.n_predictions
+    found: list[ScaffoldAblationResultDetail] = []
+    for change in [CLEAN, *changes]:
+        ce, kl = losses.of[change.identity(sae.key)] / losses.n_predictions
+        figures = {"ce": ce, "ce_ratio": ce / clean_ce, "delta_ce": ce - clean_ce}
+        detail = ScaffoldAblationResultDetail(
+            intervention=change.name,
+            kind=change.kind,
+            description=change.description,
+            special_tokens=change.special_tokens,
+            size=change.size,
+            n_draws=len(change.changes),
+            **estimates(confidence, **figures, kl=kl),
         )
-
-    return [
-        detail("clean", "reference", "nothing changed", None, 1, losses.clean),
-        *(
-            detail(
-                change.name,
-                change.kind,
-                change.description,
-                change.size,
-                len(change.changes),
-                losses.changed[sae.key][change.name],
-                change.special_tokens,
-            )
-            for change in changes
-        ),
-    ]
+        found.append(detail)
+    return found
 
 
-def cross_entropy_metrics(
-    config: ScaffoldAblationEvalConfig,
-    details: list[ScaffoldAblationResultDetail],
-    alignments: list[DictionaryAlignment],
-) -> CrossEntropyMetrics:
+class CleanPredictions:
     """
-    The headline figures.
+    Predictions of the language model when nothing is changed, for one batch.
 
     Args:
-        config: The configuration.
-        details: Of one SAE, by `result_details`.
-        alignments: Of the dictionaries whose latents were ablated.
+        logits: Shape (batch, seq, d_vocab).
+        tokens: Shape (batch, seq).
+        counts: Mask of the tokens that count, shape (batch, seq). A prediction counts if
+            both the token it is made at and the token it is about do: elsewhere the
+            activations are not changed, and the predictions hardly.
+
+    Attributes:
+        n_predictions: Number of predictions that count in each sequence, shape (batch,),
+            float64.
+        losses: Losses as of `compare`; the KL divergence is 0.
     """
-    of = {detail.intervention: detail for detail in details}
-    ratios, metrics = dict(_RATIOS), dict[str, Any]()
-    for alignment in alignments:
-        n = _headline_number(config)
-        prefix = "baseline_" if alignment.dictionary == "baseline" else ""
-        ratios[f"ce_ratio_{prefix}aligned_latents"] = f"{prefix}aligned_{n}_latents"
-        metrics["n_aligned_latents"] = n
-        if alignment.n_alive < n:
-            metrics[f"{prefix}aligned_latents_note"] = (
-                f"{alignment.n_alive} alive, fewer than {n}"
-            )
-    fields = CrossEntropyMetrics.__dataclass_fields__
-    for metric, intervention in ratios.items():
-        detail = of.get(intervention)
-        if detail is None:  # a plain SAE has no scaffold, or too few latents are alive
-            continue
-        metrics[metric] = detail.ce_ratio
-        if f"{metric}_ci_low" in fields:
-            metrics[f"{metric}_ci_low"] = detail.ce_ratio_ci_low
-            metrics[f"{metric}_ci_high"] = detail.ce_ratio_ci_high
-    clean, zero = of["clean"].ce, of["zero_ablation"].ce
-    return CrossEntropyMetrics(
-        ce_clean=clean,
-        ce_loss_score=(zero - of["sae_reconstruction"].ce) / (zero - clean),
-        **metrics,
-    )
+
+    def __init__(
+        self, logits: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor
+    ):
+        # what follows the last token of a sequence is not known, and never counts
+        self._targets = tokens.roll(-1, dims=1).flatten()
+        follows = counts.roll(-1, dims=1)
+        follows[:, -1] = False
+        self._counts = (counts & follows).cpu().double()
+        self.n_predictions = self._counts.sum(dim=1)
+        flat = logits.flatten(0, 1)
+        self._probabilities = torch.empty_like(flat, dtype=torch.float32)
+        for rows, log_p in _log_softmax_in_parts(logits):
+            torch.exp(log_p, out=self._probabilities[rows])
+        _, self._clean_expectation = self._surprise_and_expectation(logits)
+        self.losses = self.compare(logits)
+
+    def compare(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Losses of other predictions for the same batch.
+
+        Args:
+            logits: Shape (batch, seq, d_vocab).
+
+        Returns:
+            Sums over the predictions of each sequence, in nats, shape (2, batch), float64:
+            cross-entropy of the next token, and KL divergence from the clean prediction.
+        """
+        surprise, expectation = self._surprise_and_expectation(logits)
+        # KL(p || q) = E_p[log p] - E_p[log q], of which the first is the same for all q
+        both = torch.stack([surprise, self._clean_expectation - expectation])
+        by_token = both.cpu().double().view(2, *self._counts.shape)
+        return (by_token * self._counts).sum(dim=2)
+
+    def _surprise_and_expectation(
+        self, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-log q(next token) and E_p[log q], both of shape (batch * seq,)."""
+        surprises: list[torch.Tensor] = []
+        expectations: list[torch.Tensor] = []
+        for rows, log_q in _log_softmax_in_parts(logits):
+            targets = self._targets[rows, None]
+            surprises.append(-log_q.gather(1, targets).squeeze(1))
+            p = self._probabilities[rows]
+            expectations.append(torch.bmm(p[:, None], log_q[:, :, None]).flatten())
+        return torch.cat(surprises), torch.cat(expectations)
 
 
-def _headline_number(config: ScaffoldAblationEvalConfig) -> int:
-    """Of aligned latents: the paper's if it was asked for, else the largest."""
-    numbers = config.n_aligned_latents
-    return PAPER_ALIGNED_LATENTS if PAPER_ALIGNED_LATENTS in numbers else max(numbers)
+def _log_softmax_in_parts(
+    logits: torch.Tensor,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Log probabilities in float32, in parts small enough for a CPU's cache."""
+    flat = logits.flatten(0, 1)
+    step = max(1, (2**20 if flat.device.type == "cpu" else 2**26) // flat.shape[1])
+    for start in range(0, len(flat), step):
+        rows = slice(start, start + step)
+        yield rows, flat[rows].float().log_softmax(dim=-1)

@@ -1,22 +1,18 @@
 """Changes to the activations at the hook point, each under the name it is reported by."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
-)
-from saelens_scaffold.evals.scaffold_ablation.fit import ModelFit, SAEFit
-from saelens_scaffold.evals.scaffold_ablation.latents import (
-    counts_above,
-    matched_frequency,
-    most_aligned_of,
-)
+from saelens_scaffold.evals.language_model import HookedBatch
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
+from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit
+from saelens_scaffold.evals.scaffold_ablation.latents import matched_frequency
+from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.saes.active_latents import ActiveLatents
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.saes.subspaces import orthonormal_basis
@@ -78,9 +74,11 @@ class SAEBatch:
 
 
 WITH_SPECIAL_TOKENS = "_with_special_tokens"
-"""What the names of interventions end in that include special tokens."""
+"""Suffix of the names of interventions that include special tokens."""
 
 Change = Callable[[SAEBatch], torch.Tensor]
+
+Identity = tuple[str | int | None, ...]
 
 
 @dataclass
@@ -89,10 +87,10 @@ class Intervention:
     One change, in as many draws as it needs.
 
     Attributes:
-        name: What it is reported by.
-        kind: "reference", "scaffold", "geometry" or "dictionary".
+        name: The name it is reported by.
         description: What it does, in words.
         changes: From the activations to the changed ones, one for each draw.
+        kind: "reference", "scaffold", "geometry" or "dictionary".
         size: Number of dimensions or latents that are removed, if that says something.
         of_model: Whether it is the same for all SAEs, given its name and size.
         special_tokens: Whether it changes BOS, EOS and padding as well, and is fitted on
@@ -100,9 +98,9 @@ class Intervention:
     """
 
     name: str
-    kind: str
     description: str
     changes: list[Change]
+    kind: str = "reference"
     size: int | None = None
     of_model: bool = False
     special_tokens: bool = False
@@ -112,140 +110,149 @@ class Intervention:
         name = f"{self.name}{WITH_SPECIAL_TOKENS}"
         return replace(self, name=name, special_tokens=True)
 
+    def identity(self, sae_key: str = "") -> Identity:
+        """What tells it from others. SAEs share an intervention that is of the model."""
+        return (self.name, self.size, None if self.of_model else sae_key)
+
+
+CLEAN = Intervention("clean", "nothing changed", [lambda batch: batch.x], of_model=True)
+
+
+def distinct(
+    group: Sequence[SelectedSAE],
+    changes: Mapping[str, list[Intervention]],
+    runs: Mapping[bool, HookedBatch],
+) -> Iterator[tuple[Identity, Intervention, SAEBatch]]:
+    """
+    Interventions on a batch, once if several SAEs share one.
+
+    Args:
+        group: The SAEs.
+        changes: The interventions on each SAE, by its key.
+        runs: The batch without special tokens under False, and with them under True if
+            there are interventions that include them.
+
+    Yields:
+        An intervention's identity, the intervention, and the activations it changes.
+    """
+    found: set[Identity] = set()
+    for sae in group:
+        batches = {special: SAEBatch(run.x, sae.sae) for special, run in runs.items()}
+        for change in changes[sae.key]:
+            identity = change.identity(sae.key)
+            if identity not in found:
+                found.add(identity)
+                yield identity, change, batches[change.special_tokens]
+
 
 def interventions(
-    config: ScaffoldAblationEvalConfig,
-    fit: ModelFit,
-    of: SAEFit,
-    rank: int,
-    baseline: SAEFit | None = None,
+    config: ScaffoldAblationEvalConfig, fits: dict[bool, Fit], sae_key: str
 ) -> list[Intervention]:
     """
     All interventions on one SAE's hook point.
 
     Args:
         config: Which ones.
-        fit: Of the activations.
-        of: Of the SAE.
-        rank: How many dimensions the geometric ones remove.
-        baseline: Of the plain SAE whose latents are ablated, too, if there is one.
+        fits: Statistics without special tokens under False, and with them under True if
+            they are included.
+        sae_key: Key of the SAE.
     """
-    sae = of.sae.sae
-    dtype, device = sae.dtype, sae.device
+    return [
+        change.including_special_tokens() if special else change
+        for special, fit in fits.items()
+        for change in _interventions(config, fit, fit.saes[sae_key])
+    ]
 
-    def like_x(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device=device, dtype=dtype)
 
+def _interventions(
+    config: ScaffoldAblationEvalConfig, fit: Fit, of: SAEFit
+) -> Iterator[Intervention]:
     generator = torch.Generator().manual_seed(config.random_seed)
-    found = [*_references(like_x(fit.mean))]
+    mean = of.like_weights(fit.mean)
     basis = of.scaffold_basis
+    yield from _references(mean)
     if basis is not None:
-        found += _of_scaffold(like_x(of.scaffold_mean), like_x(basis), of.sae.rank)
-    found += _of_geometry(config, fit, rank, like_x, generator)
+        yield from _of_scaffold(of, basis)
+    random = [
+        orthonormal_basis(torch.randn(of.pca_rank, len(mean), generator=generator))
+        for _ in range(config.n_random_draws)
+    ]
+    yield from _of_geometry(fit, of, mean, random)
     if basis is not None:
-        found += _of_dictionary(config, of, basis, generator)
-        if baseline is not None:
-            found += _of_dictionary(config, baseline, basis, generator, "baseline_")
-    return found
+        yield from _of_dictionary(config, of, basis, generator)
+        if of.baseline is not None:
+            own = of.baseline
+            yield from _of_dictionary(config, own, basis, generator, "baseline_")
 
 
 def _references(mean: torch.Tensor) -> Iterator[Intervention]:
     yield Intervention(
         "sae_reconstruction",
-        "reference",
         "the SAE's reconstruction in place of the activations",
         [lambda batch: batch.reconstruction],
     )
     yield Intervention(
         "zero_ablation",
-        "reference",
         "zeros in place of the activations",
         [lambda batch: torch.zeros_like(batch.x)],
         of_model=True,
     )
     yield Intervention(
         "mean_ablation",
-        "reference",
         "their mean in place of the activations",
         [lambda batch: mean.expand_as(batch.x)],
         of_model=True,
     )
 
 
-def _of_scaffold(
-    scaffold_mean: torch.Tensor, basis: torch.Tensor, rank: int
-) -> Iterator[Intervention]:
-    yield Intervention(
+def _of_scaffold(of: SAEFit, basis: torch.Tensor) -> Iterator[Intervention]:
+    removal = partial(Intervention, kind="scaffold", size=of.sae.rank)
+    mean = of.like_weights(of.scaffold_mean)
+    yield removal(
         "scaffold_mean_ablated",
-        "scaffold",
         "x - s(x) + E[s]: the scaffold's part of the reconstruction replaced by its mean",
-        [lambda batch: batch.x - batch.scaffold(fix_gauge=True) + scaffold_mean],
-        size=rank,
+        [lambda batch: batch.x - batch.scaffold(fix_gauge=True) + mean],
     )
-    yield Intervention(
+    yield removal(
         "scaffold_projected_out",
-        "scaffold",
         "the span of the scaffold's decoder rows projected out of x",
-        [_projection(basis)],
-        size=rank,
+        [_projection(of.like_weights(basis))],
     )
-    yield Intervention(
+    yield removal(
         "scaffold_subtracted_gauge_fixed",
-        "scaffold",
         "x - s(x), with s(x) as it is where b_dec is orthogonal to the scaffold's span",
         [lambda batch: batch.x - batch.scaffold(fix_gauge=True)],
-        size=rank,
     )
-    yield Intervention(
+    yield removal(
         "scaffold_subtracted",
-        "scaffold",
         "x - s(x), with s(x) in the gauge of the weights: how much of the span's constant "
         "part is in b_dec, and so stays, is a convention",
         [lambda batch: batch.x - batch.scaffold(fix_gauge=False)],
-        size=rank,
     )
 
 
 def _of_geometry(
-    config: ScaffoldAblationEvalConfig,
-    fit: ModelFit,
-    rank: int,
-    like_x: Callable[[torch.Tensor], torch.Tensor],
-    generator: torch.Generator,
+    fit: Fit, of: SAEFit, mean: torch.Tensor, random: list[torch.Tensor]
 ) -> Iterator[Intervention]:
-    d_in = len(fit.mean)
-    mean = like_x(fit.mean)
-    subspaces = {
-        "pca": ("the top principal directions", [fit.directions[:rank]]),
-        "random": (
-            "as many random directions",
-            [
-                orthonormal_basis(torch.randn(rank, d_in, generator=generator))
-                for _ in range(config.n_random_draws)
-            ],
-        ),
-        "outlier_dimensions": (
-            "the dimensions of the residual stream with the largest root mean square",
-            [torch.eye(d_in)[fit.outliers[:rank].cpu()]],
-        ),
-    }
-    for name, (what, draws) in subspaces.items():
-        bases = [like_x(basis) for basis in draws]
-        yield Intervention(
+    rank = of.pca_rank
+    removal = partial(Intervention, kind="geometry", size=rank, of_model=True)
+    outliers = torch.eye(len(mean))[fit.outliers[:rank].cpu()]
+    largest = "the dimensions of the residual stream with the largest root mean square"
+    for name, what, draws in (
+        ("pca", "the top principal directions", [fit.directions[:rank]]),
+        ("random", "as many random directions", random),
+        ("outlier_dimensions", largest, [outliers]),
+    ):
+        bases = [of.like_weights(basis) for basis in draws]
+        yield removal(
             f"{name}_mean_ablated",
-            "geometry",
             f"the coordinates of x along {what} replaced by their mean",
             [_projection(basis, mean) for basis in bases],
-            size=rank,
-            of_model=True,
         )
-        yield Intervention(
+        yield removal(
             f"{name}_projected_out",
-            "geometry",
             f"{what} projected out of x",
             [_projection(basis) for basis in bases],
-            size=rank,
-            of_model=True,
         )
 
 
@@ -256,45 +263,38 @@ def _of_dictionary(
     generator: torch.Generator,
     prefix: str = "",
 ) -> Iterator[Intervention]:
-    aligned, cosines = most_aligned_of(of, basis)
+    aligned, cosines = of.most_aligned(basis)
     owner = f"the baseline {of.sae.label}" if prefix else "the SAE itself"
     whose = f"the sparse latents of {owner}"
     for n in config.n_aligned_latents:
         if n > len(aligned):  # would be all that are alive, under another name
             continue
-        latents = aligned[:n]
-        yield Intervention(
+        removal = partial(Intervention, kind="dictionary", size=n)
+        yield removal(
             f"{prefix}aligned_{n}_latents",
-            "dictionary",
             f"{whose} most aligned with the scaffold's subspace set to zero",
-            [without_latents(of, latents)],
-            size=n,
+            [without_latents(of, aligned[:n])],
         )
         draws = [
-            matched_frequency(of.fired, latents, generator)
+            matched_frequency(of.fired, aligned[:n], generator)
             for _ in range(config.n_random_draws)
         ]
-        matched = [draw for draw in draws if draw is not None]
+        matched = [without_latents(of, draw) for draw in draws if draw is not None]
         if matched:
-            yield Intervention(
+            yield removal(
                 f"{prefix}matched_{n}_latents",
-                "dictionary",
                 "as many others of these latents that fire as often set to zero",
-                [without_latents(of, draw) for draw in matched],
-                size=n,
+                matched,
             )
-    for cosine, n in zip(
-        config.aligned_cosines,
-        counts_above(config.aligned_cosines, cosines),
-        strict=True,
-    ):
+    for cosine in config.aligned_cosines:
+        n = int((cosines > cosine).sum())
         if n > 0:
             yield Intervention(
                 f"{prefix}aligned_above_{cosine:g}_latents",
-                "dictionary",
                 f"{whose} whose cosine with the scaffold's subspace is above {cosine:g} "
                 "set to zero",
                 [without_latents(of, aligned[:n])],
+                kind="dictionary",
                 size=n,
             )
 
@@ -314,7 +314,7 @@ def without_latents(of: SAEFit, latents: torch.Tensor) -> Change:
     Take away what some sparse latents add; the reconstruction error stays in.
 
     Args:
-        of: Of the SAE.
+        of: Statistics of the SAE.
         latents: Indices among its sparse latents.
     """
     sae = of.sae.sae

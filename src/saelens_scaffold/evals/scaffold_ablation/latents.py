@@ -1,14 +1,7 @@
 """Choosing latents of the dictionary: aligned with a subspace, or random of like frequency."""
 
-from collections.abc import Sequence
-
 import torch
 
-from saelens_scaffold.evals.scaffold_ablation.eval_config import (
-    ScaffoldAblationEvalConfig,
-)
-from saelens_scaffold.evals.scaffold_ablation.eval_output import DictionaryAlignment
-from saelens_scaffold.evals.scaffold_ablation.fit import SAEFit
 from saelens_scaffold.saes.subspaces import share_in_subspace
 
 
@@ -33,48 +26,6 @@ def most_aligned(
     cosines = share_in_subspace(decoder.cpu()[indices], basis.cpu()).sqrt()
     order = cosines.argsort(descending=True, stable=True)
     return indices[order], cosines[order]
-
-
-def most_aligned_of(
-    of: SAEFit, basis: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`most_aligned` of an SAE's sparse latents, by their indices among those."""
-    return most_aligned(of.sae.sae.W_dec[of.sae.rank :].detach(), of.fired > 0, basis)
-
-
-def counts_above(bounds: Sequence[float], cosines: torch.Tensor) -> list[int]:
-    """How many cosines are above each bound."""
-    return [int((cosines > bound).sum()) for bound in bounds]
-
-
-def dictionary_alignment(
-    config: ScaffoldAblationEvalConfig,
-    dictionary: str,
-    of: SAEFit,
-    basis: torch.Tensor,
-) -> DictionaryAlignment:
-    """
-    How many sparse latents of an SAE are how well aligned with a subspace.
-
-    Args:
-        config: Names the cosines and the numbers of latents.
-        dictionary: "own" or "baseline".
-        of: Of the SAE.
-        basis: Orthonormal rows that span the subspace, shape (r, d_in).
-    """
-    _, cosines = most_aligned_of(of, basis)
-    return DictionaryAlignment(
-        dictionary=dictionary,
-        sae=of.sae.label,
-        n_alive=len(cosines),
-        cosines=config.aligned_cosines,
-        n_above=counts_above(config.aligned_cosines, cosines),
-        n_aligned_latents=config.n_aligned_latents,
-        cosine_of_last=[
-            float(cosines[n - 1]) if n <= len(cosines) else None
-            for n in config.n_aligned_latents
-        ],
-    )
 
 
 def matched_frequency(

@@ -1,0 +1,76 @@
+"""What configurations of evaluations share: language model, text and kinds of values."""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, PositiveInt
+from sae_bench.evals.base_eval_output import BaseEvalConfig
+
+from saelens_scaffold._util.documented import documented
+
+Value = TypeVar("Value", int, float)
+
+
+def _ascending(values: list[Value]) -> list[Value]:
+    _check_distinct(values)
+    return sorted(values)
+
+
+def _check_distinct(values: list[Value]) -> list[Value]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"must not name a value twice, but is {values}")
+    return values
+
+
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+"""A share that is neither nothing nor everything."""
+
+DISTINCT = AfterValidator(_check_distinct)
+"""Of a list: no value occurs twice."""
+
+ASCENDING = AfterValidator(_ascending)
+"""Of a list: no value occurs twice, and the smallest comes first."""
+
+
+@documented
+class ModelConfig(BaseEvalConfig):
+    """Language model and confidence, for every evaluation of this package."""
+
+    model_name: str = ""
+    """Model of TransformerLens, directory of a local model, or py-neox for the embedded
+    one."""
+    confidence: OpenShare = 0.95
+    """Confidence level of the intervals."""
+
+
+@documented
+class LlmConfig(ModelConfig):
+    """For evaluations that load the language model themselves, or have SAEBench load it."""
+
+    llm_batch_size: PositiveInt = 32
+    """LLM batch size, in sequences or texts."""
+    llm_dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
+    """LLM data type, also that of the SAEs."""
+
+
+@documented
+class TextEvalConfig(LlmConfig):
+    """For evaluations on running text: which text, and how often it is resampled."""
+
+    random_seed: int = 42
+    """Seed of the bootstrap and of all random choices."""
+    dataset: str = "Skylion007/openwebtext"
+    """Text: a dataset on the Hub, a local directory or file (.parquet, .jsonl, .csv), or
+    python-stdlib for the embedded text."""
+    dataset_split: str = "train"
+    """Split of the dataset. Choose one that the SAEs were not trained on, if there is one."""
+    text_column: str = "text"
+    """Column of the dataset with the text."""
+    context_size: Annotated[int, Field(ge=3)] | None = None
+    """Tokens per sequence, at least 3: BOS, a token, and one to predict. If None, as the
+    SAEs were trained, else 128."""
+    prepend_bos: bool | None = None
+    """Whether each sequence begins with BOS. If None, as the SAEs were trained, else True."""
+    n_tokens: PositiveInt = 1_000_000
+    """Tokens to evaluate on. BOS, EOS and padding do not count."""
+    n_bootstrap: PositiveInt = 500
+    """Replicates of the bootstrap over sequences."""

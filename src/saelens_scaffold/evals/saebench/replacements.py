@@ -1,0 +1,227 @@
+"""Everything that is replaced in SAEBench and sae-probes, and why.
+
+Read in sae-bench 0.6.0 and sae-probes 0.4. Each function returns the replacements for one
+purpose; `replaced` applies them for as long as a call lasts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+from torch.overrides import TorchFunctionMode
+from transformer_lens import HookedTransformer
+
+from saelens_scaffold.evals.labelled_data import LabelledText, TextsByLabel
+
+Tasks = Mapping[str, pd.DataFrame]
+"""sae-probes' tasks by name, with the columns "prompt" and "target" (1 or 0)."""
+
+_ABSENT = object()
+
+
+class Replacement(NamedTuple):
+    """
+    A name that gets another value.
+
+    Attributes:
+        namespace: What the name is looked up in: a module's `vars`, or a dictionary.
+        name: The name.
+        value: Its new value.
+    """
+
+    namespace: dict[str, Any]
+    name: str
+    value: Any
+
+
+@contextmanager
+def replaced(replacements: Sequence[Replacement]) -> Iterator[None]:
+    """Apply replacements, and restore what was there before."""
+    before = [r.namespace.get(r.name, _ABSENT) for r in replacements]
+    try:
+        for namespace, name, value in replacements:
+            namespace[name] = value
+        yield
+    finally:
+        for (namespace, name, _), value in zip(replacements, before, strict=True):
+            if value is _ABSENT:
+                namespace.pop(name, None)
+            else:
+                namespace[name] = value
+
+
+def lent_model(module: ModuleType, model: HookedTransformer) -> list[Replacement]:
+    """
+    A module that loads a `HookedTransformer` gets this one.
+
+    SAEBench loads its model in every call; here it is loaded, and checked against the
+    SAEs, once for all seeds.
+    """
+
+    def from_pretrained_no_processing(*_: Any, **__: Any) -> HookedTransformer:
+        return model
+
+    loader = SimpleNamespace(
+        from_pretrained_no_processing=from_pretrained_no_processing
+    )
+    return [Replacement(vars(module), "HookedTransformer", loader)]
+
+
+def labelled_texts(texts: Sequence[LabelledText]) -> list[Replacement]:
+    """
+    SAEBench's sparse probing and TPP read other text under its `name`.
+
+    SAEBench knows its datasets by name, in three places: a table of classes, a function
+    that loads them, and a table of second labels that TPP looks into but does not use.
+    """
+    from sae_bench.evals.scr_and_tpp import main as scr_and_tpp
+
+    by_name = {text.name: text for text in texts}
+    own = dataset_utils.get_multi_label_train_test_data
+
+    def get_multi_label_train_test_data(
+        dataset_name: str, train_set_size: int, test_set_size: int, random_seed: int
+    ) -> tuple[TextsByLabel, TextsByLabel]:
+        if dataset_name not in by_name:
+            return own(dataset_name, train_set_size, test_set_size, random_seed)
+        sizes = rows_per_class(train_set_size), rows_per_class(test_set_size)
+        return by_name[dataset_name].sample(*sizes, random_seed)
+
+    replacements = [
+        Replacement(
+            vars(dataset_utils),
+            "get_multi_label_train_test_data",
+            get_multi_label_train_test_data,
+        )
+    ]
+    for name, text in by_name.items():
+        classes = dataset_info.chosen_classes_per_dataset
+        replacements.append(Replacement(classes, name, text.labels))
+        second_labels: dict[str, Any] = scr_and_tpp.COLUMN2_VALS_LOOKUP
+        replacements.append(Replacement(second_labels, name, None))
+    return replacements
+
+
+def rows_per_class(set_size: int) -> int:
+    """Rows that SAEBench takes of each class: half of a binary task is other classes."""
+    return set_size // 2
+
+
+def sae_probes_tasks(tasks: Tasks, model: HookedTransformer) -> list[Replacement]:
+    """
+    sae-probes runs other tasks, on a model whose context may be short.
+
+    sae-probes reads a task's prompts and its targets from files of its own, in two places,
+    and cuts every text to 1024 tokens, more than some models have room for.
+    """
+    # imported here, since sae-probes reads all of its datasets when it is imported
+    from sae_probes import generate_model_activations as activations
+    from sae_probes import utils_data
+
+    own_table = utils_data.read_numbered_dataset_df
+    own_generate = activations.generate_single_dataset_activations
+
+    def read_csv(path: Any, **kwargs: Any) -> pd.DataFrame:
+        task = tasks.get(Path(path).name.partition(".")[0])
+        return pd.read_csv(path, **kwargs) if task is None else task
+
+    def read_numbered_dataset_df(tag: str) -> pd.DataFrame:
+        return tasks[tag] if tag in tasks else own_table(tag)
+
+    def generate(*args: Any, max_seq_len: int, **kwargs: Any) -> None:
+        max_seq_len = min(max_seq_len, model.cfg.n_ctx)
+        own_generate(*args, max_seq_len=max_seq_len, **kwargs)
+
+    # one dictionary for all of sae-probes' modules
+    sizes = utils_data.get_dataset_sizes()
+    return [
+        Replacement(vars(activations), "pd", SimpleNamespace(read_csv=read_csv)),
+        Replacement(
+            vars(activations), "generate_single_dataset_activations", generate
+        ),
+        Replacement(
+            vars(utils_data), "read_numbered_dataset_df", read_numbered_dataset_df
+        ),
+        *(Replacement(sizes, name, len(task)) for name, task in tasks.items()),
+        *lent_model(activations, model),
+    ]
+
+
+def absorption_folders(main: ModuleType, folder: Path) -> list[Replacement]:
+    """
+    Absorption keeps probes in a folder of the call's own.
+
+    By default they are in the folder of the installed sae_bench, found again by the names
+    of model and SAE alone.
+    """
+    folders = {
+        "probes_dir": folder / "probes",
+        "experiment_dir": folder / "k_sparse_probing",
+    }
+    k_sparse_probing = partial(main.run_k_sparse_probing_experiment, **folders)
+    feature_absorption = partial(
+        main.run_feature_absortion_experiment,
+        probes_dir=folders["probes_dir"],
+        sparse_probing_experiment_dir=folders["experiment_dir"],
+        experiment_dir=folder / "feature_absorption",
+    )
+    return [
+        Replacement(vars(main), "run_k_sparse_probing_experiment", k_sparse_probing),
+        Replacement(vars(main), "run_feature_absortion_experiment", feature_absorption),
+    ]
+
+
+class _NoCuda(TorchFunctionMode):
+    """`Tensor.cuda()` leaves a tensor where it is."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def mdl_globals(main: ModuleType, config: Any, device: str) -> list[Replacement]:
+    """
+    MDL finds its configuration, and needs no CUDA.
+
+    Its functions read a global `config` that only its command line sets, and
+    `calculate_dl` moves its sums to CUDA whatever the device.
+    """
+    own = main.calculate_dl
+
+    @wraps(own)
+    def calculate_dl(*args: Any, **kwargs: Any) -> float:
+        with _NoCuda():
+            return own(*args, **kwargs)
+
+    replacements = [Replacement(vars(main), "config", config)]
+    if not device.startswith("cuda"):
+        replacements.append(Replacement(vars(main), "calculate_dl", calculate_dl))
+    return replacements
+
+
+def ravel_downloads(main: ModuleType, model_name: str) -> list[Replacement]:
+    """
+    RAVEL takes any model, and can download its prompts.
+
+    It looks the model's name up in a table of two, and passes `snapshot_download` an
+    argument that huggingface_hub 1.0 has dropped.
+    """
+    from sae_bench.evals.ravel import instance
+
+    own = instance.snapshot_download
+    names: dict[str, str] = main.LLM_NAME_MAP
+
+    def snapshot_download(*, local_dir_use_symlinks: bool, **kwargs: Any) -> Any:
+        return own(**kwargs)
+
+    return [
+        Replacement(names, model_name, names.get(model_name, model_name)),
+        Replacement(vars(instance), "snapshot_download", snapshot_download),
+    ]

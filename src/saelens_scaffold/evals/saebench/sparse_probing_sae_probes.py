@@ -1,0 +1,149 @@
+"""Sparse probing by sae-probes: many binary tasks, read from the last token."""
+
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pandas as pd
+from pydantic import Field
+from sae_bench.evals.sparse_probing_sae_probes import eval_config as sae_bench_config
+from sae_bench.evals.sparse_probing_sae_probes import eval_output as sae_bench_output
+from sae_bench.evals.sparse_probing_sae_probes import main
+from sae_probes import DATASETS
+
+from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals.labelled_data import LabelledText
+from saelens_scaffold.evals.saebench.over_seeds import (
+    LatentCounts,
+    OverSeedsEvalConfig,
+    OverSeedsEvalOutput,
+    ProbingEvaluation,
+    SeedRun,
+)
+from saelens_scaffold.evals.saebench.replacements import replaced, sae_probes_tasks
+
+_DEFAULTS = sae_bench_config.SparseProbingSaeProbesEvalConfig()
+
+
+@documented
+class SparseProbingSaeProbesEvalConfig(
+    OverSeedsEvalConfig, sae_bench_config.SparseProbingSaeProbesEvalConfig
+):
+    """SAEBench's configuration of sparse probing by sae-probes, with seeds and text of
+    one's own."""
+
+    dataset_names: list[str] = Field(
+        default_factory=lambda: list(_DEFAULTS.dataset_names)
+    )
+    """sae-probes' names of its datasets, or any other labelled text: a dataset on the Hub, a
+    local directory or file (.parquet, .jsonl, .csv), or python-stdlib for the embedded
+    text."""
+    task_size: Annotated[int, Field(ge=200, multiple_of=2)] = 2000
+    """Texts of the task that is made of each class of a dataset that sae-probes does not
+    know: half of that class, half of the others."""
+    ks: LatentCounts = Field(default_factory=lambda: list(_DEFAULTS.ks))
+    """Numbers of latents that a probe reads."""
+    reg_type: Literal["l1", "l2"] = "l1"
+    """Regularisation of the probes."""
+    setting: Literal["normal"] = "normal"
+    """Balance of the classes: SAEBench collects sae-probes' normal setting only."""
+    binarize: Literal[False] = False
+    """Always false: SAEBench 0.6 does not find sae-probes' binarised results."""
+    results_path: str = ""
+    """Not used: what sae-probes writes is removed after the call."""
+    model_cache_path: str | None = None
+    """Not used: what sae-probes writes is removed after the call."""
+
+
+@documented(title="Sparse Probing (sae-probes)")
+class SparseProbingSaeProbesEvalOutput(
+    OverSeedsEvalOutput, sae_bench_output.SparseProbingSaeProbesEvalOutput
+):
+    """
+    SAEBench's sparse probing by sae-probes over several seeds: up to 113 binary tasks, whose probes read the last token, with cross-validated regularisation. Metrics are means over the seeds.
+    """
+
+    eval_config: SparseProbingSaeProbesEvalConfig  # pyright: ignore[reportGeneralTypeIssues]
+    """Configuration of the evaluation."""
+
+
+def one_vs_rest_tasks(text: LabelledText, task_size: int) -> dict[str, pd.DataFrame]:
+    """
+    For each class of a dataset the task to tell it from the others.
+
+    Rows of a train and of a test split are taken together, because sae-probes splits a
+    task itself, with each seed in another way. The rows of a task do not depend on the
+    seed, as they don't in sae-probes' own.
+
+    Args:
+        text: The dataset.
+        task_size: Texts of a task, half of the class, half of the others.
+
+    Returns:
+        The tasks, under names that sae-probes can make file names of.
+
+    Raises:
+        UserError: A class has too few texts.
+    """
+    pool = {
+        label: texts + (text.test or {}).get(label, [])
+        for label, texts in text.train.items()
+    }
+    n = task_size // 2
+    short = {label: len(texts) for label, texts in pool.items() if len(texts) < n}
+    if short:
+        raise UserError(
+            f"task_size {task_size} takes {n} rows of each class, but dataset "
+            f"{text.name!r} has fewer of these: {short}; allowed are a smaller task_size, "
+            "or fewer classes (max_classes)"
+        )
+    tasks: dict[str, pd.DataFrame] = {}
+    for number, label in enumerate(pool):
+        rng = random.Random(label)
+        others = [other for other in pool if other != label]
+        rows = [(prompt, 1) for prompt in rng.sample(pool[label], n)]
+        for i, other in enumerate(others):
+            share = n // len(others) + (i < n % len(others))
+            rows += [(prompt, 0) for prompt in rng.sample(pool[other], share)]
+        rng.shuffle(rows)
+        name = re.sub(r"[^A-Za-z0-9-]+", "-", f"{Path(text.name).stem}-{label}")
+        tasks[f"{number}_{name}"] = pd.DataFrame(rows, columns=["prompt", "target"])
+    return tasks
+
+
+def _check_text(config: SparseProbingSaeProbesEvalConfig, text: LabelledText) -> None:
+    one_vs_rest_tasks(text, config.task_size)
+
+
+def _run(run: SeedRun) -> None:
+    of_text = {
+        text.name: one_vs_rest_tasks(text, run.config.task_size) for text in run.texts
+    }
+    config = replace(
+        run.seed_config,
+        dataset_names=[
+            name
+            for dataset in run.seed_config.dataset_names
+            for name in of_text.get(dataset, [dataset])
+        ],
+        results_path=str(run.folder / "sae-probes"),
+        model_cache_path=str(run.shared),
+    )
+    tasks = {name: task for of in of_text.values() for name, task in of.items()}
+    with replaced(sae_probes_tasks(tasks, run.model)):
+        main.run_eval(config, run.saes, run.device, str(run.folder / "results"))
+
+
+IMPLEMENTATION = ProbingEvaluation(
+    "sparse_probing_sae_probes",
+    sae_bench_config.SparseProbingSaeProbesEvalConfig,
+    _run,
+    knows=frozenset(DATASETS).__contains__,
+    check_text=_check_text,
+    averaged=("eval_result_metrics", "eval_result_details", "sae_metrics_by_k"),
+    # sae-probes draws with a generator of its own, seeded for each task
+    probes_follow_activations=False,
+).implementation(SparseProbingSaeProbesEvalConfig, SparseProbingSaeProbesEvalOutput)

@@ -1,0 +1,187 @@
+"""Metrics of one SAE: headline figures, and where the scaffold's subspace lies."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from saelens_scaffold.evals.output_fields import headlines, repeated
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
+from saelens_scaffold.evals.scaffold_ablation import eval_output as output
+from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit
+from saelens_scaffold.evals.scaffold_ablation.interventions import WITH_SPECIAL_TOKENS
+from saelens_scaffold.evals.scaffold_ablation.topic_texts import TopicTexts
+from saelens_scaffold.saes.subspaces import principal_angle_cosines
+
+PAPER_ALIGNED_LATENTS = 787
+"""How many aligned latents the paper (arXiv 2606.14040) ablates for its headline."""
+
+
+def cross_entropy_metrics(
+    config: ScaffoldAblationEvalConfig,
+    details: Sequence[output.ScaffoldAblationResultDetail],
+    alignments: Sequence[output.DictionaryAlignment],
+) -> output.CrossEntropyMetrics:
+    """
+    Args:
+        config: Numbers of aligned latents.
+        details: One for each intervention on one SAE.
+        alignments: Of the dictionaries whose latents were ablated.
+    """
+    of = {detail.intervention: detail for detail in details}
+    clean, zero, reconstruction = (
+        of[name] for name in ("clean", "zero_ablation", "sae_reconstruction")
+    )
+    metrics = headlines(output.CrossEntropyMetrics, details, "ce_ratio")
+    numbers = config.n_aligned_latents
+    n = PAPER_ALIGNED_LATENTS if PAPER_ALIGNED_LATENTS in numbers else max(numbers)
+    for alignment in alignments:
+        prefix = "baseline_" if alignment.dictionary == "baseline" else ""
+        metrics["n_aligned_latents"] = n
+        if alignment.n_alive < n:
+            note = f"{alignment.n_alive} alive, fewer than {n}"
+            metrics[f"{prefix}aligned_latents_note"] = note
+        else:
+            name, detail = "aligned_latents", of[f"{prefix}aligned_{n}_latents"]
+            metrics |= repeated(
+                output.CrossEntropyMetrics,
+                f"ce_ratio_{prefix}{name}",
+                detail,
+                "ce_ratio",
+            )
+    return output.CrossEntropyMetrics(
+        ce_clean=clean.ce,
+        ce_loss_score=(zero.ce - reconstruction.ce) / (zero.ce - clean.ce),
+        ce_ratio_reconstruction=reconstruction.ce_ratio,
+        **metrics,
+    )
+
+
+def topic_metrics(
+    texts: TopicTexts | None, accuracies: Sequence[output.TopicAccuracy], fit: SAEFit
+) -> output.TopicMetrics:
+    """
+    Args:
+        texts: The texts; None if topics were not classified.
+        accuracies: Of one SAE.
+        fit: Statistics of that SAE, special tokens excluded.
+    """
+    if texts is None:
+        return output.TopicMetrics()
+    read = _after_the_last_layer(accuracies)
+    ablated = next(a for a in read if a.intervention == "topic_latents_ablated")
+    return output.TopicMetrics(
+        chance=texts.chance,
+        n_topics=len(texts.topics),
+        n_topic_latents=ablated.size,
+        n_topic_latents_alive=int((fit.fired > 0).sum()),
+        **headlines(output.TopicMetrics, read, "accuracy"),
+        **headlines(output.TopicMetrics, read, "accuracy", "_retrained"),
+    )
+
+
+def special_token_metrics(
+    fits: Mapping[bool, Fit],
+    sae_key: str,
+    details: Sequence[output.ScaffoldAblationResultDetail],
+    accuracies: Sequence[output.TopicAccuracy],
+) -> output.SpecialTokenMetrics:
+    """
+    Args:
+        fits: Statistics without special tokens under False, and with them under True if
+            they are included.
+        sae_key: Key of one SAE.
+        details: One for each intervention on that SAE.
+        accuracies: Of that SAE; none if topics were not classified.
+    """
+    if True not in fits:
+        return output.SpecialTokenMetrics()
+    metrics: dict[str, Any] = {}
+    for special, fit in fits.items():
+        name = f"top_direction_variance{WITH_SPECIAL_TOKENS if special else ''}"
+        metrics[name] = fit.moments.explained_variance(fit.directions[:1])
+    with_them, _ = geometry_metrics(fits[True], fits[True].saes[sae_key])
+    read = _after_the_last_layer(accuracies)
+    return output.SpecialTokenMetrics(
+        overlap_with_pca_with_special_tokens=with_them.overlap_with_pca,
+        **metrics,
+        **headlines(output.SpecialTokenMetrics, details, "ce_ratio"),
+        **headlines(output.SpecialTokenMetrics, read, "accuracy"),
+    )
+
+
+def _after_the_last_layer(
+    accuracies: Sequence[output.TopicAccuracy],
+) -> list[output.TopicAccuracy]:
+    return [accuracy for accuracy in accuracies if accuracy.read_at == "last_layer"]
+
+
+def geometry_metrics(
+    fit: Fit, of: SAEFit
+) -> tuple[output.GeometryMetrics, output.PrincipalAngles | None]:
+    """
+    Compare the scaffold's subspace with the top principal directions (claim i of the
+    paper, arXiv 2606.14040).
+
+    Args:
+        fit: Statistics of the activations.
+        of: Statistics of the SAE. A plain one has only the figures of the principal
+            directions.
+    """
+    d_in, rank = len(fit.mean), of.pca_rank
+    pca = fit.directions[:rank].cpu()
+    outliers = fit.outliers[:rank].cpu()
+    rms = fit.root_mean_squares
+
+    def explained_variance(basis: torch.Tensor) -> float:
+        return fit.moments.explained_variance(basis.to(fit.mean.device))
+
+    def outlier_share(basis: torch.Tensor) -> float:
+        return float(basis[:, outliers].pow(2).sum() / len(outliers))
+
+    metrics = output.GeometryMetrics(
+        pca_rank=rank,
+        variance_explained_by_pca=explained_variance(pca),
+        variance_explained_by_random=rank / d_in,
+        outlier_share_in_pca=outlier_share(pca),
+        outlier_share_in_random=rank / d_in,
+        outlier_rms_ratio=float(rms[outliers[-1]] / rms.median()),
+    )
+    scaffold = of.scaffold_basis
+    if scaffold is None:
+        return metrics, None
+    cosines = principal_angle_cosines(scaffold, pca)
+    metrics.overlap_with_pca = float(cosines.pow(2).mean())
+    metrics.overlap_of_random = max(rank, len(scaffold)) / d_in
+    metrics.variance_explained_by_scaffold = explained_variance(scaffold)
+    metrics.outlier_share_in_scaffold = outlier_share(scaffold)
+    metrics.outlier_share_of_random = len(scaffold) / d_in
+    return metrics, output.PrincipalAngles(cosines.acos().rad2deg().tolist())
+
+
+def dictionary_alignments(
+    config: ScaffoldAblationEvalConfig, of: SAEFit
+) -> list[output.DictionaryAlignment]:
+    """How many sparse latents of an SAE, and of its baseline, are how well aligned with its
+    scaffold's subspace. None for a plain SAE."""
+    if of.scaffold_basis is None:
+        return []
+    found: list[output.DictionaryAlignment] = []
+    for dictionary, owner in ("own", of), ("baseline", of.baseline):
+        if owner is None:
+            continue
+        _, cosines = owner.most_aligned(of.scaffold_basis)
+        alignment = output.DictionaryAlignment(
+            dictionary=dictionary,
+            sae=owner.sae.label,
+            n_alive=len(cosines),
+            cosines=config.aligned_cosines,
+            n_above=[int((cosines > bound).sum()) for bound in config.aligned_cosines],
+            n_aligned_latents=config.n_aligned_latents,
+            cosine_of_last=[
+                float(cosines[n - 1]) if n <= len(cosines) else None
+                for n in config.n_aligned_latents
+            ],
+        )
+        found.append(alignment)
+    return found

@@ -1,0 +1,172 @@
+"""What is wrong with a training's configuration, found before anything is loaded."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
+from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
+from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.util import str_to_dtype
+from transformers import AutoConfig
+
+from saelens_scaffold._util.errors import UserError, one_line
+from saelens_scaffold._util.files import make_writable
+from saelens_scaffold.models.hook_points import model_config, width_at
+
+RunnerConfig = LanguageModelSAERunnerConfig[Any]
+
+_COUNTS = (
+    "context_size",
+    "n_batches_in_buffer",
+    "store_batch_size_prompts",
+    "train_batch_size_tokens",
+    "training_tokens",
+)
+_MODEL_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
+_TEXT_COLUMNS = ("tokens", "input_ids", "text", "problem")
+_CHAT_COLUMNS = ("conversation", "conversations", "messages", "text")
+
+
+def check_runner_config(cfg: RunnerConfig) -> None:
+    """
+    See that an SAE can be trained, as far as that can be known without the language
+    model's weights and without reading more than the first row of the text.
+
+    Raises:
+        UserError: It cannot, and why.
+    """
+    check_steps(cfg)
+    _check_sae(cfg)
+    for field in ("device", "llm_device", "act_store_device"):
+        _check_device(field, getattr(cfg, field))
+    for field in ("from_pretrained_path", "resume_from_checkpoint"):
+        _check_exists(field, getattr(cfg, field))
+    if cfg.use_cached_activations:
+        _check_exists("cached_activations_path", cfg.cached_activations_path)
+    _check_language_model(cfg)
+    _check_dataset(cfg)
+    if cfg.output_path is not None:
+        try:
+            make_writable(Path(cfg.output_path))
+        except OSError as error:
+            raise UserError(f"output_path cannot be written: {error}") from error
+
+
+def check_steps(cfg: Any) -> None:
+    """
+    See that batches, buffer and schedule of a runner's configuration go together.
+
+    Raises:
+        UserError: They do not.
+    """
+    for field in _COUNTS:
+        value = getattr(cfg, field)
+        if value < 1:
+            raise UserError(f"{field} is {value}; it must be at least 1")
+    batch = cfg.train_batch_size_tokens
+    n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    buffer = cfg.n_batches_in_buffer * n_positions
+    if buffer < batch:
+        raise UserError(
+            f"train_batch_size_tokens is {batch}; the buffer has n_batches_in_buffer * "
+            f"{n_positions} tokens of a context = {buffer} tokens, and must have as many"
+        )
+    if cfg.training_tokens < batch:
+        raise UserError(
+            f"training_tokens is {cfg.training_tokens}; it must be at least "
+            f"train_batch_size_tokens, which is {batch}"
+        )
+    if cfg.lr_warm_up_steps + cfg.lr_decay_steps > cfg.total_training_steps:
+        raise UserError(
+            f"lr_warm_up_steps is {cfg.lr_warm_up_steps} and lr_decay_steps "
+            f"{cfg.lr_decay_steps}; training_tokens and train_batch_size_tokens make no "
+            f"more than {cfg.total_training_steps} steps"
+        )
+
+
+def _check_sae(cfg: RunnerConfig) -> None:
+    """See that SAE and trainer can be made: there SAELens finds what it cannot do."""
+    k, d_sae = getattr(cfg.sae, "k", 1), cfg.sae.d_sae
+    if not 0 < k <= d_sae:  # topk itself would fail, in the first step
+        raise UserError(f"k is {k}; it must be above 0 and at most d_sae, {d_sae}")
+    try:
+        str_to_dtype(cfg.dtype)
+        sae = TrainingSAE.from_dict({**cfg.sae.to_dict(), "device": "meta"})
+        trainer_config = replace(
+            cfg.to_sae_trainer_config(), device="meta", autocast=False
+        )
+        SAETrainer(trainer_config, sae, data_provider=iter(()))
+    except (TypeError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+
+
+def _check_device(field: str, device: str | None) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{field} {device!r} cannot be used: {reason}") from error
+
+
+def _check_exists(field: str, path: str | None) -> None:
+    if path is not None and not (path and Path(path).exists()):
+        raise UserError(f"{field} {path!r} does not exist")
+
+
+def _check_language_model(cfg: RunnerConfig) -> None:
+    if cfg.model_class_name not in _MODEL_CLASSES:
+        raise UserError(
+            f"model_class_name is {cfg.model_class_name!r}; it must be one of "
+            f"{', '.join(_MODEL_CLASSES)}"
+        )
+    if cfg.model_class_name == "AutoModelForCausalLM":
+        try:
+            AutoConfig.from_pretrained(cfg.model_name)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model_name {cfg.model_name!r}: {one_line(error)}"
+            ) from error
+    if cfg.model_class_name != "HookedTransformer":
+        return
+    model = model_config(cfg.model_name)
+    width = width_at(model, cfg.hook_name, cfg.hook_head_index)
+    if width not in (None, cfg.sae.d_in):
+        raise UserError(
+            f"d_in is {cfg.sae.d_in}; {cfg.model_name} has width {width} at "
+            f"{cfg.hook_name}"
+        )
+    if cfg.context_size > model.n_ctx:
+        raise UserError(
+            f"context_size is {cfg.context_size}; {cfg.model_name} reads at most "
+            f"{model.n_ctx} tokens"
+        )
+
+
+def _check_dataset(cfg: RunnerConfig) -> None:
+    named = f"dataset_path {cfg.dataset_path!r}"
+    if not cfg.dataset_path or cfg.dataset_path.startswith((".", "/", "~")):
+        _check_exists("dataset_path", cfg.dataset_path)
+    try:
+        # as SAELens opens it
+        dataset: Any = load_dataset(
+            cfg.dataset_path, split="train", streaming=cfg.streaming
+        )
+        row = next(iter(dataset), None)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise UserError(f"{named}: {one_line(error)}") from error
+    if row is None:
+        raise UserError(f"{named} has no rows")
+    columns = _CHAT_COLUMNS if cfg.use_chat_formatting else _TEXT_COLUMNS
+    column = next((column for column in columns if column in row), None)
+    if column is None:
+        raise UserError(
+            f"{named} has columns {', '.join(row)}; one of {', '.join(columns)} is needed"
+        )
+    if column in ("tokens", "input_ids") and len(row[column]) < cfg.context_size:
+        raise UserError(
+            f"context_size is {cfg.context_size}; {named} has {len(row[column])} tokens "
+            "per row"
+        )

@@ -1,0 +1,157 @@
+"""Command lines from dataclasses whose attribute docstrings are the help.
+
+Simple-parsing, which SAELens uses, has the same idea, but neither hidden aliases, choices
+of a `Literal | None`, nor plain flags, and loses the docstring below a field that takes
+more than one line.
+"""
+
+import ast
+import inspect
+import textwrap
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from argparse import RawDescriptionHelpFormatter as HelpFormatter
+from dataclasses import MISSING, Field, field, fields
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+
+def positive(text: str) -> int:
+    """
+    Read a count.
+
+    Raises:
+        ArgumentTypeError: It is not an integer above 0.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+Count = Annotated[int, positive]
+"""An int of at least 1."""
+
+
+def option(
+    default: Any = MISSING,
+    *flags: str,
+    hidden: tuple[str, ...] = (),
+    metavar: str | None = None,
+    repeated: bool = False,
+) -> Any:
+    """
+    A dataclass field with more than a type, a default and a docstring.
+
+    Args:
+        default: Its default. A field without one is required.
+        flags: Its flags; --NAME if there are none.
+        hidden: Former flags, which help does not mention.
+        metavar: What its value is called in help.
+        repeated: Whether a list gets one value for each time that the flag is given.
+    """
+    metadata = {"flags": flags, "hidden": hidden, "metavar": metavar}
+    if repeated:
+        metadata["keywords"] = {"action": "append", "nargs": None}
+    return field(default=default, metadata=metadata)
+
+
+class CommandParser(ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def __init__(self, prog: str, text: str, **keywords: Any):
+        """
+        Args:
+            prog: The command.
+            text: Its description, which may end with a paragraph that begins with
+                "example" and goes below the options.
+        """
+        description, example, commands = inspect.cleandoc(text).partition("\nexample")
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=example.lstrip() + commands,
+            formatter_class=HelpFormatter,
+            **keywords,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def parser_of(options: type, prog: str) -> CommandParser:
+    """
+    A parser for a dataclass.
+
+    Each field with a docstring is an option, or, if it has no default and is not
+    keyword-only, a positional argument.
+    """
+    parser = CommandParser(prog, options.__doc__ or "")
+    types = get_type_hints(options, include_extras=True)
+    descriptions = _attribute_docstrings(options)
+    for each in fields(options):
+        if each.name in descriptions:
+            _add(parser, each, types[each.name], descriptions[each.name])
+    return parser
+
+
+def _add(parser: CommandParser, each: Field[Any], type_: Any, text: str) -> None:
+    keywords = {**_keywords(type_), **each.metadata.get("keywords", {})}
+    if metavar := each.metadata.get("metavar"):
+        keywords["metavar"] = metavar
+    elif "type" in keywords:
+        number = keywords["type"] in (int, positive)
+        keywords["metavar"] = "N" if number else each.name.rpartition("_")[2].upper()
+    keywords["help"] = text.replace("%", "%%")
+    required = each.default is MISSING
+    if required and not each.kw_only:
+        parser.add_argument(each.name, **keywords)
+        return
+    keywords["dest"] = each.name
+    if hidden := each.metadata.get("hidden"):
+        former = {**keywords, "help": SUPPRESS, "default": SUPPRESS}
+        parser.add_argument(*hidden, **former)
+    if not (required or each.default is None or each.default is False):
+        keywords["help"] = (
+            f"{keywords['help'].removesuffix('.')} (default: %(default)s)."
+        )
+    flags = each.metadata.get("flags") or (f"--{each.name}",)
+    default = None if required else each.default
+    parser.add_argument(*flags, required=required, default=default, **keywords)
+
+
+def _keywords(type_: Any) -> dict[str, Any]:
+    """Keywords of `add_argument` for values of a type."""
+    if type_ is bool:
+        return {"action": "store_true"}
+    origin, arguments = get_origin(type_), get_args(type_)
+    if type(None) in arguments:
+        return _keywords(arguments[0])
+    if origin is list:
+        return {"nargs": "+", **_keywords(arguments[0])}
+    if origin is Literal:
+        return {"choices": arguments}
+    if origin is Annotated:
+        return {"type": arguments[1]}
+    return {"type": type_}
+
+
+def _attribute_docstrings(cls: type) -> dict[str, str]:
+    """Docstrings below the attributes of a class and its bases, each as one line."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        body = definition.body  # type: ignore[attr-defined]
+        for attribute, text in zip(body, body[1:], strict=False):
+            match attribute, text:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(docstring))),
+                ):
+                    found[name] = " ".join(docstring.split())
+    return found

@@ -1,0 +1,360 @@
+"""SAEBench's own evaluations through the adapter, on the embedded model and offline."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sae_bench")
+
+from sae_bench.evals.absorption import main as absorption
+from sae_bench.evals.meta_structure import main as meta_structure
+from sae_bench.evals.ravel import instance as ravel_instance
+from sae_bench.evals.scr_and_tpp import dataset_creation
+from sae_bench.evals.unlearning import main as unlearning
+from sae_bench.evals.unlearning.utils import feature_activation, metrics
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval_helpers import eval_sae, write_texts
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals import runner
+from saelens_scaffold.evals.configs import make_config, validating
+from saelens_scaffold.evals.jobs import Job
+from saelens_scaffold.evals.registry import EVALUATIONS
+from saelens_scaffold.evals.saebench.passthrough import EvaluationError
+from saelens_scaffold.models import embedded_model_path, load_embedded_model
+
+WORDS = ["open", "read", "write", "path", "close", "seek", "buffer", "stream", "for"]
+
+
+def job(name: str, folder: Path, fields: dict[str, Any], **kwargs: Any) -> Job:
+    evaluation = EVALUATIONS[name]
+    implementation = evaluation.load()
+    config = make_config(
+        validating(implementation.config_class), {**evaluation.defaults, **fields}
+    )
+    paths = (folder / "results", folder / "artifacts")
+    return Job(evaluation, implementation, config, "cpu", *paths, **kwargs)
+
+
+def run(
+    name: str, folder: Path, fields: dict[str, Any], saes: Any = None, **kwargs: Any
+) -> dict[str, Any]:
+    """The results; nothing is left of the call but these, and the process is as before."""
+    before = Path.cwd()
+    saes = saes or [("plain", eval_sae()), ("scaffold", eval_sae(rank=4))]
+    outcome = runner.run(job(name, folder, fields, **kwargs), saes)
+    assert Path.cwd() == before
+    assert torch.is_grad_enabled()
+    assert list((folder / "artifacts").iterdir()) == []
+    if outcome.error is not None:
+        raise outcome.error
+    assert [f"{label}_custom_sae" for label, _ in saes] == list(outcome.results)
+    for key, result in outcome.results.items():
+        file = folder / "results" / f"{key}_eval_results.json"
+        assert json.loads(file.read_text()) == result
+        for field in {"model_name", "dataset", "dataset_name"} & set(fields):
+            assert result["eval_config"][field] == fields[field]
+    return outcome.results
+
+
+def values(results: dict[str, Any], path: str) -> list[float]:
+    category, name = path.split(".")
+    return [r["eval_result_metrics"][category][name] for r in results.values()]
+
+
+def test_absorption(tmp_path: Path):
+    results = run(
+        "absorption",
+        tmp_path,
+        {
+            "model_name": "py-neox",
+            "max_k_value": 2,
+            "k_sparse_probe_num_epochs": 2,
+            "min_GT_probe_f1": 0.0,
+            "min_feats_for_eval": 1,
+            "precalc_k_sparse_probe_sae_acts": True,
+            "llm_batch_size": 64,
+        },
+    )
+    scores = values(results, "mean.mean_absorption_fraction_score")
+    assert all(0 <= score <= 1 for score in scores)
+    # nothing is put where SAEBench is installed
+    package = Path(str(absorption.__file__)).parents[2]
+    assert not (package / "artifacts").exists()
+
+
+class FakeOpenAI(BaseHTTPRequestHandler):
+    """Answers chat completions: an explanation, then numbers of examples."""
+
+    keys: list[str | None] = []
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.keys.append(self.headers["Authorization"])
+        is_scoring = "comma-separated list" in request["messages"][0]["content"]
+        answer = "1, 2" if is_scoring else "This neuron activates on brackets."
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": answer},
+        }
+        body = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": request["model"],
+            "choices": [choice],
+        }
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_openai(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeOpenAI)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    FakeOpenAI.keys.clear()
+    yield FakeOpenAI.keys
+    server.shutdown()
+    server.server_close()
+
+
+def test_autointerp(tmp_path: Path, fake_openai: list[str | None]):
+    results = run(
+        "autointerp",
+        tmp_path,
+        {
+            "model_name": "py-neox",
+            "dataset_name": "python-stdlib",
+            "n_latents": 3,
+            "total_tokens": 8000,
+            "llm_context_size": 64,
+            "llm_batch_size": 16,
+            "llm_dtype": "float32",
+        },
+        dataset_split="test",
+        api_key="secret",
+    )
+    assert all(0 < score < 1 for score in values(results, "autointerp.autointerp_score"))
+    assert len(results["plain_custom_sae"]["eval_result_unstructured"]) == 3
+    assert set(fake_openai) == {"Bearer secret"}
+
+
+QUICK_CORE = {
+    "model_name": "py-neox",
+    "dataset": "python-stdlib",
+    "n_eval_reconstruction_batches": 1,
+    "n_eval_sparsity_variance_batches": 1,
+    "batch_size_prompts": 2,
+    "context_size": 64,
+}
+
+
+def test_core(tmp_path: Path):
+    results = run("core", tmp_path, QUICK_CORE, dataset_split="test")
+    scores = values(results, "model_performance_preservation.ce_loss_score")
+    assert all(score < 1 for score in scores)
+
+
+def test_mdl(tmp_path: Path):
+    results = run(
+        "mdl",
+        tmp_path,
+        {
+            "model_name": "py-neox",
+            "dataset_name": "python-stdlib",
+            "sae_batch_size": 2,
+            "k_values": [4],
+            "num_bins_values": [4, 8],
+        },
+    )
+    for result in results.values():
+        found = result["eval_results"]
+        assert [(of["k"], of["num_bins"]) for of in found] == [(4, 4), (4, 8)]
+        assert all(of["description_length"] > 0 for of in found)
+
+
+def test_meta_structure_is_repeatable(tmp_path: Path):
+    fields = {"train_steps": 2, "train_batch_size": 32, "random_seed": 3}
+    path = "meta_structure.decoder_fraction_variance_explained"
+    scores = [
+        values(run("meta_structure", tmp_path / folder, fields), path)
+        for folder in ("a", "b")
+    ]
+    assert scores[0] == scores[1]
+
+
+def ravel_prompts(folder: Path) -> None:
+    """Entities, templates, and as labels what the model answers."""
+    model: Any = AutoModelForCausalLM.from_pretrained(embedded_model_path())
+    tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model_path())
+    templates = {"Country": "import %s\nfrom ", "Continent": "class %s(", "Language": "x"}
+    entities = ["os", "json", "re", "ast", "time", "socket", "random", "string"]
+    labels: dict[str, dict[str, str]] = {}
+    for entity in entities:
+        labels[entity] = {"Language": "x"}
+        for attribute in ("Country", "Continent"):
+            text = templates[attribute] % entity
+            tokens = tokenizer(text, return_tensors="pt")
+            out = model.generate(**tokens, max_new_tokens=3, do_sample=False)
+            answer = tokenizer.decode(out[0, tokens["input_ids"].shape[1] :])
+            labels[entity][attribute] = answer.split('"')[0].strip(' "')[:2] or "?"
+    content = {
+        "entity_attributes": labels,
+        "prompt_to_split": dict.fromkeys(templates.values(), "train"),
+        "entity_to_split": dict.fromkeys(entities, "train"),
+        "attribute_to_prompts": {a: [t] for a, t in templates.items()},
+    }
+    for name, value in content.items():
+        (folder / f"ravel_city_{name}.json").write_text(json.dumps(value))
+
+
+def test_ravel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    downloads: list[str] = []
+
+    def snapshot_download(
+        repo_id: str, repo_type: str, local_dir: str, allow_patterns: str
+    ) -> None:
+        downloads.append(repo_id)
+        ravel_prompts(Path(local_dir))
+
+    monkeypatch.setattr(ravel_instance, "snapshot_download", snapshot_download)
+    fields = {
+        "model_name": "py-neox",
+        "entity_attribute_selection": {"city": ["Country", "Continent"]},
+        "artifact_dir": str(tmp_path / "prompts"),
+        "num_pairs_per_attribute": 6,
+        "llm_batch_size": 2,
+        "llm_dtype": "float32",
+        "n_generated_tokens": 3,
+        "num_epochs": 1,
+    }
+    results = run("ravel", tmp_path, fields)
+    assert all(0 <= s <= 1 for s in values(results, "ravel.disentanglement_score"))
+    # the prompts stay where the configuration says, and nothing else does
+    run("ravel", tmp_path / "again", fields)
+    assert len(downloads) == 1
+    assert [file.name for file in (tmp_path / "prompts").iterdir()] == ["base"]
+    assert not (embedded_model_path() / "blocks.0.hook_resid_post").exists()
+
+
+def biographies(seed: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "hard_text": " ".join(
+                WORDS[i]
+                for i in torch.randint(0, len(WORDS), (8,), generator=generator)
+            )
+            + f" {profession} {gender}",
+            "profession": profession,
+            "gender": gender,
+        }
+        # professor and nurse, in SAEBench's numbers
+        for profession in (21, 13)
+        for gender in (0, 1)
+        for _ in range(40)
+    ]
+
+
+def test_scr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        dataset_creation,
+        "load_dataset",
+        lambda name: {"train": biographies(0), "test": biographies(1)},
+    )
+    dataset = "LabHC/bias_in_bios_class_set1"
+    results = run(
+        "scr",
+        tmp_path,
+        {
+            "model_name": "py-neox",
+            "dataset_names": [dataset],
+            "column1_vals_lookup": {dataset: [("professor", "nurse")]},
+            "train_set_size": 40,
+            "test_set_size": 40,
+            "context_length": 16,
+            "probe_epochs": 2,
+            "n_values": [2, 10],
+            "llm_batch_size": 32,
+            "llm_dtype": "float32",
+        },
+    )
+    assert all(s is not None for s in values(results, "scr_metrics.scr_metric_threshold_10"))
+
+
+def knowing_model(*_: Any, **__: Any) -> Any:
+    """The embedded model in place of Gemma: it knows that the answer is "right"."""
+    model: Any = load_embedded_model()
+    tokenizer = model.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": "<pad>"})
+    model.embed.W_E = torch.nn.Parameter(
+        torch.cat([model.embed.W_E.detach(), torch.zeros(2, model.cfg.d_model)])
+    )
+    model.cfg.model_name = "gemma-2-2b-it"
+    own = model.forward
+
+    def forward(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = own(tokens, *args, **kwargs)
+        if kwargs.get("return_type") == "logits":
+            for logits, text in zip(out, tokenizer.batch_decode(tokens), strict=True):
+                letter = text.partition(". right")[0][-1]
+                (token,) = tokenizer(letter)["input_ids"]
+                logits[:, token] += 50
+        return out
+
+    model.forward = forward
+    return model
+
+
+def questions(*_: Any, **__: Any) -> list[dict[str, Any]]:
+    return [
+        {"question": word, "choices": ["right", "open", "seek", "read"], "answer": 0}
+        for word in WORDS[:4]
+    ]
+
+
+def test_unlearning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    fields = {
+        "model_name": "gemma-2-2b-it",
+        "dataset_names": ["wmdp-bio", "human_aging"],
+        "retain_thresholds": [0.5],
+        "n_features_list": [2],
+        "multipliers": [25],
+        "dataset_size": 8,
+        "seq_len": 32,
+        "llm_batch_size": 8,
+        "llm_dtype": "float32",
+    }
+    evaluation = EVALUATIONS["unlearning"].load()
+    config = validating(evaluation.config_class)
+    with pytest.raises(UserError, match="there is no sae_bench/.*forget-corpus"):
+        evaluation.check(config(**fields), [])
+    with pytest.raises(UserError, match="model_name is 'py-neox'.* gemma-2-2b-it and"):
+        evaluation.check(config(**{**fields, "model_name": "py-neox"}), [])
+    corpus = tmp_path / "sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl"
+    corpus.parent.mkdir(parents=True)
+    corpus.write_text(json.dumps({"text": "def f(x): return x + 1\n" * 60}) + "\n")
+
+    retained = [{"text": "import os\nos.path.join(a, b)\n" * 60}]
+    monkeypatch.setattr(feature_activation, "load_dataset", lambda *_, **__: retained)
+    monkeypatch.setattr(metrics, "load_dataset", questions)
+    monkeypatch.setattr(
+        unlearning.HookedTransformer, "from_pretrained_no_processing", knowing_model
+    )
+    results = run("unlearning", tmp_path, fields)
+    assert all(0 <= s <= 1 for s in values(results, "unlearning.unlearning_score"))

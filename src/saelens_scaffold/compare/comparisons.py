@@ -16,7 +16,7 @@ from saelens_scaffold.compare.matching import (
     pairs_of,
 )
 from saelens_scaffold.compare.metrics import ComparisonMetric
-from saelens_scaffold.compare.statistics import Judgement, holm, judge, judge_between
+from saelens_scaffold.compare.statistics import Judgement, holm, judge_interpolated
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,7 @@ def _comparison(
     if pair.refusal:
         return Comparison(pair, metric.id, Judgement(verdict=pair.refusal))
     judged, *known = (list(values.values()) for values in (treatment, *baselines))
-    how = (confidence, metric.is_count, metric.bounds)
-    if pair.interpolated:
-        weights = [1 - pair.weight, pair.weight]
-        judgement = judge_between(judged, known[0], known[1], pair.weight, *how)
-    else:
-        weights = [1.0]
-        judgement = judge(judged, known[0], *how)
+    weights = pair.weights
 
     def at_l0(values: Sequence[float]) -> float:
         return math.fsum(w * value for w, value in zip(weights, values, strict=True))
@@ -115,7 +109,9 @@ def _comparison(
     return Comparison(
         pair,
         metric.id,
-        judgement,
+        judge_interpolated(
+            judged, known, weights, confidence, metric.is_count, metric.bounds
+        ),
         treatment_mean=fmean(judged),
         baseline_mean=at_l0([fmean(sample) for sample in known]),
         n_treatment=len(treatment),

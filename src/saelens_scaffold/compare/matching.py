@@ -85,11 +85,14 @@ class Pair:
         return len(self.known) == 2
 
     @property
-    def weight(self) -> float:
-        """Weight of the bracket's upper end: where log L0 lies between the two ends."""
+    def weights(self) -> list[float]:
+        """Weights of the baseline's SAEs: where log L0 lies between the two ends."""
+        if not self.interpolated:
+            return [1.0]
         low, high = map(_l0, self.known)
         assert self.treatment_l0 is not None
-        return math.log(self.treatment_l0 / low) / math.log(high / low)
+        upper = math.log(self.treatment_l0 / low) / math.log(high / low)
+        return [1 - upper, upper]
 
 
 def l0_total(run: Run, results: Results) -> float | None:

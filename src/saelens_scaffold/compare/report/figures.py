@@ -38,16 +38,16 @@ class Plot(NamedTuple):
 def metric_curves(results: Results) -> list[Plot]:
     """Mean and interval over seeds against the measured L0, a plot for each metric."""
     l0s = [point["l0"] for curve in results["curves"] for point in curve["points"]]
-    plots: list[Plot] = []
-    for metric in results["metrics"]:
-        traces = [
-            _metric_curve(curve["architecture"], curve["points"])
-            for curve in results["curves"]
-            if curve["metric"] == metric["id"] and curve["points"]
-        ]
-        if traces:
-            plots.append(Plot(metric_name(metric), traces, {"xaxis": log_axis(l0s)}))
-    return plots
+    curves: dict[str, list[Trace]] = {}
+    for curve in results["curves"]:
+        if curve["points"]:
+            trace = _metric_curve(curve["architecture"], curve["points"])
+            curves.setdefault(curve["metric"], []).append(trace)
+    plots = [
+        Plot(metric_name(metric), curves.get(metric["id"], []), {})
+        for metric in results["metrics"]
+    ]
+    return _with_axes(plots, log_axis(l0s), {})
 
 
 def firing_frequencies(results: Results) -> list[Plot]:
@@ -117,17 +117,17 @@ def _facets(results: Results, draw: Callable[[Seeds], Trace]) -> list[Plot]:
     plots: list[Plot] = []
     for k, by_series in by_k.items():
         traces = [_trace(series, **draw(seeds)) for series, seeds in by_series.items()]
-        traces = [trace for trace in traces if trace["x"]]
-        if traces:
-            plots.append(Plot("" if k is None else f"k = {k}", traces, {}))
+        title = "" if k is None else f"k = {k}"
+        plots.append(Plot(title, [trace for trace in traces if trace["x"]], {}))
     return plots
 
 
 def _with_axes(
     plots: Sequence[Plot], x_axis: dict[str, Any], y_axis: dict[str, Any]
 ) -> list[Plot]:
-    """The plots with the same axes, so that they compare by eye."""
-    return [plot._replace(axes={"xaxis": x_axis, "yaxis": y_axis}) for plot in plots]
+    """The plots that have traces, with the same axes, so that they compare by eye."""
+    axes = {"xaxis": x_axis, "yaxis": y_axis}
+    return [plot._replace(axes=axes) for plot in plots if plot.traces]
 
 
 def _trace(series: str, **more: Any) -> Trace:

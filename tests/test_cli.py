@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from argparse import ArgumentParser, Namespace
+import time
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 
 import saelens_scaffold
 from saelens_scaffold import ScaffoldJumpReLUSAE
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.models import embedded_model_path
 from saelens_scaffold_cli import main
+from saelens_scaffold_cli.commands import COMMANDS
 
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -342,22 +344,125 @@ def test_interrupted_training_says_how_to_resume_and_resumes(
     assert (sae.W_dec[:4] * B).sum(1).min() > 0.99
 
 
-def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    received: list[Namespace] = []
-    demo = ModuleType("saelens_scaffold.demo")
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replaces what `demo` runs."""
 
-    def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("--seeds", type=int)
+    def replace(run: Callable[..., object]) -> None:
+        module = ModuleType("saelens_scaffold.demo")
+        vars(module).update(run=run)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(saelens_scaffold, "demo", module, raising=False)
 
-    def run(namespace: Namespace) -> int:
-        received.append(namespace)
-        return 3
+    return replace
 
-    vars(demo).update(add_arguments=add_arguments, run=run)
-    monkeypatch.setitem(sys.modules, demo.__name__, demo)
-    monkeypatch.setattr(saelens_scaffold, "demo", demo, raising=False)
-    assert main(["demo", "--seeds", "5"]) == 3
-    assert received[0].seeds == 5
+
+def test_options_reach_the_function(
+    demo: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(**options: object) -> str:
+        print("what a library prints")
+        return str(options)
+
+    demo(run)
+    assert main(["demo", "--seeds", "5", "--quick", "--out", "folder"]) == 0
+    captured = capsys.readouterr()
+    options = {"seed": 0, "seeds": 5, "quick": True, "output_path": "folder"}
+    assert captured.out == f"{options}\n"
+    assert captured.err == "what a library prints\n"
+
+
+class Failed(UserError):
+    exit_status = 1
+    text = "what there is"
+    lines = ("a warning",)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_users_mistake_is_one_line(
+    debug: bool, demo: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(**_: object) -> str:
+        raise UserError("a field\n  is wrong")
+
+    demo(run)
+    assert main(["demo", *["--debug"] * debug]) == 2
+    *traceback, line = capsys.readouterr().err.splitlines()
+    assert line == "saelens-scaffold demo: error: a field is wrong"
+    assert bool(traceback) == debug
+
+
+def test_a_partial_failure_shows_what_there_is(
+    demo: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(**_: object) -> str:
+        raise Failed("the rest")
+
+    demo(run)
+    assert main(["demo"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "what there is\n"
+    assert captured.err == "a warning\nsaelens-scaffold demo: error: the rest\n"
+
+
+def test_a_defect_keeps_its_traceback(demo: Callable[..., None]) -> None:
+    def run(**_: object) -> str:
+        raise ValueError("from a library")
+
+    demo(run)
+    with pytest.raises(ValueError, match="from a library"):
+        main(["demo"])
+
+
+def test_an_interruption_says_how_to_go_on(
+    demo: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(**_: object) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        return "not reached"
+
+    demo(run)
+    assert main(["demo", "--output_path", "folder"]) == 130
+    assert capsys.readouterr().err == (
+        "\nsaelens-scaffold demo: interrupted. What is finished is in folder; repeat the "
+        "command to go on.\n"
+    )
+
+
+def test_options_of_today_and_before() -> None:
+    arguments = "core,tpp --set=a.b=1 --sae_path x y --model m --set c.d=2 --debug"
+    options = COMMANDS["eval"].parse([*arguments.split(), "--output_folder", "z"])
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    assert given == {
+        "names": "core,tpp",
+        "settings": ["a.b=1", "c.d=2"],
+        "sae_path": ["x", "y"],
+        "model_name": "m",
+        "output_path": "z",
+        "artifacts_path": "artifacts",
+        "force_rerun": False,
+        "debug": True,
+    }
+    train = COMMANDS["train"].parse(["--k=3", "--debug", "--help"])
+    assert vars(train) == {"args": ["--k=3", "--help"], "debug": True}
+    compare = COMMANDS["compare"].parse(["folder/experiment.yaml"])
+    assert compare.arguments()["output_path"] == "experiment-output"
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"train"}))
+def test_help_describes_every_option(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([name, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert f"saelens-scaffold {name} [-h]" in text or name == "run"
+    assert "\nexample" in text
+    assert "--output_folder" not in text and "--out " not in text
+    for action in COMMANDS[name].parser()._actions:
+        assert action.help
 
 
 def test_entry_points_are_what_saelens_registers() -> None:

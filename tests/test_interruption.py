@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sae_lens.training._interruption import interrupt_callback
 
 from saelens_scaffold._util.interruption import interruptible, raise_if_interrupted
 
@@ -56,6 +57,12 @@ def test_an_error_that_an_interruption_became_is_one() -> None:
         raise ValueError("a user's own")
 
 
+def test_saelens_own_exception_is_an_interruption() -> None:
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.signal(signal.SIGTERM, interrupt_callback)  # as SAELens's trainer does
+        send(signal.SIGTERM)
+
+
 def test_nothing_is_left_behind() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(KeyboardInterrupt), interruptible():
@@ -80,14 +87,14 @@ def test_ignored_signals_are_ignored(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_demo(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
-    command = ["demo", "--quick", "--out", str(out)]
+    command = ["demo", "--quick", "--output_path", str(out)]
     code = (
         f"import sys; from saelens_scaffold_cli import main; sys.exit(main({command}))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True
     ) as process:
-        while not list(out.glob("saes/planted/.*")):
+        while not list(out.glob("*/*")):  # work has begun
             assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.02)
         process.send_signal(number)
@@ -95,4 +102,4 @@ def test_demo(tmp_path: Path, number: signal.Signals) -> None:
     assert process.returncode == 130, written
     assert "repeat the command" in written
     assert "Traceback" not in written
-    assert not list(out.glob("saes/planted/*"))
+    assert not list(out.rglob("results.json"))

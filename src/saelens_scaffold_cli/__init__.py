@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
-        _parser().parse_args(argv or ["--help"])
+        _parser().parse_args(argv[:1] or ["--help"])
     prog = f"saelens-scaffold {argv[0]}"
     command = COMMANDS[argv[0]].parse(argv[1:])
     if command.needs_sae_bench and find_spec("sae_bench") is None:
@@ -70,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{prog}: interrupted. {hint}".rstrip(), file=sys.stderr)
         return 130
     except Exception as error:
+        # What sets UserError apart, whose import takes seconds. All else is a defect.
         status = getattr(error, "exit_status", None)
-        if (
-            status is None
-        ):  # no UserError, whose import would take seconds, but a defect
+        if status is None:
             raise
         if command.debug:
             traceback.print_exc()

@@ -206,9 +206,10 @@ class Eval(Command):
     def run(self) -> Output:
         from saelens_scaffold.evals import runner
 
-        given = {"sae_path": self.sae_path or [], "settings": self.settings or []}
-        report = runner.evaluate(**self.arguments() | given, debug=self.debug)
-        return Output(report.text, report.failures, status=bool(report.failures))
+        arguments = self.arguments()
+        arguments.update(sae_path=self.sae_path or [], settings=self.settings or [])
+        report = runner.evaluate(**arguments, debug=self.debug)
+        return Output(report.text, report.failures, 1 if report.failures else 0)
 
 
 @dataclass

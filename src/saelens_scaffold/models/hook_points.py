@@ -15,9 +15,13 @@ from saelens_scaffold.models.embedded import EMBEDDED_MODEL_NAME
 from saelens_scaffold.models.local import register_local_model
 
 
-def model_config(model_name: str) -> Any:
+def model_config(model_name: str, **changes: Any) -> Any:
     """
     TransformerLens's configuration of a language model.
+
+    Args:
+        model_name: A name in TransformerLens, or the directory of a local model.
+        changes: n_ctx and first_n_layers, if not the model's own.
 
     Raises:
         UserError: There is no such model, or its configuration cannot be read.
@@ -25,7 +29,7 @@ def model_config(model_name: str) -> Any:
     if Path(model_name).is_dir():
         register_local_model(model_name)
     try:
-        return get_pretrained_model_config(model_name)
+        return get_pretrained_model_config(model_name, **changes)
     except ValueError as error:
         if "Valid official model names" not in str(error):
             raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error

@@ -131,7 +131,9 @@ def _check_language_model(cfg: RunnerConfig) -> None:
             ) from error
     if cfg.model_class_name != "HookedTransformer":
         return
-    model = model_config(cfg.model_name)
+    keywords = cfg.model_from_pretrained_kwargs or {}
+    changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
+    model = model_config(cfg.model_name, **changes)
     width = width_at(model, cfg.hook_name, cfg.hook_head_index)
     if width not in (None, cfg.sae.d_in):
         raise UserError(

@@ -135,17 +135,32 @@ def test_plain_saes_start_at_the_mean_unless_told_otherwise() -> None:
     ("changes", "message"),
     [
         ({"grid": {"k": [4]}}, "architecture"),
-        ({"grid": {"architecture": ["batchtopk"], "k": []}}, "grid.k is []: List should have at least 1 item"),
-        ({"training": {"learning_rate": 1.0}}, "there is no field of training 'learning_rate'"),
-        ({"training": {"save_final_checkpoint": True}}, "field of training 'save_final_che"),
+        (
+            {"grid": {"architecture": ["batchtopk"], "k": []}},
+            "grid.k is []: List should have at least 1 item",
+        ),
+        (
+            {"training": {"learning_rate": 1.0}},
+            "there is no field of training 'learning_rate'",
+        ),
+        (
+            {"training": {"save_final_checkpoint": True}},
+            "field of training 'save_final_che",
+        ),
         (
             {"grid": {"architecture": ["topk"], "k": [4, 4.0]}},
             "grid.k is [4, 4.0]: Value error, it has the value 4.0 twice",
         ),
         ({"training": {"trainng_tokens": 1}}, "did you mean 'training_tokens'"),
         ({"sae": {"d_in": 256, "k": 4}}, "k is in the grid and fixed as well"),
-        ({"evaluations": {}}, "evaluations is {}: Dictionary should have at least 1 item"),
-        ({"evaluation_seeds": []}, "evaluation_seeds is []: List should have at least 1"),
+        (
+            {"evaluations": {}},
+            "evaluations is {}: Dictionary should have at least 1 item",
+        ),
+        (
+            {"evaluation_seeds": []},
+            "evaluation_seeds is []: List should have at least 1",
+        ),
         ({"saes_per_wave": 0}, "saes_per_wave is 0: Input should be greater than 0"),
         ({"confidence": 1.5}, "confidence is 1.5"),
         ({"confidence": "much"}, "confidence is 'much'"),
@@ -191,7 +206,7 @@ def test_combinations_that_make_no_sae_are_named(
         ({"model_name": "no-such-model"}, "there is no language model 'no-such-model'"),
         (
             {"hook_name": "blocks.7.hook_resid_post"},
-            "layer 7; py-neox has the layers 0 to 3",
+            "names layer 7; py-neox has layers 0 to 3",
         ),
         (
             {"sae": {"d_in": 128, "d_sae": 64, "matryoshka_widths": [16, 64]}},
@@ -199,7 +214,7 @@ def test_combinations_that_make_no_sae_are_named(
         ),
         (
             {"training": {**CONFIG["training"], "training_tokens": 0}},
-            "training_tokens is 0: Input should be greater than or equal to 1",
+            "training_tokens is 0; it must be at least 1",
         ),
         ({"training": {"lr_scheduler_name": 3, "context_size": "x"}}, "context_size"),
         *(
@@ -216,6 +231,7 @@ def test_combinations_that_make_no_sae_are_named(
                 ("activations_mixing_fraction", 7, "activations_mixing_fraction is 7"),
                 ("lr", float("nan"), "lr is nan"),
                 ("lr_warm_up_steps", 5, "lr_warm_up_steps is 5 and lr_decay_steps 0"),
+                ("train_batch_size_tokens", 0, "train_batch_size_tokens is 0; it must"),
                 ("training_tokens", 1000, "at least train_batch_size_tokens"),
                 ("prepend_bos", 1, "prepend_bos is 1: Input should be a valid bool"),
             )

@@ -1,4 +1,4 @@
-"""The report of `saelens-scaffold compare`, looked at in a browser."""
+"""The report of `saelens-scaffold compare`, viewed in a browser."""
 
 import copy
 import json
@@ -23,6 +23,7 @@ from saelens_scaffold.compare.report.axes import log_axis
 from saelens_scaffold.compare.report.page import page, write_page
 from saelens_scaffold.compare.report.series import styles
 from saelens_scaffold.compare.table import comparison_text
+from saelens_scaffold.compare.wording import estimate, number, p_value
 
 HOSTILE = "<script>window.hacked = true</script>\"'&amp;"
 PAIRS = {
@@ -352,7 +353,7 @@ def browser() -> Iterator[Browser]:
 
 
 class Visit(NamedTuple):
-    """A page that is open, and what the browser had to say about it."""
+    """An open page, with the browser's complaints and requests."""
 
     page: Page
     complaints: list[str]
@@ -475,7 +476,7 @@ def test_every_plot_is_drawn(desktop: Visit, results: dict[str, Any]):
 
 
 def plotted(page: Page, plot: str) -> dict[str, dict[str, Any]]:
-    """What plotly has been given to draw, by series."""
+    """plotly's traces, by series."""
     traces = page.evaluate("id => document.getElementById(id).data", plot)
     return {trace["legendgroup"]: trace for trace in traces}
 
@@ -841,6 +842,16 @@ def test_ranks_of_one_architecture_differ_in_their_symbols():
     small, large = (looks[f"scaffold_batchtopk scaffold_rank={r}"] for r in (RANK, 24))
     assert small.colour == large.colour
     assert small.symbol != large.symbol
+
+
+def test_numbers_of_terminal_and_page():
+    assert number(None, 2) == "-"
+    assert (number(-1234.56, 1), number(0.5, 2, "+")) == ("-1,234.6", "+0.50")
+    interval = {"mean": 0.5, "ci_low": -0.25, "ci_high": 1.25}
+    assert estimate(interval, "mean", 2, "+") == "+0.50 [-0.25, +1.25]"
+    assert estimate({**interval, "ci_low": None}, "mean", 2) == "0.50"
+    shown = [p_value(p) for p in (None, 0.0004, 0.001, 0.25)]
+    assert shown == ["", "<0.001", "0.001", "0.250"]
 
 
 @given(st.lists(st.floats(1e-8, 1e8), min_size=1, max_size=20))

@@ -1,4 +1,4 @@
-"""Whether the intervals over seeds are what they say, and who is compared with whom."""
+"""Intervals and verdicts over seeds, and the choice of pairs."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
 from saelens_scaffold.compare.statistics import (  # noqa: E402
     holm,
     judge,
-    judge_between,
+    judge_interpolated,
     seed_interval,
 )
 
@@ -31,7 +31,7 @@ METRIC = ComparisonMetric("score", "score", value=lambda _: None)
 
 
 class FakeConfig:
-    """All that matching asks of an SAE's configuration."""
+    """The fields of an SAE's configuration that matching reads."""
 
     def __init__(self, k: float, scaffold_rank: int):
         self.k = k  # None of an architecture without
@@ -306,7 +306,7 @@ def test_between_two_ends_a_verdict_holds_against_both() -> None:
         ([0.01, 0.02, 0.0], "lower"),
         ([0.2, 0.21, 0.19], "not distinguishable"),  # as a curve may run anywhere
     ):
-        found = judge_between(values, low, high, 0.75, 0.95)
+        found = judge_interpolated(values, [low, high], [0.25, 0.75], 0.95)
         ends = [judge(values, end, 0.95) for end in (low, high)]
         assert found.verdict == verdict
         assert found.mean == pytest.approx(np.mean(values) - 0.25)
@@ -315,8 +315,14 @@ def test_between_two_ends_a_verdict_holds_against_both() -> None:
         assert found.p_value == (1.0 if is_open else max(e.p_value or 0 for e in ends))
         # what is detectable against one end is so only beyond it
         assert found.detectable == pytest.approx(0.15 + (ends[0].detectable or 0))
-    assert judge_between([0.5], low, high, 0.5, 0.95).verdict == "one seed"
-    assert judge_between([0.5] * 3, low, [], 0.5, 0.95).verdict == "not measured"
+    for values, ends, verdict in (
+        ([0.5], [low, high], "one seed"),
+        ([0.5] * 3, [low, []], "not measured"),
+    ):
+        found = judge_interpolated(values, ends, [0.5, 0.5], 0.95)
+        assert found.verdict == verdict
+    single = judge_interpolated([0.5, 0.51], [low], [1.0], 0.95)
+    assert single == judge([0.5, 0.51], low, 0.95)
 
 
 def saturating(a: float, b: float, exponent: float) -> Callable[[float], float]:

@@ -1,40 +1,37 @@
-"""What each metric says of the SAEs that are compared."""
+"""Each metric's comparison of the pairs of SAEs."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean
+from typing import get_args
 
 from saelens_scaffold.compare.grid import Arm
 from saelens_scaffold.compare.matching import (
     Arms,
+    Matching,
     MeasuredSAE,
     Pair,
     by_arm,
     pairs_of,
 )
 from saelens_scaffold.compare.metrics import ComparisonMetric
-from saelens_scaffold.compare.statistics import (
-    Judgement,
-    holm,
-    judge,
-    judge_between,
-)
+from saelens_scaffold.compare.statistics import Judgement, holm, judge_interpolated
 
 
 @dataclass(frozen=True)
 class Comparison:
     """
-    What one metric says of two kinds of SAEs.
+    Comparison of two kinds of SAEs by one metric.
 
     Attributes:
         pair: The SAEs.
         metric: Id of the metric.
-        judgement: What it says.
+        judgement: Difference, interval and verdict.
         treatment_mean: Mean over the seeds of the judged SAEs.
-        baseline_mean: That of the baseline, interpolated in log L0 where it must be.
+        baseline_mean: Mean of the baseline, interpolated in log L0 between two values of k.
         n_treatment: Number of seeds of the judged SAEs.
-        n_baseline: Those of the baseline; of a bracket, at the end that has fewer.
+        n_baseline: Seeds of the baseline; of a bracket, at the end that has fewer.
         differences: Treatment minus baseline, for each seed that both have.
     """
 
@@ -63,11 +60,11 @@ def compare_arms(
 
     Args:
         saes: All SAEs.
-        metrics: What to compare them by. A metric that only one side has is left out.
-        baselines: For each architecture that has one, the one it is compared with.
-        confidence: Of the intervals, as in 0.95.
-        max_bracket: Ratio of the l0_total of two SAEs between which a third is
-            interpolated, at most.
+        metrics: Metrics to compare them by. A metric that only one side has is left out.
+        baselines: The baseline's architecture, for each architecture that has one.
+        confidence: Confidence of the intervals, as in 0.95.
+        max_bracket: Largest ratio of the l0_total of two SAEs between which a third is
+            interpolated.
     """
     arms = by_arm(saes)
     found = [
@@ -78,49 +75,33 @@ def compare_arms(
         if not (pair.interpolated and metric.is_sparsity)
         and (comparison := _comparison(pair, arms, metric, confidence)) is not None
     ]
-    is_sparsity = {metric.id: metric.is_sparsity for metric in metrics}
-    for matching in ("k", "l0_total"):
+    sparsity = {metric.id for metric in metrics if metric.is_sparsity}
+    for matching in get_args(Matching):
         family = [
-            (i, p)
-            for i, comparison in enumerate(found)
+            (comparison.judgement, p)
+            for comparison in found
             if comparison.pair.matching == matching
-            and not is_sparsity[comparison.metric]
+            and comparison.metric not in sparsity
             and (p := comparison.judgement.p_value) is not None
         ]
         corrected = holm([p for _, p in family])
-        for (i, _), p_holm in zip(family, corrected, strict=True):
-            judgement = replace(found[i].judgement, p_holm=p_holm)
-            found[i] = replace(found[i], judgement=judgement)
+        for (judgement, _), p_holm in zip(family, corrected, strict=True):
+            judgement.p_holm = p_holm
     return found
-
-
-def _values(arms: Arms, arm: Arm, metric: str) -> dict[int, float]:
-    return {
-        seed: value
-        for seed, sae in sorted(arms[arm].items())
-        if (value := sae.values.get(metric)) is not None
-    }
 
 
 def _comparison(
     pair: Pair, arms: Arms, metric: ComparisonMetric, confidence: float
 ) -> Comparison | None:
-    """What a metric says of a pair; None if a side does not have it."""
+    """Comparison of a pair by a metric; None if a side does not have it."""
     treatment = _values(arms, pair.treatment, metric.id)
     baselines = [_values(arms, known.arm, metric.id) for known in pair.known]
     if not treatment or not all(baselines):
         return None
     if pair.refusal:
-        refused = Judgement(None, None, None, "", pair.refusal)
-        return Comparison(pair, metric.id, refused)
+        return Comparison(pair, metric.id, Judgement(verdict=pair.refusal))
     judged, *known = (list(values.values()) for values in (treatment, *baselines))
-    how = (confidence, metric.is_count, metric.bounds)
-    if pair.interpolated:
-        weights = [1 - pair.weight, pair.weight]
-        judgement = judge_between(judged, known[0], known[1], pair.weight, *how)
-    else:
-        weights = [1.0]
-        judgement = judge(judged, known[0], *how)
+    weights = pair.weights
 
     def at_l0(values: Sequence[float]) -> float:
         return math.fsum(w * value for w, value in zip(weights, values, strict=True))
@@ -128,7 +109,9 @@ def _comparison(
     return Comparison(
         pair,
         metric.id,
-        judgement,
+        judge_interpolated(
+            judged, known, weights, confidence, metric.is_count, metric.bounds
+        ),
         treatment_mean=fmean(judged),
         baseline_mean=at_l0([fmean(sample) for sample in known]),
         n_treatment=len(treatment),
@@ -139,3 +122,11 @@ def _comparison(
             if all(seed in values for values in baselines)
         },
     )
+
+
+def _values(arms: Arms, arm: Arm, metric: str) -> dict[int, float]:
+    return {
+        seed: value
+        for seed, sae in sorted(arms[arm].items())
+        if (value := sae.values.get(metric)) is not None
+    }

@@ -1,6 +1,6 @@
 """Metrics against sparsity, with intervals over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -48,35 +48,30 @@ def curves(
     arms = by_arm(saes)
     found: list[Curve] = []
     for metric in metrics:
-        if metric.is_sparsity:
-            continue
-        points: dict[Arm, list[CurvePoint]] = {}
+        by_curve: dict[Arm, list[CurvePoint]] = {}
         for arm, by_seed in arms.items():
-            pairs = [
-                (sae.l0_total, value)
-                for sae in by_seed.values()
-                if (value := sae.values.get(metric.id)) is not None
-                and sae.l0_total is not None
-            ]
-            if pairs:
-                points.setdefault(arm.without("k"), []).append(
-                    _curve_point(arm, pairs, metric, confidence)
-                )
+            point = _point(arm, by_seed.values(), metric, confidence)
+            if point is not None and not metric.is_sparsity:
+                by_curve.setdefault(arm.without("k"), []).append(point)
         found += [
-            Curve(arm, metric.id, sorted(of_arm, key=lambda point: point.l0_total))
-            for arm, of_arm in points.items()
+            Curve(arm, metric.id, sorted(points, key=lambda point: point.l0_total))
+            for arm, points in by_curve.items()
         ]
     return found
 
 
-def _curve_point(
-    arm: Arm,
-    pairs: Sequence[tuple[float, float]],
-    metric: ComparisonMetric,
-    confidence: float,
-) -> CurvePoint:
-    values = [value for _, value in pairs]
+def _point(
+    arm: Arm, seeds: Iterable[MeasuredSAE], metric: ComparisonMetric, confidence: float
+) -> CurvePoint | None:
+    known = [
+        (sae.l0_total, value)
+        for sae in seeds
+        if (value := sae.values.get(metric.id)) is not None and sae.l0_total is not None
+    ]
+    if not known:
+        return None
+    values = [value for _, value in known]
     found = seed_interval(values, confidence, metric.is_count, metric.bounds)
     low, high = found[1:] if found else (None, None)
-    l0_total = fmean(l0 for l0, _ in pairs)
-    return CurvePoint(arm, l0_total, fmean(values), low, high, len(pairs))
+    l0_total = fmean(l0 for l0, _ in known)
+    return CurvePoint(arm, l0_total, fmean(values), low, high, len(known))

@@ -1,7 +1,8 @@
 """Which SAEs are compared with which: at the same k, and at the same l0_total."""
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -15,12 +16,12 @@ Matching = Literal["k", "l0_total"]
 scaffold's rank paid for out of k."""
 
 SAME_L0_WITHIN = 0.1
-"""Share by which the measured l0_total of SAEs may differ that have the same by their k."""
+"""Relative difference of the measured l0_total up to which the same nominal one counts."""
 
 
 class MeasuredSAE(NamedTuple):
     """
-    An SAE and what was measured of it.
+    An SAE and its measurements.
 
     Attributes:
         run: The SAE.
@@ -45,11 +46,13 @@ class Known(NamedTuple):
         arm: The SAEs.
         k: Their k, None for architectures without.
         l0_total: Mean of their active latents per token, None if it is not known.
+        nominal_l0_total: The same by their k, None without one.
     """
 
     arm: Arm
     k: float | None
     l0_total: float | None
+    nominal_l0_total: float | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Pair:
     Attributes:
         matching: What they have in common.
         treatment: SAEs with a scaffold, or whatever else has a baseline.
-        baseline: What they are compared with. Where it is interpolated, it has no k.
+        baseline: Their baseline. Where it is interpolated, it has no k.
         known: The SAEs of the baseline: one kind, or the two ends of a bracket, that with
             the lower l0_total first. The nearest ones, where none is near enough.
         treatment_l0: l0_total of the judged SAEs, as measured.
@@ -82,18 +85,20 @@ class Pair:
         return len(self.known) == 2
 
     @property
-    def weight(self) -> float:
-        """Of the upper end of the bracket: where log L0 lies between the two ends."""
-        low, high = (known.l0_total for known in self.known)
-        assert low is not None and high is not None and self.treatment_l0 is not None
-        return math.log(self.treatment_l0 / low) / math.log(high / low)
+    def weights(self) -> list[float]:
+        """Weights of the baseline's SAEs: where log L0 lies between the two ends."""
+        if not self.interpolated:
+            return [1.0]
+        low, high = map(_l0, self.known)
+        assert self.treatment_l0 is not None
+        upper = math.log(self.treatment_l0 / low) / math.log(high / low)
+        return [1 - upper, upper]
 
 
 def l0_total(run: Run, results: Results) -> float | None:
     """Active latents per token, as far as an evaluation counted them, else by k."""
-    dense = results.get("dense_latents", {}).get("eval_result_metrics", {})
-    core = results.get("core", {}).get("eval_result_metrics", {})
-    for metrics, name in ((dense, "l0_total"), (core, "l0")):
+    for evaluation, name in (("dense_latents", "l0_total"), ("core", "l0")):
+        metrics = results.get(evaluation, {}).get("eval_result_metrics", {})
         counted = metrics.get("sparsity", {}).get(name)
         if counted is not None:
             return float(counted)
@@ -116,82 +121,68 @@ def pairs_of(
 
     Args:
         saes: All SAEs.
-        baselines: For each architecture that has one, the one it is compared with.
-        max_bracket: Ratio of the l0_total of two SAEs between which a third is
-            interpolated, at most.
+        baselines: The baseline's architecture, for each architecture that has one.
+        max_bracket: Largest ratio of the l0_total of two SAEs between which a third is
+            interpolated.
     """
     arms = by_arm(saes)
+    known = {arm: _known(arm, by_seed) for arm, by_seed in arms.items()}
     pairs: list[Pair] = []
-    for treatment in arms:
-        rivals = [
-            arm
-            for arm in arms
-            if arm.architecture == baselines.get(treatment.architecture)
-        ]
-        pairs += _at_same_k(treatment, rivals, arms)
-        pairs += _at_same_l0(treatment, rivals, arms, max_bracket)
+    for treatment, by_seed in arms.items():
+        baseline = baselines.get(treatment.architecture)
+        rivals = [of for arm, of in known.items() if arm.architecture == baseline]
+        pairs += _at_same_k(known[treatment], rivals)
+        if any(sae.run.scaffold_rank for sae in by_seed.values()):
+            pairs += _at_same_l0(known[treatment], rivals, max_bracket)
     # in the order in which they are read, all of one matching first
     return sorted(pairs, key=lambda pair: pair.matching)
 
 
-def _at_same_k(treatment: Arm, rivals: Sequence[Arm], arms: Arms) -> list[Pair]:
-    judged = _known(arms, treatment)
-    return [
-        Pair("k", treatment, rival, [known], judged.l0_total)
-        for rival in rivals
-        if treatment.agrees_with(rival)
-        and (known := _known(arms, rival)).k == judged.k is not None
-    ]
+def _known(arm: Arm, by_seed: Mapping[int, MeasuredSAE]) -> Known:
+    l0s = [sae.l0_total for sae in by_seed.values() if sae.l0_total is not None]
+    run = next(iter(by_seed.values())).run
+    k = getattr(run.config, "k", None)
+    return Known(arm, k, fmean(l0s) if l0s else None, run.nominal_l0_total)
+
+
+def _at_same_k(judged: Known, rivals: Sequence[Known]) -> Iterator[Pair]:
+    for rival in rivals:
+        if judged.arm.agrees_with(rival.arm) and judged.k == rival.k is not None:
+            yield Pair("k", judged.arm, rival.arm, [rival], judged.l0_total)
 
 
 def _at_same_l0(
-    treatment: Arm, rivals: Sequence[Arm], arms: Arms, max_bracket: float
-) -> list[Pair]:
-    some_run = _some_run(arms, treatment)
-    l0 = _known(arms, treatment).l0_total
-    if some_run.scaffold_rank == 0 or some_run.nominal_l0_total is None or not l0:
-        return []
-    by_curve: dict[Arm, list[Arm]] = {}
+    judged: Known, rivals: Sequence[Known], max_bracket: float
+) -> Iterator[Pair]:
+    if judged.nominal_l0_total is None or not judged.l0_total:
+        return
+    by_curve: dict[Arm, list[Known]] = {}
     for rival in rivals:
-        if treatment.without("k").agrees_with(rival.without("k")):
-            by_curve.setdefault(rival.without("k"), []).append(rival)
-    pairs: list[Pair] = []
-    for curve, rivals_of_curve in by_curve.items():
-        known = [_known(arms, rival) for rival in rivals_of_curve]
-        known = [rival for rival in known if rival.l0_total]
-        exact = [
-            rival
-            for rival in known
-            if _some_run(arms, rival.arm).nominal_l0_total == some_run.nominal_l0_total
-        ]
-        if known:
-            pairs.append(_pair_at(l0, treatment, curve, known, exact, max_bracket))
-    return pairs
+        curve = rival.arm.without("k")
+        if rival.l0_total and judged.arm.without("k").agrees_with(curve):
+            by_curve.setdefault(curve, []).append(rival)
+    for curve, points in by_curve.items():
+        yield _pair_on_curve(judged, curve, sorted(points, key=_l0), max_bracket)
 
 
-def _pair_at(
-    l0: float,
-    treatment: Arm,
-    curve: Arm,
-    known: Sequence[Known],
-    exact: Sequence[Known],
-    max_bracket: float,
+def _pair_on_curve(
+    judged: Known, curve: Arm, points: Sequence[Known], max_bracket: float
 ) -> Pair:
-    """With whom SAEs of some l0_total are compared, of all with some other k."""
-    same = [rival for rival in known if rival.l0_total == l0] or exact
-    if same and abs((same[0].l0_total or 0.0) / l0 - 1) <= SAME_L0_WITHIN:
-        return Pair("l0_total", treatment, same[0].arm, same[:1], l0)
-    notes = [
-        f"k={_shown(rival.k)} has the same l0_total by k, but "
-        f"{(rival.l0_total or 0.0) / l0 - 1:+.0%} as measured "
-        f"({rival.l0_total:.1f}, not {l0:.1f})"
-        for rival in same[:1]
+    """The pair at an l0_total, of all points of a curve in their order."""
+    l0 = _l0(judged)
+    same = [point for point in points if _l0(point) == l0] or [
+        point for point in points if point.nominal_l0_total == judged.nominal_l0_total
     ]
-    points = sorted(known, key=lambda rival: rival.l0_total or 0.0)
-    below = [rival for rival in points if (rival.l0_total or 0.0) < l0]
-    above = [rival for rival in points if (rival.l0_total or 0.0) > l0]
-    bracket = [*below[-1:], *above[:1]]
-    ratio = (bracket[-1].l0_total or 0.0) / (bracket[0].l0_total or 1.0)
+    if same and abs(_l0(same[0]) / l0 - 1) <= SAME_L0_WITHIN:
+        return Pair("l0_total", judged.arm, same[0].arm, same[:1], l0)
+    notes = [
+        f"k={point.k:g} has the same l0_total by k, but {_l0(point) / l0 - 1:+.0%} as "
+        f"measured ({point.l0_total:.1f}, not {l0:.1f})"
+        for point in same[:1]
+    ]
+    above = bisect(points, l0, key=_l0)
+    bracket = points[max(above - 1, 0) : above + 1]
+    ratio = _l0(bracket[-1]) / _l0(bracket[0])
     refusal: Verdict | None = None
     if len(bracket) == 1:
         refusal = "out of range"
@@ -199,37 +190,24 @@ def _pair_at(
         notes.append(f"l0_total {l0:.1f} is not within {ends}")
     elif ratio > max_bracket:
         refusal = "bracket too wide"
+        ends = " and ".join(f"k={p.k:g} (l0_total {p.l0_total:.1f})" for p in bracket)
         notes.append(
-            f"{_range(bracket)} are a factor of {ratio:.1f} apart (max_bracket "
-            f"{max_bracket:g})"
+            f"{ends} are a factor of {ratio:.1f} apart (max_bracket {max_bracket:g})"
         )
     note = "; ".join(notes)
     if refusal and bracket[0].k is not None:
         note += f": train {curve.label} with k={_k_at(l0, bracket)}"
-    return Pair("l0_total", treatment, curve, bracket, l0, refusal, note)
+    return Pair("l0_total", judged.arm, curve, bracket, l0, refusal, note)
 
 
 def _k_at(l0: float, points: Sequence[Known]) -> str:
     """The k that comes nearest to an l0_total, on a line through the points in log-log."""
-    logs = [(math.log(p.l0_total or 1.0), math.log(p.k or 1.0)) for p in points]
+    logs = [(math.log(_l0(point)), math.log(point.k or 1.0)) for point in points]
     (x, y), (x_1, y_1) = logs[0], logs[-1]
     slope = (y_1 - y) / (x_1 - x) if x_1 != x else 1.0
     return str(max(1, round(math.exp(y + slope * (math.log(l0) - x)))))
 
 
-def _range(bracket: Sequence[Known]) -> str:
-    return " and ".join(f"k={_shown(p.k)} (l0_total {p.l0_total:.1f})" for p in bracket)
-
-
-def _shown(k: float | None) -> str:
-    return "-" if k is None else f"{k:g}"
-
-
-def _some_run(arms: Arms, arm: Arm) -> Run:
-    return next(iter(arms[arm].values())).run
-
-
-def _known(arms: Arms, arm: Arm) -> Known:
-    l0s = [sae.l0_total for sae in arms[arm].values() if sae.l0_total is not None]
-    k = getattr(_some_run(arms, arm).config, "k", None)
-    return Known(arm, k, fmean(l0s) if l0s else None)
+def _l0(known: Known) -> float:
+    assert known.l0_total is not None
+    return known.l0_total

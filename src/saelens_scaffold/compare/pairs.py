@@ -1,4 +1,4 @@
-"""What an experiment will compare with what, before anything is measured."""
+"""The comparisons of an experiment, before anything is measured."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from saelens_scaffold.compare.matching import MeasuredSAE, pairs_of
 
 def pairs_text(config: CompareConfig, runs: Sequence[Run]) -> str:
     """
-    For each kind of SAEs that is judged, what it is compared with, by the SAEs' k.
+    The baseline of each kind of SAEs that has one, by the SAEs' k.
 
     Args:
         config: The experiment.
@@ -20,14 +20,14 @@ def pairs_text(config: CompareConfig, runs: Sequence[Run]) -> str:
         config.baselines,
         config.max_bracket,
     )
-    arms = dict.fromkeys(run.arm for run in runs)
     rivals: dict[Arm, list[str]] = {
-        arm: [] for arm in arms if arm.architecture in config.baselines
+        run.arm: [] for run in runs if run.arm.architecture in config.baselines
     }
     for pair in found:
         how = f"same {pair.matching}"
         if pair.interpolated:
-            how += f", interpolated between k={' and '.join(f'{end.k:g}' for end in pair.known)}"
+            ends = " and ".join(f"{end.k:g}" for end in pair.known)
+            how += f", interpolated between k={ends}"
         if pair.refusal:
             how = f"{pair.refusal}, {pair.note}"
         rivals[pair.treatment].append(f"{pair.baseline.label} ({how})")

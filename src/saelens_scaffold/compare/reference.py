@@ -56,13 +56,14 @@ def references(
 
 def reference_text(figures: Sequence[Mapping[str, Any]]) -> str:
     """A table of the published figures beside ours, followed by their definitions."""
-    rows: list[Sequence[str]] = []
+    rows: list[dict[str, str]] = []
     notes: list[str] = []
     for number, figure in enumerate(figures, start=1):
         first = (str(number), figure["what"], figure["value"])
         mark = figure["mark"].partition(":")[0]
         for of_arm in figure["ours"] or [{"arm": "", "shown": "not measured"}]:
-            rows.append((*first, of_arm["arm"], of_arm["shown"], mark))
+            cells = (*first, of_arm["arm"], of_arm["shown"], mark)
+            rows.append(dict(zip(_HEADERS, cells, strict=True)))
             first, mark = ("", "", ""), ""
         ours = figure["metric"] or "none"
         if figure["our_definition"]:
@@ -73,9 +74,9 @@ def reference_text(figures: Sequence[Mapping[str, Any]]) -> str:
             f"   {figure['mark']}",
         ]
     title = (
-        "Published figures beside ours (mean, and range over the SAEs of all seeds):\n"
+        "Published figures beside ours (mean, and range over the SAEs of all seeds):"
     )
-    return title + text_table("rlllll", _HEADERS, rows) + "\n" + "\n".join(notes) + "\n"
+    return "\n".join([title, text_table("rlllll", rows), *notes]) + "\n"
 
 
 def _our_definition(figure: ReferenceFigure) -> str:

@@ -1,24 +1,21 @@
 """SAELens's configuration of a training, and whether it can be carried out."""
 
 import re
-import warnings
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from sae_lens import LoggingConfig, MultiSAETrainingRunnerConfig, TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from transformer_lens import HookedTransformer
 from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
-from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run
 from saelens_scaffold.compare.training_fields import checked_training
-from saelens_scaffold.evals.configs import check_model_name
 from saelens_scaffold.evals.language_model import known_model_name
+from saelens_scaffold.models.hook_points import model_config, width_at
+from saelens_scaffold.training.checks import check_steps
 
 _DEFAULTS: dict[str, Any] = {
     # a checkpoint drops the text in the buffer, an interruption the steps since the last
@@ -51,31 +48,10 @@ def runner_config(
             logger=LoggingConfig(log_to_wandb=False),
             **checked_training(training),
         )
+        check_steps(cfg)
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {error}") from error
-    _check_sizes(cfg)
     return cfg
-
-
-def _check_sizes(cfg: MultiSAETrainingRunnerConfig) -> None:
-    batch = cfg.train_batch_size_tokens
-    buffer = cfg.n_batches_in_buffer * cfg.context_size
-    if buffer < batch:
-        raise UserError(
-            f"training: train_batch_size_tokens is {batch}; the buffer has "
-            f"n_batches_in_buffer * context_size = {buffer} tokens, and must have as many"
-        )
-    if cfg.training_tokens < batch:
-        raise UserError(
-            f"training: training_tokens is {cfg.training_tokens}; it must be at least "
-            f"train_batch_size_tokens, which is {batch}"
-        )
-    if cfg.lr_warm_up_steps + cfg.lr_decay_steps > cfg.total_training_steps:
-        raise UserError(
-            f"training: lr_warm_up_steps is {cfg.lr_warm_up_steps} and lr_decay_steps "
-            f"{cfg.lr_decay_steps}; training_tokens and train_batch_size_tokens make no "
-            f"more than {cfg.total_training_steps} steps"
-        )
 
 
 def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
@@ -86,7 +62,6 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
     Raises:
         UserError: One cannot be trained.
     """
-    check_model_name(config.model_name)
     for run in runs:
         cfg = runner_config(config, [run])
         try:
@@ -100,60 +75,28 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"{run.arm.label}: {error}") from error
-    _check_language_model(config, runs)
+        _check_language_model(config, run, cfg)
 
 
-def _check_language_model(config: CompareConfig, runs: Sequence[Run]) -> None:
-    """Check hook points, dimensions and dtype without loading the language model."""
-    model = get_pretrained_model_config(known_model_name(config.model_name))
-    cfg = runner_config(config, runs[:1])
+def _check_language_model(
+    config: CompareConfig, run: Run, cfg: MultiSAETrainingRunnerConfig
+) -> None:
     dtype = (cfg.model_from_pretrained_kwargs or {}).get("dtype", "float32")
     if dtype not in DTYPE_FROM_STRING:
         raise UserError(
             f"training: model_from_pretrained_kwargs has the dtype {dtype!r}; allowed are "
             f"{', '.join(DTYPE_FROM_STRING)}"
         )
-    for run in runs:
-        found = re.fullmatch(r"blocks\.(\d+)\..+", run.hook_name)
-        if found is None:
+    if re.match(r"blocks\.\d+\.", run.hook_name) is None:
+        raise UserError(
+            f"hook_name is {run.hook_name!r}; it must be a hook point of a layer, as in "
+            "blocks.12.hook_resid_post"
+        )
+    model = model_config(cfg.model_name)
+    if cfg.model_class_name == "HookedTransformer" and not cfg.hook_head_indices:
+        width = width_at(model, run.hook_name)
+        if width not in (None, run.config.d_in):
             raise UserError(
-                f"hook_name is {run.hook_name!r}; it must be a hook point of a layer, as "
-                "in blocks.12.hook_resid_post"
+                f"d_in is {run.config.d_in}; {config.model_name} has width {width} at "
+                f"{run.hook_name}"
             )
-        if int(found[1]) >= model.n_layers:
-            raise UserError(
-                f"hook_name names layer {found[1]}; {config.model_name} has the layers 0 "
-                f"to {model.n_layers - 1}"
-            )
-        if "hook_resid" in run.hook_name and run.config.d_in != model.d_model:
-            raise UserError(
-                f"d_in is {run.config.d_in}; the residual stream of {config.model_name} "
-                f"has {model.d_model} dimensions"
-            )
-    if cfg.model_class_name == "HookedTransformer":
-        _check_hook_names(config, {run.hook_name for run in runs})
-
-
-def _check_hook_names(config: CompareConfig, hook_names: Set[str]) -> None:
-    layer = get_pretrained_model_config(known_model_name(config.model_name))
-    # one layer, without weights, has the hook points of every layer
-    layer.n_layers, layer.init_weights, layer.tokenizer_name = 1, False, None
-    layer.device = "meta"
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(layer, move_to_device=False)
-    for hook_name in sorted(hook_names):
-        in_first_layer = re.sub(r"^blocks\.\d+\.", "blocks.0.", hook_name)
-        if in_first_layer not in model.hook_dict:
-            raise no_hook_point(config, hook_name, model.hook_dict)
-
-
-def no_hook_point(
-    config: CompareConfig, hook_name: str, known: Iterable[str]
-) -> UserError:
-    """The error for a hook point that the language model does not have."""
-    examples = sorted(name for name in known if ".0." in name)[:8]
-    return UserError(
-        f"{config.model_name} has no hook point {hook_name!r}; those of a layer are "
-        f"called, for example, {', '.join(examples)}"
-    )

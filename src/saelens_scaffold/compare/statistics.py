@@ -43,7 +43,7 @@ N_QUANTILES = 200
 """Number of quantiles over which a distribution is averaged."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judgement:
     """
     A difference between two means over seeds.
@@ -137,11 +137,10 @@ def judge(
     )
 
 
-def judge_between(
+def judge_interpolated(
     treatment: Sequence[float],
-    below: Sequence[float],
-    above: Sequence[float],
-    weight: float,
+    ends: Sequence[Sequence[float]],
+    weights: Sequence[float],
     confidence: float,
     is_count: bool = False,
     bounds: Bounds = UNBOUNDED,
@@ -156,36 +155,35 @@ def judge_between(
 
     Args:
         treatment: Values of the judged SAEs, one for each seed.
-        below: Values of the baseline at the lower end of the bracket.
-        above: Values of the baseline at its upper end.
-        weight: Weight of the upper end, 0 to 1; the lower end has the rest.
+        ends: Values of the baseline at the ends of the bracket; a single end is the
+            baseline itself.
+        weights: Weight of each end; their sum is 1.
         confidence: As for `judge`.
         is_count: As for `judge`.
         bounds: As for `judge`.
     """
-    ends = [
-        judge(treatment, end, confidence, is_count, bounds) for end in (below, above)
-    ]
-    differences = [end.mean for end in ends if end.mean is not None]
-    if len(differences) < 2:
+    found = [judge(treatment, end, confidence, is_count, bounds) for end in ends]
+    if len(found) == 1:
+        return found[0]
+    differences = [end.mean for end in found if end.mean is not None]
+    if len(differences) < len(found):
         return Judgement()
-    lower, upper = differences
-    mean = (1 - weight) * lower + weight * upper
-    p_values = [end.p_value for end in ends if end.p_value is not None]
-    if len(p_values) < 2:
+    mean = sum(w * of_end for w, of_end in zip(weights, differences, strict=True))
+    p_values = [end.p_value for end in found if end.p_value is not None]
+    if len(p_values) < len(found):
         return Judgement(mean, verdict="one seed")
-    p = max(p_values) if lower * upper > 0 else 1.0
+    p = max(p_values) if min(differences) * max(differences) > 0 else 1.0
     low = high = detectable = None
-    lows = [end.ci_low for end in ends if end.ci_low is not None]
-    highs = [end.ci_high for end in ends if end.ci_high is not None]
-    if len(lows) == len(highs) == 2:
+    lows = [end.ci_low for end in found if end.ci_low is not None]
+    highs = [end.ci_high for end in found if end.ci_high is not None]
+    if len(lows) == len(highs) == len(found):
         low, high = min(lows), max(highs)
         # beyond the end that is nearer to it, either way
         detectable = max(
-            abs(difference - mean) + (end.detectable or 0.0)
-            for difference, end in zip(differences, ends, strict=True)
+            abs(of_end - mean) + (end.detectable or 0.0)
+            for of_end, end in zip(differences, found, strict=True)
         )
-    methods = " and ".join(dict.fromkeys(end.method for end in ends))
+    methods = " and ".join(dict.fromkeys(end.method for end in found))
     verdict = _verdict(mean, p, confidence)
     return Judgement(
         mean, low, high, f"{methods}, both ends", verdict, p, detectable=detectable

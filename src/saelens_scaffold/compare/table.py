@@ -10,13 +10,11 @@ from rich.table import Table
 
 from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.compare.grid import Run
-from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.wording import (
     REFUSALS,
     Row,
     legend,
     one_sided,
-    p_value,
     rows_by_pair,
 )
 
@@ -27,11 +25,6 @@ _MATCHINGS = {
     "k": "At the same k for the sparse latents",
     "l0_total": "At the same l0_total (the scaffold's rank is paid for out of k)",
 }
-
-_PAIR_HEADERS = (
-    *("metric", "SAE", "against", "difference"),
-    *("detectable", "p (Holm)", "verdict"),
-)
 
 
 def comparison_text(results: Mapping[str, Any]) -> str:
@@ -50,8 +43,7 @@ def comparison_text(results: Mapping[str, Any]) -> str:
             "both.\n"
         )
     if alone := one_sided(results):
-        cells = [(row.arm, metric_name(row.metric), row.mean, row.random) for row in alone]
-        table = text_table("llrr", ("SAE", "metric", "mean", "at random"), cells)
+        table = text_table("llrr", alone)
         parts.append(f"What only one side has, mean and interval over seeds:\n{table}")
     return "\n".join(parts)
 
@@ -78,23 +70,20 @@ def plan_text(runs: Sequence[Run], waves: Sequence[Sequence[Run]]) -> str:
     )
 
 
-def text_table(
-    align: str, headers: Sequence[str], rows: Sequence[Sequence[str]]
-) -> str:
+def text_table(align: str, rows: Sequence[Mapping[str, str]]) -> str:
     """
     A table in Markdown.
 
     Args:
         align: A letter for each column, "l" or "r".
-        headers: Column headers.
-        rows: Cells.
+        rows: Cells by column header; at least one row.
     """
     table = Table(box=MARKDOWN)
-    for letter, header in zip(align, headers, strict=True):
+    for letter, header in zip(align, rows[0], strict=True):
         justify = "right" if letter == "r" else "left"
         table.add_column(header, justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(escape, row.values()))
     return markdown(table)
 
 
@@ -104,17 +93,5 @@ def _pair_text(judged: str, baseline: str, rows: Sequence[Row]) -> str:
     if verdict in REFUSALS:
         return fill(f"{pair}: {verdict}, {note}", _WIDTH) + "\n"
     heading = fill(f"{pair}{note and f'; {note}'}:", _WIDTH)
-    cells = [
-        (
-            metric_name(row.metric),
-            row.treatment,
-            row.baseline,
-            row.difference,
-            row.detectable,
-            p_value(row.comparison["p_holm"]),
-            row.verdict,
-        )
-        for row in rows
-    ]
-    table = text_table("lrrrrrl", _PAIR_HEADERS, cells)
+    table = text_table("lrrrrrl", [row.cells for row in rows])
     return f"{heading}\n{table}"

@@ -22,7 +22,7 @@ from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run
-from saelens_scaffold.compare.runner_config import no_hook_point, runner_config
+from saelens_scaffold.compare.runner_config import runner_config
 from saelens_scaffold.compare.waves import Wave, WaveFolder, halves, keep_waves
 from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME, open_dataset
 from saelens_scaffold.saes.pca import principal_subspace
@@ -192,7 +192,7 @@ class WaveTrainer:
         )
         self._model, self._hook_names = runner.model, hook_names
         for hook_name in hook_names - set(runner.model.hook_dict):
-            raise no_hook_point(self.config, hook_name, runner.model.hook_dict)
+            raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")
         return runner
 
     def _calibrates(self, run: Run) -> bool:

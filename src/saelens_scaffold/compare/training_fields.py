@@ -55,12 +55,11 @@ def _dtype_name(name: str) -> str:
     return name
 
 
-# SAELens annotates types only.
+# SAELens annotates types only. `check_steps` checks sizes.
 _ALLOWED = {
     "activations_mixing_fraction": Field(ge=0, le=1),
     "adam_beta1": Field(ge=0, lt=1),
     "adam_beta2": Field(ge=0, lt=1),
-    "context_size": Field(ge=1),
     "dead_feature_threshold": Field(ge=0),
     "dead_feature_window": Field(ge=0),
     "dtype": AfterValidator(_dtype_name),
@@ -71,14 +70,10 @@ _ALLOWED = {
     "lr_end": Field(ge=0),
     "lr_warm_up_steps": Field(ge=0),
     "n_batches_for_norm_estimate": Field(ge=0),
-    "n_batches_in_buffer": Field(ge=1),
     "n_checkpoints": Field(ge=0),
     "n_eval_batches": Field(ge=0),
     "n_restart_cycles": Field(ge=1),
     "seqpos_slice": Field(strict=False),  # a tuple, which YAML does not have
-    "store_batch_size_prompts": Field(ge=1),
-    "train_batch_size_tokens": Field(ge=1),
-    "training_tokens": Field(ge=1),
 }
 _FIELDS: dict[str, Any] = {
     name: (Annotated[annotation, _ALLOWED.get(name, Field())], None)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from saelens_scaffold.compare.grid import Arm
+from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.statistics import POWER, Verdict
 
 REFUSALS: tuple[Verdict, ...] = ("out of range", "bracket too wide")
@@ -19,37 +20,12 @@ class Row(NamedTuple):
     Attributes:
         comparison: The comparison, as in results.json.
         metric: Its metric, likewise.
-        treatment: Mean of the judged SAEs.
-        baseline: Mean of their baseline.
-        difference: Difference of the means, with its interval.
-        detectable: Detectable difference, where none was found.
-        verdict: Verdict, with the number of seeds where some are missing.
+        cells: Texts of the table's cells, by column header.
     """
 
     comparison: Mapping[str, Any]
     metric: Mapping[str, Any]
-    treatment: str
-    baseline: str
-    difference: str
-    detectable: str
-    verdict: str
-
-
-class OneSided(NamedTuple):
-    """
-    A metric of SAEs that no others are compared with by it.
-
-    Attributes:
-        arm: The SAEs.
-        metric: The metric, as in results.json.
-        mean: Its mean and interval over seeds.
-        random: The same of its value at random.
-    """
-
-    arm: str
-    metric: Mapping[str, Any]
-    mean: str
-    random: str
+    cells: dict[str, str]
 
 
 def rows_by_pair(
@@ -63,17 +39,22 @@ def rows_by_pair(
         treatment = comparison["treatment"]
         judged = _at_l0(treatment["arm"], treatment["l0_total"])
         pair = (judged, _baseline(comparison["baseline"]))
-        row = _row(comparison, metrics[comparison["metric"]], n_seeds)
+        metric = metrics[comparison["metric"]]
+        row = Row(comparison, metric, _cells(comparison, metric, n_seeds))
         found.setdefault(comparison["matching"], {}).setdefault(pair, []).append(row)
     return found
 
 
-def one_sided(results: Mapping[str, Any]) -> list[OneSided]:
+def one_sided(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """
-    Metrics without any comparison, as those that only SAEs with a scaffold have.
+    Rows for metrics without any comparison, as those that only scaffold SAEs have.
 
     Args:
         results: Contents of results.json.
+
+    Returns:
+        Cells by column header: the SAEs, the metric, and its mean and value at random,
+        both with their intervals over seeds.
     """
     compared = {comparison["metric"] for comparison in results["comparisons"]}
     metrics = {metric["id"]: metric for metric in results["metrics"]}
@@ -90,7 +71,12 @@ def one_sided(results: Mapping[str, Any]) -> list[OneSided]:
 
     arms = dict.fromkeys(sae["arm"] for sae in results["saes"])
     return [
-        OneSided(arm, metric, mean(id_, arm, metric), mean(metric["random"], arm, metric))
+        {
+            "SAE": arm,
+            "metric": metric_name(metric),
+            "mean": mean(id_, arm, metric),
+            "at random": mean(metric["random"], arm, metric),
+        }
         for arm in arms
         for id_, metric in metrics.items()
         if id_ not in compared and id_ not in at_random and (id_, arm) in points
@@ -102,9 +88,7 @@ def number(value: float | None, digits: int, sign: str = "-") -> str:
     return "-" if value is None else f"{value:{sign},.{digits}f}"
 
 
-def estimate(
-    found: Mapping[str, Any], field: str, digits: int, sign: str = "-"
-) -> str:
+def estimate(found: Mapping[str, Any], field: str, digits: int, sign: str = "-") -> str:
     """A number with its interval, if it has one."""
     shown = number(found[field], digits, sign)
     if found.get("ci_low") is None or found.get("ci_high") is None:
@@ -164,9 +148,9 @@ def confidence_text(comparisons: Comparisons) -> str:
     return " or ".join(f"{level:.0%}" for level in levels)
 
 
-def _row(
+def _cells(
     comparison: Mapping[str, Any], metric: Mapping[str, Any], n_seeds: int
-) -> Row:
+) -> dict[str, str]:
     digits = digits_of_means(metric)
     verdict = comparison["verdict"]
     detectable = ""
@@ -175,15 +159,15 @@ def _row(
     sides = (comparison["n_treatment"], comparison["n_baseline"])
     if 0 < min(sides) < n_seeds:
         verdict += f" ({sides[0]} against {sides[1]} seeds)"
-    return Row(
-        comparison,
-        metric,
-        number(comparison["treatment_mean"], digits),
-        number(comparison["baseline_mean"], digits),
-        estimate(comparison, "mean", digits, "+"),
-        detectable,
-        verdict,
-    )
+    return {
+        "metric": metric_name(metric),
+        "SAE": number(comparison["treatment_mean"], digits),
+        "against": number(comparison["baseline_mean"], digits),
+        "difference": estimate(comparison, "mean", digits, "+"),
+        "detectable": detectable,
+        "p (Holm)": p_value(comparison["p_holm"]),
+        "verdict": verdict,
+    }
 
 
 def _baseline(baseline: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -37,16 +38,16 @@ class Plot(NamedTuple):
 def metric_curves(results: Results) -> list[Plot]:
     """Mean and interval over seeds against the measured L0, a plot for each metric."""
     l0s = [point["l0"] for curve in results["curves"] for point in curve["points"]]
-    plots: list[Plot] = []
-    for metric in results["metrics"]:
-        traces = [
-            _metric_curve(curve["architecture"], curve["points"])
-            for curve in results["curves"]
-            if curve["metric"] == metric["id"] and curve["points"]
-        ]
-        if traces:
-            plots.append(Plot(metric_name(metric), traces, {"xaxis": log_axis(l0s)}))
-    return plots
+    curves: dict[str, list[Trace]] = {}
+    for curve in results["curves"]:
+        if curve["points"]:
+            trace = _metric_curve(curve["architecture"], curve["points"])
+            curves.setdefault(curve["metric"], []).append(trace)
+    plots = [
+        Plot(metric_name(metric), curves.get(metric["id"], []), {})
+        for metric in results["metrics"]
+    ]
+    return _with_axes(plots, log_axis(l0s), {})
 
 
 def firing_frequencies(results: Results) -> list[Plot]:
@@ -70,15 +71,7 @@ def ablation_ratios(results: Results) -> list[Plot]:
     the seeds' own intervals.
     """
     plots = _facets(results, _ablation_bars)
-    ends = [
-        mean + sign * error
-        for plot in plots
-        for trace in plot.traces
-        for sign, errors in ((1, "array"), (-1, "arrayminus"))
-        for mean, error in zip(
-            trace["customdata"], trace["error_x"][errors], strict=True
-        )
-    ]
+    ends = chain.from_iterable(_values(plots, "customdata"))
     return _with_axes(plots, log_axis([1.0, *ends]), {"autorange": "reversed"})
 
 
@@ -124,17 +117,17 @@ def _facets(results: Results, draw: Callable[[Seeds], Trace]) -> list[Plot]:
     plots: list[Plot] = []
     for k, by_series in by_k.items():
         traces = [_trace(series, **draw(seeds)) for series, seeds in by_series.items()]
-        traces = [trace for trace in traces if trace["x"]]
-        if traces:
-            plots.append(Plot("" if k is None else f"k = {k}", traces, {}))
+        title = "" if k is None else f"k = {k}"
+        plots.append(Plot(title, [trace for trace in traces if trace["x"]], {}))
     return plots
 
 
 def _with_axes(
     plots: Sequence[Plot], x_axis: dict[str, Any], y_axis: dict[str, Any]
 ) -> list[Plot]:
-    """The plots with the same axes, so that they compare by eye."""
-    return [plot._replace(axes={"xaxis": x_axis, "yaxis": y_axis}) for plot in plots]
+    """The plots that have traces, with the same axes, so that they compare by eye."""
+    axes = {"xaxis": x_axis, "yaxis": y_axis}
+    return [plot._replace(axes=axes) for plot in plots if plot.traces]
 
 
 def _trace(series: str, **more: Any) -> Trace:
@@ -169,17 +162,16 @@ def _ablation_bars(seeds: Seeds) -> Trace:
         values = known(field)
         if field.startswith("ce_ratio_") and "_ci_" not in field and values:
             ends = values + known(f"{field}_ci_low") + known(f"{field}_ci_high")
-            estimates[field] = (fmean(values), min(ends), max(ends))
-    means = [mean for mean, _, _ in estimates.values()]
+            estimates[_intervention(field)] = (fmean(values), min(ends), max(ends))
     return {
         "type": "bar",
         "orientation": "h",
-        "y": [_intervention(field) for field in estimates],
+        "y": list(estimates),
         # bars start where the intervention changes nothing
-        "base": [1.0] * len(means),
-        "x": [mean - 1 for mean in means],
+        "base": [1.0] * len(estimates),
+        "x": [mean - 1 for mean, _, _ in estimates.values()],
         "error_x": _whiskers(list(estimates.values())),
-        "customdata": means,
+        "customdata": list(estimates.values()),
     }
 
 
@@ -216,5 +208,5 @@ def _whiskers(
     }
 
 
-def _values(plots: Sequence[Plot], coordinate: str) -> list[float]:
+def _values(plots: Sequence[Plot], coordinate: str) -> list[Any]:
     return [value for plot in plots for t in plot.traces for value in t[coordinate]]

@@ -26,15 +26,11 @@ const base = {
 };
 const pixelsPerBar = 17;
 
-function axis(title, own) {
-  return {
-    automargin: true,
-    showline: true,
-    ticks: "outside",
-    zeroline: false,
-    title: { text: title, standoff: 8, font: { size: 14 } },
-    ...own,
-  };
+function axis(text, own) {
+  // an empty title would keep its room
+  const title = text ? { title: { text, standoff: 8, font: { size: 14 } } } : {};
+  const look = { automargin: true, showline: true, ticks: "outside", zeroline: false };
+  return { ...look, ...title, ...own };
 }
 
 function curveLook({ colour, is_plain, symbol }) {

@@ -14,7 +14,6 @@ from plotly.offline import get_plotlyjs
 
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold.compare import wording
-from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.report import figures
 from saelens_scaffold.compare.report.series import styles
 
@@ -96,7 +95,7 @@ def _environment() -> Environment:
         yaml=_yaml,
         breakable=_breakable,
     )
-    environment.globals.update(wording=wording, metric_name=metric_name)
+    environment.globals["wording"] = wording
     return environment
 
 

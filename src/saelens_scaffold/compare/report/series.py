@@ -39,10 +39,11 @@ def styles(results: Mapping[str, Any]) -> dict[str, Style]:
     families: list[str] = []
     found: dict[str, Style] = {}
     for sae in results["saes"]:
-        series = series_of(sae["architecture"], sae["axes"])
+        architecture: str = sae["architecture"]
+        series = series_of(architecture, sae["axes"])
         if series in found:
             continue
-        family = twins.get(sae["architecture"], sae["architecture"])
+        family = twins.get(architecture, architecture)
         if family not in families:
             families.append(family)
         colour = COLOURS[families.index(family) % len(COLOURS)]

@@ -21,7 +21,8 @@ from saelens_scaffold import (
     ScaffoldBatchTopKTrainingSAEConfig,
 )
 from saelens_scaffold.models import load_embedded_model, load_stdlib_text
-from saelens_scaffold.training.runner import ActivationStream, last_checkpoint
+from saelens_scaffold.training.activation_stream import ActivationStream
+from saelens_scaffold.training.runner import last_checkpoint
 
 STEPS = 24
 

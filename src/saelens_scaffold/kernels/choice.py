@@ -27,18 +27,6 @@ OLDEST_CAPABILITY = (7, 0)
 """The oldest CUDA compute capability that PyTorch uses Triton on (V100's)."""
 
 
-def check_kernels(asked: str, name: str = "kernels") -> None:
-    """
-    Raises:
-        ValueError: There are no such kernels.
-    """
-    if asked not in get_args(Kernels):
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, get_args(Kernels)))}, "
-            f"got {asked!r}."
-        )
-
-
 def choose_kernels(
     asked: str, device: torch.device, worthwhile: bool
 ) -> ModuleType | None:
@@ -57,7 +45,11 @@ def choose_kernels(
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     if from_environment:
         asked, asked_by = from_environment, f"the environment's {ENVIRONMENT_VARIABLE}"
-        check_kernels(asked, asked_by)
+        if asked not in get_args(Kernels):
+            raise ValueError(
+                f"{asked_by} must be one of {', '.join(map(repr, get_args(Kernels)))}, "
+                f"got {asked!r}."
+            )
     if asked == "auto":
         asked = _automatic(device) if worthwhile else "reference"
     if asked == "reference":

@@ -34,10 +34,11 @@ test-min: $(VENV_MIN)/.installed ## Run the tests against the lowest sae-lens de
 	@$(VENV_MIN)/bin/python tests/chromium.py
 	$(VENV_MIN)/bin/python -m pytest $(TEST_ARGS)
 
-lint: $(VENV)/.installed ## Check style, format and types
+lint: $(VENV)/.installed ## Check style, format, types and the direction of imports
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/lint-imports
 
 docs-check: $(VENV)/.installed ## Find numbers in README and docs that no recorded run contains
 	$(VENV)/bin/python tests/docs_check.py

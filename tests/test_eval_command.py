@@ -1,4 +1,4 @@
-"""`saelens-scaffold eval`, the flags of single evaluations, schemas and graphs."""
+"""`saelens-scaffold eval`, and the JSON schemas of its results."""
 
 import json
 import shutil
@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from helpers import scaffold_sae, train
-from saelens_scaffold_cli import EVALUATIONS as NAMES
 from saelens_scaffold_cli import main
 
 pytest.importorskip("sae_bench")
@@ -28,9 +27,13 @@ from sae_bench.evals.base_eval_output import (  # noqa: E402
     BaseResultDetail,
 )
 
-from saelens_scaffold.evals import command_line, json_schemas, registry  # noqa: E402
-from saelens_scaffold.evals.registry import Evaluation, Metric  # noqa: E402
-from saelens_scaffold.evals.run import run_evaluation  # noqa: E402
+from saelens_scaffold.evals import json_schemas, registry  # noqa: E402
+from saelens_scaffold.evals.base import (  # noqa: E402
+    Call,
+    Evaluation,
+    Implementation,
+    Metric,
+)
 from saelens_scaffold.evals.selected_saes import load_saes  # noqa: E402
 
 QUICK_CORE = [
@@ -82,7 +85,10 @@ class FakeEvalOutput(
     eval_type_id: str = Field(default="dense_latents")
 
 
-def measure(config: FakeEvalConfig, saes: list[Any], device: str) -> Any:
+def measure(config: FakeEvalConfig, saes: list[Any], call: Call) -> Any:
+    print("chatter")
+    calls.append({"config": config, "call": call, "grad": torch.is_grad_enabled()})
+    torch.set_grad_enabled(False)  # as some of SAEBench's do
     if config.careful:
         raise RuntimeError("too [careful]\nto work")
     for sae in saes:
@@ -90,33 +96,7 @@ def measure(config: FakeEvalConfig, saes: list[Any], device: str) -> Any:
             count=sae.sae.cfg.d_sae, count_ci_low=10, count_ci_high=14
         )
         yield sae, {"eval_result_metrics": FakeMetricCategories(fake=metrics)}
-
-
-def run_eval(
-    config: FakeEvalConfig,
-    selected_saes: Any,
-    device: str,
-    output_path: str,
-    force_rerun: bool = False,
-    clean_up_activations: bool = False,
-    save_activations: bool = True,
-    artifacts_path: str = "artifacts",
-) -> dict[str, dict[str, Any]]:
-    print("chatter")
-    calls.append({**locals(), "grad": torch.is_grad_enabled()})
-    torch.set_grad_enabled(False)  # as some of SAEBench's do
-    for _, sae in selected_saes:
-        sae.W_dec.data.zero_()
-    return run_evaluation(
-        measure,
-        FakeEvalOutput,
-        config,
-        selected_saes,
-        device,
-        output_path,
-        force_rerun,
-        "sparse",
-    )
+        sae.sae.W_dec.data.zero_()
 
 
 calls: list[dict[str, Any]] = []
@@ -126,18 +106,16 @@ calls: list[dict[str, Any]] = []
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Registers the evaluations `fake` and `other`, and works in tmp_path."""
     monkeypatch.chdir(tmp_path)
-    config = ModuleType("fake_eval.eval_config")
-    config.FakeEvalConfig = FakeEvalConfig  # type: ignore[attr-defined]
-    monkeypatch.setattr(FakeEvalConfig, "__module__", config.__name__)
-    main_module = ModuleType("fake_eval.main")
-    main_module.run_eval = run_eval  # type: ignore[attr-defined]
-    for module in config, main_module:
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    module = ModuleType("fake_eval")
+    module.IMPLEMENTATION = Implementation(  # type: ignore[attr-defined]
+        FakeEvalConfig, measure, FakeEvalOutput
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     for name in "fake", "other":
         evaluation = Evaluation(
             name,
-            "fake_eval",
             "sparse",
+            "fake_eval:IMPLEMENTATION",
             (Metric("count", "fake.count", 0), Metric("empty", "fake.empty")),
             data="text",
         )
@@ -200,8 +178,7 @@ def test_help_imports_nothing_heavy_and_names_all_evaluations() -> None:
     done = subprocess.run(
         [sys.executable, "-c", source], capture_output=True, text=True, check=True
     )
-    named = {name for names in NAMES.values() for name in names}
-    assert named == set(registry.EVALUATIONS) - {"fake", "other"}
+    named = set(registry.EVALUATIONS) - {"fake", "other"}
     assert all(name in done.stdout for name in named)
 
 
@@ -259,19 +236,20 @@ def test_core_and_a_failing_evaluation(run: Any, saes: dict[str, str]) -> None:
     assert written == {f: f.stat().st_mtime_ns for f in written}
 
 
-def test_results_of_other_saes_and_configurations_are_refused(
+def test_other_saes_and_configurations_are_measured_again(
     run: Any, saes: dict[str, str]
 ) -> None:
     shutil.copytree(saes["plain"], "a/sae")
     shutil.copytree(saes["scaffold"], "b/sae")
     core = ["core", *QUICK_CORE, "--sae_path"]
-    assert run(*core, "a/sae")[0] == 0
+    status, first, _ = run(*core, "a/sae")
     status, output, errors = run(*core, "b/sae")
-    assert (status, rows(output)["sae"][0]) == (1, "failed")
-    assert "is the result of another SAE of the same name" in errors
+    assert status == 0
+    assert "sae: measuring again, measured with other weights of the SAE" in errors
+    assert rows(output)["sae"] != rows(first)["sae"]
     status, output, errors = run(*core, "a/sae", "--llm_batch_size=3")
-    assert status == 1
-    assert "was measured with batch_size_prompts 2 (now 3)" in errors
+    assert status == 0
+    assert "batch_size_prompts 2 (now 3)" in errors
 
 
 def test_what_core_logs_is_reported_and_what_is_there_is_kept(
@@ -291,7 +269,7 @@ def test_what_core_logs_is_reported_and_what_is_there_is_kept(
     assert "core failed: scaffold: RuntimeError: CE is broken\n" in errors
     assert rows(output)["plain"] == rows(first_table)["plain"]
     assert set(rows(output)["scaffold"]) == {"failed"}
-    # an old result is no result of a new run
+    # a new run that fails shows no old result
     status, output, errors = run(*core, saes["plain"], "--force_rerun", "--debug")
     assert (status, set(rows(output)["plain"])) == (1, {"failed"})
     assert "in broken" in errors
@@ -314,7 +292,9 @@ def test_an_interruption_leaves_what_is_finished(
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fake_eval.main"], "run_eval", interrupt)
+    module: Any = sys.modules["fake_eval"]
+    interrupted = Implementation(FakeEvalConfig, interrupt, FakeEvalOutput)
+    monkeypatch.setattr(module, "IMPLEMENTATION", interrupted)
     arguments = ["meta_structure,fake", "--set=meta_structure.train_steps=1"]
     status, output, errors = run(*arguments, "--sae_path", saes["plain"])
     assert (status, output) == (130, "")
@@ -339,12 +319,13 @@ def test_local_text_of_another_column(run: Any, saes: dict[str, str]) -> None:
     arguments += ["--dataset=text.jsonl", "--text_column=body"]
     assert run(*arguments)[0] == 0
     status, output, errors = run(*arguments)
-    assert status == 0, errors  # of the same text, which has the same name
+    assert status == 0, errors
+    assert "measuring again" not in errors
     with Path("text.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"body": "x = 1\n"}))
     status, output, errors = run(*arguments)
-    assert status == 1
-    assert "was measured with dataset" in errors
+    assert status == 0
+    assert "measured with another dataset text.jsonl of the same name" in errors
 
 
 @pytest.mark.parametrize(
@@ -410,8 +391,8 @@ def test_flags_reach_the_configuration(run: Any, saes: dict[str, str]) -> None:
         *("fake,fake", "--sae_path", saes["plain"], "--dataset=python-stdlib"),
         *("--model=py-neox", "--random_seeds", "3", "4", "--llm_dtype=float64"),
         *("--set=fake.sizes=[2, 3]", '--set=fake.pairs={"a": [1]}'),
-        *("--set=fake.limit=null", "--output_folder=out", "--save_activations"),
-        *("--artifacts_path=kept", "--clean_up_activations", "--baseline=plain"),
+        *("--set=fake.limit=null", "--output_folder=out", "--artifacts_path=kept"),
+        "--baseline=plain",
     )
     assert status == 0, errors
     (call,) = calls
@@ -425,9 +406,9 @@ def test_flags_reach_the_configuration(run: Any, saes: dict[str, str]) -> None:
         pairs={"a": [1]},
         baseline="plain",
     )
-    assert Path(call["output_path"]) == Path("out/fake")
-    assert not call["save_activations"] and call["clean_up_activations"]
-    assert call["artifacts_path"] == "kept"
+    assert Path("out/fake").is_dir()
+    assert call["call"].artifacts.parent == Path("kept")
+    assert not any(Path("kept").iterdir())
 
 
 def test_models_of_the_saes(run: Any, saes: dict[str, str]) -> None:
@@ -445,69 +426,7 @@ def test_models_of_the_saes(run: Any, saes: dict[str, str]) -> None:
     assert run("fake", "--sae_path", "sae", "--model=py-neox")[0] == 0
 
 
-# ---- the flags of a single evaluation
-
-
-@pytest.fixture
-def flags(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs `fake`'s own command line: exit status and output."""
-
-    def run_flags(*args: str) -> tuple[int, str]:
-        status = 0
-        try:
-            command_line.main(run_eval, FakeEvalConfig, "fake", [*args, "--device=cpu"])
-        except SystemExit as exit:
-            assert isinstance(exit.code, int)
-            status = exit.code
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
-
-    return run_flags
-
-
-def test_every_field_is_a_flag(flags: Any, saes: dict[str, str]) -> None:
-    status, output = flags(
-        *("--sae_path", *saes.values(), "--sizes", "4", "5", "--pairs", '{"b": [2]}'),
-        *("--careful", "false", "--limit", "6", "--llm_batch_size", "1"),
-    )
-    assert status == 0, output
-    assert "2 results are in eval_results/fake" in output
-    (call,) = calls
-    assert call["config"] == FakeEvalConfig(
-        model_name="py-neox", sizes=[4, 5], pairs={"b": [2]}, limit=6, llm_batch_size=1
-    )
-    assert call["save_activations"] and not call["force_rerun"]
-
-
-def test_the_flags_explain_themselves(flags: Any) -> None:
-    status, output = flags("--help")
-    output = " ".join(output.split())
-    assert status == 0
-    assert "100 % random (default: 42)" in output
-    assert "None for no limit " in output
-    assert "--sizes VALUE [VALUE ...]" in output
-    assert "python -m saelens_scaffold.evals.fake.main" in output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--limit", "many"], "limit is 'many': Input should be a valid integer"),
-        (["--sizes", "1", "x"], "sizes.1 is 'x'"),
-        (["--pairs", "{"], "not JSON: '{'"),
-        (["--careful", "perhaps"], "careful is 'perhaps'"),
-        (["--sae_path", "nope"], "nope is not an SAE's directory"),
-    ],
-)
-def test_wrong_flags(
-    arguments: list[str], message: str, flags: Any, saes: dict[str, str]
-) -> None:
-    status, output = flags("--sae_path", saes["plain"], *arguments)
-    assert (status, calls) == (2, [])
-    assert message in output.splitlines()[-1]
-
-
-# ---- schemas and graphs
+# ---- schemas
 
 
 def test_schemas_are_current() -> None:
@@ -517,44 +436,6 @@ def test_schemas_are_current() -> None:
         assert path.is_file() and path.read_text() == current, (
             f"{path} is out of date; run python -m saelens_scaffold.evals.json_schemas"
         )
-
-
-def test_graphs(run: Any, saes: dict[str, str]) -> None:
-    source = "import sys, saelens_scaffold.evals.graphing as g; " + (
-        "assert not {'plotly', 'seaborn'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", source], check=True)
-
-    from sae_bench.sae_bench_utils import graphing_utils
-
-    from saelens_scaffold.evals.graphing import register_with_graphing_utils
-
-    names = "get_eval_results", "get_custom_metric_key_and_name"
-    native = {name: getattr(graphing_utils, name) for name in names}
-    try:
-        register_with_graphing_utils()
-        ours = graphing_utils.get_eval_results
-        register_with_graphing_utils()
-        assert graphing_utils.get_eval_results is ours
-
-        run("fake,core", "--sae_path", saes["scaffold"], *QUICK_CORE)
-        # a word by which SAEBench would know it
-        shutil.copytree("eval_results", "core_results")
-        files = graphing_utils.find_eval_results_files(["core_results/fake"])
-        (loaded,) = graphing_utils.get_eval_results(files).values()
-        assert loaded["count"] == 253
-        assert loaded["eval_config"]["dataset"] == "python-stdlib"
-        assert {"sae_class", "d_sae", "train_tokens"} <= set(loaded)
-        headline = graphing_utils.get_custom_metric_key_and_name
-        assert headline(files[0]) == ("dense_latents", "Dense Latents")
-        assert headline("x/scaffold_ablation")[0] == "ce_ratio_scaffold_mean_ablated"
-        assert headline("x/tpp", 10)[0] == "tpp_threshold_10_total_metric"
-        files = graphing_utils.find_eval_results_files(["core_results/core"])
-        (loaded,) = graphing_utils.get_eval_results(files).values()
-        assert loaded["ce_loss_score"] <= 1
-    finally:
-        for name, function in native.items():
-            setattr(graphing_utils, name, function)
 
 
 def test_load_saes_names_are_those_of_the_table(saes: dict[str, str]) -> None:

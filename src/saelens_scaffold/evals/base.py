@@ -147,12 +147,14 @@ class Implementation:
             results that are complete already.
         check: Raises `UserError` before long work if the configuration does not go with
             the SAEs, or its text cannot be read.
+        warning: A line on a result that the user should not overlook; None if all is well.
     """
 
     config_class: type[Any]
     measure: Measure
     output_class: type[Any] | None = None
     check: Callable[[Any, Sequence["SelectedSAE"]], None] = lambda *_: None
+    warning: Callable[[Mapping[str, Any]], str | None] = lambda _: None
 
 
 @dataclass(frozen=True)

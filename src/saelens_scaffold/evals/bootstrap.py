@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from saelens_scaffold.evals.bounds import UNBOUNDED, Bounds, within
+from saelens_scaffold.evals.base import UNBOUNDED, Bounds, within
 
 
 class Interval(NamedTuple):

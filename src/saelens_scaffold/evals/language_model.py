@@ -1,7 +1,9 @@
 """The language model of an evaluation, cut in two at the SAEs' hook point."""
 
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -69,6 +71,23 @@ def _slashless_name(directory: str) -> str:
     short = {official.rpartition("/")[2] for official in known}
     # a copy of a model that TransformerLens knows must not take its name
     return f"{name}-local" if name.lower() in known | short else name
+
+
+def choose_device(device: str | None) -> str:
+    """
+    The device that was asked for, else the one that SAEBench chooses.
+
+    Raises:
+        UserError: It cannot be used.
+    """
+    if device is None:
+        with redirect_stdout(sys.stderr):
+            return general_utils.setup_environment()
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"device {device!r} cannot be used: {error}") from error
+    return device
 
 
 class HookedModel:

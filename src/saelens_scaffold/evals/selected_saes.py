@@ -1,17 +1,19 @@
 """The SAEs that an evaluation is run on: where they come from, and what is judged."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from sae_bench.sae_bench_utils import general_utils
+from sae_bench.sae_bench_utils import general_utils, sae_selection_utils
 from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals.base import View
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
 from saelens_scaffold.saes.digest import weights_sha256
 from saelens_scaffold.saes.scaffold import (
@@ -25,8 +27,6 @@ from saelens_scaffold.saes.validation import (
     read_json_object,
 )
 from saelens_scaffold.training.measurement import note_trained_k
-
-View = Literal["whole", "sparse"]
 
 PAPER_RANK = 24
 """Rank of the scaffold in arXiv 2606.14040, for Gemma-2-2B layer 12."""
@@ -108,18 +108,15 @@ class SelectedSAE:
         """The hook point it was trained at."""
         return str(self.sae.cfg.metadata.hook_name)
 
-    def result_path(self, output_path: str | os.PathLike[str]) -> Path:
-        """Where SAEBench keeps this SAE's result."""
-        return result_path(output_path, self.release, self.sae_id)
+    @property
+    def file_name(self) -> str:
+        """Name of the file with its result, as in SAEBench."""
+        return result_file_name(self.release, self.sae_id)
 
 
-def result_path(
-    output_path: str | os.PathLike[str], release: str, sae_id: str = CUSTOM_SAE_ID
-) -> Path:
-    """Where SAEBench keeps the result of an SAE, which need not be there."""
-    return Path(
-        general_utils.get_results_filepath(os.fspath(output_path), release, sae_id)
-    )
+def result_file_name(release: str, sae_id: str = CUSTOM_SAE_ID) -> str:
+    """Name of the file with an SAE's result, as in SAEBench."""
+    return general_utils.get_results_filepath("", release, sae_id)
 
 
 def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[Any]]]:
@@ -166,6 +163,55 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
     return selected
 
 
+def select_saes(
+    sae_path: Sequence[str] = (),
+    sae_regex_pattern: str | None = None,
+    sae_block_pattern: str | None = None,
+    model_name: str | None = None,
+) -> list[tuple[str, Any]]:
+    """
+    The SAEs that a command line names, from disk and from SAELens's releases.
+
+    Args:
+        sae_path: Directories of SAEs.
+        sae_regex_pattern: Regular expression of SAELens releases.
+        sae_block_pattern: Regular expression of the ids in these releases.
+        model_name: Language model of SAEs that do not name theirs.
+
+    Raises:
+        UserError: No SAE is named, a pattern matches none, or one cannot be read.
+    """
+    patterns = (sae_regex_pattern, sae_block_pattern)
+    if patterns.count(None) == 1:
+        raise UserError("--sae_regex_pattern and --sae_block_pattern go together")
+    selected: list[tuple[str, Any]] = [*load_saes(sae_path)]
+    if sae_regex_pattern is not None and sae_block_pattern is not None:
+        selected += _released_saes(sae_regex_pattern, sae_block_pattern)
+    if not selected:
+        raise UserError(
+            "no SAE is named; give --sae_path DIR..., or --sae_regex_pattern and "
+            "--sae_block_pattern"
+        )
+    # SAEBench loads no SAE that does not name its model.
+    for _, sae in selected:
+        if model_name and not isinstance(sae, str) and not sae.cfg.metadata.model_name:
+            sae.cfg.metadata.model_name = model_name
+    return selected
+
+
+def _released_saes(release: str, sae_id: str) -> list[tuple[str, Any]]:
+    try:
+        found = sae_selection_utils.get_saes_from_regex(release, sae_id)
+    except re.error as error:
+        raise UserError(f"not a regular expression: {error}") from error
+    if not found:
+        raise UserError(
+            f"no SAE of SAELens's releases matches the release {release!r} and the id "
+            f"{sae_id!r} (in full)"
+        )
+    return [*found]
+
+
 def _has_scaffold(directory: Path) -> bool:
     cfg = read_json_object(directory / "cfg.json", MAX_CFG_BYTES)
     return cfg.get("architecture") == ScaffoldJumpReLUSAEConfig.architecture()
@@ -210,8 +256,8 @@ def resolve_saes(
     for sae in resolved:
         sae.subspace_rank = sae.rank or largest or PAPER_RANK
 
-    files = [sae.result_path("") for sae in resolved]
-    twice = sorted({file.name for file in files if files.count(file) > 1})
+    files = [sae.file_name for sae in resolved]
+    twice = sorted({file for file in files if files.count(file) > 1})
     if twice:
         raise UserError(
             f"two SAEs have the same name, and so would their results: {twice}; "

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from saelens_scaffold._util.tables import markdown
-from saelens_scaffold.evals.registry import Evaluation, Metric
+from saelens_scaffold.evals.base import Evaluation, Metric
 
 if TYPE_CHECKING:
     from saelens_scaffold.evals.selected_saes import SelectedSAE

@@ -1,7 +1,6 @@
 """Text to evaluate on: from the Hub, from a local file or folder, or the embedded one."""
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -31,6 +30,9 @@ logger = logging.getLogger(__name__)
 EMBEDDED_DATASET_NAME = "python-stdlib"
 """The standard library of the running Python, as a dataset for any evaluation."""
 
+_EMBEDDED_SPLITS = ("train", "test")
+
+# Builders of the datasets library by file suffix.
 _BUILDERS = {
     ".parquet": "parquet",
     ".jsonl": "json",
@@ -59,56 +61,10 @@ def open_dataset(
         UserError: There is no such dataset, or no such split in it.
     """
     if name == EMBEDDED_DATASET_NAME:
-        if split not in ("train", "test"):
+        if split not in _EMBEDDED_SPLITS:
             raise UserError(f"{name} has the splits 'train' and 'test', not {split!r}")
-        return (load_stdlib_chunks if chunked else load_stdlib_text)(split)
-    path = Path(name)
-    try:
-        if path.is_file():
-            return _open_file(path)
-        if path.is_dir():
-            return _open_directory(path, split)
-        if path.suffix in _BUILDERS or path.is_absolute() or name.startswith("."):
-            raise UserError(f"dataset {name!r}: there is no such file or directory")
-        return _split_of(load_dataset(name, subset, streaming=True), name, split)
-    except ValueError:
-        raise
-    except Exception as error:  # the datasets library's own, and those of the network
-        raise UserError(
-            f"dataset {name!r} cannot be read: {type(error).__name__}: {error} "
-            f"(allowed: a name on the Hub, a local directory or file, "
-            f"{EMBEDDED_DATASET_NAME!r})"
-        ) from error
-
-
-def _open_file(path: Path) -> AnyDataset:
-    if path.suffix not in _BUILDERS:
-        raise UserError(
-            f"dataset {os.fspath(path)!r} is a {path.suffix or 'nameless kind of'} file; "
-            f"allowed are {', '.join(_BUILDERS)}"
-        )
-    if path.stat().st_size == 0:
-        raise UserError(f"dataset {os.fspath(path)!r} is empty")
-    dataset = load_dataset(
-        _BUILDERS[path.suffix], data_files=os.fspath(path), split="train"
-    )
-    assert isinstance(dataset, Dataset)
-    return dataset
-
-
-def _open_directory(path: Path, split: str) -> AnyDataset:
-    return _split_of(_load_directory(path), os.fspath(path), split)
-
-
-def _load_directory(path: Path) -> Any:
-    saved_by_datasets = (path / "dataset_info.json").is_file() or (
-        path / "dataset_dict.json"
-    ).is_file()
-    load = load_from_disk if saved_by_datasets else load_dataset
-    return load(os.fspath(path))
-
-
-def _split_of(loaded: Any, name: str, split: str) -> AnyDataset:
+        return (load_stdlib_chunks if chunked else load_stdlib_text)(split)  # type: ignore[arg-type]
+    loaded = _load(name, subset)
     if not isinstance(loaded, (DatasetDict, IterableDatasetDict)):
         return loaded
     if split not in loaded:
@@ -120,27 +76,46 @@ def _split_of(loaded: Any, name: str, split: str) -> AnyDataset:
 
 def split_names(name: str, subset: str | None = None) -> list[str]:
     """
-    The splits of a dataset that `open_dataset` opens.
+    The splits of a dataset that `open_dataset` opens; none if it is not split.
 
-    Args:
-        name: As for `open_dataset`.
-        subset: The dataset's configuration on the Hub.
-
-    Returns:
-        Their names. None for a dataset that is not split: all of it is any split.
+    Raises:
+        UserError: There is no such dataset.
     """
     if name == EMBEDDED_DATASET_NAME:
-        return ["train", "test"]
-    path = Path(name)
-    if path.is_file():
-        return []
-    loaded = (
-        _load_directory(path)
-        if path.is_dir()
-        else load_dataset(name, subset, streaming=True)
-    )
+        return [*_EMBEDDED_SPLITS]
+    loaded = _load(name, subset)
     is_split = isinstance(loaded, (DatasetDict, IterableDatasetDict))
     return [str(split) for split in loaded] if is_split else []
+
+
+def _load(name: str, subset: str | None) -> Any:
+    """A dataset with all its splits."""
+    path = Path(name)
+    looks_local = path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")
+    if looks_local and not path.exists():
+        raise UserError(f"dataset {name!r}: there is no such file or directory")
+    if path.is_file() and path.suffix not in _BUILDERS:
+        raise UserError(
+            f"dataset {name!r} is a {path.suffix or 'nameless kind of'} file; allowed are "
+            f"{', '.join(_BUILDERS)}"
+        )
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(f"dataset {name!r} is empty")
+    try:
+        if path.is_file():
+            return load_dataset(_BUILDERS[path.suffix], data_files=name, split="train")
+        if not path.is_dir():
+            return load_dataset(name, subset, streaming=True)
+        saved_by_datasets = any(
+            (path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict")
+        )
+        return (load_from_disk if saved_by_datasets else load_dataset)(name)
+    except Exception as error:  # the datasets library's own, and those of the network
+        raise UserError(
+            f"dataset {name!r} cannot be read: {type(error).__name__}: {error} "
+            f"(allowed: a name on the Hub, a local directory or file, "
+            f"{EMBEDDED_DATASET_NAME!r})"
+        ) from error
 
 
 def rows_with(

@@ -1,0 +1,259 @@
+"""Running evaluations: jobs on SAEs, results in the store, one table."""
+
+import copy
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from sae_bench.sae_bench_utils import (
+    get_eval_uuid,
+    get_sae_bench_version,
+    get_sae_lens_version,
+)
+
+from saelens_scaffold._util.errors import UserError, one_line
+from saelens_scaffold._util.interruption import raise_if_interrupted
+from saelens_scaffold.evals.base import Call, Evaluation, Result
+from saelens_scaffold.evals.jobs import Job, plan
+from saelens_scaffold.evals.registry import evaluations_named, known_evaluations
+from saelens_scaffold.evals.selected_saes import (
+    SelectedSAE,
+    SelectedSAEs,
+    resolve_saes,
+    select_saes,
+)
+from saelens_scaffold.evals.store import config_of
+from saelens_scaffold.evals.table import Outcome, judged_views, results_table
+
+
+def run(
+    job: Job,
+    selected_saes: SelectedSAEs,
+    force_rerun: bool = False,
+    together: bool = False,
+) -> Outcome:
+    """
+    Run one evaluation on the SAEs without a current result; an error is part of the outcome.
+
+    Args:
+        job: The evaluation.
+        selected_saes: (release, sae_id) or (name, SAE object) pairs. They are not changed.
+        force_rerun: Whether to measure SAEs again that have a current result.
+        together: Whether the results depend on each other: if one is missing, all are
+            measured again, and they are kept once all are there.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, also where a library made something else of it.
+    """
+    results: dict[str, Result] = {}
+    print(f"{job.evaluation.name}: {len(selected_saes)} SAEs", file=sys.stderr)
+    error = None
+    try:
+        # Some of SAEBench's evaluations switch gradients off or on, and leave it so.
+        with torch.enable_grad(), redirect_stdout(sys.stderr):
+            saes = job.resolve(copy.deepcopy(selected_saes))
+            for key, result in _results(job, saes, force_rerun, together):
+                results[key] = result
+    except Exception as caught:
+        error = caught
+    raise_if_interrupted()
+    for result in results.values():
+        if warning := job.implementation.warning(result):
+            print(warning, file=sys.stderr)
+    return Outcome(job.evaluation, results, error)
+
+
+def run_eval(
+    name: str,
+    config: Any,
+    selected_saes: SelectedSAEs,
+    device: str = "cpu",
+    output_path: str | os.PathLike[str] = "eval_results",
+    force_rerun: bool = False,
+    artifacts_path: str | os.PathLike[str] = "artifacts",
+) -> dict[str, Result]:
+    """
+    Run one evaluation of this package, as SAEBench's `run_eval` functions do.
+
+    Args:
+        name: Name of the evaluation.
+        config: Its configuration.
+        selected_saes: (release, sae_id) or (name, SAE object) pairs.
+        device: Where to compute.
+        output_path: Folder for the results, one JSON file per SAE.
+        force_rerun: Whether to measure SAEs again that have a current result.
+        artifacts_path: Folder for stored activations, probes and texts.
+
+    Returns:
+        The results as dictionaries, by the names that SAEBench gives the SAEs.
+
+    Raises:
+        UserError: The configuration, an SAE, the model or the text cannot be used.
+    """
+    evaluation = known_evaluations()[name]
+    paths = (Path(output_path), Path(artifacts_path))
+    job = Job(evaluation, evaluation.load(), config, device, *paths)
+    outcome = run(job, selected_saes, force_rerun)
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.results
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    What `saelens-scaffold eval` has to say.
+
+    Attributes:
+        text: The table, and which form of the SAEs was judged.
+        failures: One line for each evaluation that failed.
+    """
+
+    text: str
+    failures: list[str]
+
+
+def evaluate(
+    names: str,
+    settings: Sequence[str] = (),
+    *,
+    sae_path: Sequence[str] = (),
+    sae_regex_pattern: str | None = None,
+    sae_block_pattern: str | None = None,
+    force_rerun: bool = False,
+    debug: bool = False,
+    **options: Any,
+) -> Report:
+    """
+    Evaluate SAEs: everything that `saelens-scaffold eval` does.
+
+    Args:
+        names: Names of evaluations, separated by commas.
+        settings: Fields of configurations, as NAME.FIELD=VALUE.
+        sae_path: Directories of SAEs.
+        sae_regex_pattern: Regular expression of SAELens releases.
+        sae_block_pattern: Regular expression of the ids in these releases.
+        force_rerun: Whether to measure SAEs again that have a current result.
+        debug: Whether to print the tracebacks of failures to the standard error.
+        options: As for `plan`.
+
+    Raises:
+        UserError: Something is missing, or makes no sense; nothing has been run.
+    """
+    evaluations = _parse_settings(settings, evaluations_named(names))
+    selected = select_saes(
+        sae_path, sae_regex_pattern, sae_block_pattern, options.get("model_name")
+    )
+    jobs = plan(evaluations, selected, **options)
+    outcomes = [run(job, selected, force_rerun) for job in jobs]
+    saes = resolve_saes(copy.deepcopy(selected), "cpu", "float32")
+    text = "\n".join([results_table(saes, outcomes), *judged_views(outcomes)])
+    failures = [o for o in outcomes if o.error is not None]
+    if debug:
+        for outcome in failures:
+            traceback.print_exception(outcome.error, file=sys.stderr)
+    return Report(text, [f"{o.evaluation.name} failed: {reason(o)}" for o in failures])
+
+
+def reason(outcome: Outcome) -> str:
+    """Why an evaluation failed, in one line."""
+    error = outcome.error
+    assert error is not None
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return kind + one_line(error)
+
+
+def _results(
+    job: Job, saes: list[SelectedSAE], force_rerun: bool, together: bool
+) -> Iterator[tuple[str, Result]]:
+    """Every SAE's result, by its key: those that are current first."""
+    keys = job.keys(saes)
+    current = {} if force_rerun else job.current(saes)
+    if together and len(current) < len(saes):
+        current = {}
+    yield from current.items()
+    missing = [sae for sae in saes if sae.key not in current]
+    if not missing:
+        return
+    for sae in missing:
+        why = job.store.why_stale(sae.file_name, keys[sae.key])
+        if why is not None:
+            print(f"{sae.label}: measuring again, {why}", file=sys.stderr)
+    measured: list[tuple[SelectedSAE, Result]] = []
+    for sae, result in _measure(job, missing, [s for s in saes if s.key in current]):
+        if not together:
+            job.store.keep(sae.file_name, keys[sae.key], result)
+        measured.append((sae, result))
+        yield sae.key, result
+    if together:
+        for sae, result in measured:
+            job.store.keep(sae.file_name, keys[sae.key], result)
+
+
+def _measure(
+    job: Job, missing: list[SelectedSAE], companions: Sequence[SelectedSAE]
+) -> Iterator[tuple[SelectedSAE, Result]]:
+    """The complete results of SAEs, measured."""
+    about_this_run = {
+        "eval_id": get_eval_uuid(),
+        "sae_bench_commit_hash": get_sae_bench_version(),
+        "sae_lens_version": get_sae_lens_version(),
+    }
+    output_class = job.implementation.output_class
+    job.artifacts_path.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=job.artifacts_path) as artifacts:
+        call = Call(
+            device=job.device,
+            artifacts=Path(artifacts),
+            store_path=job.artifacts_path / job.evaluation.name,
+            dataset_split=job.dataset_split,
+            text_column=job.text_column,
+            api_key=job.api_key,
+            companions=companions,
+        )
+        for sae, result in job.implementation.measure(job.config, missing, call):
+            if output_class is not None:
+                output = output_class(
+                    **about_this_run,
+                    eval_config=config_of(job.config, sae),
+                    datetime_epoch_millis=int(datetime.now().timestamp() * 1000),
+                    sae_lens_id=sae.sae_id,
+                    sae_lens_release_id=sae.release,
+                    sae_cfg_dict=sae.sae.cfg.to_dict(),
+                    **result,
+                )
+                result = asdict(output)
+            yield sae, result
+
+
+def _parse_settings(
+    settings: Sequence[str], evaluations: Sequence[Evaluation]
+) -> dict[str, dict[str, Any]]:
+    """Values of fields, for each evaluation, from NAME.FIELD=VALUE."""
+    parsed: dict[str, dict[str, Any]] = {
+        evaluation.name: {} for evaluation in evaluations
+    }
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        name, dot, field = target.partition(".")
+        if not (equals and dot):
+            raise UserError(f"--set {setting}: write --set NAME.FIELD=VALUE")
+        if name not in parsed:
+            raise UserError(
+                f"--set {setting}: {name!r} is none of the evaluations to run: "
+                f"{', '.join(parsed)}"
+            )
+        try:
+            parsed[name][field] = json.loads(text)
+        except ValueError:
+            parsed[name][field] = text
+    return parsed

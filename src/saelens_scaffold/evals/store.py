@@ -1,0 +1,232 @@
+"""Results of evaluations: which ones exist, whether they are current, and whose they are.
+
+A result is SAEBench's JSON file, and beside it lies its key: everything that the numbers
+depend on. A result is current if its key is the one that is asked for.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter
+
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import new_file
+from saelens_scaffold._util.provenance import versions
+from saelens_scaffold.evals.fingerprints import dataset_fingerprint, model_fingerprint
+from saelens_scaffold.evals.selected_saes import SelectedSAE
+
+Key = dict[str, dict[str, Any]]
+"""What a result depends on, by kind, as plain JSON values."""
+
+KEY_SUFFIX = ".key"
+"""No .json, which SAEBench's tools would take for a result."""
+
+# These change how fast a number comes, not the number.
+_SPEED_ONLY = ("llm_batch_size", "sae_batch_size")
+
+_DATASET_FIELDS = ("dataset", "dataset_name", "dataset_names", "topic_dataset")
+_VERSIONS = ("saelens-scaffold", "sae-lens", "sae-bench", "transformer-lens", "torch")
+
+
+def result_key(
+    evaluation: str,
+    config: Any,
+    sae: SelectedSAE,
+    others: Mapping[str, SelectedSAE],
+    text: Mapping[str, str] | None = None,
+    **more: Any,
+) -> Key:
+    """
+    Everything that an SAE's result depends on.
+
+    Args:
+        evaluation: Name of the evaluation.
+        config: Its configuration, a pydantic dataclass.
+        sae: The SAE, in the form that is judged.
+        others: All SAEs of the call by label; one may be the SAE's baseline.
+        text: Split and column of the text, where the configuration does not have them.
+        more: Anything else, as a seed.
+    """
+    fields = TypeAdapter(type(config)).dump_python(config_of(config, sae), mode="json")
+    if "pca_rank" in fields:
+        fields["pca_rank"] = fields["pca_rank"] or sae.subspace_rank
+    weights = {"sae": sae.sae.cfg.metadata.weights_sha256}
+    if fields.get("baseline") in others:
+        baseline = others[fields["baseline"]]
+        weights["baseline"] = baseline.sae.cfg.metadata.weights_sha256
+    return {
+        "evaluation": {"name": evaluation, **(text or {}), **more},
+        "eval_config": {k: v for k, v in fields.items() if k not in _SPEED_ONLY},
+        "weights": weights,
+        "fingerprints": fingerprints(fields),
+        "versions": _current_versions(),
+    }
+
+
+def config_of(config: Any, sae: SelectedSAE) -> Any:
+    """The configuration as it applies to one SAE, which may be the others' baseline."""
+    given = getattr(config, "baseline", None)
+    own = given.get(sae.label) if isinstance(given, dict) else given
+    own = None if own == sae.label else own
+    return config if own == given else replace(config, baseline=own)
+
+
+def fingerprints(fields: Mapping[str, Any]) -> dict[str, str | None]:
+    """Hashes of the datasets and of the language model that a configuration names."""
+    found: dict[str, str | None] = {}
+    for field in _DATASET_FIELDS:
+        if field == "topic_dataset" and not fields.get("topics"):
+            continue
+        named = fields.get(field) or []
+        for name in [named] if isinstance(named, str) else named:
+            found[f"dataset {name}"] = dataset_fingerprint(name)
+    if fields.get("model_name"):
+        name = fields["model_name"]
+        found[f"model {name}"] = model_fingerprint(name)
+    return found
+
+
+class ResultStore:
+    """
+    The results of one evaluation, in a folder.
+
+    Args:
+        folder: The folder, which need not exist yet.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def find(self, file_name: str, key: Key) -> dict[str, Any] | None:
+        """A current result; None if there is none, or what there is depends on else."""
+        file = self.folder / file_name
+        stored = _read(_key_file(file))
+        if stored is None or differences(stored, key):
+            return None
+        return _read(file)
+
+    def why_stale(self, file_name: str, key: Key) -> str | None:
+        """What a result of that name differs in; None if there is none, or it is current."""
+        file = self.folder / file_name
+        if not file.exists():
+            return None
+        return _reason(_read(_key_file(file)), key)
+
+    def keep(self, file_name: str, key: Key, content: Mapping[str, Any]) -> None:
+        """Write a result and its key, in place of those of that name."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / file_name
+        # A crash in between leaves a result without a key, which is none.
+        _key_file(file).unlink(missing_ok=True)
+        _write(file, content)
+        _write(_key_file(file), key)
+
+
+class StoredResult(NamedTuple):
+    """
+    A result on disk.
+
+    Attributes:
+        evaluation: Name of the evaluation.
+        file: The JSON file.
+        content: Its content, as SAEBench's output classes write it.
+        key: What it depends on; None for a file that this package has not written.
+    """
+
+    evaluation: str
+    file: Path
+    content: dict[str, Any]
+    key: Key | None
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """Hash of the weights that were evaluated."""
+        return self.key["weights"]["sae"] if self.key else None
+
+    def why_stale(self) -> str | None:
+        """
+        What has changed since the result was written; None if nothing has.
+
+        Datasets and models that are not on this machine are taken to be the same.
+        """
+        if self.key is None:
+            return _reason(None, {})
+        config = self.key["eval_config"]
+        now = {"fingerprints": {}, "versions": _current_versions()}
+        with suppress(ValueError):  # of a model that is not known here
+            now["fingerprints"] = fingerprints(config)
+        return _reason(self.key, now)
+
+
+def stored_results(folder: Path) -> Iterator[StoredResult]:
+    """
+    All results in a folder and below it.
+
+    Raises:
+        UserError: There is no such folder, or a JSON file in it cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder with evaluation results")
+    for file in sorted(folder.rglob("*.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{file} is not JSON ({error}); evaluate again, or remove it"
+            ) from error
+        if isinstance(content, dict) and "eval_result_metrics" in content:
+            key = _read(_key_file(file))
+            name = key["evaluation"]["name"] if key else content.get("eval_type_id")
+            yield StoredResult(str(name), file, content, key)
+
+
+def differences(stored: Key, wanted: Key) -> list[str]:
+    """What differs between two keys, as far as both sides are known."""
+    found: list[str] = []
+    for kind, fields in wanted.items():
+        then_fields = stored.get(kind, {})
+        for name in dict.fromkeys([*fields, *then_fields]):
+            then, now = then_fields.get(name), fields.get(name)
+            is_hash = kind in ("weights", "fingerprints")
+            if then == now or (kind == "fingerprints" and None in (then, now)):
+                continue
+            if kind == "weights":
+                found.append(f"other weights of the {name.replace('sae', 'SAE')}")
+            elif is_hash:
+                found.append(f"another {name} of the same name")
+            else:
+                found.append(f"{name} {then!r} (now {now!r})")
+    return found
+
+
+def _reason(stored: Key | None, wanted: Key) -> str | None:
+    if stored is None:
+        return "nothing says what it was measured with"
+    differing = differences(stored, wanted)
+    return f"measured with {', '.join(differing)}" if differing else None
+
+
+def _current_versions() -> dict[str, str]:
+    return {name: v for name, v in versions().items() if name in _VERSIONS}
+
+
+def _key_file(file: Path) -> Path:
+    return file.with_suffix(KEY_SUFFIX)
+
+
+def _read(file: Path) -> Any:
+    """JSON content; None if the file is missing or was not written to its end."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _write(file: Path, content: Any) -> None:
+    with new_file(file) as temporary:
+        text = json.dumps(content, indent=2, default=str)
+        temporary.write_text(text, encoding="utf-8")

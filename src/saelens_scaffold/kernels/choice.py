@@ -1,4 +1,4 @@
-"""Which kernels run: what the configuration or the environment asks for, where it can."""
+"""Choice of the kernels, by configuration, environment and device."""
 
 import importlib.util
 import os
@@ -13,33 +13,33 @@ from saelens_scaffold.kernels import torch_ops
 
 Kernels = Literal["auto", "reference", "torch", "triton"]
 """
-- "auto": "triton" on CUDA, "torch" on a CPU; "reference" elsewhere, and where the sparse
-  kernels have nothing to gain
-- "reference": none, SAELens's own dense code
-- "torch": sparse, in PyTorch's own operations
+- "auto": "triton" on CUDA, "torch" on a CPU; "reference" elsewhere, and where sparse
+  kernels gain nothing
+- "reference": SAELens's dense code
+- "torch": sparse, in PyTorch's operations
 - "triton": sparse, in Triton, on CUDA
 """
 
 ENVIRONMENT_VARIABLE = "SAELENS_SCAFFOLD_KERNELS"
-"""Overrides what configurations ask for."""
+"""Environment variable that overrides configurations."""
 
 OLDEST_CAPABILITY = (7, 0)
-"""The oldest CUDA compute capability that PyTorch uses Triton on (V100's)."""
+"""Oldest CUDA compute capability for which PyTorch uses Triton (V100)."""
 
 
 def choose_kernels(
     asked: str, device: torch.device, worthwhile: bool
 ) -> ModuleType | None:
     """
-    The module of operations to use on a device, or None for dense code.
+    The module of operations for a device, or None for dense code.
 
     Args:
-        asked: What the configuration asks for.
-        device: Where the weights are.
+        asked: The configuration's `kernels`.
+        device: Device of the weights.
         worthwhile: Whether "auto" should choose sparse kernels.
 
     Raises:
-        ValueError: There are no such kernels, or they are not for this device.
+        ValueError: The kernels do not exist, or do not run on this device.
     """
     asked_by = "kernels"
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)

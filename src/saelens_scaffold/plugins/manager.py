@@ -35,7 +35,7 @@ from saelens_scaffold.plugins.hookspecs import (
 )
 
 if TYPE_CHECKING:
-    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
+    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
 
 logger = logging.getLogger(__name__)
 
@@ -142,22 +142,17 @@ def _offers_evaluations(plugin: Any) -> bool:
 # Kept beside the SAEs, not in them: a copy of an SAE gets plugins of its own, and plugins
 # need not be copied, pickled or moved to a device with it.
 
-_PLUGINS: "WeakKeyDictionary[ScaffoldBatchTopKTrainingSAE, pluggy.PluginManager]" = (
-    WeakKeyDictionary()
-)
-_IN_TRAINING: "WeakKeyDictionary[ScaffoldBatchTopKTrainingSAE, int]" = (
-    WeakKeyDictionary()
-)
+_PLUGINS: "WeakKeyDictionary[ScaffoldSAE, pluggy.PluginManager]" = WeakKeyDictionary()
+_IN_TRAINING: "WeakKeyDictionary[ScaffoldSAE, int]" = WeakKeyDictionary()
 """Current step of each SAE with plugins."""
 
 
-def plugins_of(sae: "ScaffoldBatchTopKTrainingSAE") -> pluggy.PluginManager:
+def plugins_of(sae: "ScaffoldSAE") -> pluggy.PluginManager:
     """
     The plugin manager of an SAE, with the plugins that its configuration chooses.
 
     More plugins can be registered there while the SAE lives, as in a notebook. Only those
-    of the configuration are in checkpoints, and start a scaffold whose scaffold_init is
-    not "pca".
+    of the configuration are saved in checkpoints.
     """
     if sae not in _PLUGINS:
         _PLUGINS[sae] = make_plugins(sae.cfg.scaffold_plugins)
@@ -168,17 +163,8 @@ def plugins_of(sae: "ScaffoldBatchTopKTrainingSAE") -> pluggy.PluginManager:
 # ---- called by the architecture
 
 
-def can_start(sae: "ScaffoldBatchTopKTrainingSAE") -> bool:
-    """Whether a plugin that the configuration chooses can start the scaffold."""
-    if not sae.cfg.scaffold_plugins:
-        return False
-    return bool(plugins_of(sae).hook.initialize_scaffold.get_hookimpls())
-
-
 @torch.compiler.disable()
-def before_forward(
-    sae: "ScaffoldBatchTopKTrainingSAE", step_input: TrainStepInput
-) -> None:
+def before_forward(sae: "ScaffoldSAE", step_input: TrainStepInput) -> None:
     """Called before a training forward pass."""
     _watch_optimizers()
     _IN_TRAINING[sae] = step_input.n_training_steps
@@ -187,9 +173,7 @@ def before_forward(
 
 @torch.compiler.disable()
 def after_forward(
-    sae: "ScaffoldBatchTopKTrainingSAE",
-    step_input: TrainStepInput,
-    output: TrainStepOutput,
+    sae: "ScaffoldSAE", step_input: TrainStepInput, output: TrainStepOutput
 ) -> None:
     """
     Add the plugins' losses and metrics to the output of a training forward pass.
@@ -214,17 +198,10 @@ def _add(named: Mapping[str, Any], to: dict[str, Any], kind: str) -> None:
         to[name] = value
 
 
-def end_training(sae: "ScaffoldBatchTopKTrainingSAE") -> None:
+def end_training(sae: "ScaffoldSAE") -> None:
     """Tell the plugins that training has ended, once per training."""
     if _IN_TRAINING.pop(sae, None) is not None:
         plugins_of(sae).hook.training_ended(sae=sae)
-
-
-def before_saving_inference(
-    sae: "ScaffoldBatchTopKTrainingSAE", state_dict: dict[str, torch.Tensor]
-) -> None:
-    """Called before the inference form is made."""
-    plugins_of(sae).hook.before_saving_inference(sae=sae, state_dict=state_dict)
 
 
 @cache
@@ -248,7 +225,7 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def _stepped_by(
     optimizer: torch.optim.Optimizer,
-) -> Iterator[tuple["ScaffoldBatchTopKTrainingSAE", int]]:
+) -> Iterator[tuple["ScaffoldSAE", int]]:
     for sae, step in list(_IN_TRAINING.items()):
         groups = optimizer.param_groups
         if any(p is sae.W_dec for group in groups for p in group["params"]):

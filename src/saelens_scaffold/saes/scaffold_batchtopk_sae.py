@@ -200,7 +200,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         self.sampled_activations = ActivationSample()
         self.calibrates = cfg.calibrate_threshold and cfg.scaffold_rank > 0
         self._awaits_start = cfg.scaffold_rank > 0 and (
-            cfg.scaffold_init == "pca" or plugins.can_start(self)
+            cfg.scaffold_init == "pca" or self.has_plugins
         )
         device = self.W_dec.device
         self.register_buffer(
@@ -441,7 +441,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         self, state_dict: dict[str, Any]
     ) -> None:
         if self.has_plugins:
-            plugins.before_saving_inference(self, state_dict)
+            hook = plugins.plugins_of(self).hook
+            hook.before_saving_inference(sae=self, state_dict=state_dict)
         super().process_state_dict_for_saving_inference(state_dict)
         threshold = state_dict.pop("calibrated_threshold")
         if threshold >= 0:

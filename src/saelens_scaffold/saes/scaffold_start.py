@@ -10,12 +10,10 @@ from saelens_scaffold.plugins.manager import plugins_of
 from saelens_scaffold.saes.pca import principal_subspace
 
 if TYPE_CHECKING:
-    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
+    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
 
 
-def scaffold_start(
-    sae: "ScaffoldBatchTopKTrainingSAE", sae_in: torch.Tensor
-) -> ScaffoldStart | None:
+def scaffold_start(sae: "ScaffoldSAE", sae_in: torch.Tensor) -> ScaffoldStart | None:
     """
     A plugin's start, else the principal one with scaffold_init="pca", else None.
 
@@ -51,9 +49,7 @@ def _check(start: ScaffoldStart, d_in: int, rank: int) -> None:
             )
 
 
-def _principal_start(
-    sae: "ScaffoldBatchTopKTrainingSAE", sae_in: torch.Tensor
-) -> ScaffoldStart:
+def _principal_start(sae: "ScaffoldSAE", sae_in: torch.Tensor) -> ScaffoldStart:
     rank = sae.cfg.scaffold_rank
     x = sae.run_time_activation_norm_fn_in(sae_in.to(sae.dtype))
     mean, directions, n_determined, n_tokens = principal_subspace(x, rank)

@@ -16,12 +16,10 @@ from saelens_scaffold.kernels.sparse_forward import SparseForward
 from saelens_scaffold.saes.scaffold import ScaffoldActivation, is_hooked
 
 if TYPE_CHECKING:
-    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
+    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
 
 
-def kernels_for(
-    sae: "ScaffoldBatchTopKTrainingSAE", sae_in: torch.Tensor
-) -> ModuleType | None:
+def kernels_for(sae: "ScaffoldSAE", sae_in: torch.Tensor) -> ModuleType | None:
     """The sparse kernels for a training step, or None for dense code."""
     activation_fn = sae.activation_fn
     if (
@@ -98,12 +96,7 @@ class SparseStep:
         revived: Contribution of each revival, of shape (n_tokens, d_in).
     """
 
-    def __init__(
-        self,
-        ops: ModuleType,
-        sae: "ScaffoldBatchTopKTrainingSAE",
-        dead: torch.Tensor | None,
-    ):
+    def __init__(self, ops: ModuleType, sae: "ScaffoldSAE", dead: torch.Tensor | None):
         rank = sae.cfg.scaffold_rank
         self._ops = ops
         self._sae = sae
@@ -218,7 +211,7 @@ class SparseStep:
 
 
 @torch.no_grad()
-def _some_weights(sae: "ScaffoldBatchTopKTrainingSAE") -> torch.Tensor:
+def _some_weights(sae: "ScaffoldSAE") -> torch.Tensor:
     """A sample of weights of every kind and latent, to detect changes."""
     # PyTorch's own change counters miss the steps of fused optimizers
     return torch.cat([sae.W_enc[0], sae.W_dec[:, 0], sae.b_enc, sae.b_dec])

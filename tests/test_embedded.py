@@ -11,6 +11,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_directory
 from saelens_scaffold.models import (
     EMBEDDED_MODEL_NAME,
@@ -259,7 +260,7 @@ def test_a_poor_library_is_an_error(
 ):
     make_library(tmp_path, files, chars)
     set_library(monkeypatch, tmp_path / "missing.zip" if files == 0 else tmp_path)
-    with pytest.raises(RuntimeError, match=rf"has {files} readable \.py files"):
+    with pytest.raises(UserError, match=rf"has {files} readable \.py files"):
         load_stdlib_text("train")
 
 

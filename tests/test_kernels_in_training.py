@@ -27,6 +27,7 @@ from saelens_scaffold import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.kernels import choice, torch_ops
 from saelens_scaffold.kernels.lazy import SparseActivations
 from saelens_scaffold.plugins import manager as plugins
+from saelens_scaffold.plugins.hookspecs import hookimpl
 from saelens_scaffold.saes.fused_adam import _before_step
 
 ARCHITECTURES = ["scaffold_batchtopk", "scaffold_matryoshka"]
@@ -291,7 +292,7 @@ def test_hooks_that_a_plugin_attaches_before_a_step_fire_in_it():
     seen: list[torch.Size] = []
 
     class Watches:
-        @plugins.hookimpl
+        @hookimpl
         def before_training_forward_pass(
             self, sae: ScaffoldBatchTopKTrainingSAE
         ) -> None:

@@ -25,6 +25,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.models import embedded_model_path
 from saelens_scaffold.models.local import (
     _views_root,
@@ -210,19 +211,17 @@ def test_a_name_of_another_local_model_is_refused(path: Path, tmp_path: Path):
 
 def test_what_is_missing_is_said(path: Path):
     (path / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         register_local_model(path)
     (path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="has no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         register_local_model(path)
     index = path / "model.safetensors.index.json"
     index.write_text(
         json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}})
     )
     (path / "1.safetensors").touch()
-    with pytest.raises(
-        FileNotFoundError, match=r"lacks weight files.*\['2.safetensors'\]"
-    ):
+    with pytest.raises(UserError, match=r"lacks weight files.*\['2.safetensors'\]"):
         register_local_model(path)
     index.write_text("[]")
     with pytest.raises(ValueError, match="not a readable index"):
@@ -231,9 +230,9 @@ def test_what_is_missing_is_said(path: Path):
     with pytest.raises(ValueError, match="not readable as JSON"):
         register_local_model(path)
     (path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         register_local_model(path)
-    with pytest.raises(FileNotFoundError, match="not a directory"):
+    with pytest.raises(UserError, match="not a directory"):
         register_local_model(path / "nowhere")
 
 

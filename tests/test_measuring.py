@@ -27,9 +27,9 @@ from hub_fixtures import some_activations
 from saelens_scaffold import (
     ResumableTrainingRunner,
     ScaffoldBatchTopKTrainingSAEConfig,
-    training_runner,
 )
 from saelens_scaffold.models import load_embedded_model, load_stdlib_text
+from saelens_scaffold.training import runner as runner_module
 from saelens_scaffold.training.measurement import (
     Measurement,
     NotMeasuredError,
@@ -292,7 +292,7 @@ def test_an_interruption_while_measuring_costs_no_training(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_runner, "measure", interrupted)
+    monkeypatch.setattr(runner_module, "measure", interrupted)
     runner = ResumableTrainingRunner(
         runner_config(text, tmp_path, training_tokens=2 * BATCH),
         override_model=load_embedded_model(),

@@ -1,6 +1,7 @@
 """Plugins: they fire from the SAE, in any training loop, and do what they say."""
 
 import copy
+import importlib
 import subprocess
 import sys
 import venv
@@ -135,7 +136,7 @@ def test_looking_at_a_view_does_not_end_the_training(tmp_path: Path) -> None:
     recorder, before = recorded(sae), state(sae)
     train(sae, steps=2)
     calls = [call for call in recorder.calls if call != "saving"]
-    assert calls == STEP * 2
+    assert calls == ["initialize", *STEP * 2]
     for name in ("A", "B"):
         assert torch.equal(state(sae)[name], before[name])
     sae.save_inference_model(tmp_path)
@@ -263,12 +264,12 @@ def test_configuration_is_saved_with_the_sae(tmp_path: Path) -> None:
     ("chosen", "message"),
     [
         ({"nonsense": {}}, "no scaffold plugin 'nonsense'; there are .*live_metrics"),
-        ({"live_metrics": {"wind": 3}}, "'live_metrics' does not take .*'wind'"),
+        ({"live_metrics": {"wind": 3}}, "'live_metrics' fails with .*'wind'"),
         ({"live_metrics": {"window": 0}}, "window is 0"),
         ({"schedule": {"alone_until": -1}}, "alone_until is -1"),
         ({"schedule": {"alone_until": 5, "frozen_from": 3}}, "frozen_from is 3"),
         ({"schedule": {"lr_factor": -1}}, "lr_factor is -1"),
-        ({"decorrelation": {}}, "'decorrelation' does not take"),
+        ({"decorrelation": {}}, "'decorrelation' fails with"),
         ({"decorrelation": {"coefficient": 0}}, "coefficient is 0"),
         (["live_metrics"], "must map the names"),
         ({"live_metrics": None}, "must map the names"),
@@ -632,8 +633,9 @@ print(plugins.evaluation_plugins().get_plugins())
 def test_plugin_offers_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sae_bench")
     from saelens_scaffold.evals import registry
+    from saelens_scaffold.evals.base import Evaluation
 
-    own = registry.Evaluation("own_eval", "own_package", "whole", ())
+    own = Evaluation("own_eval", "whole", "own_package:IMPLEMENTATION")
 
     class Own:
         @hookimpl
@@ -651,6 +653,38 @@ def test_plugin_offers_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.EVALUATIONS, "own_eval", own)
     with pytest.raises(ValueError, match="offers an evaluation 'own_eval'"):
         registry.evaluations_named("core")
+
+
+def test_the_evaluation_of_the_documentation_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("sae_bench")
+    from saelens_scaffold.evals.registry import evaluations_named
+    from saelens_scaffold.evals.runner import run_eval
+
+    source = code_blocks(ROOT / "docs" / "plugins.md")["decoder_norm.py"]
+    (tmp_path / "decoder_norm.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    decoder_norm = importlib.import_module("decoder_norm")
+    plugin = {"decoder_norm": decoder_norm.DecoderNorm}
+    monkeypatch.setattr(plugins, "available_plugins", lambda: plugin)
+    monkeypatch.setattr(plugins, "load_plugin", plugin.__getitem__)
+    (evaluation,) = evaluations_named("decoder_norm")
+    config = decoder_norm.DecoderNormConfig(quantile=1.0)
+    sae = scaffold_sae().to_inference()
+    sae.cfg.metadata.model_name = "py-neox"
+    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    results = run_eval(
+        "decoder_norm",
+        config,
+        [("own", sae)],
+        output_path=tmp_path / "results",
+        artifacts_path=tmp_path / "artifacts",
+    )
+    (result,) = results.values()
+    (metric,) = evaluation.metrics
+    largest = sae.W_dec[RANK:].norm(dim=-1).max().item()
+    assert metric.value(result) == pytest.approx(largest)
 
 
 def test_plugin_that_cannot_be_made_takes_no_evaluation_away(

@@ -1,7 +1,8 @@
-"""The README's Python runs as it stands, top to bottom."""
+"""The examples of README and docs/training.md run as they stand."""
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from saelens_scaffold import upload_scaffold_saes
 from saelens_scaffold_cli import main
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 SAE_ID = "my-scaffold-sae"
 MEASURED = ("l0_sparse", "l0_total", "dense latents", "expl. var.")
 """Columns of the card, in the order in which `EVALUATED` names them for the evaluation."""
@@ -28,16 +30,23 @@ def working_in(directory: Path) -> Iterator[None]:
         os.chdir(before)
 
 
+def code_blocks(document: Path, language: str) -> list[str]:
+    pattern = rf"```{language}\n(.*?)```"
+    return re.findall(pattern, document.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def run_python(document: Path) -> None:
+    namespace: dict[str, object] = {}
+    for block in code_blocks(document, "python"):
+        exec(compile(block, str(document), "exec"), namespace)
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which all blocks have run."""
-    directory = tmp_path_factory.mktemp("readme")
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 3
-    namespace: dict[str, object] = {}
+    """A directory in which the Python of docs/training.md has run."""
+    directory = tmp_path_factory.mktemp("training")
     with working_in(directory):
-        for block in blocks:
-            exec(compile(block, str(README), "exec"), namespace)
+        run_python(ROOT / "docs" / "training.md")
     return directory
 
 
@@ -53,8 +62,58 @@ def row(markdown: str, name: str) -> dict[str, str]:
     return dict(zip(heads[-1], of_name, strict=True))
 
 
-def test_python_blocks_run(executed: Path) -> None:
+def test_python_of_the_training_page_runs(executed: Path) -> None:
     assert (executed / SAE_ID / "jumprelu" / "cfg.json").is_file()
+
+
+def test_the_readmes_example_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sae_bench")
+    example = next(b for b in code_blocks(README, "bash") if "train" in b)
+    write_text, *commands = example.replace("\\\n", "").splitlines()
+    with working_in(tmp_path):
+        exec(shlex.split(write_text)[2], {})
+        for command in commands:
+            assert main(shlex.split(command)[1:]) == 0
+        run_python(README)
+    evaluated = row(capsys.readouterr().out, SAE_ID)
+    assert float(evaluated["l0_sparse"]) == pytest.approx(4, rel=0.1)
+
+
+def test_the_readme_is_short_and_its_links_work_on_pypi() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links and all(link.startswith("https://") for link in links)
+
+
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+HERE = re.compile(
+    "https://github.com/saelens-scaffold/saelens-scaffold/(?:blob|raw)/main/"
+)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [README, *sorted((ROOT / "docs").glob("*.md"))],
+    ids=lambda path: path.name,
+)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target, anchor in LINK.findall(document.read_text(encoding="utf-8")):
+        if target.startswith("http") and not HERE.match(target):
+            continue
+        base = ROOT if HERE.match(target) else document.parent
+        path = base / HERE.sub("", target) if target else document
+        assert path.is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            assert anchor in {slug(heading) for heading in headings}, (target, anchor)
+
+
+def slug(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def test_the_first_examples_card_says_what_was_measured(
@@ -77,7 +136,7 @@ def test_the_first_examples_card_says_what_was_measured(
 
     command = ["eval", "dense_latents", "--sae_path", str(sae), "--device=cpu"]
     command += ["--dataset=python-stdlib", "--set=dense_latents.n_tokens=100000"]
-    assert main([*command, f"--output_folder={sae / 'eval_results'}"]) == 0
+    assert main([*command, f"--output_path={sae / 'eval_results'}"]) == 0
     printed = row(capsys.readouterr().out, SAE_ID)
     after = row(card(), SAE_ID)
     evaluated = [printed[column] for column in EVALUATED]

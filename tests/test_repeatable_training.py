@@ -21,7 +21,8 @@ from saelens_scaffold import (
     ScaffoldBatchTopKTrainingSAEConfig,
 )
 from saelens_scaffold.models import load_embedded_model, load_stdlib_text
-from saelens_scaffold.training.runner import ActivationStream, last_checkpoint
+from saelens_scaffold.training.activation_stream import ActivationStream
+from saelens_scaffold.training.runner import last_checkpoint
 
 STEPS = 24
 
@@ -89,7 +90,8 @@ runner(directory, resume_from_checkpoint=last and str(last[-1])).run()
 
 def break_off(directory: Path, step: int, signal_name: str) -> None:
     """Train until a step, in another process, and end it there with a signal."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    search_path = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
     done = subprocess.run(
         [sys.executable, "-c", BROKEN, str(directory), str(step), signal_name],
         env=environment,

@@ -1,4 +1,4 @@
-"""Which kernels run: what the configuration or the environment asks for, where it can."""
+"""Choice of the kernels, by configuration, environment and device."""
 
 import importlib.util
 import os
@@ -13,51 +13,43 @@ from saelens_scaffold.kernels import torch_ops
 
 Kernels = Literal["auto", "reference", "torch", "triton"]
 """
-- "auto": "triton" on CUDA, "torch" on a CPU; "reference" elsewhere, and where the sparse
-  kernels have nothing to gain
-- "reference": none, SAELens's own dense code
-- "torch": sparse, in PyTorch's own operations
+- "auto": "triton" on CUDA, "torch" on a CPU; "reference" elsewhere, and where sparse
+  kernels gain nothing
+- "reference": SAELens's dense code
+- "torch": sparse, in PyTorch's operations
 - "triton": sparse, in Triton, on CUDA
 """
 
 ENVIRONMENT_VARIABLE = "SAELENS_SCAFFOLD_KERNELS"
-"""Overrides what configurations ask for."""
+"""Environment variable that overrides configurations."""
 
 OLDEST_CAPABILITY = (7, 0)
-"""The oldest CUDA compute capability that PyTorch uses Triton on (V100's)."""
-
-
-def check_kernels(asked: str, name: str = "kernels") -> None:
-    """
-    Raises:
-        ValueError: There are no such kernels.
-    """
-    if asked not in get_args(Kernels):
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, get_args(Kernels)))}, "
-            f"got {asked!r}."
-        )
+"""Oldest CUDA compute capability for which PyTorch uses Triton (V100)."""
 
 
 def choose_kernels(
     asked: str, device: torch.device, worthwhile: bool
 ) -> ModuleType | None:
     """
-    The module of operations to use on a device, or None for dense code.
+    The module of operations for a device, or None for dense code.
 
     Args:
-        asked: What the configuration asks for.
-        device: Where the weights are.
+        asked: The configuration's `kernels`.
+        device: Device of the weights.
         worthwhile: Whether "auto" should choose sparse kernels.
 
     Raises:
-        ValueError: There are no such kernels, or they are not for this device.
+        ValueError: The kernels do not exist, or do not run on this device.
     """
     asked_by = "kernels"
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     if from_environment:
         asked, asked_by = from_environment, f"the environment's {ENVIRONMENT_VARIABLE}"
-        check_kernels(asked, asked_by)
+        if asked not in get_args(Kernels):
+            raise ValueError(
+                f"{asked_by} must be one of {', '.join(map(repr, get_args(Kernels)))}, "
+                f"got {asked!r}."
+            )
     if asked == "auto":
         asked = _automatic(device) if worthwhile else "reference"
     if asked == "reference":

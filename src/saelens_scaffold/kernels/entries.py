@@ -1,4 +1,4 @@
-"""Which latents are active where: the entries of a sparse matrix, sorted both ways."""
+"""Active latents of each token: the entries of a sparse matrix, sorted both ways."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,11 +9,10 @@ import torch
 @dataclass(frozen=True)
 class Entries:
     """
-    The places of a sparse matrix's entries, by row, and within a row by latent.
+    Places of the entries of a sparse matrix, sorted by row, then by latent.
 
-    A row is a token, or one of several parts of a token's reconstruction (a level of a
-    Matryoshka SAE, the auxiliary reconstruction): then part p of token n is row
-    p · n_tokens + n.
+    A row is a token, or a part of a token's reconstruction (a Matryoshka level, the
+    auxiliary reconstruction): part p of token n is row p · n_tokens + n.
 
     Args:
         rows: Shape (n_entries,), ascending.
@@ -36,17 +35,17 @@ class Entries:
 
     @cached_property
     def row_offsets(self) -> torch.Tensor:
-        """Where each row's entries start, and the last ones end, shape (n_rows + 1,)."""
+        """Start of each row's entries, and the end of the last, shape (n_rows + 1,)."""
         return _offsets(self.rows, self.n_rows)
 
     @cached_property
     def by_latent(self) -> torch.Tensor:
-        """The entries' order by latent, shape (n_entries,)."""
+        """Permutation that sorts the entries by latent, shape (n_entries,)."""
         return self.latents.argsort(stable=True)
 
     @cached_property
     def latent_offsets(self) -> torch.Tensor:
-        """As `row_offsets`, for entries in the order `by_latent`, shape (n_latents + 1,)."""
+        """`row_offsets` of the entries in the order `by_latent`, shape (n_latents + 1,)."""
         return _offsets(self.latents, self.n_latents)
 
 
@@ -58,7 +57,7 @@ def sorted_entries(
     n_rows: int,
     n_latents: int,
 ) -> tuple[Entries, torch.Tensor]:
-    """Entries, and their values, from places in any order."""
+    """Entries and their values from places in any order."""
     order = (rows * n_latents + latents).argsort()
     entries = Entries(rows[order], latents[order], n_tokens, n_rows, n_latents)
     return entries, values[order]

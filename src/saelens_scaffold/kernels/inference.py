@@ -1,4 +1,4 @@
-"""Encode and decode without gradients, where few latents are active."""
+"""Encoding and decoding without gradients, with few active latents."""
 
 from types import ModuleType
 
@@ -18,16 +18,16 @@ def jumprelu_encode(
     max_elements: int,
 ) -> torch.Tensor:
     """
-    x W + b where that is above its latent's cut, or NaN, and 0 elsewhere.
+    x W + b where it exceeds its latent's cut or is NaN, and 0 elsewhere.
 
-    Made a block of latents at a time, so that what is done to a block finds it in the cache.
+    Computed one block of latents at a time, so that each block stays in the cache.
 
     Args:
         x: Shape (n_tokens, d_in).
         W: Shape (d_in, n_latents).
         b: Shape (n_latents,).
         cuts: Shape (n_latents,).
-        max_elements: How many pre-activations to make at a time.
+        max_elements: Number of pre-activations per block.
 
     Returns:
         Shape (n_tokens, n_latents).
@@ -47,12 +47,12 @@ def decode_few(
     acts: torch.Tensor, W: torch.Tensor, ops: ModuleType
 ) -> torch.Tensor | None:
     """
-    acts W, by the acts that are not zero; None if they are too many for that.
+    acts W, from the nonzero acts; None if there are too many.
 
     Args:
         acts: Shape (n_tokens, n_latents).
         W: Shape (n_latents, d_in).
-        ops: The kernels to use.
+        ops: The kernels.
 
     Returns:
         Shape (n_tokens, d_in).

@@ -1,9 +1,8 @@
-"""Tensors that are made when they are first looked into.
+"""Tensors that are computed on first use.
 
-SAELens hands `feature_acts` and `hidden_pre`, of shape (N, d_sae), from method to method
-and to whoever logs or hooks a training step. The kernels need neither. So that all of that
-works as ever, they are handed over as tensors that know how to make themselves, and do
-when someone does more than pass them on.
+SAELens passes `feature_acts` and `hidden_pre`, of shape (N, d_sae), between methods, loggers
+and hooks of a training step. The kernels need neither, so they pass tensors that compute
+themselves when something needs their elements.
 """
 
 from collections.abc import Callable
@@ -27,18 +26,17 @@ _OF_THE_BACKWARD_PASS = {torch.Tensor.retain_grad, torch.Tensor.register_hook}
 
 class LazyTensor(torch.Tensor):
     """
-    A tensor that is made when first an operation needs its elements, and then kept.
+    A tensor that is computed when an operation first needs its elements, and then kept.
 
-    What makes it may be differentiable: the operation gets the tensor as it was made,
-    gradients and all, if they were enabled where the lazy tensor was, as for any other
-    tensor, and not where someone happened to look into it first. But what was computed
-    without the tensor does not go backward through it, so it cannot be asked for the
-    gradient of a loss (`retain_grad`, `register_hook`).
+    `make` may be differentiable: operations get the tensor with its gradients if these were
+    enabled where the lazy tensor was created, as for any other tensor, whatever the mode at
+    its first use. But the loss that was computed without the tensor does not go backward
+    through it, so it has no gradient of that loss (`retain_grad`, `register_hook`).
 
     Args:
-        make: Makes the tensor.
+        make: Computes the tensor.
         shape: Its shape.
-        like: A tensor of its dtype and on its device.
+        like: A tensor with its dtype and device.
     """
 
     _make: Callable[[], torch.Tensor]
@@ -97,7 +95,7 @@ class LazyTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # where no Python function was called on the way, as within a module's own hooks
+        # reached without a Python function on the way, as within a module's own hooks
         return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
 
 
@@ -107,10 +105,10 @@ def _made(value: Any) -> Any:
 
 class SparseActivations(LazyTensor):
     """
-    The scaffold's coordinates and the few latents that are active, shape (n_tokens, d_sae).
+    The scaffold's coordinates and the few active latents, shape (n_tokens, d_sae).
 
-    Answers without being made what SAELens's trainer asks of `feature_acts` in each step:
-    which latents fire, and how often.
+    Firing counts, which SAELens's trainer takes of `feature_acts` in each step, need no
+    dense tensor.
 
     Args:
         z: Coordinates, shape (n_tokens, r).

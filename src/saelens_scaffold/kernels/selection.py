@@ -1,4 +1,4 @@
-"""Exact BatchTopK selection, in one pass over pre-activations that are never all held."""
+"""Exact BatchTopK selection in one pass, without holding all pre-activations."""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -9,7 +9,7 @@ import torch
 
 class Selected(NamedTuple):
     """
-    Pre-activations that were selected.
+    Selected pre-activations.
 
     Attributes:
         places: token · n_latents + latent, shape (n,), in no particular order.
@@ -22,7 +22,7 @@ class Selected(NamedTuple):
 
 class Encoder(NamedTuple):
     """
-    What pre-activations are made of: (x W + b) · scale.
+    Pre-activations (x W + b) · scale.
 
     Attributes:
         x: Shape (n_tokens, d_in).
@@ -39,13 +39,13 @@ class Encoder(NamedTuple):
     def products(
         self, tokens: slice = slice(None), latents: slice = slice(None)
     ) -> torch.Tensor:
-        """x W of some tokens and latents, contiguous, of autocast's dtype if it is on."""
+        """x W of some tokens and latents, contiguous, in autocast's dtype if it is on."""
         return self.x[tokens] @ self.W[:, latents]
 
     def pre_activations(
         self, products: torch.Tensor, latents: torch.Tensor | slice = slice(None)
     ) -> torch.Tensor:
-        """Products, whose last dimension runs over `latents`, as pre-activations."""
+        """Pre-activations from products whose last dimension is that of `latents`."""
         pre_activations = products + self.b[latents]
         return (
             pre_activations
@@ -54,7 +54,7 @@ class Encoder(NamedTuple):
         )
 
     def among(self, latents: torch.Tensor) -> "Encoder":
-        """That of some latents alone."""
+        """The encoder of some latents only."""
         scale = None if self.scale is None else self.scale[latents]
         return Encoder(self.x, self.W[:, latents], self.b[latents], scale)
 
@@ -63,20 +63,20 @@ class TopSelection:
     """
     Selects the largest positive pre-activations of a batch.
 
-    The pre-activations are made a block of latents at a time, and of each block only the
-    candidates are kept: those above a guess of where the cut will be. The guess is
-    somewhat below the last batch's cut, or that of a sample of tokens. If there are enough
-    candidates, then the largest of them are the largest of all; if not, the guess was too
-    high, and a lower one is tried, at last 0, which no positive value is below.
+    Pre-activations are computed one block of latents at a time, and of each block only the
+    candidates are kept: those above a guess of the cut. The guess is somewhat below the last
+    batch's cut, or that of a sample of tokens. If there are enough candidates, the largest
+    of them are the largest of all; if not, the guess was too high, and a lower one is tried,
+    finally 0, which every positive value exceeds.
 
-    So the guess decides about time only. The result is that of `torch.topk` on the
-    rectified pre-activations: the same values, ties included as often, as many
-    as asked for, or all positive ones where there are fewer, and NaN as the largest.
+    So the guess affects only the time. The result is that of `torch.topk` on the rectified
+    pre-activations: the same values with the same multiplicity of ties, as many as
+    requested, or all positive ones if there are fewer, and NaN as the largest.
     """
 
     MARGIN = 0.85
-    """The guess as a multiple of the last cut. Twice as many candidates as are needed
-    cost little, and a second pass the price of the encoder's product."""
+    """The guess as a multiple of the last cut. Twice as many candidates as needed cost
+    little; a second pass costs the encoder's product."""
 
     def __init__(self) -> None:
         self._last_guess: float | None = None
@@ -84,9 +84,9 @@ class TopSelection:
     def __call__(self, encoder: Encoder, n: int, ops: ModuleType) -> Selected:
         """
         Args:
-            encoder: What makes the pre-activations.
-            n: How many to select.
-            ops: The kernels to use.
+            encoder: The encoder.
+            n: Number of pre-activations to select.
+            ops: The kernels.
         """
         if n == 0:
             return Selected(encoder.x.new_empty(0, dtype=torch.long), encoder.b[:0])
@@ -105,7 +105,7 @@ class TopSelection:
         yield 0.0
 
     def _from_a_sample(self, encoder: Encoder, n: int) -> float:
-        # every n-th token rather than random ones, so that no random number is used up
+        # every n-th token instead of random ones, so that no random numbers are drawn
         stride = max(1, len(encoder.x) // 64)
         products = encoder.products(tokens=slice(None, None, stride))
         values = encoder.pre_activations(products).flatten()
@@ -121,10 +121,10 @@ def largest_of_each_token(
     The k largest pre-activations of each token, positive or not, among some latents.
 
     Args:
-        encoder: What makes the pre-activations.
+        encoder: The encoder.
         latents: Indices of the latents, shape (n,).
         k: At most n.
-        max_elements: How many pre-activations to make at a time.
+        max_elements: Number of pre-activations per block.
     """
     n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
     among = encoder.among(latents)
@@ -141,11 +141,10 @@ def largest_of_each_token(
 
 def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
     """
-    All pre-activations above a cut, and some that are there but for rounding.
+    All pre-activations above a cut, and some that are at the cut up to rounding.
 
-    The cut is moved rather than the products, of which there are so many more: with
-    each latent's bias and scale, (p + b) · scale > cut is p > cut / scale - b. For a cut of
-    0 that is exact.
+    The cut is transformed instead of the many products: with each latent's bias and scale,
+    (p + b) · scale > cut is p > cut / scale - b. For a cut of 0 that is exact.
     """
     n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
     precise = _dtype_of_cuts(encoder)
@@ -157,8 +156,8 @@ def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
     for start in range(0, n_latents, at_a_time):
         block = slice(start, min(start + at_a_time, n_latents))
         found.append(ops.above(encoder.products(latents=block), cuts[block]))
-    # All blocks at once, since each operation is a rendezvous of a CPU's threads. Places
-    # in blocks side by side, of which the last is narrower, become places in all.
+    # All blocks at once, since each operation synchronises a CPU's threads. Places in
+    # blocks side by side, of which the last is narrower, become places in the whole.
     indices = torch.cat([of_block for of_block, _ in found])
     device = indices.device
     starts = torch.arange(0, n_latents, at_a_time, device=device)
@@ -176,12 +175,12 @@ def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
 
 def _safely_above(guess: float, encoder: Encoder) -> float:
     """
-    A value that no pre-activation exceeds that `_above(guess)` leaves out.
+    An upper bound of the pre-activations that `_above(guess)` leaves out.
 
-    What is left out is a product p <= fl(guess / scale - b), so that (p + b) · scale is at
-    most the guess but for the rounding of that cut, relative to guess and bias in the
-    cut's precision, and at most two roundings of its own, relative to itself in the
-    bias's precision. How products are rounded plays no part, for they are what they are.
+    It leaves out products p <= fl(guess / scale - b). So (p + b) · scale is at most the
+    guess up to the rounding of that cut, relative to guess and bias in the cut's precision,
+    and at most two roundings of its own, relative to itself in the bias's precision. The
+    rounding of the products does not matter.
     """
     scaled_bias = encoder.b if encoder.scale is None else encoder.b * encoder.scale
     of_values = torch.finfo(encoder.b.dtype).eps
@@ -194,7 +193,7 @@ def _dtype_of_cuts(encoder: Encoder) -> torch.dtype:
 
 
 def _cut(selected: torch.Tensor, n: int) -> float:
-    """The least of the n values that are selected; 0 if there are fewer."""
+    """Smallest of n selected values; 0 if there are fewer."""
     return float(selected.min()) if 0 < n == len(selected) else 0.0
 
 

@@ -1,4 +1,4 @@
-"""An SAE's forward and backward pass over the selected latents alone.
+"""Forward and backward pass of an SAE over the selected latents alone.
 
 With the scaffold's A = W_enc[:, :r] and B = W_dec[:r], the dictionary's S = W_enc[:, r:] and
 D = W_dec[r:], and the entries e = (token, latent) that are selected:
@@ -8,15 +8,15 @@ D = W_dec[r:], and the entries e = (token, latent) that are selected:
     h_e = u[token] · S[:, latent] + b[latent]
     x̂   = z B + Σ_e h_e D[latent]            for each token, without b_dec
 
-What would be products of matrices as wide as d_sae are sums over the few entries then,
-but for one, that of which the entries are selected. The gradients are
+Products of matrices as wide as d_sae thus become sums over the few entries, except the one
+from which the entries are selected. The gradients are
 
     ∂D[latent] = Σ_e h_e ∂x̂[token]           ∂h_e = ∂x̂[token] · D[latent]
     ∂S[:, latent] = Σ_e ∂h_e u[token]        ∂b[latent] = Σ_e ∂h_e
 
-and none is made for x or u, for which it would take another wide product: b_dec, which x is
-without, is a bias S b_dec of the encoder, and has its gradient from ∂b; and the way from h
-through u back to z and B leads through the rank-r factors, -ρ z (B S).
+There is none for x or u, which would take another wide product: b_dec, which is subtracted
+from x, is a bias -Sᵀ b_dec of the encoder, with its gradient from ∂b; and the gradient of h
+through u reaches z and B through the rank-r factors, -ρ z (B S).
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from saelens_scaffold.kernels.entries import Entries
 from saelens_scaffold.kernels.selection import Encoder
 
 Select = Callable[[Encoder], tuple[Entries, torch.Tensor]]
-"""Selects entries, and gives their pre-activations, without the latents' scale."""
+"""Selects entries; returns them with their pre-activations, without the latents' scale."""
 
 
 class SparseForward(torch.autograd.Function):
@@ -42,18 +42,19 @@ class SparseForward(torch.autograd.Function):
         W_enc: Shape (d_in, d_sae).
         b_enc: Shape (d_sae,). The scaffold's part of it is not trained.
         W_dec: Shape (d_sae, d_in).
-        b_dec: What x is without, shape (d_in,), for its gradient through the encoder;
-            None if x is without nothing.
+        b_dec: Bias that was subtracted from x, shape (d_in,), for its gradient through
+            the encoder; None if none was.
         rank: r.
-        residual: Whether ρ is 1, and not 0.
-        select: Selects, given what makes the dictionary's pre-activations.
-        ops: The kernels to use.
-        found: Receives the entries, whose latents are counted from the dictionary's first.
+        residual: Whether ρ is 1 rather than 0.
+        select: Selects entries with the dictionary's encoder.
+        ops: The kernels.
+        found: List that receives the entries, with latents counted from the dictionary's
+            first.
 
     Returns:
         z, shape (n_tokens, r); the pre-activations h_e, shape (n_entries,); and the sum of
-        each row of the entries, shape (n_rows, d_in), where the scaffold's part is in the
-        first n_tokens rows.
+        each row's entries, shape (n_rows, d_in), with the scaffold's part in the first
+        n_tokens rows.
     """
 
     @staticmethod
@@ -73,8 +74,8 @@ class SparseForward(torch.autograd.Function):
         residual = residual and rank > 0
         A, S = W_enc[:, :rank], W_enc[:, rank:]
         B, D = W_dec[:rank], W_dec[rank:]
-        # Not in autocast's precision: cheap, and where A dominates, the residual is a
-        # small difference. Only the wide product is.
+        # Not in autocast's precision, which is for the wide product alone: this is cheap,
+        # and where A dominates, the residual is a small difference.
         with torch.autocast(x.device.type, enabled=False):
             z = torch.addmm(b_enc[:rank], x, A)
             read = torch.addmm(x, z, B, alpha=-1) if residual else x
@@ -101,7 +102,7 @@ class SparseForward(torch.autograd.Function):
         B, D = W_dec[:rank], W_dec[rank:]
         by_latent = entries.by_latent
 
-        # each gradient in one piece, for parts that are added are passes over all of it
+        # each gradient in one piece, since adding parts would be passes over all of it
         grad_W_dec, grad_W_enc = torch.empty_like(W_dec), torch.empty_like(W_enc)
         grad_b_enc = torch.zeros_like(W_enc[0])
 
@@ -129,8 +130,8 @@ class SparseForward(torch.autograd.Function):
         ops.row_sums(
             entries.latent_offsets, tokens, weights, read, grad_W_enc[:, rank:].T
         )
-        # in single precision at least, for these may be many to sum up; and not by
-        # index_add_, which on a GPU adds in another order each time
+        # at least in single precision, since the sums may be long; and not by index_add_,
+        # which on a GPU adds in a different order each time
         precise = torch.promote_types(W_enc.dtype, torch.float32)
         one = W_enc.new_ones(1, 1, dtype=precise)
         of_bias = one.new_empty(S.shape[1], 1)
@@ -139,7 +140,7 @@ class SparseForward(torch.autograd.Function):
         )
         grad_b_enc[rank:] = of_bias[:, 0]
 
-        # what it reads is without z B
+        # its input without z B
         if ctx.residual:
             through_rows = z.new_empty(entries.n_rows, rank)
             ops.row_sums(

@@ -1,16 +1,16 @@
-"""The operations on sparse entries in PyTorch's own, for any device.
+"""Operations on sparse entries in PyTorch, for any device.
 
-An embedding bag, the weighted sum of a few rows of a table, is all there is to a product
-with a sparse matrix, and PyTorch has it as hand-written code: on a CPU it takes a hundredth of
-what a gather and an `index_add_` take.
+A product with a sparse matrix is an embedding bag, a weighted sum of a few rows of a table,
+for which PyTorch has hand-written code: on a CPU it takes a hundredth of the time of a
+gather and an `index_add_`.
 """
 
 import torch
 import torch.nn.functional as F
 
 BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
-"""How many pre-activations are made at a time: few enough for a CPU's cache, many enough
-to keep a GPU busy."""
+"""Pre-activations per block: few enough for a CPU's cache, many enough to keep a GPU
+busy."""
 
 
 def block_elements(device: torch.device) -> int:
@@ -21,7 +21,7 @@ def above(
     values: torch.Tensor, cuts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The values above their column's cut, and those that are NaN.
+    Values above their column's cut, and NaNs.
 
     Args:
         values: Contiguous, shape (n_rows, n_columns).
@@ -30,7 +30,7 @@ def above(
     Returns:
         Their flat indices and the values themselves, both of shape (n,).
     """
-    # not values > cuts, for torch.topk takes NaN for the largest
+    # not values > cuts, since torch.topk treats NaN as the largest
     indices = (values <= cuts).logical_not_().view(-1).nonzero().view(-1)
     return indices, values.view(-1)[indices]
 
@@ -48,16 +48,16 @@ def row_sums(
     A product of a sparse matrix, in compressed rows, with a dense one.
 
     Args:
-        offsets: Where each row's entries start, and the last ones end, shape (n_rows + 1,).
+        offsets: Start of each row's entries, and the end of the last, shape (n_rows + 1,).
         columns: Shape (n_entries,).
         weights: Shape (n_entries,).
         table: Shape (n_columns, d).
-        out: Shape (n_rows, d), of any strides.
+        out: Shape (n_rows, d), with any strides.
     """
     n_rows, d = out.shape
     table, weights = table.contiguous(), weights.to(table.dtype)
-    # Through the cache, since `out` may be transposed. A GPU gains nothing from that, and
-    # would have to be asked for the offsets.
+    # In blocks that fit the cache, since `out` may be transposed. A GPU gains nothing from
+    # that, and reading the offsets would synchronise it.
     rows_at_a_time = max(1, 2**19 // d if out.device.type == "cpu" else n_rows)
     starts = range(0, n_rows, rows_at_a_time)
     bounds = [0] if len(starts) < 2 else offsets[::rows_at_a_time].tolist()
@@ -84,11 +84,11 @@ def entry_dots(
     """
     left[rows[e]] · right[columns[e]] for each entry e.
 
-    The entries of a dense product that a sparse matrix has: the gradient of `row_sums`
-    for its weights.
+    The entries of a dense product at the places of a sparse matrix: the gradient of
+    `row_sums` with respect to its weights.
 
     Args:
-        offsets: Where each row's entries start, and the last ones end, shape (n_rows + 1,).
+        offsets: Start of each row's entries, and the end of the last, shape (n_rows + 1,).
         rows: Shape (n_entries,), ascending.
         columns: Shape (n_entries,).
         left: Shape (n_rows, d).

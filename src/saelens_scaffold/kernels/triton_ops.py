@@ -1,12 +1,12 @@
 """The operations of `torch_ops` in Triton, for CUDA.
 
-Each takes one pass: `above` writes the few candidates as it reads the pre-activations, where
-PyTorch makes a mask, counts it and lists it; the others read each row of a table
-that an entry names, and write each result once, whatever its strides.
+Each takes one pass: `above` writes the few candidates while reading the pre-activations,
+where PyTorch makes a mask, counts it and lists it; the others read the rows of a table that
+the entries name, and write each result once, whatever its strides.
 
-Triton launches on the current CUDA device, so each makes its tensors' device that one.
+Triton launches on the current CUDA device, so each function selects that of its tensors.
 
-With TRITON_INTERPRET=1 in the environment, Triton runs them on a CPU, slowly, as the tests do.
+With TRITON_INTERPRET=1 in the environment, Triton runs them on a CPU, slowly, as in the tests.
 """
 
 import os
@@ -30,7 +30,7 @@ def above(
     values: torch.Tensor, cuts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `torch_ops.above`; in no particular order."""
-    # A guess of the cut leaves few. If it leaves many, it hardly matters what that costs.
+    # A guess of the cut leaves few. If it leaves many, the cost hardly matters.
     capacity = max(BLOCK, values.numel() // 16)
     indices = torch.empty(capacity, dtype=torch.long, device=values.device)
     found = values.new_empty(capacity)

@@ -1,7 +1,7 @@
-"""A small language model and its text, for tests and examples that need no download.
+"""A small language model and its text, for tests and examples without downloads.
 
-The model (`model.py`) reads Python source code; the text (`text.py`) is the standard
-library of the interpreter at hand, of which every file is fixed to one split.
+The model (`embedded.py`) reads Python source code. The text (`stdlib.py`) is the standard
+library of the running interpreter, with a fixed split of its files.
 """
 
 from saelens_scaffold.models.embedded import (

@@ -20,19 +20,19 @@ def register_embedded_model() -> str:
     """Make the embedded model known to TransformerLens, SAELens and SAEBench.
 
     Returns:
-        Its name, "py-neox". Saved SAEs then carry that, and no path of this machine.
+        Its name, "py-neox". Saved SAEs contain the name, and no path of this machine.
 
     Raises:
-        ValueError: Another model was registered under that name.
+        UserError: Another model is registered under that name.
     """
     return register_local_model(embedded_model_path(), name=EMBEDDED_MODEL_NAME)
 
 
 def load_embedded_model(device: str | torch.device = "cpu") -> HookedTransformer:
-    """Load the embedded model as SAELens would, its weights unprocessed, in float32.
+    """Load the embedded model as SAELens does: float32, weights unprocessed.
 
     Args:
-        device: Where to put it.
+        device: Device of the model.
 
     Returns:
         The model: 4 layers, d_model 256, context 512 (trained at 256), 4,096 tokens;

@@ -1,8 +1,7 @@
-"""Local Hugging Face models in TransformerLens, hence in SAELens and SAEBench.
+"""Local Hugging Face models in TransformerLens, and so in SAELens and SAEBench.
 
-TransformerLens can read the configuration and the weights of a local directory, but
-looks every model up in a fixed list of names first. `register_local_model` puts a
-directory on that list.
+TransformerLens can read configuration and weights from a local directory, but first looks
+up every model in a fixed list of names. `register_local_model` adds a directory to it.
 """
 
 import atexit
@@ -44,8 +43,8 @@ TOKENIZER_FILES = (
 )
 
 # TransformerLens takes the architecture, the weight loader or the kind of tokenizer from
-# these words wherever they stand in a path: "/home/robert/model" is read as BERT,
-# "/models/Llama-3.2-1B" as a Llama whose config.json it then never opens.
+# these words anywhere in a path: it reads "/home/robert/model" as BERT, and
+# "/models/Llama-3.2-1B" as a Llama whose config.json it never opens.
 _ALWAYS_MISREAD = ("llama", "gemma")
 _MISREAD_UNLESS_TRUE = ("bert", "t5", "wav2vec2", "phi")
 
@@ -54,42 +53,58 @@ def register_local_model(path: str | os.PathLike[str], name: str | None = None) 
     """Make a local Hugging Face model directory known to TransformerLens.
 
     Afterwards `HookedTransformer.from_pretrained_no_processing`, SAELens's runners
-    (`model_name=...`) and SAEBench accept the returned name in this process. Nothing in
-    the directory is changed. Registering twice does no harm.
+    (`model_name=...`) and SAEBench accept the returned name in this process. The directory
+    is not changed. Registering twice does no harm.
 
-    Names live in TransformerLens only. What calls transformers itself (SAELens with
-    `model_class_name="AutoModelForCausalLM"`, its pre-tokenizing, SAEBench's RAVEL)
+    Only TransformerLens knows the name. Code that calls transformers directly (SAELens
+    with `model_class_name="AutoModelForCausalLM"`, its pre-tokenization, SAEBench's RAVEL)
     takes the path.
 
     Args:
         path: Directory with config.json, the weights (safetensors or bin, in one file or
             in shards) and a tokenizer.
-        name: A short name for the model. Saved SAEs and SAEBench's result files carry
-            the model's name, and a short one means the same on every machine.
+        name: Short name of the model. Saved SAEs and SAEBench's result files contain the
+            model's name, and a short one is the same on every machine.
 
     Returns:
-        What to pass as `model_name`: `name` if given, else `path` as it was given.
+        The `model_name` to use: `name` if given, else `path` as it was given.
 
     Raises:
-        UserError: The directory, or a file that a model needs, is missing.
-        UserError: config.json is not that of a model TransformerLens supports, or the
-            name already means another model.
+        UserError: The directory, or a file that a model needs, is missing;
+            TransformerLens does not support the model; or the name belongs to another
+            model.
     """
     text = os.fspath(path)
     directory = Path(text)
     config = _read_config(directory)
     _check_weights(directory)
-    _check_tokenizer(directory)
-
+    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
+        raise UserError(
+            f"{directory} has no tokenizer; one of these is needed: {TOKENIZER_FILES} "
+            "(the tokenizer's save_pretrained writes it)"
+        )
     if name is not None and not name.strip():
         raise UserError(f"name is {name!r}; it must not be blank (or leave it out)")
+
     official = _readable_path(directory.resolve(), config)
-    aliases = [
-        alias for alias in (text, name) if alias is not None and alias != official
-    ]
+    aliases = [alias for alias in (text, name) if alias not in (None, official)]
+    # TransformerLens compares names in lower case, and the last one registered wins.
+    known = loading.make_model_alias_map()
     for alias in (*aliases, official):
-        _check_free(alias, official)
-    _check_supported(text, official)
+        if known.get(alias.lower(), official) != official:
+            raise UserError(
+                f"the name {alias!r} already means {known[alias.lower()]} in "
+                "TransformerLens; choose another name, or write the path differently "
+                "(./DIR for DIR)"
+            )
+    try:
+        loading.convert_hf_model_config(official)
+    except Exception as error:  # a config.json can fail in any way
+        raise UserError(
+            f"TransformerLens cannot read the model in {text}: {error} "
+            "(SAELens with model_class_name='AutoModelForCausalLM' takes the path of any "
+            "model; Gemma, up to version 3, is known to TransformerLens by its Hub name only)"
+        ) from error
 
     if official not in OFFICIAL_MODEL_NAMES:
         OFFICIAL_MODEL_NAMES.append(official)
@@ -99,41 +114,34 @@ def register_local_model(path: str | os.PathLike[str], name: str | None = None) 
 
 
 def register_local_models_in(args: Sequence[str]) -> list[str]:
-    """Register every model directory among a command line's arguments.
+    """Register all model directories among the arguments of a command line.
 
-    An argument, or the value of `--flag=value`, counts if it is a directory whose
-    config.json is that of a Hugging Face model. Everything else is left alone: other
-    directories (an SAE has a cfg.json), files, names on the Hub. A model directory that
-    cannot be registered (only its tokenizer may be there, and only that be meant) gives
-    a warning that says why, not an error.
+    An argument, or the value of `--flag=value`, counts if it is a directory with the
+    config.json of a Hugging Face model. Everything else is ignored: other directories (an
+    SAE has a cfg.json), files, names on the Hub. If a model directory cannot be
+    registered, a warning says why: it may be there for its tokenizer alone.
 
     Args:
         args: The command line, as in `sys.argv[1:]`.
 
     Returns:
-        The names registered, each exactly as it stands on the command line.
+        The registered names, exactly as on the command line.
     """
     registered: list[str] = []
     for arg in args:
         text = arg.partition("=")[2] if arg.startswith("-") and "=" in arg else arg
-        if text in registered or not _is_model_directory(text):
+        # os.path.isfile, unlike Path.is_file, returns False for any text, however long.
+        if text in registered or not os.path.isfile(os.path.join(text, CONFIG_NAME)):
             continue
+        try:
+            _read_config(Path(text))
+        except (OSError, ValueError):
+            continue  # not a model's
         try:
             registered.append(register_local_model(text))
         except (OSError, ValueError) as error:
             logger.warning("Not registered as a local model: %s", error)
     return registered
-
-
-def _is_model_directory(text: str) -> bool:
-    # os.path.isfile, unlike Path.is_file, is False for any text at all, however long.
-    if not os.path.isfile(os.path.join(text, CONFIG_NAME)):
-        return False
-    try:
-        _read_config(Path(text))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -142,12 +150,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_NAME
     if not file.is_file():
         raise UserError(f"{directory} has no {CONFIG_NAME}; a local model needs one")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not readable as JSON: {error}") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    architectures = config.get("architectures") if isinstance(config, dict) else None
+    config = _read_json(file)
+    model_type, architectures = config.get("model_type"), config.get("architectures")
     if not isinstance(model_type, str) or not model_type:
         raise UserError(
             f"{file}: model_type is {model_type!r}; a Hugging Face model has a text such as 'gpt2'"
@@ -161,74 +165,48 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not readable as JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
 def _check_weights(directory: Path) -> None:
     if any((directory / file).is_file() for file in WEIGHT_FILES):
         return
-    for index_name in WEIGHT_INDEX_FILES:
-        index = directory / index_name
-        if not index.is_file():
-            continue
-        try:
-            shards = set(
-                json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{index} is not a readable index of weight files: {error}"
-            ) from error
-        missing = sorted(shard for shard in shards if not (directory / shard).is_file())
-        if missing:
-            raise UserError(f"{directory} lacks weight files of its index: {missing}")
-        return
-    raise UserError(
-        f"{directory} has no weights; one of these is needed: {WEIGHT_FILES + WEIGHT_INDEX_FILES}"
-    )
-
-
-def _check_tokenizer(directory: Path) -> None:
-    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
+    indices = [directory / name for name in WEIGHT_INDEX_FILES]
+    index = next(filter(Path.is_file, indices), None)
+    if index is None:
         raise UserError(
-            f"{directory} has no tokenizer; one of these is needed: {TOKENIZER_FILES} "
-            "(the tokenizer's save_pretrained writes it)"
+            f"{directory} has no weights; one of these is needed: "
+            f"{WEIGHT_FILES + WEIGHT_INDEX_FILES}"
         )
-
-
-def _check_free(alias: str, official: str) -> None:
-    # TransformerLens compares names in lower case, and the last one registered wins.
-    holder = loading.make_model_alias_map().get(alias.lower())
-    if holder not in (None, official):
-        raise UserError(
-            f"the name {alias!r} already means {holder} in TransformerLens; "
-            "choose another name, or write the path differently (./DIR for DIR)"
-        )
-
-
-def _check_supported(text: str, official: str) -> None:
-    try:
-        loading.convert_hf_model_config(official)
-    except Exception as error:  # whatever a config can do wrong, it shall be said now
-        raise UserError(
-            f"TransformerLens cannot read the model in {text}: {error} "
-            "(SAELens with model_class_name='AutoModelForCausalLM' takes the path of any "
-            "model; Gemma, up to version 3, is known to TransformerLens by its Hub name only)"
-        ) from error
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} is not a readable index of weight files")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing:
+        raise UserError(f"{directory} lacks weight files of its index: {missing}")
 
 
 def _readable_path(directory: Path, config: dict[str, Any]) -> str:
-    """The path under which TransformerLens reads the model rightly.
+    """Path under which TransformerLens reads a model correctly.
 
     Args:
         directory: The model's directory, absolute.
         config: Its config.json.
 
     Returns:
-        The directory itself, or else that of a view of it.
+        The directory itself, or that of a view of it.
     """
     # TransformerLens reads n_ctx, which transformers no longer writes for GPT-2.
     lacks_n_ctx = config["model_type"] == "gpt2" and "n_ctx" not in config
     if lacks_n_ctx:
         config = {**config, "n_ctx": config.get("n_positions", 1024)}
-    # TransformerLens names the model by what follows the last "/", on Windows too.
+    # TransformerLens names the model after the last "/", on Windows too.
     if lacks_n_ctx or _is_misread(directory.as_posix(), config["model_type"]):
         return _view(directory, config).as_posix()
     return directory.as_posix()
@@ -242,26 +220,27 @@ def _is_misread(path: str, model_type: str) -> bool:
 
 
 def _view(directory: Path, config: dict[str, Any]) -> Path:
-    """A temporary directory of links to a model's files, with a config of its own."""
-    # A digest has none of the misread words, and is the same in every run: SAEBench names
-    # its stored probes by the last part of this path.
+    """A temporary directory of links to a model's files, with a config.json of its own."""
+    # A hash contains none of the misread words, and is the same in every run: SAEBench
+    # names its stored probes by the last part of this path.
     view = _views_root() / f"model-{sha256(str(directory).encode()).hexdigest()[:12]}"
     shutil.rmtree(view, ignore_errors=True)
     view.mkdir()
     for file in directory.iterdir():
-        if file.name != CONFIG_NAME:
-            try:
-                (view / file.name).symlink_to(file, target_is_directory=file.is_dir())
-            except OSError:  # Windows allows links to developers only
-                if file.is_file():
-                    shutil.copy2(file, view / file.name)
+        if file.name == CONFIG_NAME:
+            continue
+        try:
+            (view / file.name).symlink_to(file, target_is_directory=file.is_dir())
+        except OSError:  # Windows allows links to developers only
+            if file.is_file():
+                shutil.copy2(file, view / file.name)
     (view / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return view
 
 
 @cache
 def _views_root() -> Path:
-    for _ in range(10):  # the random part of the name may itself contain "t5"
+    for _ in range(10):  # the random part of the name may contain "t5"
         root = Path(tempfile.mkdtemp(prefix="saelens-scaffold-")).resolve()
         atexit.register(shutil.rmtree, root, ignore_errors=True)
         if not _is_misread(root.as_posix(), model_type=""):

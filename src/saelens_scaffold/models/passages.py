@@ -1,15 +1,15 @@
-"""Text that occurs verbatim in other text, at any place of either."""
+"""Passages that two texts share verbatim, at any position of either."""
 
 from collections.abc import Iterator
 
 
 class Passages:
     """
-    Hashes of text, to find what is repeated of it (as rsync finds it in files).
+    Hashes of blocks of text, to find verbatim repetitions (as rsync does in files).
 
-    The text is cut into blocks of half a passage, and another text is looked through at
-    every character: a passage of `chars` characters has a whole block in it wherever it
-    begins. Of shorter repetitions, from half of that on, some are found and some are not.
+    Known text is cut into blocks of half a passage, and other text is searched for them at
+    every character: a repeated passage of `chars` characters contains a whole block
+    wherever it starts. Of shorter repetitions, down to half of that, some are found.
     Nothing is normalised: a changed space makes another passage.
 
     Args:
@@ -21,11 +21,11 @@ class Passages:
 
     def __init__(self, chars: int):
         self.block_chars = (chars + 1) // 2
-        # hashes, not text: a set of those would hold on to all that was ever read
+        # hashes, not text, which would keep all that was ever read in memory
         self._blocks: set[int] = set()
 
     def add(self, text: str) -> None:
-        """Remember a text."""
+        """Add a known text."""
         size = self.block_chars
         self._blocks.update(
             hash(text[start : start + size])
@@ -34,13 +34,7 @@ class Passages:
 
     def repetitions(self, text: str) -> Iterator[tuple[int, int]]:
         """
-        Where a text repeats those that were added.
-
-        Args:
-            text: Any.
-
-        Yields:
-            Start and end of each block found, in order, none overlapping the one before.
+        Start and end of each known block in a text, in order and without overlaps.
         """
         size, start = self.block_chars, 0
         while start + size <= len(text):
@@ -51,7 +45,7 @@ class Passages:
                 start += 1
 
     def new_pieces(self, text: str) -> list[str]:
-        """The pieces of a text between the blocks that it repeats, in order."""
+        """The pieces of a text between its known blocks, in order."""
         pieces: list[str] = []
         start = 0
         for repeated, end in self.repetitions(text):

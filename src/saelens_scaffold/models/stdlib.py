@@ -1,8 +1,8 @@
-"""The standard library of the user's own Python as text: no download, no copy shipped.
+"""The standard library of the running Python as text: nothing to download or to ship.
 
-Files of the library repeat each other (character tables, grammars, licences), so the test
-splits are held out by file and then cut: what a training file has verbatim is left out.
-Verbatim is meant: copies that differ in a space or a letter are not looked for.
+Files of the library repeat each other (character tables, grammars, licences). So test
+splits are held out by file, and then passages that a training file contains verbatim are
+cut out of them. Copies that differ in a space or a letter are not found.
 """
 
 import os
@@ -30,7 +30,7 @@ TEXT_TEST_FRACTION = 0.045
 PROBING_TEST_FRACTION = 0.2
 """Share of files in `load_stdlib_chunks("test")`, which includes the share above.
 
-A probe is judged per label, and most packages have too few files for the smaller share.
+Probes are scored per label, and most packages have too few files for the smaller share.
 """
 
 CHUNK_CHARS = 512
@@ -47,7 +47,7 @@ class SourceFile(NamedTuple):
     Attributes:
         path: Relative to the library's directory, with forward slashes.
         text: The whole source.
-        label: The top-level package or module the file is about.
+        label: Top-level package or module that the file is about.
     """
 
     path: str
@@ -62,8 +62,8 @@ def read_stdlib() -> list[SourceFile]:
         Every readable .py file over 500 characters, sorted by path.
 
     Raises:
-        RuntimeError: There is too little: some distributions ship a standard library that
-            is zipped or compiled only.
+        UserError: There is too little text: some distributions ship the standard library
+            zipped or compiled.
     """
     root = _library()
     sources: list[SourceFile] = []
@@ -73,10 +73,7 @@ def read_stdlib() -> list[SourceFile]:
             continue
         try:
             text = file.read_text(encoding="utf-8")
-        except (
-            OSError,
-            UnicodeDecodeError,
-        ):  # test data in other encodings, on purpose
+        except (OSError, UnicodeDecodeError):  # test data in other encodings
             continue
         if len(text) > MIN_FILE_CHARS:
             path = relative.as_posix()
@@ -84,7 +81,7 @@ def read_stdlib() -> list[SourceFile]:
 
     chars = sum(len(source.text) for source in sources)
     if len(sources) < MIN_FILES or chars < MIN_CHARS:
-        raise RuntimeError(
+        raise UserError(
             f"The standard library in {root} has {len(sources)} readable .py files with {chars:,} "
             f"characters; {MIN_FILES} files and {MIN_CHARS:,} characters are needed. A Python "
             "from python.org, pyenv, uv, conda or a Linux distribution has them; a zipped or "
@@ -96,8 +93,8 @@ def read_stdlib() -> list[SourceFile]:
 def label_of(path: str) -> str:
     """The top-level package or module that a file of the standard library is about.
 
-    A test counts to what it tests, because Python 3.12 moved many packages' tests from
-    the package to `test`; "test" itself is left with what tests the language.
+    A test belongs to what it tests, since Python 3.12 moved many packages' tests from the
+    package to `test`; "test" itself keeps the tests of the language.
 
     Args:
         path: Relative to the library's directory, as in "asyncio/tasks.py".
@@ -114,53 +111,47 @@ def label_of(path: str) -> str:
 
 
 def is_held_out(path: str, fraction: float) -> bool:
-    """Whether a file belongs to the test split: by its path alone, whatever else exists.
+    """Whether a file belongs to the test split, which its path alone determines.
 
     Args:
         path: Relative to the library's directory, with forward slashes.
         fraction: The test split's share of all files. A larger share includes a smaller.
-
-    Returns:
-        True for the test split, False for the training split.
     """
-    # Of the common digests this one leaves pydoc_data/topics.py, English prose and half as
-    # large as all the rest of the test split, in the training split.
-    return (
-        int.from_bytes(sha3_256(path.encode()).digest()[:8], "big") < fraction * 2**64
-    )
+    # SHA3 because it leaves pydoc_data/topics.py, English prose and half as large as all
+    # the rest of the test split, in the training split.
+    digest = sha3_256(path.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def load_stdlib_text(split: Split, seed: int = 0) -> Dataset:
-    """The standard library, a row for each file.
+    """The standard library, one row per file.
 
-    SAELens takes it as `override_dataset`. It reads a dataset in order, so the files come
-    shuffled: by path, one package would follow another.
+    SAELens takes it as `override_dataset`. SAELens reads a dataset in order, so the files
+    are shuffled; sorted by path, one package would follow another.
 
     No 512 characters of the test split are in the training split: a held-out file that
     repeats others has a row for each piece between the repetitions.
 
     Args:
         split: "train", or "test" for the 4.5 % of files held out of it.
-        seed: Of the order. The split does not depend on it.
+        seed: Seed of the order. The split does not depend on it.
 
     Returns:
         Dataset with the columns `text`, `path` and `label`.
 
     Raises:
-        RuntimeError: The standard library holds too little text.
-        UserError: There is no such split.
+        UserError: The standard library contains too little text, or there is no such
+            split.
     """
     sources = _split(
         read_stdlib(), split, TEXT_TEST_FRACTION, CHUNK_CHARS, MIN_FILE_CHARS
     )
     random.Random(seed).shuffle(sources)
-    return Dataset.from_dict(
-        {
-            "text": [source.text for source in sources],
-            "path": [source.path for source in sources],
-            "label": [source.label for source in sources],
-        }
-    )
+    rows = [
+        {"text": source.text, "path": source.path, "label": source.label}
+        for source in sources
+    ]
+    return Dataset.from_list(rows)
 
 
 def load_stdlib_chunks(
@@ -170,26 +161,26 @@ def load_stdlib_chunks(
     per_label: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Pieces of the standard library, labelled by package, for probing tasks.
+    """Chunks of the standard library, labelled by package, for probing tasks.
 
-    The splits share no file and no chunk: none of the test split occurs verbatim in a
-    training file, and none occurs twice in its own split. This test split is of 20 % of
-    all files, and so includes that of `load_stdlib_text`.
+    The splits share no file and no chunk: no chunk of the test split occurs verbatim in a
+    training file, and none occurs twice in its own split. This test split has 20 % of all
+    files, and so includes that of `load_stdlib_text`.
 
     Args:
         split: "train" or "test".
-        chars: Length of a chunk. Files are cut into such pieces; the rest is left out.
-        labels: The packages or modules. By default `probing_labels()`.
+        chars: Length of a chunk. Files are cut into chunks; the remainder is left out.
+        labels: Packages or modules. By default `probing_labels()`.
         per_label: Number of chunks of each label, drawn at random. By default all.
-        seed: Of the draw and of the order.
+        seed: Seed of the draw and of the order.
 
     Returns:
         Shuffled Dataset with the columns `text`, each `chars` characters long, and `label`.
 
     Raises:
-        RuntimeError: The standard library holds too little text.
-        UserError: There is no such split, chars or per_label is below 1, or a label has
-            fewer than per_label chunks (or none) in the split.
+        UserError: The standard library contains too little text, there is no such split,
+            chars or per_label is below 1, or a label has fewer than per_label chunks (or
+            none) in the split.
     """
     if chars < 1:
         raise UserError(f"chars is {chars}; it must be at least 1")
@@ -197,11 +188,10 @@ def load_stdlib_chunks(
         raise UserError(
             f"per_label is {per_label}; it must be at least 1, or None for all"
         )
-    if split not in ("train", "test"):
-        raise UserError(_no_split(split))
+    _check_split(split)
     splits = _probing_splits(_library(), chars)
     labels = _most_frequent_labels(splits) if labels is None else labels
-    # before the labels are chosen, so that no label's chunks depend on the others asked for
+    # before the labels are chosen, so that no label's chunks depend on the other labels
     label_of_chunk: dict[str, str] = {}
     for source in splits[split]:
         for start in range(0, len(source.text) - chars + 1, chars):
@@ -222,27 +212,25 @@ def load_stdlib_chunks(
         )
     rng = random.Random(seed)
     rows = [
-        (text, label)
+        {"text": text, "label": label}
         for label, texts in pieces.items()
         for text in (texts if per_label is None else rng.sample(texts, per_label))
     ]
     rng.shuffle(rows)
-    return Dataset.from_dict(
-        {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
-    )
+    return Dataset.from_list(rows)
 
 
 def probing_labels(count: int = 5) -> list[str]:
     """The labels with the most text for a probing task, in both of its splits.
 
     Args:
-        count: How many.
+        count: Number of labels.
 
     Returns:
-        Their names, most text first; "test" is not among them, being about no one thing.
+        Their names, most text first, without "test", which is about no one thing.
 
     Raises:
-        RuntimeError: The standard library holds too little text.
+        UserError: The standard library contains too little text.
     """
     return _most_frequent_labels(_probing_splits(_library(), CHUNK_CHARS), count)
 
@@ -252,21 +240,21 @@ def write_stdlib_dataset(
 ) -> Path:
     """Write `load_stdlib_text(split)` where SAELens's `--dataset_path PATH` can read it.
 
-    SAELens asks for the split called "train" of what it is given, so either split is
-    written as the whole of its own directory, in one JSONL file.
+    SAELens reads the split called "train" of any dataset, so each of our splits is a
+    dataset of its own: a directory with one JSONL file.
 
     Args:
         path: The new directory.
         split: "train" or "test".
-        seed: Of the order of the files.
+        seed: Seed of the order of the files.
 
     Returns:
         The directory.
 
     Raises:
-        FileExistsError: There is something at `path` already.
-        RuntimeError: The standard library holds too little text.
-        UserError: There is no such split.
+        FileExistsError: `path` exists already.
+        UserError: The standard library contains too little text, or there is no such
+            split.
     """
     with new_directory(path) as directory:
         load_stdlib_text(split, seed).to_json(directory / "stdlib.jsonl")
@@ -280,17 +268,16 @@ def _split(
     chars: int,
     min_chars: int,
 ) -> list[SourceFile]:
-    """The files of a split; of the test split, what repeats no others.
+    """The files of a split; of the test split, the pieces that repeat no training file.
 
     Args:
         sources: All files.
         split: "train" or "test".
         test_fraction: The test split's share of all files.
-        chars: How many characters in a row must not be in both splits.
-        min_chars: Shorter pieces of a file that is cut are left out.
+        chars: Number of consecutive characters that must not be in both splits.
+        min_chars: Minimum length of a piece of a file that is cut.
     """
-    if split not in ("train", "test"):
-        raise UserError(_no_split(split))
+    _check_split(split)
     train, held_out = [], []
     for source in sources:
         of_test = is_held_out(source.path, test_fraction)
@@ -308,9 +295,9 @@ def _split(
     ]
 
 
-@lru_cache(maxsize=1)  # takes seconds, and labels, train and test are asked for in turn
+@lru_cache(maxsize=1)  # takes seconds, and is called for labels, train and test in turn
 def _probing_splits(library: Path, chars: int) -> dict[Split, list[SourceFile]]:  # noqa: ARG001
-    """Both splits of labelled text; library is what the cache knows the sources by."""
+    """Both splits of labelled text; the library is the key of the cache."""
     sources = read_stdlib()
     return {
         split: _split(sources, split, PROBING_TEST_FRACTION, chars, chars)
@@ -322,8 +309,9 @@ def _library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _no_split(split: str) -> str:
-    return f"split is {split!r}; it must be 'train' or 'test'"
+def _check_split(split: str) -> None:
+    if split not in ("train", "test"):
+        raise UserError(f"split is {split!r}; it must be 'train' or 'test'")
 
 
 def _most_frequent_labels(
@@ -333,7 +321,7 @@ def _most_frequent_labels(
     for split, sources in splits.items():
         for source in sources:
             chars[split][source.label] += len(source.text)
-    # A label is worth as much as its smaller split, which is not always the test split.
+    # A label counts by its smaller split, which is not always the test split.
     chars_in_smaller = chars["train"] & chars["test"]
     del chars_in_smaller["test"]
     return [label for label, _ in chars_in_smaller.most_common(count)]

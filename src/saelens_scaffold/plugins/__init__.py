@@ -1,4 +1,4 @@
-"""Trainer hooks: their specifications, the manager, and the plugins of the package.
+"""Hooks into training and evaluation, and the plugins that come with the package.
 
 A plugin is imported when an SAE's configuration chooses it.
 """

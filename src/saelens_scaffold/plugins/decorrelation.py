@@ -1,4 +1,4 @@
-"""A loss that keeps the dictionary from writing what the scaffold writes."""
+"""A loss on the correlation between the contributions of scaffold and dictionary."""
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -9,16 +9,15 @@ from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 
 class Decorrelation:
     """
-    Add `coefficient` times the correlation between what the scaffold and the dictionary
-    write, as the loss "scaffold_decorrelation".
+    Add `coefficient` times the correlation between the contributions of the scaffold and
+    the dictionary to the reconstruction, as the loss "scaffold_decorrelation".
 
-    With the centred parts of the reconstruction S (scaffold) and D (dictionary) over a
-    batch, both of shape (n_tokens, d_in), it is their RV coefficient (Robert and
-    Escoufier, 1976), ‖SᵀD‖² / (‖SᵀS‖ ‖DᵀD‖) with Frobenius norms, from 0 to 1.
+    With the centred contributions S (scaffold) and D (dictionary) over a batch, both of
+    shape (n_tokens, d_in), it is their RV coefficient (Robert and Escoufier, 1976),
+    ‖SᵀD‖² / (‖SᵀS‖ ‖DᵀD‖) with Frobenius norms, from 0 to 1.
 
     Args:
-        coefficient: Weight of the loss. The mean squared error it is added to is a sum
-            over d_in.
+        coefficient: Weight of the loss, relative to a squared error summed over d_in.
     """
 
     def __init__(self, coefficient: float):
@@ -35,7 +34,7 @@ class Decorrelation:
     ) -> dict[str, torch.Tensor]:
         with torch.autocast(output.sae_out.device.type, enabled=False):
             scaffold = sae.scaffold(step_input.sae_in).flatten(0, -2).float()
-            # what the SAE writes but the scaffold does not; the bias falls to centring
+            # still with the bias, which centring removes
             dictionary = output.sae_out.flatten(0, -2).float() - scaffold
             S, D = (part - part.mean(dim=0) for part in (scaffold, dictionary))
             bound = (S.T @ S).norm() * (D.T @ D).norm()

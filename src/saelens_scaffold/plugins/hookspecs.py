@@ -1,8 +1,8 @@
-"""What a plugin can do to the training of a scaffold SAE.
+"""Specifications of the hooks that a plugin can implement.
 
-All hooks are called by the SAE itself, so they fire in every runner of SAELens and in any
-training loop of one's own. A plugin implements those that it needs; each implementation
-takes only the arguments that it uses.
+The SAE itself calls the training hooks, so they fire in every SAELens runner and in any
+custom training loop. A plugin implements the hooks it needs; each implementation takes only
+the arguments that it uses.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
     from saelens_scaffold.compare.metrics import ComparisonMetric
-    from saelens_scaffold.evals.registry import Evaluation
-    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
+    from saelens_scaffold.evals.base import Evaluation
+    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
 
 PROJECT_NAME = "saelens_scaffold"
-"""Name of the pluggy project, and group of the entry points."""
+"""Name of the pluggy project and of the entry-point group."""
 
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)
 hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
@@ -29,12 +29,12 @@ MetricValue = float | torch.Tensor | Callable[[], float | torch.Tensor]
 
 class ScaffoldStart(NamedTuple):
     """
-    Where a scaffold starts.
+    Initial weights of a scaffold.
 
     Attributes:
         A: Encoder, shape (d_in, r).
         B: Decoder, shape (r, d_in).
-        b_dec: Decoder bias, shape (d_in,); None leaves it as it is.
+        b_dec: Decoder bias, shape (d_in,); None keeps the SAE's.
     """
 
     A: torch.Tensor
@@ -43,52 +43,52 @@ class ScaffoldStart(NamedTuple):
 
 
 class ScaffoldSpecs:
-    """The hooks of the bottleneck's life, in the order in which they are called."""
+    """Training hooks, in the order of their calls."""
 
     @hookspec(firstresult=True)
     def initialize_scaffold(
-        self, sae: "ScaffoldBatchTopKTrainingSAE", sae_in: torch.Tensor
+        self, sae: "ScaffoldSAE", sae_in: torch.Tensor
     ) -> "ScaffoldStart | None":
         """
         Start the scaffold from the activations of the first training step.
 
-        The first plugin that returns something wins; if none does, `scaffold_init`
-        decides. Called once in an SAE's life, not again after resuming.
+        The first plugin that returns a start wins; if none does, `scaffold_init` decides.
+        Called once per SAE, not again after resuming.
 
         Args:
-            sae: The SAE, as it was initialised.
+            sae: The SAE in its initial state.
             sae_in: Activations of the first step, shape (n_tokens, d_in).
         """
 
     @hookspec
     def before_training_forward_pass(
-        self, sae: "ScaffoldBatchTopKTrainingSAE", step_input: "TrainStepInput"
+        self, sae: "ScaffoldSAE", step_input: "TrainStepInput"
     ) -> None:
         """
-        Before each training forward pass; `step_input.n_training_steps` counts them.
+        Called before each training forward pass, number `step_input.n_training_steps`.
 
-        What is set in `step_input` holds for the step.
+        Changes of `step_input` apply to the step.
         """
 
     @hookspec
     def training_losses(
         self,
-        sae: "ScaffoldBatchTopKTrainingSAE",
+        sae: "ScaffoldSAE",
         step_input: "TrainStepInput",
         output: "TrainStepOutput",
     ) -> "Mapping[str, torch.Tensor] | None":
         """
-        Named losses to add to a step.
+        Named losses to add to the loss of a step.
 
         Returns:
-            Scalars with a gradient. Each is added to the loss and to `output.losses`, under
-            its name, so that SAELens logs it and shows it in the progress bar.
+            Scalars with a gradient. Each is added to the loss, and to `output.losses`
+            under its name, so that SAELens logs it and shows it in the progress bar.
         """
 
     @hookspec
     def training_metrics(
         self,
-        sae: "ScaffoldBatchTopKTrainingSAE",
+        sae: "ScaffoldSAE",
         step_input: "TrainStepInput",
         output: "TrainStepOutput",
     ) -> "Mapping[str, MetricValue] | None":
@@ -96,66 +96,59 @@ class ScaffoldSpecs:
         Named metrics of a step.
 
         Returns:
-            Scalars, or functions that give one: SAELens calls these only in steps that
-            are logged. Each is added to `output.metrics` under its name.
+            Scalars, or functions that return one, which SAELens calls in logged steps
+            only. Each is added to `output.metrics` under its name.
         """
 
     @hookspec
-    def before_optimizer_step(
-        self, sae: "ScaffoldBatchTopKTrainingSAE", n_training_steps: int
-    ) -> None:
-        """Before the optimizer changes the weights; gradients are there, and clipped."""
+    def before_optimizer_step(self, sae: "ScaffoldSAE", n_training_steps: int) -> None:
+        """Called before the optimizer changes the weights, with clipped gradients."""
 
     @hookspec
-    def after_optimizer_step(
-        self, sae: "ScaffoldBatchTopKTrainingSAE", n_training_steps: int
-    ) -> None:
-        """After the optimizer has changed the weights, without gradients: for projections."""
+    def after_optimizer_step(self, sae: "ScaffoldSAE", n_training_steps: int) -> None:
+        """Called after the optimizer has changed the weights, without gradients."""
 
     @hookspec
-    def training_ended(self, sae: "ScaffoldBatchTopKTrainingSAE") -> None:
+    def training_ended(self, sae: "ScaffoldSAE") -> None:
         """
-        After the last step, before anything is folded into the weights or
-        `save_inference_model` saves the SAE. Once, if it was trained in this process.
+        Called after the last step, before a normalisation is folded into the weights or
+        `save_inference_model` saves the SAE; once, if it was trained in this process.
 
-        An SAE is not told when a training ends in which neither follows: with
+        An SAE does not learn of the end of a training in which neither follows: with
         normalize_activations="none" and no output_path, this is never called.
         """
 
     @hookspec
     def before_saving_inference(
-        self,
-        sae: "ScaffoldBatchTopKTrainingSAE",
-        state_dict: dict[str, torch.Tensor],
+        self, sae: "ScaffoldSAE", state_dict: dict[str, torch.Tensor]
     ) -> None:
         """
-        Before the inference form is made, by `save_inference_model` or `to_inference`.
+        Called before `save_inference_model` or `to_inference` makes the inference form.
 
         Args:
             sae: The SAE.
-            state_dict: Its weights in the training form. They share memory with the
-                parameters: replace them rather than writing into them.
+            state_dict: Weights in training form. They share memory with the parameters,
+                so replace them instead of writing into them.
         """
 
 
 class EvaluationSpecs:
-    """The hooks of `saelens-scaffold eval` and `saelens-scaffold compare`."""
+    """Hooks of `saelens-scaffold eval` and `saelens-scaffold compare`."""
 
     @hookspec
     def evaluations(self) -> "Sequence[Evaluation] | None":
         """
-        Further evaluations, which `saelens-scaffold eval` then knows by name.
+        Further evaluations for `saelens-scaffold eval`.
 
-        Called for every installed plugin, chosen or not, since an evaluation changes no
-        SAE.
+        Called for every installed plugin, chosen or not.
         """
 
     @hookspec
     def comparison_metrics(self) -> "Sequence[ComparisonMetric] | None":
         """
-        Further metrics, by which `saelens-scaffold compare` then compares SAEs.
+        Further metrics for `saelens-scaffold compare`.
 
-        Called for every installed plugin, chosen or not, as `evaluations` is.
+        Called for every installed plugin, chosen or not.
         """
 
 

@@ -1,4 +1,4 @@
-"""What a scaffold does, as it is trained."""
+"""Metrics of the scaffold during training."""
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -16,9 +16,9 @@ DENSE_THRESHOLD = 0.1
 
 class LiveMetrics:
     """
-    Metrics of the scaffold in SAELens's logs, computed in the steps that are logged.
+    Metrics of the scaffold in SAELens's logs, computed in logged steps only.
 
-    - scaffold_explained_variance: share of the batch's variance that x - s(x) lacks
+    - scaffold_explained_variance: share of the batch's variance that s(x) explains
     - scaffold_pca_overlap: mean squared cosine of the principal angles between the
       scaffold's decoder rows and the batch's top-r principal directions
     - scaffold_effective_rank: exp of the entropy of the normalised variances of s along
@@ -26,7 +26,7 @@ class LiveMetrics:
     - dense_latents: sparse latents that fire on more than 10 % of the tokens
 
     Args:
-        window: Steps over which firing frequencies are averaged, exponentially.
+        window: Number of steps of the exponential average of firing frequencies.
     """
 
     def __init__(self, window: int = 100):
@@ -91,7 +91,7 @@ def _pca_overlap(x: torch.Tensor, basis: torch.Tensor) -> float:
 
 
 def _effective_rank(s: torch.Tensor, basis: torch.Tensor) -> float:
-    # s lies in the span of the scaffold's decoder rows, so r coordinates are all of it
+    # s lies in the span of the scaffold's decoder rows, so r coordinates determine it
     coordinates = (s - s.mean(dim=0)).cpu().double() @ basis.T
     variances = torch.linalg.svdvals(coordinates).pow(2)
     shares = variances / variances.sum()

@@ -1,4 +1,4 @@
-"""When the scaffold is trained, and how fast."""
+"""Training schedule of the scaffold."""
 
 import warnings
 from typing import Any
@@ -11,14 +11,14 @@ from saelens_scaffold.plugins.hookspecs import hookimpl
 
 class ScaffoldSchedule:
     """
-    Train the scaffold alone at first, freeze it later, or at a pace of its own.
+    Train the scaffold alone at first, freeze it later, or give it its own learning rate.
 
     Args:
-        alone_until: Steps in which the scaffold is trained alone: no sparse latent fires,
-            and none is trained. For as many steps again, none is revived as dead, since
-            until then a latent has been silent for want of a chance to fire.
-        frozen_from: Step from which the scaffold's encoder and decoder stay as they are.
-            None never freezes it.
+        alone_until: Number of steps in which the scaffold is trained alone: no sparse
+            latent fires or is trained. No dead latents are revived for twice as long,
+            since until then a latent has been silent for lack of opportunity.
+        frozen_from: Step from which the scaffold's encoder and decoder are frozen. None
+            never freezes them.
         lr_factor: The scaffold's learning rate as a multiple of the SAE's.
     """
 
@@ -48,7 +48,7 @@ class ScaffoldSchedule:
         self, sae: Any, step_input: TrainStepInput
     ) -> None:
         step = step_input.n_training_steps
-        # set in every step, so that a resumed run is where it would have been
+        # set in every step, so that a resumed run is in the right phase
         self._alone = step < self.alone_until
         sae.activation_fn.sparse_activation.k = 0 if self._alone else sae.cfg.k
         if step < 2 * self.alone_until:
@@ -59,12 +59,12 @@ class ScaffoldSchedule:
         if self._factor(n_training_steps) != 1:
             self._before = tuple(part.detach().clone() for part in _scaffold(sae))  # type: ignore[assignment]
 
-    # first, so that what other plugins make of the weights is no part of the step
+    # first, so that other plugins' changes of the weights are not part of the step
     @hookimpl(tryfirst=True)
     def after_optimizer_step(self, sae: TrainingSAE, n_training_steps: int) -> None:
         if self._before is None:
             return
-        # The step itself is scaled: Adam's steps do not depend on the gradient's scale.
+        # Scale the step, since Adam's steps do not depend on the scale of the gradient.
         factor = self._factor(n_training_steps)
         for before, now in zip(self._before, _scaffold(sae), strict=True):
             now.copy_(torch.lerp(before, now, factor))

@@ -1,26 +1,26 @@
-"""The activations of an SAE that are not zero, which are few."""
+"""Nonzero activations of an SAE, and decoding from them."""
 
 from typing import Any
 
 import torch
 from sae_lens import SAE
 
-# Share of active latents below which a sparse product is the faster one.
+# Share of active latents below which a sparse product is faster.
 _SPARSE_BELOW = 0.05
 _SPARSE_DTYPES = (torch.float32, torch.float64)
 
 
 class ActiveLatents:
     """
-    The activations of a batch that are not zero.
+    The nonzero activations of a batch.
 
     Args:
         acts: Activations, shape (n_tokens, d_sae).
 
     Attributes:
-        token: Index of the token of each, shape (n_active,).
-        latent: Index of the latent of each, shape (n_active,).
-        values: Their values, shape (n_active,).
+        token: Index of each one's token, shape (n_active,).
+        latent: Index of each one's latent, shape (n_active,).
+        values: The activations, shape (n_active,).
     """
 
     def __init__(self, acts: torch.Tensor):
@@ -30,11 +30,11 @@ class ActiveLatents:
 
     def decode(self, sae: SAE[Any], kept: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The SAE's `decode`, of sparse activations where that is faster.
+        The SAE's `decode`, with a sparse product where that is faster.
 
         Args:
-            sae: The SAE whose activations these are.
-            kept: The latents to decode, a mask of shape (d_sae,). By default all.
+            sae: The SAE of these activations.
+            kept: Mask of the latents to decode, shape (d_sae,). By default all.
 
         Returns:
             Shape (n_tokens, d_in).

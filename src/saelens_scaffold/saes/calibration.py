@@ -1,11 +1,11 @@
-"""The threshold of the inference form: the one at which k sparse latents fire per token.
+"""The threshold of the inference form, at which k sparse latents fire per token.
 
 SAELens's BatchTopK SAEs keep a running average of each batch's smallest active value, and
-save it as the JumpReLU threshold. It starts at 0 and moves by `topk_threshold_lr` a step,
-so after a few hundred steps it is still too low, and the saved SAE fires far more than k
-latents. Here the threshold is found with the weights as they are, on a sample of the
-activations that they were trained on: of all of them, since the last ones may come from a
-few texts. benchmarks/README.md compares the estimators.
+save it as the JumpReLU threshold. It starts at 0 and moves by `topk_threshold_lr` a step, so
+after a few hundred steps it is still too low, and the saved SAE fires far more than k
+latents. Here the threshold is computed from the final weights, on a sample of all the
+training activations, since the last ones may come from a few texts. benchmarks/README.md
+compares the estimators.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from safetensors.torch import load_file, save_file
 
 N_SAMPLED_TOKENS = 8192
-"""Tokens that a threshold is calibrated on, if a training has as many: up to twice this."""
+"""Number of tokens that a threshold is calibrated on: up to twice this, if there are."""
 
 # Pre-activations held at once.
 _BLOCK_ELEMENTS = 2**24
@@ -25,25 +25,22 @@ _BLOCK_ELEMENTS = 2**24
 
 class ActivationSample:
     """
-    Every n-th token of a training, with n doubled whenever they become too many.
+    Every n-th token of a training, with n doubled whenever the sample grows too large.
 
-    It draws no random numbers, so a training goes on as without it.
+    It draws no random numbers, so it does not change the training.
 
     Args:
-        n_tokens: More than twice as many are halved.
+        n_tokens: Size of the sample; it is halved when it exceeds twice this.
     """
 
     def __init__(self, n_tokens: int = N_SAMPLED_TOKENS):
         self._n_tokens = n_tokens
-        self._kept: list[torch.Tensor] = []
-        self._n_kept = 0
-        self._n_seen = 0
-        self._step = 1
+        self.clear()
 
     @torch.no_grad()
     def add(self, x: torch.Tensor) -> None:
         """
-        See a batch of the training.
+        Sample a batch of the training.
 
         Args:
             x: Activations, shape (n_tokens, ...).
@@ -60,16 +57,17 @@ class ActivationSample:
             self._step *= 2
 
     def clear(self) -> None:
-        """Begin anew."""
-        self._kept, self._n_kept, self._n_seen, self._step = [], 0, 0, 1
+        """Start over with an empty sample."""
+        self._kept: list[torch.Tensor] = []
+        self._n_kept, self._n_seen, self._step = 0, 0, 1
 
     def state(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sample, and what `load_state` needs to go on from it."""
+        """The sample and its counters, for `load_state`."""
         counts = torch.tensor([self._n_seen, self._step])
         return torch.cat(self._kept), counts
 
     def load_state(self, sample: torch.Tensor, counts: torch.Tensor) -> None:
-        """Go on from what `state` gave."""
+        """Continue from a `state`."""
         self._kept, self._n_kept = [sample], len(sample)
         self._n_seen, self._step = counts.tolist()
 
@@ -82,13 +80,13 @@ class ActivationSample:
 
 class SampledBatches(Iterator[dict[str, torch.Tensor]]):
     """
-    A data provider of `MultiSAETrainer` that samples what it gives.
-
-    Attributes:
-        samples: By hook point.
+    A data provider for `MultiSAETrainer` that samples its batches.
 
     Args:
         batches: The data provider: dictionaries of activations by hook point.
+
+    Attributes:
+        samples: Sample of each hook point.
     """
 
     def __init__(self, batches: Iterator[dict[str, torch.Tensor]]):
@@ -102,14 +100,14 @@ class SampledBatches(Iterator[dict[str, torch.Tensor]]):
         return batch
 
     def save(self, path: Path) -> None:
-        """Write the samples, as safetensors."""
+        """Write the samples as safetensors."""
         tensors: dict[str, torch.Tensor] = {}
         for hook_name, sample in self.samples.items():
             tensors[hook_name], tensors[f"{hook_name}.counts"] = sample.state()
         save_file(tensors, path)
 
     def load(self, path: Path, device: str) -> None:
-        """Go on from what `save` wrote."""
+        """Continue from a file that `save` wrote."""
         tensors = load_file(path, device=device)
         for hook_name in tensors:
             if f"{hook_name}.counts" in tensors:
@@ -122,12 +120,12 @@ def calibrate_threshold(
     sae: BatchTopKTrainingSAE, activations: ActivationSample
 ) -> None:
     """
-    Set an SAE's threshold to that at which k sparse latents fire per token.
+    Set an SAE's threshold so that k sparse latents fire per token.
 
     Args:
         sae: A BatchTopK or Matryoshka BatchTopK SAE, plain or with a scaffold.
-        activations: In the units that the SAE takes now. Without any, the threshold
-            stays as it is, and the SAE's metadata say so.
+        activations: At the scale that the SAE takes now. If empty, the threshold stays,
+            and the SAE's metadata say so.
     """
     if len(activations) > 0:
         sae.topk_threshold.fill_(calibrated_threshold(sae, activations))
@@ -135,7 +133,7 @@ def calibrate_threshold(
 
 
 def record_calibration(sae: BatchTopKTrainingSAE, n_tokens: int) -> None:
-    """Say in an SAE's metadata what k it was trained for, and where its threshold is from."""
+    """Write k and the estimator of the threshold into an SAE's metadata."""
     metadata: Any = sae.cfg.metadata
     metadata.k = float(sae.cfg.k)
     metadata.threshold_calibration = {
@@ -149,14 +147,14 @@ def calibrated_threshold(
     sae: BatchTopKTrainingSAE, activations: Iterable[torch.Tensor]
 ) -> float:
     """
-    The threshold above which k sparse latents per token lie, on average.
+    The threshold that on average k sparse latents per token exceed.
 
-    It is exact for the activations given: the middle between the last pre-activation
-    that is active and the first that is not. 0 if fewer are positive.
+    It is exact for these activations: the midpoint between the last active pre-activation
+    and the first inactive one. 0 if fewer are positive.
 
     Args:
         sae: A BatchTopK or Matryoshka BatchTopK SAE, plain or with a scaffold.
-        activations: Batches of shape (n_tokens, ...), in the units that the SAE takes.
+        activations: Batches of shape (n_tokens, ...), at the scale that the SAE takes.
     """
     rank = getattr(sae.cfg, "scaffold_rank", 0)
     # at once: a long training is sampled in thousands of batches of few tokens

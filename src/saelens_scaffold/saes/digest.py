@@ -1,4 +1,4 @@
-"""The digest that tells whose an evaluation result is."""
+"""Hash of an SAE's weights."""
 
 from hashlib import sha256
 from typing import Any
@@ -9,11 +9,11 @@ from sae_lens.saes.sae import SAE
 
 def weights_sha256(sae: SAE[Any], dtype: torch.dtype | None = None) -> str:
     """
-    Digest of an SAE's weights, the same on every device.
+    SHA-256 hash of an SAE's weights, the same on every device.
 
     Args:
         sae: The SAE.
-        dtype: That to which the weights are converted first; None for their own.
+        dtype: Data type to convert the weights to first; None for their own.
     """
     digest = sha256()
     for name, weights in sorted(sae.state_dict().items()):

@@ -1,4 +1,4 @@
-"""Sums over tokens, and replicates of them over sequences."""
+"""Sums over tokens, with bootstrap replicates over sequences."""
 
 from functools import cached_property
 from typing import Any
@@ -13,21 +13,21 @@ from saelens_scaffold.saes.subspaces import ActivationMoments
 DENSE_THRESHOLD = 0.1
 """Share of the tokens above which a latent is dense (arXiv 2506.15679)."""
 
-# Activations of so many tokens at once that they stay in a CPU's cache, and are small
-# beside the weights on a GPU.
+# Activations at once: few enough to stay in a CPU's cache, and to be small relative to the
+# weights on a GPU.
 _ACTIVATIONS_AT_ONCE = {"cpu": 2**21, "other": 2**26}
 
 
 class FiringStatistics:
     """
-    How often the sparse latents of one SAE fire, and how well it reconstructs.
+    Firing frequencies of the sparse latents of one SAE, and its reconstruction error.
 
-    The size of these sums does not depend on the number of tokens.
+    The memory does not depend on the number of tokens.
 
     Attributes:
         fired: Tokens on which each sparse latent fired, shape (n_sparse,), int64.
-        activation_sums: Sum of its activations, shape (n_sparse,), float64.
-        replicate_fired: The same count in every bootstrap replicate, shape
+        activation_sums: Sum of each one's activations, shape (n_sparse,), float64.
+        replicate_fired: `fired` in every bootstrap replicate, shape
             (1 + n_replicates, n_sparse), the sample itself first.
         squared_errors: Sum of |x - x̂|² in every replicate, shape (1 + n_replicates,).
     """
@@ -35,9 +35,9 @@ class FiringStatistics:
     def __init__(self, sae: SAE[Any], n_replicates: int):
         self.sae = sae
         self.rank = scaffold_rank(sae)
-        device = self.sae.W_dec.device
-        n_sparse = self.sae.cfg.d_sae - self.rank
-        # float64 does not exist on MPS, where float32 has to do
+        device = sae.W_dec.device
+        n_sparse = sae.cfg.d_sae - self.rank
+        # MPS has no float64
         double = torch.float32 if device.type == "mps" else torch.float64
         self.fired = torch.zeros(n_sparse, dtype=torch.int64, device=device)
         self.activation_sums = torch.zeros(n_sparse, dtype=double, device=device)
@@ -51,18 +51,17 @@ class FiringStatistics:
         """
         Args:
             x: Activations of the tokens that count, shape (n_tokens, d_in).
-            sequence: Which sequence of the batch each token is from, shape (n_tokens,).
-            weights: How often each replicate counts each sequence, shape
+            sequence: Index of each token's sequence in the batch, shape (n_tokens,).
+            weights: Weight of each sequence in each replicate, shape
                 (1 + n_replicates, n_sequences).
         """
         n_sequences, n_sparse = weights.shape[1], len(self.fired)
         counts = torch.zeros(n_sequences * n_sparse, device=x.device)
         errors = torch.zeros(n_sequences, device=x.device)
         at_once = _ACTIVATIONS_AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
-        tokens_at_once = max(1, at_once // self.sae.cfg.d_sae)
-        for part, of in zip(
-            x.split(tokens_at_once), sequence.split(tokens_at_once), strict=True
-        ):
+        n_tokens = max(1, at_once // self.sae.cfg.d_sae)
+        parts = zip(x.split(n_tokens), sequence.split(n_tokens), strict=True)
+        for part, of in parts:
             active = ActiveLatents(self.sae.encode(part))
             error = (part - active.decode(self.sae)).float().pow(2).sum(dim=1)
             errors.index_add_(0, of, error)
@@ -70,31 +69,28 @@ class FiringStatistics:
             in_dictionary = active.latent >= self.rank
             token = active.token[in_dictionary]
             latent = active.latent[in_dictionary] - self.rank
-            values = active.values[in_dictionary]
-            counts += torch.bincount(
-                of[token] * n_sparse + latent, minlength=len(counts)
-            )
+            values = active.values[in_dictionary].to(self.activation_sums.dtype)
+            places = of[token] * n_sparse + latent
+            counts += torch.bincount(places, minlength=len(counts))
             self.fired += torch.bincount(latent, minlength=n_sparse)
-            self.activation_sums.index_add_(
-                0, latent, values.to(self.activation_sums.dtype)
-            )
+            self.activation_sums.index_add_(0, latent, values)
         weights = weights.to(x.device)
         self.replicate_fired += weights @ counts.view(n_sequences, n_sparse)
         self.squared_errors += (weights @ errors).to(self.squared_errors.dtype)
 
     def update_unsampled(self, x: torch.Tensor) -> None:
-        """The same where there are no replicates, and sequences do not matter."""
+        """`update` without replicates."""
         one_sequence = torch.zeros(len(x), dtype=torch.long, device=x.device)
         self.update(x, one_sequence, torch.ones(1, 1))
 
 
 class TextStatistics:
     """
-    Sums over the tokens that the SAEs of one hook point share.
+    Sums over the tokens that all SAEs of a hook point share.
 
     Attributes:
         moments: Mean and covariance of the activations.
-        n_sequences: Number of sequences so far.
+        n_sequences: Number of sequences.
         replicate_tokens: Number of tokens in every replicate, shape (1 + n_replicates,),
             the sample itself first.
     """
@@ -110,12 +106,11 @@ class TextStatistics:
     def update(
         self, x: torch.Tensor, sequence: torch.Tensor, weights: torch.Tensor
     ) -> None:
-        """As of `FiringStatistics`."""
+        """See `FiringStatistics.update`."""
         self.moments.update(x)
         if self._shift is None:
-            self._shift = x.float().mean(
-                dim=0
-            )  # for precision, as in ActivationMoments
+            # for precision, as in ActivationMoments
+            self._shift = x.float().mean(dim=0)
         shifted = x.float() - self._shift
         n_sequences = weights.shape[1]
         sums = torch.zeros(n_sequences, x.shape[1], device=x.device)
@@ -131,7 +126,7 @@ class TextStatistics:
 
     @cached_property
     def principal_directions(self) -> torch.Tensor:
-        """Orthonormal rows, largest variance first, shape (d_in, d_in), when all is seen."""
+        """Orthonormal rows, largest variance first, shape (d_in, d_in); after all updates."""
         return self.moments.principal_directions()[1].cpu()
 
     @property

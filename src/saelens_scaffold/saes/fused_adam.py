@@ -1,8 +1,8 @@
-"""Adam in one pass over the weights, for SAEs that are trained in sparse kernels.
+"""PyTorch's fused Adam for SAEs that are trained in sparse kernels.
 
-Once the products are sparse, much of a training step is the optimizer, which SAELens's trainer
-makes as PyTorch's defaults have it: on a CPU, a dozen passes over the weights. PyTorch's
-fused Adam is the same in one pass, and is chosen by a flag that Adam reads in each step.
+With sparse products, the optimizer takes much of a training step. SAELens's trainer creates
+Adam with PyTorch's defaults, which on a CPU is a dozen passes over the weights. Fused Adam
+is the same in one pass, chosen by a flag that Adam reads in each step.
 """
 
 from functools import cache
@@ -13,17 +13,17 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
-    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
+    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
 
-_SAES: "WeakSet[ScaffoldBatchTopKTrainingSAE]" = WeakSet()
+_SAES: "WeakSet[ScaffoldSAE]" = WeakSet()
 
 
 @torch.compiler.disable()
-def fuse_adam_of(sae: "ScaffoldBatchTopKTrainingSAE") -> None:
+def fuse_adam_of(sae: "ScaffoldSAE") -> None:
     """
-    Let the Adam that trains an SAE's weights be PyTorch's fused one.
+    Make the Adam that trains an SAE's weights PyTorch's fused one.
 
-    Not where `fused` or `foreach` was chosen for it, nor if it is any other optimizer.
+    Other optimizers, and an Adam with `fused` or `foreach` set, stay as they are.
     """
     _watch_optimizers()
     _SAES.add(sae)
@@ -31,7 +31,7 @@ def fuse_adam_of(sae: "ScaffoldBatchTopKTrainingSAE") -> None:
 
 @cache
 def _watch_optimizers() -> None:
-    # PyTorch calls it before each step of every optimizer
+    # called before each step of every optimizer
     register_optimizer_step_pre_hook(_before_step)
 
 
@@ -51,6 +51,6 @@ def _can_be_fused(p: torch.Tensor, optimizer: torch.optim.Optimizer) -> bool:
     return (
         p.device.type in ("cpu", "cuda")
         and p.dtype in (torch.float32, torch.float64)
-        # that of a run that was resumed may be on the CPU
+        # the step of a resumed run may be on the CPU
         and (step is None or step.device == p.device)
     )

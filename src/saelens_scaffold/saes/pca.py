@@ -1,4 +1,4 @@
-"""The principal subspace of a batch of activations, for initialising a scaffold."""
+"""Principal subspace of a batch of activations, to initialise a scaffold."""
 
 from typing import NamedTuple
 
@@ -18,9 +18,9 @@ class PrincipalSubspace(NamedTuple):
     Attributes:
         mean: Mean activation, shape (d_in,), float64.
         directions: Orthonormal rows, largest variance first, shape (rank, d_in), float64.
-        n_determined: How many of the rows carry variance in the batch. The others are
-            an arbitrary orthonormal completion.
-        n_tokens: How many tokens of the batch were used.
+        n_determined: Number of rows with variance in the batch. The others are an
+            arbitrary orthonormal completion.
+        n_tokens: Number of tokens used.
     """
 
     mean: torch.Tensor
@@ -44,7 +44,7 @@ def principal_subspace(x: torch.Tensor, rank: int) -> PrincipalSubspace:
         rank: Number of directions, at most d_in.
 
     Raises:
-        ValueError: If no token is finite.
+        ValueError: No token is finite.
     """
     x = x.reshape(-1, x.shape[-1])
     # linalg.eigh and float64 do not exist on MPS

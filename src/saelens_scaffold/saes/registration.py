@@ -18,8 +18,8 @@ from saelens_scaffold.saes import (
     ScaffoldMatryoshkaTrainingSAEConfig,
 )
 
-# The objects of the package's entry points, (SAE class, config class), in the groups
-# `sae_lens.training_saes` and `sae_lens.saes`. SAELens reads no entry points yet.
+# Objects of the package's entry points, in the groups `sae_lens.training_saes` and
+# `sae_lens.saes`: (SAE class, config class). SAELens reads no entry points yet.
 SCAFFOLD_BATCHTOPK = (ScaffoldBatchTopKTrainingSAE, ScaffoldBatchTopKTrainingSAEConfig)
 SCAFFOLD_MATRYOSHKA = (
     ScaffoldMatryoshkaTrainingSAE,
@@ -30,22 +30,19 @@ SCAFFOLD_JUMPRELU = (ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig)
 
 def register_architectures() -> None:
     """
-    Make the scaffold architectures known to SAELens, as its own are.
+    Register the scaffold architectures with SAELens.
 
-    Called by `import saelens_scaffold`; calling it again does nothing.
+    `import saelens_scaffold` calls this. Further calls do nothing.
 
     Raises:
-        ValueError: If another package has registered one of the names.
+        ValueError: Another package has registered one of the names.
     """
-    for registry, register, classes in (
-        (SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class, SCAFFOLD_BATCHTOPK),
-        (SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class, SCAFFOLD_MATRYOSHKA),
-        (SAE_CLASS_REGISTRY, register_sae_class, SCAFFOLD_JUMPRELU),
-    ):
-        _register_once(registry, register, classes)
+    for classes in (SCAFFOLD_BATCHTOPK, SCAFFOLD_MATRYOSHKA):
+        _register(SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class, classes)
+    _register(SAE_CLASS_REGISTRY, register_sae_class, SCAFFOLD_JUMPRELU)
 
 
-def _register_once(registry: dict[str, Any], register: Any, classes: Any) -> None:
+def _register(registry: dict[str, Any], register: Any, classes: Any) -> None:
     name = classes[1].architecture()
     if registry.get(name) != classes:
         register(name, *classes)  # raises if the name is taken

@@ -1,8 +1,8 @@
-"""What every scaffold SAE shares: its activation function and its views."""
+"""Activation function and views that all scaffold SAEs share."""
 
 import copy
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
@@ -20,8 +20,8 @@ class ScaffoldActivation(nn.Module):
     """
     The identity on the first `rank` latents, `sparse_activation` on the others.
 
-    Scaffold latents are linear coordinates: signed, always on, and no part of the
-    competition for k (arXiv 2606.14040).
+    Scaffold latents are linear coordinates: signed, always active, and not among the k
+    (arXiv 2606.14040).
     """
 
     def __init__(self, rank: int, sparse_activation: nn.Module):
@@ -37,29 +37,29 @@ class ScaffoldActivation(nn.Module):
         Returns:
             Activations, shape (..., d_sae).
         """
-        # One split, as the gradient of each slice would be a tensor of hidden_pre's size.
+        # One split: the gradient of each slice would be a tensor of hidden_pre's size.
         scaffold, sparse = hidden_pre.split(
             [self.rank, hidden_pre.shape[-1] - self.rank], dim=-1
         )
         return torch.cat([scaffold, self.sparse_activation(sparse)], dim=-1)
 
 
-# a base class only for the type checker, so that the mixin can call SAELens's methods
+# Base class for the type checker only, so that the mixin can call SAELens's methods.
 _SAE = SAE[Any] if TYPE_CHECKING else object
 
 
 class ScaffoldMixin(_SAE):
     """
-    The scaffold's part of the reconstruction, and an SAE's views as plain SAELens SAEs.
+    The scaffold's part of the reconstruction, and views as plain SAELens SAEs.
 
-    For a SAELens SAE class whose first `cfg.scaffold_rank` latents are linear.
+    For SAELens SAE classes whose first `cfg.scaffold_rank` latents are linear.
     """
 
     b_enc: nn.Parameter
 
     @abstractmethod
     def to_inference(self) -> "ScaffoldJumpReLUSAE":
-        """This SAE in its inference form, which sees the same activations."""
+        """The inference form of this SAE, at the same activation scale."""
 
     def scaffold(self, x: torch.Tensor, fix_gauge: bool = False) -> torch.Tensor:
         """
@@ -75,8 +75,8 @@ class ScaffoldMixin(_SAE):
         Args:
             x: Activations as the SAE takes them, shape (..., d_in), or
                 (..., n_heads, d_head) for `reshape_activations="hook_z"`.
-            fix_gauge: Whether to return s as it is in the gauge where `b_dec` is
-                orthogonal to the rows of B: s plus the projection of `b_dec` on them.
+            fix_gauge: Whether to return s in the gauge where `b_dec` is orthogonal to the
+                rows of B: s plus the projection of `b_dec` onto them.
 
         Returns:
             s, of the shape and scale of x.
@@ -88,8 +88,8 @@ class ScaffoldMixin(_SAE):
             # on the CPU, since MPS has no double precision
             basis = orthonormal_basis(self.W_dec[:rank].cpu()).to(s)
             s = s + (self.b_dec @ basis.T) @ basis
-        # Run-time normalisation is undone by an affine map, of which s, being one
-        # summand of the reconstruction, takes only the linear part.
+        # An affine map undoes run-time normalisation. To s, one summand of the
+        # reconstruction, only its linear part applies.
         s, offset = self.run_time_activation_norm_fn_out(
             torch.stack([s, torch.zeros_like(s)])
         )
@@ -98,12 +98,12 @@ class ScaffoldMixin(_SAE):
     def _scaffold_coordinates(self, sae_in: torch.Tensor) -> torch.Tensor:
         """z, shape (..., r), from processed input of shape (..., d_in)."""
         rank = self.cfg.scaffold_rank
-        # The scaffold needs no encoder bias beside b_dec, so this one is not trained.
-        # It is zero, but for whitening folded with apply_b_dec_to_input=False.
+        # b_dec makes an encoder bias of the scaffold redundant, so it is not trained. It
+        # is zero unless whitening is folded with apply_b_dec_to_input=False.
         return sae_in @ self.W_enc[:, :rank] + self.b_enc[:rank].detach()
 
     def _finish_decode(self, written: torch.Tensor) -> torch.Tensor:
-        """The reconstruction, from what the latents write, shape (..., d_in)."""
+        """The reconstruction from the sum of the latents' contributions, shape (..., d_in)."""
         sae_out_pre = self.hook_sae_recons(written + self.b_dec)
         sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
         return self.reshape_fn_out(sae_out_pre, self.d_head)
@@ -113,10 +113,9 @@ class ScaffoldMixin(_SAE):
         The sparse dictionary alone, as a plain SAELens `jumprelu` SAE.
 
         Its d_sae - r latents are this SAE's latents r, r + 1, ..., with the same
-        activations. What it reconstructs lacks the scaffold's part, so use it where
-        single dictionary latents are judged (sparse probing, TPP, absorption,
-        automated interpretation), not where the reconstruction is. The weights are
-        copies.
+        activations. Its reconstruction lacks the scaffold's part, so use it to judge
+        single dictionary latents (sparse probing, TPP, absorption, automated
+        interpretation), not the reconstruction. The weights are copies.
         """
         sae = self.to_inference()
         rank = sae.cfg.scaffold_rank
@@ -131,7 +130,7 @@ class ScaffoldMixin(_SAE):
 
     def to_jumprelu(self) -> JumpReLUSAE:
         """
-        The whole SAE as a plain SAELens `jumprelu` SAE, which needs no extra package.
+        The whole SAE as a plain SAELens `jumprelu` SAE, which loads without this package.
 
         A linear latent u is a pair of opposite ReLU latents, u = relu(u) - relu(-u),
         so the reconstruction is the same. It has d_sae + r latents: r scaffold
@@ -157,21 +156,35 @@ class ScaffoldMixin(_SAE):
 
 
 def is_hooked(point: HookPoint) -> bool:
-    """Whether something is hooked to a point."""
+    """Whether a hook point has hooks."""
     return bool(point._forward_hooks or point._backward_hooks)
 
 
 def scaffold_rank(sae: SAE[Any]) -> int:
-    """Number of linear latents of any SAELens SAE, 0 for one without a scaffold."""
+    """Number of linear latents of any SAELens SAE; 0 without a scaffold."""
     return int(getattr(sae.cfg, "scaffold_rank", 0))
+
+
+def check_choice(name: str, value: str, literal: Any) -> None:
+    """
+    Check a configuration's field of a `Literal` type.
+
+    Raises:
+        ValueError: The value is not allowed.
+    """
+    choices = get_args(literal)
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}."
+        )
 
 
 def check_scaffold_rank(cfg: Any) -> None:
     """
-    See that an SAE configuration's `scaffold_rank` is one that it can have.
+    Check the `scaffold_rank` of an SAE configuration.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not an integer from 0 to min(d_in, d_sae) - 1.
     """
     rank, max_rank = cfg.scaffold_rank, min(cfg.d_in, cfg.d_sae) - 1
     if not isinstance(rank, int) or isinstance(rank, bool):
@@ -190,8 +203,8 @@ def build_sae(
     """
     An SAE of `sae_class` that owns copies of the given weights.
 
-    Built as SAELens loads one, on the meta device first, so that no memory, time or
-    random number goes into an initialisation that is thrown away.
+    Built on the meta device first, as SAELens loads SAEs, so that no memory, time or
+    random numbers go into an initialisation that is thrown away.
     """
     cfg = copy.deepcopy(cfg)
     device, cfg.device = cfg.device, "meta"
@@ -214,7 +227,6 @@ def _plain_jumprelu(
         reshape_activations=sae.cfg.reshape_activations,
         metadata=copy.deepcopy(sae.cfg.metadata),
     )
-    # so that whoever finds the SAE on disk can tell what its latents are
     cfg.metadata.scaffold_view = view
     cfg.metadata.scaffold_rank = sae.cfg.scaffold_rank
     return build_sae(JumpReLUSAE, cfg, {**weights, "b_dec": sae.b_dec})

@@ -1,11 +1,10 @@
 """BatchTopK SAEs with a scaffold, for training."""
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from sae_lens.config import dict_field
@@ -17,30 +16,34 @@ from sae_lens.saes.batchtopk_sae import (
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from saelens_scaffold.kernels.choice import Kernels, check_kernels, choose_kernels
-from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
+from saelens_scaffold.kernels.choice import Kernels
+from saelens_scaffold.kernels.lazy import SparseActivations
 from saelens_scaffold.kernels.selection import TopSelection
 from saelens_scaffold.plugins import manager as plugins
-from saelens_scaffold.plugins.hookspecs import ScaffoldStart
 from saelens_scaffold.saes.calibration import (
     ActivationSample,
     calibrated_threshold,
     record_calibration,
 )
 from saelens_scaffold.saes.fused_adam import fuse_adam_of
-from saelens_scaffold.saes.pca import principal_subspace
 from saelens_scaffold.saes.scaffold import (
     ScaffoldActivation,
     ScaffoldMixin,
     build_sae,
+    check_choice,
     check_scaffold_rank,
-    is_hooked,
 )
 from saelens_scaffold.saes.scaffold_jumprelu_sae import (
     ScaffoldJumpReLUSAE,
     ScaffoldJumpReLUSAEConfig,
 )
-from saelens_scaffold.saes.sparse_step import Revival, SparseStep
+from saelens_scaffold.saes.scaffold_start import scaffold_start
+from saelens_scaffold.saes.sparse_step import (
+    Revival,
+    SparseStep,
+    kernels_for,
+    revival_of_level,
+)
 
 SparseEncoderInput = Literal["residual", "activation"]
 ScaffoldInit = Literal["pca", "random", "zeros"]
@@ -65,18 +68,18 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             activation.
         scaffold_init (Literal["pca", "random", "zeros"]): How the scaffold starts. "pca"
             spans the top-r principal directions of the first training batch, and starts
-            b_dec at its mean. "random" is SAELens's own initialisation. "zeros" starts
-            with a scaffold that gives zero.
+            b_dec at its mean. "random" is SAELens's initialisation. "zeros" starts with a
+            scaffold whose output is zero.
         scaffold_plugins (dict[str, dict[str, Any]]): Names of plugins, each with its
             options, as in {"live_metrics": {"window": 200}}. See docs/plugins.md.
-        kernels (Literal["auto", "reference", "torch", "triton"]): What computes a training
-            step. "auto" uses sparse kernels where there is a scaffold and k is small beside
-            d_sae, "reference" SAELens's own dense code. The environment's
+        kernels (Literal["auto", "reference", "torch", "triton"]): Implementation of the
+            training step. "auto" uses sparse kernels if there is a scaffold and k is small
+            relative to d_sae; "reference" is SAELens's dense code. The environment variable
             SAELENS_SCAFFOLD_KERNELS overrides it. See docs/kernels.md.
-        calibrate_threshold (bool): Whether the threshold of the inference form is the one
-            at which k sparse latents fire per token on a sample of the training's activations.
-            Otherwise it is SAELens's running average, which is far too low after a short
-            training. With scaffold_rank=0 it is always SAELens's.
+        calibrate_threshold (bool): Whether the threshold of the inference form is
+            calibrated so that k sparse latents fire per token on a sample of the training
+            activations. Otherwise it is SAELens's running average, which is far too low
+            after a short training. With scaffold_rank=0 it is always SAELens's.
         k (float): Average number of sparse latents to keep active across the batch,
             scaffold latents not counted. Inherited from BatchTopKTrainingSAEConfig.
         topk_threshold_lr (float): Learning rate for updating the global topk threshold.
@@ -120,7 +123,7 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     def validate(self) -> None:
         """
         Raises:
-            ValueError: If a field has a value that a scaffold SAE cannot be trained with.
+            ValueError: A scaffold SAE cannot be trained with the value of a field.
         """
         check_scaffold_rank(self)
         n_sparse = self.d_sae - self.scaffold_rank
@@ -129,16 +132,11 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
                 f"k must be above 0 and at most d_sae - scaffold_rank = {n_sparse}, "
                 f"got {self.k}."
             )
-        for name, choices in (
-            ("sparse_encoder_input", get_args(SparseEncoderInput)),
-            ("scaffold_init", get_args(ScaffoldInit)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, choices))}, "
-                    f"got {getattr(self, name)!r}."
-                )
-        check_kernels(self.kernels)
+        check_choice(
+            "sparse_encoder_input", self.sparse_encoder_input, SparseEncoderInput
+        )
+        check_choice("scaffold_init", self.scaffold_init, ScaffoldInit)
+        check_choice("kernels", self.kernels, Kernels)
         if (
             self.normalize_activations in ("layer_norm", "constant_norm_rescale")
             and self.aux_loss_coefficient != 0
@@ -185,9 +183,9 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     cfg: ScaffoldBatchTopKTrainingSAEConfig  # type: ignore[assignment]
     scaffold_is_initialized: torch.Tensor
     calibrated_threshold: torch.Tensor
-    """The threshold that fits the weights of a checkpoint; -1 while training goes on."""
+    """Threshold calibrated for the weights of a checkpoint; -1 during training."""
     calibrates: bool
-    """Whether it calibrates its threshold itself, rather than whoever trains it."""
+    """Whether it calibrates its own threshold; a runner may take that over."""
 
     def __init__(
         self, cfg: ScaffoldBatchTopKTrainingSAEConfig, use_error_term: bool = False
@@ -197,16 +195,17 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         super().__init__(cfg, use_error_term)
         # a plain attribute, which costs a step nothing and does not stop torch.compile
         self.has_plugins = bool(cfg.scaffold_plugins)
-        self._selection = TopSelection()
+        self.selection = TopSelection()
         self._sparse_step: SparseStep | None = None
         self.sampled_activations = ActivationSample()
         self.calibrates = cfg.calibrate_threshold and cfg.scaffold_rank > 0
         self._awaits_start = cfg.scaffold_rank > 0 and (
-            cfg.scaffold_init == "pca" or self._plugins_initialize()
+            cfg.scaffold_init == "pca" or self.has_plugins
         )
+        device = self.W_dec.device
         self.register_buffer(
             "scaffold_is_initialized",
-            torch.tensor(not self._awaits_start, device=self.W_dec.device),
+            torch.tensor(not self._awaits_start, device=device),
         )
         self.register_buffer(
             "calibrated_threshold", torch.full_like(self.topk_threshold, -1.0)
@@ -241,12 +240,12 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         """
         x = self.process_sae_in(x)
         if self._sparse_step is not None:
-            return self._encode_sparsely(x, self._sparse_step)
-        hidden_pre = self._hidden_pre(x)
+            return self._sparse_step.encode(x)
+        hidden_pre = self.pre_activations(x)
         return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
 
-    def _hidden_pre(self, x: torch.Tensor) -> torch.Tensor:
-        """Pre-activations, shape (..., d_sae), from processed input."""
+    def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
+        """Pre-activations, shape (..., d_sae), from processed input x̄."""
         W_enc, b_enc = self._encoder()
         hidden_pre = self.hook_sae_acts_pre(x @ W_enc + b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
@@ -254,7 +253,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         return hidden_pre
 
     def _encoder(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The encoder's weights and bias, as of one that reads x̄ in all its latents."""
+        """Weights and bias of the equivalent encoder whose latents all read x̄."""
         rank = self.cfg.scaffold_rank
         b_enc = torch.cat([self.b_enc[:rank].detach(), self.b_enc[rank:]])
         if self.cfg.sparse_encoder_input == "activation":
@@ -274,7 +273,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         if self.calibrates:
             self._remember(step_input.sae_in)
         # after the plugins, which may have hooked something
-        kernels = self._kernels_for(step_input.sae_in)
+        kernels = kernels_for(self, step_input.sae_in)
         if kernels is None:
             return self._training_step(step_input, None)
         return self._sparse_training_step(step_input, kernels)
@@ -297,8 +296,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         for_sparse_latents = self._for_sparse_latents(step_input)
         if kernels is not None:
             fuse_adam_of(self)
-            self._sparse_step = self._new_sparse_step(
-                kernels, for_sparse_latents.dead_neuron_mask
+            self._sparse_step = SparseStep(
+                kernels, self, for_sparse_latents.dead_neuron_mask
             )
         try:
             output = super().training_forward_pass(for_sparse_latents)
@@ -311,90 +310,14 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             plugins.after_forward(self, step_input, output)
         return output
 
-    def _kernels_for(self, sae_in: torch.Tensor) -> ModuleType | None:
-        """The sparse kernels for a training step, or None for dense code."""
-        competing = self.activation_fn
-        if (
-            # what one hooks is what one wants to have, to change, or to train
-            any(is_hooked(point) for point in self.hook_dict.values())
-            or not isinstance(competing, ScaffoldActivation)
-            or type(competing.sparse_activation) is not BatchTopK
-            or sae_in.requires_grad
-            or sae_in.ndim != 2
-            or len(sae_in) == 0
-        ):
-            return None
-        n_sparse = self.cfg.d_sae - self.cfg.scaffold_rank
-        return choose_kernels(
-            self.cfg.kernels,
-            self.W_enc.device,
-            # rank 0 is SAELens's architecture to the last bit
-            worthwhile=self.cfg.scaffold_rank > 0 and 8 * self.cfg.k <= n_sparse,
-        )
-
-    def _new_sparse_step(
-        self, kernels: ModuleType, dead_neuron_mask: torch.Tensor | None
-    ) -> SparseStep:
-        rank = self.cfg.scaffold_rank
-        revivals: tuple[Revival, ...] = ()
-        if dead_neuron_mask is not None:
-            revivals = tuple(self._revivals(dead_neuron_mask[rank:]))
-        widths = [width - rank for width in self._level_widths()]
-        return SparseStep(kernels, widths, revivals)
-
-    def _level_widths(self) -> Sequence[int]:
+    def level_widths(self) -> Sequence[int]:
         """Widths of the nested reconstructions that are trained, the whole last."""
         return [self.cfg.d_sae]
 
-    def _revivals(self, dead: torch.Tensor) -> Iterator[Revival]:
-        """Which of the dictionary's latents, that a mask says are dead, do what."""
-        yield from self._revival(dead, start=0, level=len(self._level_widths()) - 1)
-
-    def _revival(self, dead: torch.Tensor, start: int, level: int) -> Iterator[Revival]:
-        latents = dead.nonzero().view(-1) + start
-        if len(latents) > 0:
-            # as many as SAELens uses, and at the weight that it gives them
-            k = self.cfg.d_in // 2
-            weight = min(len(latents) / k, 1.0)
-            yield Revival(latents, min(k, len(latents)), weight, level)
-
-    def _encode_sparsely(
-        self, x: torch.Tensor, step: SparseStep
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        cfg, rank = self.cfg, self.cfg.scaffold_rank
-        norms = self.W_dec.norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
-        feature_acts = step.run(
-            x.detach(),
-            self.W_enc,
-            self.b_enc,
-            self.W_dec,
-            b_dec=self.b_dec if cfg.apply_b_dec_to_input else None,
-            rank=rank,
-            residual=cfg.sparse_encoder_input == "residual",
-            norms=norms,
-            selection=self._selection,
-            k=self.activation_fn.sparse_activation.k,  # type: ignore[union-attr]
-        )
-        then = self._some_weights()
-
-        def hidden_pre() -> torch.Tensor:
-            if not torch.allclose(
-                self._some_weights(), then, rtol=0, atol=0, equal_nan=True
-            ):
-                raise RuntimeError(
-                    "hidden_pre is computed when it is first looked into, and the weights "
-                    "have changed since this training step: look into it before the "
-                    "optimizer's step, or train with kernels='reference'."
-                )
-            return self._hidden_pre(x)
-
-        return feature_acts, LazyTensor(hidden_pre, (len(x), cfg.d_sae), x)
-
-    @torch.no_grad()
-    def _some_weights(self) -> torch.Tensor:
-        """Copies of weights of every kind and latent, by which to see that they changed."""
-        # PyTorch's own counters of changes do not count fused optimizers' steps
-        return torch.cat([self.W_enc[0], self.W_dec[:, 0], self.b_enc, self.b_dec])
+    def revivals(self, dead: torch.Tensor) -> list[Revival]:
+        """Revivals of the dictionary's latents that a mask says are dead."""
+        level = len(self.level_widths()) - 1
+        return revival_of_level(dead, 0, level, self.cfg.d_in)
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
@@ -416,16 +339,11 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             return super().calculate_aux_loss(
                 step_input, feature_acts, hidden_pre, sae_out
             )
-        loss = sae_out.new_tensor(0.0)
-        for revival, written in zip(step.revivals, step.revived, strict=True):
-            # SAELens's normalisations at run time have no auxiliary loss
-            residual = step_input.sae_in - step.levels[revival.level] - self.b_dec
-            error = (written - residual.detach()).pow(2).sum(dim=-1).mean()
-            loss = loss + revival.weight * error
-        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
+        loss = self.cfg.aux_loss_coefficient * step.auxiliary_loss(step_input.sae_in)
+        return {"auxiliary_reconstruction_loss": loss}
 
     def _for_sparse_latents(self, step_input: TrainStepInput) -> TrainStepInput:
-        """The step's input with a mask in which only sparse latents can be dead."""
+        """The step's input with a mask that calls only sparse latents dead."""
         mask = step_input.dead_neuron_mask
         if mask is None or self.cfg.aux_loss_coefficient == 0:
             return replace(step_input, dead_neuron_mask=None)
@@ -433,30 +351,24 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         mask[: self.cfg.scaffold_rank] = False
         return replace(step_input, dead_neuron_mask=mask)
 
-    def _plugins_initialize(self) -> bool:
-        if not self.cfg.scaffold_plugins:
-            return False
-        hook = plugins.plugins_of(self).hook.initialize_scaffold
-        return bool(hook.get_hookimpls())
-
     @torch.compiler.disable()
     @torch.no_grad()
     def initialize_scaffold(self, sae_in: torch.Tensor) -> None:
         """
-        Start the scaffold from a batch; the first training step calls this.
+        Start the scaffold on a batch; the first training step calls this.
 
-        A plugin's `initialize_scaffold` decides if there is one that gives a start; else,
-        with scaffold_init="pca", the scaffold starts on the top-r principal directions
-        of the batch: B is set to the directions and A to their transpose, so that the
-        scaffold is the orthogonal projection onto them, and b_dec to the batch's mean
-        (the part of it outside the subspace, if apply_b_dec_to_input is off).
+        A plugin's `initialize_scaffold` decides if one returns a start; else, with
+        scaffold_init="pca", B is set to the top-r principal directions of the batch and A
+        to their transpose, so that the scaffold is the orthogonal projection onto them,
+        and b_dec to the batch's mean (its part outside the subspace, if
+        apply_b_dec_to_input is off).
 
-        Which tokens count for the directions: those with a non-finite component are left
-        out, and so are massive activations (BOS, attention sinks), here norms above 10
-        times the median, which would own the first direction and shift the mean. Where
-        the batch does not determine r directions (it has r tokens or fewer, or its rank
-        is less than r), the missing ones are an arbitrary orthonormal completion, which
-        carry nothing at first and are trained like the others; a warning says so.
+        Tokens with a non-finite component are left out, and so are massive activations
+        (BOS, attention sinks), here norms above 10 times the median, which would own the
+        first direction and shift the mean. Where the batch does not determine r
+        directions (r tokens or fewer, or a rank below r), the missing ones are an
+        arbitrary orthonormal completion, which contribute nothing at first and are trained
+        like the others; a warning says so.
 
         Args:
             sae_in: Activations as the SAE takes them in training, shape (..., d_in).
@@ -465,9 +377,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             ValueError: If no token of the batch is finite, or a plugin's start has not
                 the scaffold's shape.
         """
-        start = plugins.start_of(self, sae_in) if self.has_plugins else None
-        if start is None and self.cfg.scaffold_init == "pca":
-            start = self._principal_start(sae_in)
+        start = scaffold_start(self, sae_in)
         if start is not None:
             rank = self.cfg.scaffold_rank
             self.W_enc[:, :rank] = start.A.to(self.W_enc)
@@ -476,28 +386,6 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
                 self.b_dec.copy_(start.b_dec)
         self.scaffold_is_initialized.fill_(True)
         self._awaits_start = False
-
-    def _principal_start(self, sae_in: torch.Tensor) -> ScaffoldStart:
-        rank = self.cfg.scaffold_rank
-        x = self.run_time_activation_norm_fn_in(sae_in.to(self.dtype))
-        mean, directions, n_determined, n_tokens = principal_subspace(x, rank)
-        if self.cfg.normalize_activations == "covariance_whitening":
-            warnings.warn(
-                "scaffold_init='pca' finds no principal directions in activations "
-                "whitened by normalize_activations='covariance_whitening': every "
-                "direction has the same variance, so the scaffold starts arbitrarily."
-            )
-        elif n_determined < rank:
-            warnings.warn(
-                f"The first training batch ({n_tokens} usable tokens) determines only "
-                f"{n_determined} of the scaffold_rank={rank} principal directions; the "
-                "others start arbitrarily. Use a larger batch or a smaller "
-                "scaffold_rank."
-            )
-        if not self.cfg.apply_b_dec_to_input:
-            # z then reads x itself, so that s already holds this part of the mean
-            mean = mean - mean @ directions.T @ directions
-        return ScaffoldStart(A=directions.T, B=directions, b_dec=mean)
 
     @override
     @torch.no_grad()
@@ -519,17 +407,17 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         super().fold_activation_whitening(*args, **kwargs)
 
     def _end_training(self) -> None:
-        """Before normalisation is folded into the weights."""
+        """Calibrate the threshold before normalisation is folded into the weights."""
         plugins.end_training(self)
         threshold = self._calibrated_threshold()
         if threshold >= 0:
             self.topk_threshold.copy_(threshold)
-        # of weights and activations in units that will no longer be theirs
+        # both are in units that will no longer be those of the weights
         self.calibrated_threshold.fill_(-1.0)
         self.sampled_activations.clear()
 
     def _calibrated_threshold(self) -> torch.Tensor:
-        """The calibrated threshold of the weights as they are, -1 if there is none."""
+        """Calibrated threshold of the current weights; -1 if there is none."""
         n_tokens = len(self.sampled_activations)
         if not self.calibrates or n_tokens == 0:
             return self.calibrated_threshold
@@ -553,7 +441,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         self, state_dict: dict[str, Any]
     ) -> None:
         if self.has_plugins:
-            plugins.before_saving_inference(self, state_dict)
+            hook = plugins.plugins_of(self).hook
+            hook.before_saving_inference(sae=self, state_dict=state_dict)
         super().process_state_dict_for_saving_inference(state_dict)
         threshold = state_dict.pop("calibrated_threshold")
         if threshold >= 0:
@@ -576,9 +465,9 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     @torch.no_grad()
     def to_inference(self) -> ScaffoldJumpReLUSAE:
         """
-        This SAE as `save_inference_model` saves it, without the way over the disk.
+        The inference form that `save_inference_model` saves.
 
-        The weights are copies, and the training may go on.
+        The weights are copies, and training may continue.
         """
         state_dict = self.state_dict()
         self.process_state_dict_for_saving_inference(state_dict)
@@ -587,7 +476,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
 
 def _l0_sparse(feature_acts: torch.Tensor, rank: int) -> torch.Tensor:
-    """Mean number of active sparse latents a token."""
+    """Mean number of active sparse latents per token."""
     if isinstance(feature_acts, SparseActivations):
         return feature_acts.active.bool().float().sum() / len(feature_acts)
     return feature_acts[..., rank:].bool().float().sum(-1).mean()
@@ -605,7 +494,7 @@ def _fold_residual_input(
     W_enc: torch.Tensor, b_enc: torch.Tensor, B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Turn an encoder that reads the residual x̄ - z B into the same that reads x̄.
+    The encoder that reads x̄ and equals one that reads the residual x̄ - z B.
 
     W_enc[:, r:] <- (I - A B) W_enc[:, r:], with the same pre-activations. An encoder
     bias of the scaffold goes the same way: b_enc[r:] <- b_enc[r:] - b_A B W_enc[:, r:].

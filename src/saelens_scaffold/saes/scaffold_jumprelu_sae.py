@@ -1,4 +1,4 @@
-"""The inference form of every scaffold SAE."""
+"""Scaffold SAEs in inference form."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +10,12 @@ from torch import nn
 from torch.autograd import forward_ad
 from typing_extensions import override
 
-from saelens_scaffold.kernels.choice import Kernels, check_kernels, choose_kernels
+from saelens_scaffold.kernels.choice import Kernels, choose_kernels
 from saelens_scaffold.kernels.inference import decode_few, jumprelu_encode
 from saelens_scaffold.saes.scaffold import (
     ScaffoldActivation,
     ScaffoldMixin,
+    check_choice,
     check_scaffold_rank,
     is_hooked,
 )
@@ -26,12 +27,11 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
     Configuration class for a ScaffoldJumpReLUSAE.
 
     Args:
-        scaffold_rank (int): How many latents, counted from the first, are the linear
-            scaffold.
-        kernels (Literal["auto", "reference", "torch", "triton"]): What encodes and decodes
-            where no gradient is asked for. "auto" uses sparse kernels, "reference"
-            SAELens's own dense code. "triton" becomes "auto", which is the same where
-            Triton can run; those who use the SAE may be elsewhere. The environment's
+        scaffold_rank (int): Number of linear latents, the first ones of d_sae.
+        kernels (Literal["auto", "reference", "torch", "triton"]): Implementation of encode
+            and decode without gradients. "auto" uses sparse kernels, "reference" is
+            SAELens's dense code. "triton" becomes "auto", which is the same where Triton
+            runs, since the SAE may be used on another machine. The environment variable
             SAELENS_SCAFFOLD_KERNELS overrides it. See docs/kernels.md.
         d_in (int): Input dimension (dimensionality of the activations being encoded).
             Inherited from SAEConfig.
@@ -51,7 +51,7 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_scaffold_rank(self)
-        check_kernels(self.kernels)
+        check_choice("kernels", self.kernels, Kernels)
         if self.kernels == "triton":
             self.kernels = "auto"
 
@@ -67,8 +67,8 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
         f      = h where h > threshold, else 0
         x̂      = [z, f] W_dec + b_dec
 
-    In JumpReLU's terms a linear latent has the identity for an activation function and
-    a threshold of minus infinity.
+    As a JumpReLU, a linear latent has the identity as its activation function, and
+    threshold -inf.
     """
 
     cfg: ScaffoldJumpReLUSAEConfig  # type: ignore[assignment]
@@ -102,7 +102,7 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
             return super().encode(x)
         rank = self.cfg.scaffold_rank
         sae_in = self.process_sae_in(x)
-        # a rectified pre-activation above a threshold is one above both it and 0
+        # relu(h) > threshold means h > max(threshold, 0)
         cuts = torch.cat([self.threshold[:rank], self.threshold[rank:].clamp_min(0)])
         acts = jumprelu_encode(
             sae_in.reshape(-1, self.cfg.d_in),
@@ -124,7 +124,7 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
         """
         rank = self.cfg.scaffold_rank
         kernels = self._kernels()
-        # SAELens's decode takes sparse tensors as they are
+        # SAELens's decode accepts sparse tensors
         if kernels is None or feature_acts.layout is not torch.strided:
             return super().decode(feature_acts)
         acts = feature_acts.reshape(-1, self.cfg.d_sae)
@@ -135,11 +135,11 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
         return self._finish_decode(out.view(*feature_acts.shape[:-1], self.cfg.d_in))
 
     def _kernels(self) -> ModuleType | None:
-        """The sparse kernels for what is computed now, or None for dense code."""
+        """The sparse kernels for the current context, or None for dense code."""
         if (
             torch.is_grad_enabled()
-            # where the number of active latents is none to ask for, nor a tensor one to
-            # write into: compiled code, vmap and jvp, forward-mode gradients
+            # compiled code, vmap, jvp and forward-mode gradients allow neither reading
+            # the number of active latents nor writing into a tensor
             or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0

@@ -1,6 +1,6 @@
 """Matryoshka BatchTopK SAEs with a scaffold, for training."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from saelens_scaffold.saes.scaffold_batchtopk_sae import (
     ScaffoldBatchTopKTrainingSAE,
     ScaffoldBatchTopKTrainingSAEConfig,
 )
-from saelens_scaffold.saes.sparse_step import Revival
+from saelens_scaffold.saes.sparse_step import Revival, revival_of_level
 
 
 @dataclass
@@ -82,19 +82,20 @@ class ScaffoldMatryoshkaTrainingSAE(
     cfg: ScaffoldMatryoshkaTrainingSAEConfig  # type: ignore[assignment]
 
     @override
-    def _level_widths(self) -> Sequence[int]:
+    def level_widths(self) -> Sequence[int]:
         return self.cfg.matryoshka_widths
 
     @override
-    def _revivals(self, dead: torch.Tensor) -> Iterator[Revival]:
+    def revivals(self, dead: torch.Tensor) -> list[Revival]:
         if not self.cfg.use_matryoshka_aux_loss:
-            yield from super()._revivals(dead)
-            return
+            return super().revivals(dead)
+        found: list[Revival] = []
         start = 0
         for level, width in enumerate(self.cfg.matryoshka_widths):
             stop = width - self.cfg.scaffold_rank
-            yield from self._revival(dead[start:stop], start, level)
+            found += revival_of_level(dead[start:stop], start, level, self.cfg.d_in)
             start = stop
+        return found
 
     @override
     def _iterable_decode(

@@ -1,32 +1,55 @@
-"""A training step in sparse kernels: what its methods hand to each other."""
+"""A training step in sparse kernels, on the active latents alone."""
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from sae_lens.saes.batchtopk_sae import BatchTopK
 
+from saelens_scaffold.kernels.choice import choose_kernels
 from saelens_scaffold.kernels.entries import Entries, sorted_entries
-from saelens_scaffold.kernels.lazy import SparseActivations
-from saelens_scaffold.kernels.selection import (
-    Encoder,
-    TopSelection,
-    largest_of_each_token,
-)
+from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
+from saelens_scaffold.kernels.selection import Encoder, largest_of_each_token
 from saelens_scaffold.kernels.sparse_forward import SparseForward
+from saelens_scaffold.saes.scaffold import ScaffoldActivation, is_hooked
+
+if TYPE_CHECKING:
+    from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
+
+
+def kernels_for(sae: "ScaffoldSAE", sae_in: torch.Tensor) -> ModuleType | None:
+    """The sparse kernels for a training step, or None for dense code."""
+    activation_fn = sae.activation_fn
+    if (
+        # hooks read, change or train real tensors
+        any(is_hooked(point) for point in sae.hook_dict.values())
+        or not isinstance(activation_fn, ScaffoldActivation)
+        or type(activation_fn.sparse_activation) is not BatchTopK
+        or sae_in.requires_grad
+        or sae_in.ndim != 2
+        or len(sae_in) == 0
+    ):
+        return None
+    rank = sae.cfg.scaffold_rank
+    return choose_kernels(
+        sae.cfg.kernels,
+        sae.W_enc.device,
+        # rank 0 is SAELens's architecture to the last bit
+        worthwhile=rank > 0 and 8 * sae.cfg.k <= sae.cfg.d_sae - rank,
+    )
 
 
 class Revival(NamedTuple):
     """
-    Dead latents that are to reconstruct what a level leaves (Gao et al. 2024, A.2).
+    Dead latents that reconstruct the error of a level (Gao et al. 2024, A.2).
 
     Attributes:
         latents: The dead latents, counted from the dictionary's first, shape (n_dead,).
-        k: How many of them to use for a token.
+        k: Number of them that are active per token.
         weight: Weight of the loss.
-        level: Which level's error they are to reconstruct.
+        level: Index of the level.
     """
 
     latents: torch.Tensor
@@ -35,70 +58,89 @@ class Revival(NamedTuple):
     level: int
 
 
-@dataclass
+def revival_of_level(
+    dead: torch.Tensor, start: int, level: int, d_in: int
+) -> list[Revival]:
+    """
+    The revival of a level's dead latents, with SAELens's k and weight, if any is dead.
+
+    Args:
+        dead: Mask of consecutive latents of the dictionary, shape (n,).
+        start: Index of the first of them.
+        level: Index of the level.
+        d_in: Dimension of the activations.
+    """
+    latents = dead.nonzero().view(-1) + start
+    if len(latents) == 0:
+        return []
+    k = d_in // 2
+    return [Revival(latents, min(k, len(latents)), min(len(latents) / k, 1.0), level)]
+
+
 class SparseStep:
     """
     One training step.
 
-    The reconstruction has parts: what each Matryoshka level adds to the one before (one
-    level for BatchTopK), and what the dead latents of each revival write. All are
-    encoded, decoded and trained in one pass, each part as further rows of the same
-    sparse matrix.
+    The reconstruction has parts: the contribution of each Matryoshka level (one level for
+    BatchTopK), and that of the dead latents of each revival. All are encoded, decoded and
+    trained in one pass, each part as further rows of the same sparse matrix.
 
     Args:
         ops: The kernels.
-        widths: Of the levels, in latents of the dictionary, ascending.
-        revivals: Which dead latents are to be revived.
+        sae: The SAE.
+        dead: Mask of the dead latents, shape (d_sae,); None revives none.
+
+    Attributes:
+        feature_acts: Activations, once encoded.
+        levels: Reconstruction of each level without b_dec, of shape (n_tokens, d_in).
+        revived: Contribution of each revival, of shape (n_tokens, d_in).
     """
 
-    ops: ModuleType
-    widths: Sequence[int]
-    revivals: Sequence[Revival]
+    def __init__(self, ops: ModuleType, sae: "ScaffoldSAE", dead: torch.Tensor | None):
+        rank = sae.cfg.scaffold_rank
+        self._ops = ops
+        self._sae = sae
+        # in latents of the dictionary, ascending
+        self._widths = [width - rank for width in sae.level_widths()]
+        self._revivals = [] if dead is None else sae.revivals(dead[rank:])
+        self.feature_acts: SparseActivations | None = None
+        self.levels: Sequence[torch.Tensor] = ()
+        self.revived: Sequence[torch.Tensor] = ()
 
-    feature_acts: SparseActivations | None = field(init=False, default=None)
-    levels: Sequence[torch.Tensor] = field(init=False, default=())
-    """The reconstruction of each level, without b_dec, of shape (n_tokens, d_in)."""
-    revived: Sequence[torch.Tensor] = field(init=False, default=())
-    """What the dead latents of each revival write, of shape (n_tokens, d_in)."""
-
-    def run(
-        self,
-        x: torch.Tensor,
-        W_enc: torch.Tensor,
-        b_enc: torch.Tensor,
-        W_dec: torch.Tensor,
-        b_dec: torch.Tensor | None,
-        rank: int,
-        residual: bool,
-        norms: torch.Tensor | None,
-        selection: TopSelection,
-        k: float,
-    ) -> SparseActivations:
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Find the active latents, and those of the revivals; set `levels` and `revived`.
+        Activations and pre-activations; sets the attributes.
 
         Args:
-            x, W_enc, b_enc, W_dec, b_dec, rank, residual: As `SparseForward` takes them.
-            norms: By which activations are multiplied before they compete, and as they
-                are given out, shape (d_sae,), or None for 1.
-            selection: Selects the active ones.
-            k: How many are active for a token, on average.
+            x: Processed input x̄, shape (n_tokens, d_in).
 
         Returns:
-            `feature_acts`.
+            `feature_acts` and `hidden_pre`, both of shape (n_tokens, d_sae), and both
+            made when first used.
         """
+        sae, cfg, rank = self._sae, self._sae.cfg, self._sae.cfg.scaffold_rank
+        norms = sae.W_dec.norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
         scale = None if norms is None else norms[rank:].detach()
-        n_active = int(k * len(x))
+        k: float = sae.activation_fn.sparse_activation.k  # type: ignore[union-attr]
 
         def select(encoder: Encoder) -> tuple[Entries, torch.Tensor]:
-            return self._select(encoder._replace(scale=scale), selection, n_active)
+            return self._select(encoder._replace(scale=scale), int(k * len(x)))
 
         found: list[Entries] = []
         z, values, written = SparseForward.apply(  # type: ignore[misc]
-            x, W_enc, b_enc, W_dec, b_dec, rank, residual, select, self.ops, found
+            x.detach(),
+            sae.W_enc,
+            sae.b_enc,
+            sae.W_dec,
+            sae.b_dec if cfg.apply_b_dec_to_input else None,
+            rank,
+            cfg.sparse_encoder_input == "residual",
+            select,
+            self._ops,
+            found,
         )
         (entries,) = found
-        n_levels = len(self.widths)
+        n_levels = len(self._widths)
         parts = written.view(-1, *x.shape).unbind()
         self.levels = list(itertools.accumulate(parts[:n_levels]))
         self.revived = parts[n_levels:]
@@ -112,17 +154,15 @@ class SparseStep:
         self.feature_acts = SparseActivations(
             z, active, tokens, latents, entries.n_latents
         )
-        return self.feature_acts
+        return self.feature_acts, self._hidden_pre(x)
 
-    def _select(
-        self, encoder: Encoder, selection: TopSelection, n_active: int
-    ) -> tuple[Entries, torch.Tensor]:
+    def _select(self, encoder: Encoder, n_active: int) -> tuple[Entries, torch.Tensor]:
         n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
-        active = selection(encoder, n_active, self.ops)
-        block = self.ops.block_elements(encoder.x.device)
+        active = self._sae.selection(encoder, n_active, self._ops)
+        block = self._ops.block_elements(encoder.x.device)
         dead = [
             largest_of_each_token(encoder, revival.latents, revival.k, block)
-            for revival in self.revivals
+            for revival in self._revivals
         ]
         all_selected = [active, *dead]
         places = torch.cat([selected.places for selected in all_selected])
@@ -132,8 +172,8 @@ class SparseStep:
         if encoder.scale is not None:
             values = values / encoder.scale[latents]
 
-        ends = torch.tensor(self.widths[:-1], device=places.device)
-        n_levels, n_active = len(self.widths), len(active.values)
+        ends = torch.tensor(self._widths[:-1], device=places.device)
+        n_levels, n_active = len(self._widths), len(active.values)
         levels = torch.bucketize(latents[:n_active], ends, right=True)
         parts = [levels] + [
             torch.full_like(selected.places, n_levels + i)
@@ -142,3 +182,36 @@ class SparseStep:
         rows = tokens.add_(torch.cat(parts), alpha=n_tokens)
         n_rows = n_tokens * (n_levels + len(dead))
         return sorted_entries(rows, latents, values, n_tokens, n_rows, n_latents)
+
+    def _hidden_pre(self, x: torch.Tensor) -> LazyTensor:
+        sae = self._sae
+        before = _some_weights(sae)
+
+        def make() -> torch.Tensor:
+            now = _some_weights(sae)
+            if not torch.allclose(now, before, rtol=0, atol=0, equal_nan=True):
+                raise RuntimeError(
+                    "hidden_pre is computed when it is first looked into, and the weights "
+                    "have changed since this training step: look into it before the "
+                    "optimizer's step, or train with kernels='reference'."
+                )
+            return sae.pre_activations(x)
+
+        return LazyTensor(make, (len(x), sae.cfg.d_sae), x)
+
+    def auxiliary_loss(self, sae_in: torch.Tensor) -> torch.Tensor:
+        """SAELens's auxiliary loss for dead latents, before its coefficient."""
+        loss = self.levels[-1].new_tensor(0.0)
+        for revival, written in zip(self._revivals, self.revived, strict=True):
+            # without run-time normalisation, for which SAELens has no auxiliary loss
+            residual = sae_in - self.levels[revival.level] - self._sae.b_dec
+            error = (written - residual.detach()).pow(2).sum(dim=-1).mean()
+            loss = loss + revival.weight * error
+        return loss
+
+
+@torch.no_grad()
+def _some_weights(sae: "ScaffoldSAE") -> torch.Tensor:
+    """A sample of weights of every kind and latent, to detect changes."""
+    # PyTorch's own change counters miss the steps of fused optimizers
+    return torch.cat([sae.W_enc[0], sae.W_dec[:, 0], sae.b_enc, sae.b_dec])

@@ -5,14 +5,14 @@ import torch
 
 def orthonormal_basis(rows: torch.Tensor) -> torch.Tensor:
     """
-    An orthonormal basis of what some rows span.
+    An orthonormal basis of the span of some rows.
 
     Args:
         rows: Shape (n, d_in).
 
     Returns:
-        Orthonormal rows, shape (rank, d_in), float64; rank is n unless rows depend on
-        each other.
+        Orthonormal rows, shape (rank, d_in), float64; rank is n if the rows are
+        linearly independent.
     """
     rows = rows.double()
     _, singular_values, basis = torch.linalg.svd(rows, full_matrices=False)
@@ -24,10 +24,10 @@ def orthonormal_basis(rows: torch.Tensor) -> torch.Tensor:
 
 def share_in_subspace(directions: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """
-    How much of each direction lies in a subspace: its squared cosine with it.
+    Squared cosine of each direction with a subspace.
 
     Args:
-        directions: Shape (n, d_in). A zero direction lies in none.
+        directions: Shape (n, d_in). A zero direction has cosine 0.
         basis: Orthonormal rows, shape (r, d_in).
 
     Returns:
@@ -70,14 +70,14 @@ def subspace_overlap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 class ActivationMoments:
     """
-    Mean and covariance of activations, batch by batch, in float64.
+    Running mean and covariance of activations, in float64.
 
     Attributes:
-        n: Number of tokens so far.
+        n: Number of tokens.
     """
 
     def __init__(self, d_in: int, device: torch.device | str):
-        # float64 does not exist on MPS
+        # MPS has no float64
         self._device = torch.device("cpu") if "mps" in str(device) else device
         self.n = 0
         self._shift: torch.Tensor | None = None
@@ -93,14 +93,14 @@ class ActivationMoments:
         """
         x = x.to(self._device).float()
         if self._shift is None:
-            # Residual streams lie far from zero, and a variance that is the difference of
-            # two large numbers is lost in rounding: so moments are about a first guess.
+            # Residual streams lie far from zero, and rounding would destroy a variance that
+            # is the difference of two large numbers: so moments are about a first guess.
             self._shift = x.mean(dim=0)
         x = x - self._shift
         self.n += len(x)
         self._sum += x.sum(dim=0, dtype=torch.float64)
-        # in the activations' own precision, and only the sum over batches in double: far
-        # faster, with the rounding of a single batch
+        # Only the sum over batches is in float64: far faster, with the rounding of a single
+        # batch.
         self._products += x.T @ x
 
     @property

@@ -1,9 +1,9 @@
-"""What an SAE does in its inference form, on tokens that its training has not seen."""
+"""Measurement of an SAE in inference form on tokens that its training has not seen."""
 
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,15 +17,15 @@ from saelens_scaffold.saes.firing import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.saes.subspaces import ActivationMoments
 
 L0_TOLERANCE = 0.1
-"""Share of k by which a measured L0 may differ from it without a warning."""
+"""Relative difference between measured L0 and k up to which there is no warning."""
 
 
 class NotMeasuredError(Exception):
-    """There is nothing to measure, or it cannot be measured, and why."""
+    """Why an SAE cannot be measured."""
 
 
 class Metadata(Protocol):
-    """An SAE's metadata: SAELens's object, or the dictionary in a file."""
+    """An SAE's metadata: SAELens's object, or the dictionary read from a file."""
 
     def get(self, key: str, /) -> Any: ...
 
@@ -33,20 +33,20 @@ class Metadata(Protocol):
 @dataclass(frozen=True)
 class Measurement:
     """
-    An SAE in inference form, as `metadata.measured` in its cfg.json has it.
+    Measurement of an SAE in inference form: `metadata.measured` in its cfg.json.
 
-    The definitions are those of the `dense_latents` evaluation.
+    Definitions are those of the `dense_latents` evaluation.
 
     Attributes:
         n_tokens: Number of tokens.
-        text: What the tokens are.
-        l0_sparse: Sparse latents that fire per token.
+        text: Description of the text.
+        l0_sparse: Mean number of active sparse latents per token.
         l0_total: l0_sparse plus the rank of the scaffold.
         explained_variance: Share of the variance that the whole SAE explains.
         dense_latents: Number of sparse latents that fire on more than `threshold` of
             the tokens.
         threshold: Share of the tokens above which a latent is dense.
-        weights_sha256: Digest of the weights that were measured.
+        weights_sha256: Hash of the weights that were measured.
     """
 
     n_tokens: int
@@ -67,38 +67,28 @@ class Measurement:
         )
 
     def to_metadata(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
-        return {
-            "form": "inference",
-            "n_tokens": self.n_tokens,
-            "text": self.text,
-            "l0_sparse": self.l0_sparse,
-            "l0_total": self.l0_total,
-            "explained_variance": self.explained_variance,
-            "dense_latents": {"threshold": self.threshold, "count": self.dense_latents},
-            "weights_sha256": self.weights_sha256,
+        """The measurement as plain JSON values."""
+        values = asdict(self)
+        values["dense_latents"] = {
+            "threshold": values.pop("threshold"),
+            "count": self.dense_latents,
         }
+        return {"form": "inference", **values}
 
     @classmethod
     def of(cls, sae: SAE[Any]) -> Self | None:
         """
-        What an SAE's metadata say was measured of these very weights.
+        The measurement in an SAE's metadata, if it is of these very weights.
 
-        None if that is nothing: metadata outlive a change of the weights, and go along
-        with views, so they count only where the digest is that of the SAE.
+        Metadata outlive changes of the weights, and are copied to views, so a measurement
+        counts only if its hash is that of the SAE's weights.
         """
         try:
-            said = dict(sae.cfg.metadata.measured)
-            dense = said["dense_latents"]
+            values = dict(sae.cfg.metadata.measured)
+            dense = values["dense_latents"]
+            values.update(dense_latents=dense["count"], threshold=dense["threshold"])
             found = cls(
-                n_tokens=int(said["n_tokens"]),
-                text=str(said["text"]),
-                l0_sparse=float(said["l0_sparse"]),
-                l0_total=float(said["l0_total"]),
-                explained_variance=float(said["explained_variance"]),
-                dense_latents=int(dense["count"]),
-                threshold=float(dense["threshold"]),
-                weights_sha256=str(said["weights_sha256"]),
+                **{field.name: field.type(values[field.name]) for field in fields(cls)}  # type: ignore[operator]
             )
         except (TypeError, KeyError, ValueError):
             return None
@@ -112,16 +102,17 @@ def measure(
     Measure an SAE on activations.
 
     Args:
-        sae: The SAE, in inference form.
+        sae: SAE in inference form.
         batches: Activations, each of shape (n, d_in), at the scale that the SAE reads.
-        n_tokens: How many of them count, at most.
-        text: What the tokens are.
+        n_tokens: Maximum number of tokens.
+        text: Description of the text.
 
     Returns:
-        What was measured, on fewer tokens if there are no more.
+        The measurement, on fewer tokens if there are no more.
 
     Raises:
-        NotMeasuredError: There are none, or the SAE or the activations are not finite.
+        NotMeasuredError: There are no tokens, or the SAE or the activations are not
+            finite.
     """
     firing = FiringStatistics(sae, n_replicates=0)
     moments = ActivationMoments(sae.cfg.d_in, sae.device)
@@ -152,7 +143,7 @@ def measure(
 
 
 def trained_k(metadata: Metadata) -> float | None:
-    """The k that an SAE was trained with, as far as its metadata say so."""
+    """The k that an SAE was trained with, if its metadata have it."""
     details = metadata.get("training_architecture_details")
     for k in (metadata.get("k"), details.get("k") if isinstance(details, dict) else 0):
         if isinstance(k, (int, float)) and not isinstance(k, bool) and k > 0:
@@ -162,62 +153,58 @@ def trained_k(metadata: Metadata) -> float | None:
 
 def note_trained_k(sae: SAE[Any], directory: Path) -> None:
     """
-    Let an SAE's metadata say what k was, where only the runner's configuration, beside
-    the weights, does: older SAELens did not write it into the SAE's own.
+    Copy k from the runner's configuration into an SAE's metadata.
+
+    Older versions of SAELens write k into the runner's configuration only.
 
     Args:
         sae: The SAE.
-        directory: Where it was loaded from.
+        directory: Directory it was loaded from.
     """
     file = directory / RUNNER_CFG_FILENAME
     if trained_k(sae.cfg.metadata) is not None or not file.is_file():
         return
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        sae.cfg.metadata.k = trained_k(said["sae"])
+        runner_config = json.loads(file.read_text(encoding="utf-8"))
+        sae.cfg.metadata.k = trained_k(runner_config["sae"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        return  # of another program, or of several SAEs
+        return  # written by another program, or for several SAEs
 
 
 def l0_warning(
     name: str, l0_sparse: float, n_tokens: int, metadata: Metadata
 ) -> str | None:
     """
-    What to say of an SAE whose L0 is not the k that it was trained with.
+    Warning about an SAE whose L0 differs from the k it was trained with.
 
     Args:
-        name: What the SAE is called.
-        l0_sparse: Its sparse latents per token, measured in inference form.
-        n_tokens: How many tokens that was measured on.
-        metadata: The SAE's, which say what k was.
+        name: Name of the SAE.
+        l0_sparse: Active sparse latents per token, measured in inference form.
+        n_tokens: Number of tokens it was measured on.
+        metadata: The SAE's metadata, which hold k.
 
     Returns:
-        One line, or None if they differ by no more than `L0_TOLERANCE` of k, or there is
-        no k.
+        One line; None if the difference is at most `L0_TOLERANCE` of k, or k is unknown.
     """
     k = trained_k(metadata)
     if k is None or abs(l0_sparse - k) <= L0_TOLERANCE * k:
         return None
-    return (
-        f"{name}: l0_sparse is {l0_sparse:.1f}, measured in inference form on "
-        f"{n_tokens:,} tokens, but k was {k:g} in training ({l0_sparse / k - 1:+.0%}). "
-        f"State and compare it at the measured l0_sparse, not at k. {_remedy(metadata)}"
-    )
-
-
-def _remedy(metadata: Metadata) -> str:
     calibration = metadata.get("threshold_calibration")
-    if (
-        isinstance(calibration, dict)
-        and calibration.get("estimator") == "training_activations"
-    ):
-        return (
+    estimator = calibration.get("estimator") if isinstance(calibration, dict) else None
+    if estimator == "training_activations":
+        remedy = (
             "Its threshold was calibrated on a sample of the training, and texts differ: "
             "measure on more tokens of such text (`saelens-scaffold eval dense_latents`), "
             "or train on more."
         )
+    else:
+        remedy = (
+            "Its threshold is a running average, which lags in short trainings: train for "
+            "more steps, or where it is calibrated at the end (scaffold architectures, and "
+            "`saelens-scaffold compare`)."
+        )
     return (
-        "Its threshold is a running average, which lags in short trainings: train for "
-        "more steps, or where it is calibrated at the end (scaffold architectures, and "
-        "`saelens-scaffold compare`)."
+        f"{name}: l0_sparse is {l0_sparse:.1f}, measured in inference form on "
+        f"{n_tokens:,} tokens, but k was {k:g} in training ({l0_sparse / k - 1:+.0%}). "
+        f"State and compare it at the measured l0_sparse, not at k. {remedy}"
     )

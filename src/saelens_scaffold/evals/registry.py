@@ -61,7 +61,7 @@ def known_evaluations() -> dict[str, Evaluation]:
 
 
 def _read_evaluations() -> dict[str, Evaluation]:
-    text = files(__package__).joinpath("evaluations.yaml").read_text(encoding="utf-8")
+    text = files("saelens_scaffold.evals").joinpath("evaluations.yaml").read_text(encoding="utf-8")
     return {name: _evaluation(name, **d) for name, d in yaml.safe_load(text).items()}
 
 
@@ -73,7 +73,7 @@ def _evaluation(
 ) -> Evaluation:
     return Evaluation(
         name,
-        implementation=f"{__package__}.{implementation}",
+        implementation=f"saelens_scaffold.evals.{implementation}",
         metrics=tuple(_metric(**metric) for metric in metrics),
         **fields,
     )

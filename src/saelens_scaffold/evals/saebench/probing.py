@@ -21,8 +21,8 @@ from sae_bench.sae_bench_utils import dataset_info
 from saelens_scaffold._util.documented import documented
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Implementation
+from saelens_scaffold.evals.eval_configs import LlmConfig
 from saelens_scaffold.evals.labelled_data import LabelledText
-from saelens_scaffold.evals.model_config import LlmConfig
 from saelens_scaffold.evals.saebench.over_seeds import (
     Distinct,
     LatentCounts,

@@ -26,9 +26,9 @@ from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_helpers import eval_sae, write_texts
+from saelens_scaffold._util.configs import make_config, validating
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import runner
-from saelens_scaffold.evals.configs import make_config, validating
 from saelens_scaffold.evals.jobs import Job
 from saelens_scaffold.evals.registry import EVALUATIONS
 from saelens_scaffold.evals.saebench.passthrough import EvaluationError

@@ -11,11 +11,10 @@ import yaml
 from pydantic import AfterValidator, Field, PositiveInt
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.configs import config_fields, documented, make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold.compare.training_fields import TRAINING_FIELDS
-from saelens_scaffold.evals.configs import config_fields, make_config
 from saelens_scaffold.evals.metric_descriptions import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
 

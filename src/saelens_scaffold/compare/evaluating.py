@@ -19,13 +19,13 @@ from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from saelens_scaffold._util.configs import config_fields, validating
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run
 from saelens_scaffold.compare.metrics import Results
 from saelens_scaffold.compare.runner_config import runner_config
 from saelens_scaffold.compare.waves import is_trained
-from saelens_scaffold.evals.configs import config_fields, validating
 from saelens_scaffold.evals.jobs import Job, plan
 from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.runner import reason

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, ConfigDict, Field, create_model
 from sae_lens import MultiSAETrainingRunnerConfig
 from sae_lens.util import str_to_dtype
 
-from saelens_scaffold.evals.configs import make_config
+from saelens_scaffold._util.configs import make_config
 
 # Set by the experiment itself.
 _FIXED = {

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field, PositiveInt
 from sae_bench.evals.base_eval_output import BaseEvalConfig
 
-from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.configs import documented
 
 Value = TypeVar("Value", int, float)
 

@@ -7,19 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_bench.sae_bench_utils.activation_collection import (
+    LLM_NAME_TO_BATCH_SIZE,
+    LLM_NAME_TO_DTYPE,
+)
+
+from saelens_scaffold._util.configs import config_fields, make_config, validating
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Evaluation, Implementation, Result
-from saelens_scaffold.evals.configs import (
-    config_fields,
-    language_model_values,
-    make_config,
-    validating,
+from saelens_scaffold.evals.language_model import (
+    check_model_name,
+    choose_device,
+    common_setting,
 )
-from saelens_scaffold.evals.language_model import choose_device, common_setting
 from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.selected_saes import (
     SelectedSAE,
     SelectedSAEs,
+    common_model_name,
     resolve_saes,
 )
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
@@ -253,13 +258,56 @@ def _make_config(
     selected_saes: SelectedSAEs,
 ) -> Any:
     config_class = validating(implementation.config_class)
-    values = language_model_values(
+    values = _language_model_values(
         config_class, values, selected_saes, evaluation.batch_divisor
     )
     try:
         return make_config(config_class, values)
     except UserError as error:
         raise UserError(f"{evaluation.name}: {error}") from error
+
+
+def _language_model_values(
+    config_class: type,
+    values: Mapping[str, Any],
+    selected_saes: SelectedSAEs,
+    batch_divisor: int = 1,
+) -> dict[str, Any]:
+    """
+    What a user need not type of the language model: its name, batch size and dtype.
+
+    Args:
+        config_class: The configuration that needs them.
+        values: What was typed.
+        selected_saes: The SAEs, whose metadata name the model.
+        batch_divisor: How much smaller the batches of this evaluation are than those that
+            SAEBench names for the model.
+
+    Returns:
+        The values, with those that were missing. Batch size and dtype are those that
+        SAEBench uses for the model, else the configuration's own defaults.
+
+    Raises:
+        UserError: The SAEs name no model, or several; TransformerLens does not know it.
+        UserError: A local model lacks a file.
+    """
+    fields = config_fields(config_class)
+    values = dict(values)
+    if "model_name" not in fields:
+        return values
+    values["model_name"] = values.get("model_name") or common_model_name(selected_saes)
+    check_model_name(values["model_name"])
+    short_name = values["model_name"].rpartition("/")[2]
+    batch_size = LLM_NAME_TO_BATCH_SIZE.get(short_name)
+    defaults: dict[str, Any] = {
+        "llm_batch_size": batch_size and max(1, batch_size // batch_divisor),
+        "llm_dtype": LLM_NAME_TO_DTYPE.get(short_name),
+    }
+    fallbacks = {"llm_batch_size": 32, "llm_dtype": "float32"}
+    for name, default in defaults.items():
+        if name in fields and values.get(name) is None:
+            values[name] = default or fields[name].default or fallbacks[name]
+    return values
 
 
 def _dataset_split(options: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sae_bench.sae_bench_utils import general_utils
 from transformer_lens import HookedTransformer
+from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 from saelens_scaffold._util.errors import UserError
@@ -71,6 +72,24 @@ def _slashless_name(directory: str) -> str:
     short = {official.rpartition("/")[2] for official in known}
     # a copy of a model that TransformerLens knows must not take its name
     return f"{name}-local" if name.lower() in known | short else name
+
+
+def check_model_name(model_name: str) -> None:
+    """
+    See, without loading it, that a language model can be loaded by its name.
+
+    Raises:
+        UserError: TransformerLens knows no such model, or a local one lacks a file.
+    """
+    name = known_model_name(model_name)
+    try:
+        get_official_model_name(name)
+    except ValueError:
+        # TransformerLens's own message is the list of the hundreds that it knows
+        raise UserError(
+            f"there is no language model {model_name!r}; give the name of a model of "
+            f"TransformerLens, the directory of a local one, or {EMBEDDED_MODEL_NAME!r}"
+        ) from None
 
 
 def choose_device(device: str | None) -> str:

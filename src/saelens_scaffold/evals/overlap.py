@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.configs import documented
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import (
     EMBEDDED_DATASET_NAME,

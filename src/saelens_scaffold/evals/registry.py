@@ -61,7 +61,11 @@ def known_evaluations() -> dict[str, Evaluation]:
 
 
 def _read_evaluations() -> dict[str, Evaluation]:
-    text = files("saelens_scaffold.evals").joinpath("evaluations.yaml").read_text(encoding="utf-8")
+    text = (
+        files("saelens_scaffold.evals")
+        .joinpath("evaluations.yaml")
+        .read_text(encoding="utf-8")
+    )
     return {name: _evaluation(name, **d) for name, d in yaml.safe_load(text).items()}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sae_bench.sae_bench_utils import general_utils, sae_selection_utils
 from sae_lens import SAE
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from saelens_scaffold._util.errors import UserError
@@ -313,3 +314,27 @@ def _names(directories: list[Path]) -> list[str]:
         )
         for own in parts
     ]
+
+
+def common_model_name(selected_saes: SelectedSAEs) -> str:
+    """
+    The language model that the SAEs were trained on, as their metadata have it.
+
+    Raises:
+        UserError: They name none, or several.
+    """
+    named = {
+        name: get_pretrained_saes_directory()[name].model
+        if isinstance(sae, str)
+        else sae.cfg.metadata.model_name
+        for name, sae in selected_saes
+    }
+    models = {model for model in named.values() if model}
+    if not models:
+        raise UserError("the SAEs do not tell their language model; name it: --model")
+    if len(models) > 1:
+        raise UserError(
+            f"the SAEs were trained on different language models: {named}; evaluate those "
+            "of one model together, or name it: --model"
+        )
+    return models.pop()

@@ -2,7 +2,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
-from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.configs import documented
 from saelens_scaffold.evals.eval_configs import DISTINCT, OpenShare, TextEvalConfig
 
 

@@ -6,7 +6,7 @@ from sae_bench.evals.base_eval_output import (
     BaseResultDetail,
 )
 
-from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.configs import documented
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
 from saelens_scaffold.evals.output_fields import Shown, WithInterval, with_intervals
 from saelens_scaffold.evals.overlap import TextSeenInTraining

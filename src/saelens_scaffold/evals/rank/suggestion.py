@@ -3,14 +3,18 @@
 import os
 from pathlib import Path
 
+from saelens_scaffold._util.configs import make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable
-from saelens_scaffold.evals.configs import common_model_name, make_config
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
 from saelens_scaffold.evals.language_model import choose_device
 from saelens_scaffold.evals.rank.analysis import analyse_rank
 from saelens_scaffold.evals.rank.report import analysis_text, write_analysis
-from saelens_scaffold.evals.selected_saes import load_saes, resolve_saes
+from saelens_scaffold.evals.selected_saes import (
+    common_model_name,
+    load_saes,
+    resolve_saes,
+)
 from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME
 
 

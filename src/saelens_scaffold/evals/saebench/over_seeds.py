@@ -18,7 +18,7 @@ from pydantic import (
 from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
-from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import SHARE, Bounds, Call, Result
 from saelens_scaffold.evals.bootstrap import student_interval

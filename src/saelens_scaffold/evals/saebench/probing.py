@@ -18,7 +18,7 @@ from sae_bench.evals.sparse_probing import eval_output as sparse_probing_output
 from sae_bench.evals.sparse_probing import main as sparse_probing
 from sae_bench.sae_bench_utils import dataset_info
 
-from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Implementation
 from saelens_scaffold.evals.eval_configs import LlmConfig

@@ -14,7 +14,7 @@ from sae_bench.evals.sparse_probing_sae_probes import eval_output as sae_bench_o
 from sae_bench.evals.sparse_probing_sae_probes import main
 from sae_probes import DATASETS
 
-from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Implementation
 from saelens_scaffold.evals.labelled_data import LabelledText

@@ -2,7 +2,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from saelens_scaffold._util.documented import documented
+from saelens_scaffold._util.configs import documented
 from saelens_scaffold.evals.eval_configs import ASCENDING, TextEvalConfig
 
 Cosine = Annotated[NonNegativeFloat, Field(lt=1)]

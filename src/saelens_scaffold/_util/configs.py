@@ -1,13 +1,17 @@
-"""Pydantic dataclasses whose fields are described by the docstrings below them."""
+"""Pydantic dataclasses: described by the docstrings of their fields, and made from input."""
 
 import ast
 import inspect
 import textwrap
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass, is_pydantic_dataclass
+from pydantic.fields import FieldInfo
 from typing_extensions import dataclass_transform
+
+from saelens_scaffold._util.errors import UserError
 
 Class = TypeVar("Class")
 
@@ -52,3 +56,44 @@ def documented(cls: type[Class] | None = None, **config: Any) -> Any:
         return dataclass(config=ConfigDict(**config))(cls)  # type: ignore[typeddict-item]
 
     return decorate if cls is None else decorate(cls)
+
+
+def validating(config_class: type) -> type:
+    """The class itself, or one that checks its fields (SAEBench's MDL has a plain one)."""
+    if is_pydantic_dataclass(config_class):
+        return config_class
+    checking: Any = dataclass(config_class)
+    return checking
+
+
+def config_fields(config_class: type) -> dict[str, FieldInfo]:
+    """The fields of a configuration that can be set."""
+    return vars(config_class)["__pydantic_fields__"]
+
+
+def make_config(config_class: type, values: Mapping[str, Any]) -> Any:
+    """
+    Make a configuration.
+
+    Args:
+        config_class: A pydantic dataclass.
+        values: Fields without their default values.
+
+    Raises:
+        UserError: A field cannot have its value.
+    """
+    try:
+        return config_class(**values)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc']))} is {problem['input']!r}: {problem['msg']}"
+            if problem["loc"]
+            # what the class itself says, which tells the value
+            else problem["msg"].removeprefix("Value error, ")
+            for problem in error.errors()
+        ]
+        raise UserError("; ".join(problems)) from error
+    except AssertionError as error:
+        raise UserError(
+            f"{config_class.__name__} cannot be {dict(values)}: {error}"
+        ) from error

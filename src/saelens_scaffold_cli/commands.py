@@ -95,8 +95,8 @@ class Run(Command):
     Run any module with the scaffold architectures registered.
 
     Runs it as `python -m MODULE ARGS...` does. Model directories among ARGS are made
-    known to TransformerLens under the path given, and the embedded model as py-neox. All
-    that follows MODULE is the module's own.
+    known to TransformerLens under the path given, and the embedded model as py-neox.
+    All that follows MODULE is the module's own.
 
     example: evaluate an SAE with SAELens's own evaluator
       saelens-scaffold run -m sae_lens.evals --help
@@ -132,11 +132,11 @@ class Eval(Command):
     """
     Evaluate SAEs, with one table of the results.
 
-    Runs evaluations of this package and of SAEBench on SAEs, and prints one table: SAEs as
-    rows, headline metrics as columns. Each SAE's result is a JSON file in SAEBench's format
-    in OUTPUT_PATH/NAME; a result that is there already is not computed again. Only the table
-    goes to the standard output. If an evaluation fails, its reason is printed, the others
-    are kept, and the exit status is 1.
+    Runs evaluations of this package and of SAEBench on SAEs, and prints one table: SAEs
+    as rows, headline metrics as columns. Each SAE's result is a JSON file in SAEBench's
+    format in OUTPUT_PATH/NAME; a result that is there already is not computed again.
+    Only the table goes to the standard output. If an evaluation fails, its reason is
+    printed, the others are kept, and the exit status is 1.
 
     evaluations:
       of this package: dense_latents, scaffold_ablation, sparse_probing,
@@ -144,12 +144,12 @@ class Eval(Command):
       of SAEBench: absorption, autointerp, core, mdl, meta_structure, ravel, scr,
         unlearning
 
-    Evaluations that ask about single dictionary latents judge the sparse part of a scaffold
-    SAE; those that need the reconstruction judge all of it.
+    Evaluations that ask about single dictionary latents judge the sparse part of a
+    scaffold SAE; those that need the reconstruction judge all of it.
 
     example, offline, after `saelens-scaffold demo`:
       saelens-scaffold eval core,dense_latents --dataset python-stdlib \\
-          --sae_path demo-output/language_model/saes/* \\
+          --sae_path demo-output/language_model/saes/*batchtopk* \\
           --set core.n_eval_reconstruction_batches=10 \\
           --set core.n_eval_sparsity_variance_batches=10
     """
@@ -157,8 +157,8 @@ class Eval(Command):
     names: str = option(metavar="NAME[,NAME...]")
     """The evaluations; an unknown name lists them."""
     sae_path: list[str] | None = None
-    """Directories of SAEs on disk; in the table an SAE's name is as much of the end of its
-    path as tells it apart."""
+    """Directories of SAEs on disk; in the table an SAE's name is as much of the end of
+    its path as tells it apart."""
     sae_regex_pattern: str | None = None
     """SAELens releases to take SAEs from; needs --sae_block_pattern."""
     sae_block_pattern: str | None = None
@@ -172,15 +172,15 @@ class Eval(Command):
     device: str | None = None
     """Device to compute on (default: a GPU if there is one)."""
     model_name: str | None = option(None, "--model", "--model_name", metavar="MODEL")
-    """Language model: a name in TransformerLens, the directory of a local model, or py-neox
-    (default: the one the SAEs were trained on)."""
+    """Language model: a name in TransformerLens, the directory of a local model, or
+    py-neox (default: the one the SAEs were trained on)."""
     dataset: str | None = None
     """Text: a dataset on the Hub, a local file or directory, or python-stdlib."""
     dataset_split: str | None = None
     """Its split (default: test of python-stdlib, else the evaluation's own)."""
     labelled_dataset: str | None = None
-    """Text with labels, for the probing evaluations (default: --dataset) and for the topics
-    of scaffold_ablation (default: --dataset if that is python-stdlib)."""
+    """Text with labels, for the probing evaluations (default: --dataset) and for the
+    topics of scaffold_ablation (default: --dataset if that is python-stdlib)."""
     text_column: str | None = None
     """Column with the text."""
     label_column: str | None = None
@@ -218,21 +218,21 @@ class Rank(Command):
     Suggest a scaffold's rank, from activations.
 
     Reads a language model's activations and suggests a rank, with reasons: outlier
-    dimensions, the knee and the participation ratio of the PCA spectrum, parallel analysis,
-    and the dense latents that a plain SAE already has. Prints a table, and draws the
-    spectrum.
+    dimensions, the knee and the participation ratio of the PCA spectrum, parallel
+    analysis, and the dense latents that a plain SAE already has. Prints a table, and
+    draws the spectrum.
 
     example, offline:
       saelens-scaffold rank --model py-neox --hook_name blocks.2.hook_resid_post \\
           --dataset python-stdlib
     and after `saelens-scaffold demo`, with the dense latents of a plain SAE:
       saelens-scaffold rank --dataset python-stdlib \\
-          --sae_path demo-output/language_model/saes/BatchTopK
+          --sae_path demo-output/language_model/saes/batchtopk-b_dec_init_mean-seed_0
     """
 
     model_name: str | None = option(None, "--model", "--model_name", metavar="MODEL")
-    """Language model: a name in TransformerLens, the directory of a local model, or py-neox
-    (default: the one the SAE was trained on)."""
+    """Language model: a name in TransformerLens, the directory of a local model, or
+    py-neox (default: the one the SAE was trained on)."""
     hook_name: str | None = option(None, metavar="HOOK")
     """Hook point, as in blocks.12.hook_resid_post (default: that of the SAE)."""
     sae_path: str | None = None
@@ -269,11 +269,11 @@ class Compare(Command):
     """
     Train and evaluate SAEs, and compare them at matched sparsity.
 
-    Trains SAEs that differ in what a configuration names (architecture, k, rank, seed, ...)
-    on the same activations, evaluates them, and compares each with its baseline at matched
-    sparsity, with intervals over seeds. Prints the comparisons, and writes results.json,
-    results.csv and a page, report.html. What is finished is kept: repeat the command to go
-    on after an interruption.
+    Trains SAEs that differ in what a configuration names (architecture, k, rank, seed,
+    ...) on the same activations, evaluates them, and compares each with its baseline at
+    matched sparsity, with intervals over seeds. Prints the comparisons, and writes
+    results.json, results.csv and a page, report.html. What is finished is kept: repeat
+    the command to go on after an interruption.
 
     example, offline; then see what would be trained with Gemma-2-2B:
       saelens-scaffold compare benchmarks/paper/py-neox.yaml
@@ -304,8 +304,8 @@ class Compare(Command):
     plan: bool = False
     """Only check the experiment, and say what would be trained and compared."""
     reference: bool = False
-    """Only show the published figures that the experiment names beside the results so far,
-    with the definition of each; computes nothing."""
+    """Only show the published figures that the experiment names beside the results so
+    far, with the definition of each; computes nothing."""
     saes_per_wave: Count | None = None
     """Number of SAEs that are trained together (default: as many as memory holds)."""
     device: str | None = None
@@ -334,11 +334,11 @@ class Upload(Command):
     """
     Upload SAEs to the Hugging Face Hub, with a model card.
 
-    The SAE itself goes under its id; the exact plain form of a scaffold SAE, which SAELens
-    loads alone, under ID/jumprelu. Sparsity, runner configuration and evaluation results go
-    along, and a model card is written. Everything is checked before anything is sent. An
-    SAE is one commit: it is there whole or not at all. After an interruption, repeat the
-    command.
+    The SAE itself goes under its id; the exact plain form of a scaffold SAE, which
+    SAELens loads alone, under ID/jumprelu. Sparsity, runner configuration and
+    evaluation results go along, and a model card is written. Everything is checked
+    before anything is sent. An SAE is one commit: it is there whole or not at all.
+    After an interruption, repeat the command.
 
     example: see what would go where, and the card, without network or token
       saelens-scaffold upload layer_12=./my-sae --repo_id user/my-saes --dry-run
@@ -347,13 +347,13 @@ class Upload(Command):
     """
 
     saes: list[str] = option(metavar="[ID=]DIR")
-    """Directory of an SAE, of a run of `compare`, or any with SAEs below it; without ID, ids
-    are the SAEs' names or paths."""
+    """Directory of an SAE, of a run of `compare`, or any with SAEs below it; without
+    ID, ids are the SAEs' names or paths."""
     repo_id: str = field(kw_only=True, metadata={"metavar": "USER/REPO"})
     """The repository, which is created if there is none."""
     dry_run: bool = option(False, "--dry-run", "--dry_run")
-    """Only check, and show the files, the card, and what it changes in an existing README;
-    needs no network and no token."""
+    """Only check, and show the files, the card, and what it changes in an existing
+    README; needs no network and no token."""
     eval_results: list[str] | None = option(None, metavar="DIR")
     """Output folders of `saelens-scaffold eval` (default: eval_results in each DIR)."""
     no_jumprelu: bool = False
@@ -388,8 +388,8 @@ class Demo(Command):
     """
     Train scaffold SAEs and their plain twins, and compare them.
 
-    Trains on planted data and on the embedded language model, offline, and prints tables
-    and draws a picture.
+    Trains on planted data and on the embedded language model, offline, and prints
+    tables and draws a picture.
 
     example: three seeds, with mean and spread
       saelens-scaffold demo --seeds 3

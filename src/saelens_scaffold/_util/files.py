@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from saelens_scaffold._util.errors import UserError, one_line
+
 
 @contextmanager
 def new_directory(
@@ -63,15 +65,20 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def make_writable(directory: Path) -> None:
     """
-    Make a directory if there is none, and see that files can be written there, before
-    the long work of which they are to be the results.
+    Make a directory if there is none, and see that files can be written there.
 
     Raises:
-        OSError: They cannot.
+        UserError: They cannot.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=directory):
-        pass
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(
+            f"output_path {directory} cannot be written: {reason}"
+        ) from error
 
 
 def _beside(path: Path) -> Path:

@@ -47,10 +47,7 @@ def run(
             'pip install "saelens-scaffold[bench]"'
         )
     output_path = Path(output_path)
-    try:
-        make_writable(output_path)
-    except OSError as error:
-        raise UserError(f"output_path {output_path} cannot be used: {error}") from error
+    make_writable(output_path)
     quiet()
     numbers = [*range(seed, seed + seeds)]
     # libraries print their progress to stdout

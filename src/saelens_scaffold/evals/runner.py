@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from sae_bench.sae_bench_utils import (
 )
 
 from saelens_scaffold._util.errors import UserError, one_line
+from saelens_scaffold._util.files import make_writable
 from saelens_scaffold._util.interruption import raise_if_interrupted
 from saelens_scaffold.evals.base import Call, Evaluation, Result
 from saelens_scaffold.evals.jobs import Job, plan
@@ -154,6 +155,11 @@ def evaluate(
         sae_path, sae_regex_pattern, sae_block_pattern, options.get("model_name")
     )
     jobs = plan(evaluations, selected, **options)
+    for job in jobs:
+        saes = job.resolve(copy.deepcopy(selected))
+        if force_rerun or len(job.current(saes)) < len(saes):
+            job.check(saes)
+            make_writable(job.output_path.parent)
     outcomes = [run(job, selected, force_rerun) for job in jobs]
     saes = resolve_saes(copy.deepcopy(selected), "cpu", "float32")
     text = "\n".join([results_table(saes, outcomes), *judged_views(outcomes)])
@@ -188,15 +194,10 @@ def _results(
         why = job.store.why_stale(sae.file_name, keys[sae.key])
         if why is not None:
             print(f"{sae.label}: measuring again, {why}", file=sys.stderr)
-    measured: list[tuple[SelectedSAE, Result]] = []
-    for sae, result in _measure(job, missing, [s for s in saes if s.key in current]):
-        if not together:
-            job.store.keep(sae.file_name, keys[sae.key], result)
-        measured.append((sae, result))
+    measured = _measure(job, missing, [sae for sae in saes if sae.key in current])
+    for sae, result in list(measured) if together else measured:
+        job.store.keep(sae.file_name, keys[sae.key], result)
         yield sae.key, result
-    if together:
-        for sae, result in measured:
-            job.store.keep(sae.file_name, keys[sae.key], result)
 
 
 def _measure(
@@ -233,6 +234,8 @@ def _measure(
                 )
                 result = asdict(output)
             yield sae, result
+    with suppress(OSError):  # which is not empty, if partial results are kept
+        job.artifacts_path.rmdir()
 
 
 def _parse_settings(

@@ -128,6 +128,8 @@ class ResultStore:
         """Write a result and its key, in place of those of that name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / file_name
+        # A model has a fingerprint once it has been downloaded.
+        key = {**key, "fingerprints": _now_known(key)}
         # A crash in between leaves a result without a key, which is none.
         _key_file(file).unlink(missing_ok=True)
         _write(file, content)
@@ -209,6 +211,11 @@ def differences(stored: Key, wanted: Key) -> list[str]:
             else:
                 found.append(f"{name} {then!r} (now {now!r})")
     return found
+
+
+def _now_known(key: Key) -> dict[str, Any]:
+    known = {name: v for name, v in key.get("fingerprints", {}).items() if v}
+    return {**fingerprints(key["eval_config"]), **known}
 
 
 def _reason(stored: Key | None, wanted: Key) -> str | None:

@@ -49,10 +49,7 @@ def check_runner_config(cfg: RunnerConfig) -> None:
     _check_language_model(cfg)
     _check_dataset(cfg)
     if cfg.output_path is not None:
-        try:
-            make_writable(Path(cfg.output_path))
-        except OSError as error:
-            raise UserError(f"output_path cannot be written: {error}") from error
+        make_writable(Path(cfg.output_path))
 
 
 def check_steps(cfg: Any) -> None:

@@ -7,7 +7,7 @@ from saelens_scaffold._util.configs import make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
-from saelens_scaffold.evals.language_model import choose_device
+from saelens_scaffold.evals.language_model import choose_device, known_model_name
 from saelens_scaffold.evals.rank.analysis import analyse_rank
 from saelens_scaffold.evals.rank.report import analysis_text, write_analysis
 from saelens_scaffold.evals.selected_saes import (
@@ -15,7 +15,12 @@ from saelens_scaffold.evals.selected_saes import (
     load_saes,
     resolve_saes,
 )
-from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME
+from saelens_scaffold.evals.text_data import (
+    EMBEDDED_DATASET_NAME,
+    open_dataset,
+    rows_with,
+)
+from saelens_scaffold.models.hook_points import model_config, width_at
 
 
 def suggest_rank(
@@ -68,11 +73,10 @@ def suggest_rank(
         "llm_dtype": llm_dtype,
     }
     config = make_config(TextEvalConfig, fields)
+    width_at(model_config(known_model_name(config.model_name)), hook_name)
+    rows_with(open_dataset(dataset, dataset_split), dataset, config.text_column)
     folder = Path(output_path)
-    try:
-        make_writable(folder)
-    except OSError as error:
-        raise UserError(f"output_path is {folder}: {error.strerror}") from error
+    make_writable(folder)
     analysis = analyse_rank(config, hook_name, device, sae)
     write_analysis(analysis, folder)
     picture = folder / "rank.png"

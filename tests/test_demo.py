@@ -166,6 +166,9 @@ def test_the_demo_writes_what_it_prints(quick: Run) -> None:
         score = entry["evaluations"]["scaffold_ablation"]["cross_entropy"]
         assert f"{score['ce_loss_score']:.3f}" in line
         assert f"{entry['l0_total']:.1f}" in line
+        sparsity = entry["evaluations"]["dense_latents"]["sparsity"]
+        rank = getattr(sae.cfg, "scaffold_rank", 0)
+        assert sparsity["l0_total"] == pytest.approx(sparsity["l0_sparse"] + rank)
     assert "verdict" not in quick.text, "one seed is compared with nothing"
 
 

@@ -160,9 +160,10 @@ class ProbingEvaluation:
     Attributes:
         name: Its name.
         knows: Whether a dataset is one of SAEBench's own.
-        check_data: Raises `UserError` if the configuration does not go with the SAEs, or
-            with a text that SAEBench does not know.
+        check_text: Raises `UserError` if the configuration does not go with a text that
+            SAEBench does not know.
         run: Calls SAEBench with one seed.
+        check_sae: Raises `UserError` if the configuration does not go with an SAE.
         bounds: The least and the largest possible value of its metrics.
         averaged: Fields of its output that are averaged over the seeds.
         probes_follow_activations: Whether the probes of the first SAE of a call are drawn
@@ -172,8 +173,9 @@ class ProbingEvaluation:
 
     name: str
     knows: Callable[[str], bool]
-    check_data: Callable[[Any, Sequence[SelectedSAE], list[LabelledText]], None]
+    check_text: Callable[[Any, LabelledText], None]
     run: Callable[[SeedRun], None]
+    check_sae: Callable[[Any, SelectedSAE], None] = lambda *_: None
     bounds: Bounds = SHARE
     averaged: tuple[str, ...] = ("eval_result_metrics", "eval_result_details")
     probes_follow_activations: bool = True
@@ -216,6 +218,7 @@ class ProbingEvaluation:
                     "have a dimension for heads; SAEBench's probes read hook points "
                     "without one"
                 )
+            self.check_sae(config, sae)
         if not config.dataset_names:
             raise UserError("dataset_names is empty; name at least one dataset")
         texts = [
@@ -229,7 +232,8 @@ class ProbingEvaluation:
             for name in config.dataset_names
             if not self.knows(name)
         ]
-        self.check_data(config, saes, texts)
+        for text in texts:
+            self.check_text(config, text)
         return texts
 
     def _measure_seed(self, run: SeedRun, saes: list[SelectedSAE]) -> dict[str, Any]:
@@ -245,8 +249,8 @@ class ProbingEvaluation:
                 self._run(replace(run, folder=Path(folder)), missing)
             finally:  # an interrupted call goes on with the SAEs that are missing
                 for sae in missing:
-                    file = result_file_name(_slashless(sae.key))
-                    results[sae.key] = result = read_result(Path(folder), file)
+                    result = read_result(Path(folder), result_file_name(sae.key))
+                    results[sae.key] = result
                     if result is not None:
                         store.keep(*kept_as[sae.key], result)
         return results
@@ -254,7 +258,7 @@ class ProbingEvaluation:
     def _kept_as(self, config: Any, sae: SelectedSAE) -> tuple[str, Key]:
         """File name and key of an SAE's result with one seed."""
         # a name that SAEBench's tools do not take for a result's
-        name = f"{_slashless(sae.key)}.seed-{config.random_seed}.partial"
+        name = f"{Path(sae.file_name).stem}.seed-{config.random_seed}.partial"
         return name, result_key(self.name, config, sae, {}, hook_name=sae.hook_name)
 
     def _run(self, run: SeedRun, saes: list[SelectedSAE]) -> None:
@@ -274,7 +278,7 @@ class ProbingEvaluation:
                 for i, sae in enumerate(first_of_hook.values())
             ]
             self.run(replace(run, saes=stand_ins))
-        self.run(replace(run, saes=[(_slashless(sae.key), sae.sae) for sae in saes]))
+        self.run(replace(run, saes=[(sae.key, sae.sae) for sae in saes]))
 
     def _over_seeds(self, config: Any, sae: SelectedSAE, raw: list[Any]) -> Result:
         metadata = sae.sae.cfg.metadata
@@ -294,11 +298,6 @@ class ProbingEvaluation:
                 self.bounds,
             ),
         }
-
-
-def _slashless(key: str) -> str:
-    """A key as SAEBench and sae-probes can make file names of it."""
-    return key.replace("/", "_")
 
 
 def _metrics_over_seeds(
@@ -327,27 +326,26 @@ def _mean(values: list[Any]) -> Any:
 
 
 def check_set_sizes(
-    texts: list[LabelledText], config: Any, train_field: str, test_field: str
+    train_field: str, test_field: str, config: Any, text: LabelledText
 ) -> None:
     """
-    See that datasets have the rows that SAEBench will draw.
+    See that a dataset has the rows that SAEBench will draw.
 
     Args:
-        texts: The datasets.
-        config: The configuration.
-        train_field: Its field with the size of the training set.
+        train_field: The configuration's field with the size of the training set.
         test_field: Its field with the size of the test set.
+        config: The configuration.
+        text: The dataset.
 
     Raises:
         UserError: A class has too few rows.
     """
     train, test = getattr(config, train_field), getattr(config, test_field)
     sizes = rows_per_class(train), rows_per_class(test)
-    for text in texts:
-        try:
-            text.sample(*sizes, seed=0)
-        except UserError as error:
-            raise UserError(
-                f"{train_field} {train} and {test_field} {test} take {sizes[0]} train rows "
-                f"and {sizes[1]} test rows of each class: {error}"
-            ) from error
+    try:
+        text.sample(*sizes, seed=0)
+    except UserError as error:
+        raise UserError(
+            f"{train_field} {train} and {test_field} {test} take {sizes[0]} train rows and "
+            f"{sizes[1]} test rows of each class: {error}"
+        ) from error

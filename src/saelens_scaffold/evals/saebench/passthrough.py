@@ -30,8 +30,9 @@ from saelens_scaffold.evals.base import Call, Implementation, Result
 from saelens_scaffold.evals.language_model import known_model_name
 from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.saebench.replacements import (
+    TensorsStay,
     absorption_folders,
-    mdl_globals,
+    mdl_config,
     ravel_libraries,
     replaced,
 )
@@ -252,7 +253,7 @@ def _core(request: _Request) -> None:
 
 
 def _mdl(request: _Request) -> None:
-    with replaced(mdl_globals(request.main, request.config, request.call.device)):
+    with replaced(mdl_config(request.main, request.config)), TensorsStay():
         request.run()
 
 

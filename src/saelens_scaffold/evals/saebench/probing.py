@@ -4,7 +4,6 @@ Sparse probing asks how well a probe on a few latents tells a concept; TPP, whet
 latents that matter to one class's probe matter to that one alone.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 from typing import Annotated, Literal
@@ -92,24 +91,12 @@ class TppEvalOutput(OverSeedsEvalOutput, SaeBenchTppOutput):
     """What is known of this metric's reliability."""
 
 
-def _check_sparse_probing(
-    config: SparseProbingEvalConfig,
-    _saes: Sequence[SelectedSAE],
-    texts: list[LabelledText],
-) -> None:
-    check_set_sizes(texts, config, "probe_train_set_size", "probe_test_set_size")
-
-
-def _check_tpp(
-    config: TppEvalConfig, saes: Sequence[SelectedSAE], texts: list[LabelledText]
-) -> None:
-    for sae in saes:
-        if max(config.n_values) > sae.sae.cfg.d_sae:
-            raise UserError(
-                f"n_values has {max(config.n_values)}, but SAE {sae.label!r} has no more "
-                f"than {sae.sae.cfg.d_sae} sparse latents to ablate; give smaller n_values"
-            )
-    check_set_sizes(texts, config, "train_set_size", "test_set_size")
+def _check_width(config: TppEvalConfig, sae: SelectedSAE) -> None:
+    if max(config.n_values) > sae.sae.cfg.d_sae:
+        raise UserError(
+            f"n_values has {max(config.n_values)}, but SAE {sae.label!r} has no more than "
+            f"{sae.sae.cfg.d_sae} sparse latents to ablate; give smaller n_values"
+        )
 
 
 def _run(main: ModuleType, run: SeedRun) -> None:
@@ -126,14 +113,15 @@ def _run(main: ModuleType, run: SeedRun) -> None:
 _SPARSE_PROBING = ProbingEvaluation(
     "sparse_probing",
     dataset_info.chosen_classes_per_dataset.__contains__,
-    _check_sparse_probing,
+    partial(check_set_sizes, "probe_train_set_size", "probe_test_set_size"),
     partial(_run, sparse_probing),
 )
 _TPP = ProbingEvaluation(
     "tpp",
     dataset_info.chosen_classes_per_dataset.__contains__,
-    _check_tpp,
+    partial(check_set_sizes, "train_set_size", "test_set_size"),
     partial(_run, tpp),
+    _check_width,
     # a drop of one accuracy, less the mean drop of others
     bounds=(-2.0, 2.0),
 )

@@ -6,7 +6,7 @@ purpose; `replaced` applies them for as long as a call lasts.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -176,33 +176,22 @@ def absorption_folders(main: ModuleType, folder: Path) -> list[Replacement]:
     ]
 
 
-class _NoCuda(TorchFunctionMode):
-    """`Tensor.cuda()` leaves a tensor where it is."""
+def mdl_config(main: ModuleType, config: Any) -> list[Replacement]:
+    """MDL's functions read a global `config`, which only its command line sets."""
+    return [Replacement(vars(main), "config", config)]
+
+
+class TensorsStay(TorchFunctionMode):
+    """
+    `Tensor.cuda()` leaves a tensor where it is.
+
+    MDL moves sums that are on its device already to CUDA, whatever the device.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.cuda:
             return args[0]
         return func(*args, **(kwargs or {}))
-
-
-def mdl_globals(main: ModuleType, config: Any, device: str) -> list[Replacement]:
-    """
-    MDL finds its configuration, and needs no CUDA.
-
-    Its functions read a global `config` that only its command line sets, and
-    `calculate_dl` moves its sums to CUDA whatever the device.
-    """
-    own = main.calculate_dl
-
-    @wraps(own)
-    def calculate_dl(*args: Any, **kwargs: Any) -> float:
-        with _NoCuda():
-            return own(*args, **kwargs)
-
-    replacements = [Replacement(vars(main), "config", config)]
-    if not device.startswith("cuda"):
-        replacements.append(Replacement(vars(main), "calculate_dl", calculate_dl))
-    return replacements
 
 
 class _LayerWithTuples:

@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,7 +25,6 @@ from saelens_scaffold.evals.saebench.over_seeds import (
     SeedRun,
 )
 from saelens_scaffold.evals.saebench.replacements import replaced, sae_probes_tasks
-from saelens_scaffold.evals.selected_saes import SelectedSAE
 
 
 @documented
@@ -110,18 +108,13 @@ def one_vs_rest_tasks(text: LabelledText, task_size: int) -> dict[str, pd.DataFr
     return tasks
 
 
-def _check(
-    config: SparseProbingSaeProbesEvalConfig,
-    _saes: Sequence[SelectedSAE],
-    texts: list[LabelledText],
-) -> None:
-    for text in texts:
-        one_vs_rest_tasks(text, config.task_size)
+def _check(config: SparseProbingSaeProbesEvalConfig, text: LabelledText) -> None:
+    one_vs_rest_tasks(text, config.task_size)
 
 
 def _run(run: SeedRun) -> None:
     tasks: dict[str, pd.DataFrame] = {}
-    names = [name for name in run.config.dataset_names if _knows(name)]
+    names = [name for name in run.config.dataset_names if name in DATASETS]
     for text in run.texts:
         tasks |= one_vs_rest_tasks(text, run.config.task_size)
     config = replace(
@@ -134,13 +127,9 @@ def _run(run: SeedRun) -> None:
         main.run_eval(config, run.saes, run.call.device, str(run.folder / "results"))
 
 
-def _knows(dataset: str) -> bool:
-    return dataset in DATASETS
-
-
 _EVALUATION = ProbingEvaluation(
     "sparse_probing_sae_probes",
-    _knows,
+    DATASETS.__contains__,
     _check,
     _run,
     averaged=("eval_result_metrics", "eval_result_details", "sae_metrics_by_k"),

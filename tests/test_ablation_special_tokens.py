@@ -14,6 +14,7 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from transformer_lens import HookedTransformer
 
 from eval_helpers import D_MODEL, HOOK, eval_sae
+from saelens_scaffold.evals.configs import config_fields
 from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig, main
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
@@ -196,6 +197,6 @@ def test_nothing_is_reported_twice_if_special_tokens_are_excluded(
 
 def test_no_two_metrics_have_one_name() -> None:
     """SAEBench's graphs flatten categories."""
-    categories = ScaffoldAblationMetricCategories.__annotations__.values()
-    names = [name for category in categories for name in category.__dataclass_fields__]
+    categories = config_fields(ScaffoldAblationMetricCategories).values()
+    names = [name for c in categories for name in config_fields(c.annotation)]
     assert len(set(names)) == len(names)

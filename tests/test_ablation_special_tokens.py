@@ -197,6 +197,7 @@ def test_nothing_is_reported_twice_if_special_tokens_are_excluded(
 
 def test_no_two_metrics_have_one_name() -> None:
     """SAEBench's graphs flatten categories."""
-    categories = config_fields(ScaffoldAblationMetricCategories).values()
-    names = [name for c in categories for name in config_fields(c.annotation)]
+    fields = config_fields(ScaffoldAblationMetricCategories).values()
+    categories: list[Any] = [field.annotation for field in fields]
+    names = [name for category in categories for name in config_fields(category)]
     assert len(set(names)) == len(names)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip("sae_bench")
 
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from saelens_scaffold._util.configs import config_fields
 from transformer_lens import HookedTransformer
 
 from eval_helpers import D_MODEL, HOOK, eval_sae
@@ -196,6 +197,7 @@ def test_nothing_is_reported_twice_if_special_tokens_are_excluded(
 
 def test_no_two_metrics_have_one_name() -> None:
     """SAEBench's graphs flatten categories."""
-    categories = ScaffoldAblationMetricCategories.__annotations__.values()
-    names = [name for category in categories for name in category.__dataclass_fields__]
+    fields = config_fields(ScaffoldAblationMetricCategories).values()
+    categories: list[Any] = [field.annotation for field in fields]
+    names = [name for category in categories for name in config_fields(category)]
     assert len(set(names)) == len(names)

@@ -45,7 +45,7 @@ def with_intervals(cls: type[Class]) -> type[Class]:
     return cls
 
 
-def interval_fields(name: str, value: Interval) -> dict[str, float]:
+def interval_fields(name: str, value: Interval) -> dict[str, Any]:
     """The values of a field and of the ends of its interval, by the fields' names."""
     return {
         name: value.estimate,
@@ -54,7 +54,7 @@ def interval_fields(name: str, value: Interval) -> dict[str, float]:
     }
 
 
-def estimates(confidence: float, **statistics: torch.Tensor) -> dict[str, float]:
+def estimates(confidence: float, **statistics: torch.Tensor) -> dict[str, Any]:
     """
     Fields with percentile intervals.
 
@@ -63,7 +63,7 @@ def estimates(confidence: float, **statistics: torch.Tensor) -> dict[str, float]
         statistics: Statistics by name of the field, each computed for the sample and every
             bootstrap replicate, shape (1 + n_replicates,).
     """
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for name, statistic in statistics.items():
         found |= interval_fields(name, interval(statistic, confidence))
     return found

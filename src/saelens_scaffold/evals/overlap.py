@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from saelens_scaffold._util.configs import documented
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import (
     EMBEDDED_DATASET_NAME,
@@ -55,20 +56,16 @@ def text_seen_in_training(
         The answer for each SAE, under its key.
 
     Raises:
-        ValueError: The text of the evaluation cannot be read.
+        UserError: The text of the evaluation cannot be read.
     """
     _warn_of_repetitions(dataset, split, text_column)
-    of_training_text: dict[str | None, TextSeenInTraining] = {}
-    found: dict[str, TextSeenInTraining] = {}
-    for sae in saes:
-        trained_on = sae.sae.cfg.metadata.dataset_path
-        if trained_on not in of_training_text:
-            of_training_text[trained_on] = _seen(
-                trained_on, dataset, split, text_column
-            )
-        found[sae.key] = of_training_text[trained_on]
-    for answer in of_training_text.values():
-        labels = [sae.label for sae in saes if found[sae.key] is answer]
+    trained_on = {sae.key: sae.sae.cfg.metadata.dataset_path for sae in saes}
+    answers = {
+        name: TextSeenInTraining(*_seen(name, dataset, split, text_column))
+        for name in dict.fromkeys(trained_on.values())
+    }
+    for name, answer in answers.items():
+        labels = [sae.label for sae in saes if trained_on[sae.key] == name]
         if answer.seen:
             logger.warning(
                 "%s trained on text of this evaluation: %s",
@@ -77,7 +74,7 @@ def text_seen_in_training(
             )
         elif answer.seen is None:
             logger.info("%s: %s", ", ".join(labels), answer.reason)
-    return found
+    return {key: answers[name] for key, name in trained_on.items()}
 
 
 def _warn_of_repetitions(dataset: str, split: str, text_column: str) -> None:
@@ -95,43 +92,34 @@ def _warn_of_repetitions(dataset: str, split: str, text_column: str) -> None:
 
 def _seen(
     trained_on: str | None, dataset: str, split: str, text_column: str
-) -> TextSeenInTraining:
+) -> tuple[bool | None, str]:
+    """Whether text was trained on, and the grounds for that."""
+    text = f"{dataset} ({split})"
     if not trained_on:
-        return TextSeenInTraining(
-            None, "the SAE's metadata name no dataset_path that it was trained on"
-        )
+        return None, "the SAE's metadata name no dataset_path that it was trained on"
     same = _is_same(trained_on, dataset)
     if same and (split == TRAINING_SPLIT or Path(dataset).is_file()):
-        return TextSeenInTraining(
-            True,
-            f"{dataset} ({split}) is what the SAE was trained on, and both begin with its "
-            "first row",
-        )
+        start = "and both begin with its first row"
+        return True, f"{text} is what the SAE was trained on, {start}"
     if same and dataset == EMBEDDED_DATASET_NAME:
-        return TextSeenInTraining(
-            False,
-            f"no {CHUNK_CHARS} characters of {dataset} ({split}) are in its training split",
-        )
+        return False, f"no {CHUNK_CHARS} characters of {text} are in its training split"
     for name in (trained_on, dataset):
         if not _is_local(name):
-            return TextSeenInTraining(
-                None,
-                f"{dataset} ({split}) was not compared with {trained_on} "
-                f"({TRAINING_SPLIT}): {name} is not on this machine",
-            )
+            missing = f"({TRAINING_SPLIT}): {name} is not on this machine"
+            return None, f"{text} was not compared with {trained_on} {missing}"
     return _compared(trained_on, dataset, split, text_column)
 
 
 def _compared(
     trained_on: str, dataset: str, split: str, text_column: str
-) -> TextSeenInTraining:
+) -> tuple[bool | None, str]:
     passages, n_training = Passages(CHUNK_CHARS), 0
     try:
         for text in _texts(trained_on, TRAINING_SPLIT, "text", MAX_TRAINING_CHARS):
             passages.add(text)
             n_training += len(text)
-    except ValueError as error:
-        return TextSeenInTraining(None, f"the training text cannot be read: {error}")
+    except UserError as error:
+        return None, f"the training text cannot be read: {error}"
     n_evaluated = n_repeated = 0
     for text in _texts(dataset, split, text_column, MAX_EVALUATED_CHARS):
         n_evaluated += len(text)
@@ -143,11 +131,9 @@ def _compared(
         where = f"the first {n_training:,} characters of {where}"
     if n_repeated:
         share = n_repeated / n_evaluated
-        return TextSeenInTraining(True, f"{share:.1%} of {of} are verbatim in {where}")
-    return TextSeenInTraining(
-        False if whole else None,
-        f"no {CHUNK_CHARS} characters of {of} are verbatim in {where}",
-    )
+        return True, f"{share:.1%} of {of} are verbatim in {where}"
+    seen = False if whole else None
+    return seen, f"no {CHUNK_CHARS} characters of {of} are verbatim in {where}"
 
 
 def _texts(dataset: str, split: str, column: str, max_chars: int) -> Iterator[str]:

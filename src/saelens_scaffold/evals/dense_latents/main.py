@@ -237,9 +237,5 @@ def _histogram(frequencies: torch.Tensor) -> output.FiringHistogram:
 
 
 IMPLEMENTATION = Implementation(
-    DenseLatentsEvalConfig,
-    measure,
-    output.DenseLatentsEvalOutput,
-    check,
-    warning=l0_warning_of,
+    DenseLatentsEvalConfig, measure, output.DenseLatentsEvalOutput, check, l0_warning_of
 )

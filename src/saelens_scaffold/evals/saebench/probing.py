@@ -21,7 +21,6 @@ from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Implementation
 from saelens_scaffold.evals.eval_configs import LlmConfig
-from saelens_scaffold.evals.labelled_data import LabelledText
 from saelens_scaffold.evals.saebench.over_seeds import (
     Distinct,
     LatentCounts,

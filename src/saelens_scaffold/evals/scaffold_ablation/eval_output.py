@@ -1,3 +1,6 @@
+# Where fields have intervals, required ones may follow optional ones: see with_intervals.
+# pyright: reportGeneralTypeIssues=false
+
 from pydantic import Field
 from sae_bench.evals.base_eval_output import (
     BaseEvalOutput,

@@ -147,7 +147,8 @@ class Evaluator:
                     evaluated.results[name][job.evaluation.name] = _plain(result)
                     if warning := job.implementation.warning(result):
                         evaluated.warnings.append(warning)
-        shutil.rmtree(self.artifacts_path, ignore_errors=True)
+        if not evaluated.failures:  # which may go on from what is stored there
+            shutil.rmtree(self.artifacts_path, ignore_errors=True)
         return evaluated
 
     def _usable(self, group: Sequence[Run]) -> list[tuple[str, SAE[Any]]]:

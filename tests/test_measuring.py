@@ -377,7 +377,7 @@ def test_the_dense_latent_evaluation_warns(
         "--set=dense_latents.n_tokens=500",
         "--set=dense_latents.n_bootstrap=10",
     ]
-    command += [f"--output_folder={tmp_path / 'out'}", "--sae_path"]
+    command += [f"--output_path={tmp_path / 'out'}", "--sae_path"]
     command += [str(tmp_path / name) for name in ("right", "wrong", "unknown")]
     for _ in range(2):  # the second time, of results that are there
         caplog.clear()

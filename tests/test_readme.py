@@ -70,14 +70,15 @@ def test_the_readmes_example_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("sae_bench")
-    example = next(b for b in code_blocks(README, "bash") if "train" in b)
+    example = next(b for b in code_blocks(README, "bash") if "scaffold train" in b)
     write_text, *commands = example.replace("\\\n", "").splitlines()
     with working_in(tmp_path):
         exec(shlex.split(write_text)[2], {})
-        for command in commands:
-            assert main(shlex.split(command)[1:]) == 0
+        train, evaluate = (shlex.split(command)[1:] for command in commands)
+        assert main(train) == 0
+        assert main([*evaluate, "--set=dense_latents.n_tokens=100000"]) == 0
         run_python(README)
-    evaluated = row(capsys.readouterr().out, SAE_ID)
+    evaluated = row(capsys.readouterr().out, "my-sae")
     assert float(evaluated["l0_sparse"]) == pytest.approx(4, rel=0.1)
 
 

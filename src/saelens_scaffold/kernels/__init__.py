@@ -1,18 +1,17 @@
-"""Sparse kernels: what comes after the encoder's product costs what the active latents cost.
+"""Sparse kernels: after the encoder's product, the cost is that of the active latents alone.
 
-A BatchTopK step keeps k of d_sae latents a token, and plain PyTorch treats the others as
-numbers like any other. Here
+A BatchTopK step keeps k of d_sae latents per token, and plain PyTorch computes with all of
+them. Here
 
-- `selection` finds the k · N largest pre-activations as the encoder's product is made,
-  block by block, so that the (N, d_sae) pre-activations are never held;
-- `entries` says which they are, sorted both by token and by latent;
+- `selection` finds the k · N largest pre-activations while the encoder's product is
+  computed block by block, so that the (N, d_sae) pre-activations are never held;
+- `entries` lists them, sorted both by token and by latent;
 - `sparse_forward` encodes, decodes and goes backward over these entries alone;
-- `lazy` shows them to whoever reads `feature_acts` or `hidden_pre` as the dense tensors they
-  stand for.
+- `lazy` presents them as the dense tensors `feature_acts` and `hidden_pre`.
 
-All that touches many numbers goes through the three operations of `torch_ops` (PyTorch's
-own, on any device) or `triton_ops` (CUDA); `choice` chooses. The definition that these
-are held against in the tests is SAELens's own dense code, which `kernels="reference"` runs.
+All heavy work goes through the three operations of `torch_ops` (PyTorch, on any device) or
+`triton_ops` (CUDA), which `choice` selects. Tests compare them with SAELens's dense code,
+which `kernels="reference"` runs.
 
-Nothing here knows of SAEs: tensors come in, tensors go out.
+Nothing here depends on SAEs: all inputs and outputs are tensors.
 """

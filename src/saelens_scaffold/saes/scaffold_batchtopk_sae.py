@@ -193,7 +193,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         # again, since runners may change a config after it was made
         cfg.validate()
         super().__init__(cfg, use_error_term)
-        # a plain attribute, which costs a step nothing and does not stop torch.compile
+        # a plain attribute costs a step nothing and does not break torch.compile's graph
         self.has_plugins = bool(cfg.scaffold_plugins)
         self.selection = TopSelection()
         self._sparse_step: SparseStep | None = None
@@ -272,7 +272,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
             plugins.before_forward(self, step_input)
         if self.calibrates:
             self._remember(step_input.sae_in)
-        # after the plugins, which may have hooked something
+        # after the plugins, which may have added hooks
         kernels = kernels_for(self, step_input.sae_in)
         if kernels is None:
             return self._training_step(step_input, None)
@@ -283,7 +283,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         self.sampled_activations.add(sae_in)
         self.calibrated_threshold.fill_(-1.0)
 
-    # not compiled: nothing is left in it that could be fused
+    # not compiled: nothing in it could be fused
     @torch.compiler.disable()
     def _sparse_training_step(
         self, step_input: TrainStepInput, kernels: ModuleType
@@ -433,7 +433,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
-        # beside the running average, with which a resumed training goes on
+        # beside the running average, with which a resumed training continues
         state_dict["calibrated_threshold"] = self._calibrated_threshold()
 
     @override

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 pytest.importorskip("sae_bench")
 
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
-from saelens_scaffold._util.configs import config_fields
 from transformer_lens import HookedTransformer
 
 from eval_helpers import D_MODEL, HOOK, eval_sae
+from saelens_scaffold._util.configs import config_fields
 from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig, main
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (

@@ -1,4 +1,4 @@
-"""The whole way: four evaluations by one command, as users, plots and schemas see them."""
+"""The whole way: four evaluations by one command, as users and schemas see them."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,6 @@ import jsonschema
 
 from eval_helpers import eval_sae
 from saelens_scaffold.evals import json_schemas
-from saelens_scaffold.evals.graphing import register_with_graphing_utils
 from saelens_scaffold_cli import main
 
 OPTIONS = [
@@ -79,25 +78,6 @@ def test_json_follows_the_committed_schemas(folder: Path) -> None:
             assert content["eval_type_id"] == name
             checked += 1
     assert checked == 8
-
-
-def test_sae_benchs_graphs_load_all_four(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sae_bench.sae_bench_utils import graphing_utils
-
-    for name in ("get_eval_results", "get_custom_metric_key_and_name"):
-        # set to itself, so that it is set back after the test
-        monkeypatch.setattr(graphing_utils, name, getattr(graphing_utils, name))
-    register_with_graphing_utils()
-    for name in NAMES:
-        files = graphing_utils.find_eval_results_files([str(folder / "out" / name)])
-        results = graphing_utils.get_eval_results(files)
-        assert set(results) == {"plain_custom_sae", "scaffold_custom_sae"}
-        metric, _ = graphing_utils.get_custom_metric_key_and_name(files[0], k=2)
-        for result in results.values():
-            assert {"sae_class", "d_sae", "eval_config"} <= set(result)
-            assert metric in result
 
 
 def test_views_are_told(folder: Path) -> None:

@@ -403,8 +403,7 @@ class Demo(Command):
     """Train for a fraction of the time: shows that everything works, not what scaffolds
     do."""
     output_path: str = option("demo-output", hidden=("--out",))
-    """Folder for the SAEs, demo.json and demo.png; what an earlier run with the same
-    settings finished there is not done again."""
+    """Folder for the SAEs, their results and demo.png; finished work is not done again."""
 
     def run(self) -> Output:
         from saelens_scaffold import demo

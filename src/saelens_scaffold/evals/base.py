@@ -129,6 +129,10 @@ class Call:
     companions: Sequence["SelectedSAE"] = ()
 
 
+class EvaluationError(RuntimeError):
+    """SAEs without a result, and why, in one line."""
+
+
 Measure = Callable[
     [Any, list["SelectedSAE"], Call], Iterator[tuple["SelectedSAE", Result]]
 ]

@@ -75,6 +75,11 @@ class Job:
     api_key: str | None = None
 
     @property
+    def store_path(self) -> Path:
+        """Folder for partial results."""
+        return self.artifacts_path / self.evaluation.name
+
+    @property
     def store(self) -> ResultStore:
         """Its results."""
         return ResultStore(self.output_path)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from sae_bench.sae_bench_utils import (
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.files import make_writable
 from saelens_scaffold._util.interruption import raise_if_interrupted
-from saelens_scaffold.evals.base import Call, Evaluation, Result
+from saelens_scaffold.evals.base import Call, Evaluation, EvaluationError, Result
 from saelens_scaffold.evals.jobs import Job, plan
 from saelens_scaffold.evals.registry import evaluations_named, known_evaluations
 from saelens_scaffold.evals.selected_saes import (
@@ -174,7 +175,11 @@ def reason(outcome: Outcome) -> str:
     """Why an evaluation failed, in one line."""
     error = outcome.error
     assert error is not None
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    kind = (
+        ""
+        if isinstance(error, (UserError, EvaluationError))
+        else f"{type(error).__name__}: "
+    )
     return kind + one_line(error)
 
 
@@ -190,6 +195,8 @@ def _results(
     missing = [sae for sae in saes if sae.key not in current]
     if not missing:
         return
+    if force_rerun:
+        shutil.rmtree(job.store_path, ignore_errors=True)
     for sae in missing:
         why = job.store.why_stale(sae.file_name, keys[sae.key])
         if why is not None:
@@ -215,7 +222,7 @@ def _measure(
         call = Call(
             device=job.device,
             artifacts=Path(artifacts),
-            store_path=job.artifacts_path / job.evaluation.name,
+            store_path=job.store_path,
             dataset_split=job.dataset_split,
             text_column=job.text_column,
             api_key=job.api_key,

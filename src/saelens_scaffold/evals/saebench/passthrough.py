@@ -26,7 +26,7 @@ from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.base import Call, Implementation, Result
+from saelens_scaffold.evals.base import Call, EvaluationError, Implementation, Result
 from saelens_scaffold.evals.language_model import known_model_name
 from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.saebench.replacements import (
@@ -49,10 +49,6 @@ _RESULTS = Path("results")
 
 _FORGET_CORPUS = "sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl"
 """Where unlearning looks for the text to forget, which each user has to apply for."""
-
-
-class EvaluationError(Exception):
-    """SAEBench has not evaluated all SAEs."""
 
 
 @dataclass

@@ -3,15 +3,17 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_bench.sae_bench_utils import general_utils, sae_selection_utils
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.util import str_to_dtype
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import View
@@ -114,16 +116,12 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
     """
     directories = [Path(path) for path in paths]
     for directory in directories:
-        missing = [
-            file
-            for file in ("cfg.json", "sae_weights.safetensors")
-            if not (directory / file).is_file()
-        ]
-        if missing:
-            raise UserError(
-                f"{directory} is not an SAE's directory: it has no {' and no '.join(missing)} "
-                "(SAELens's save_model and save_inference_model write both)"
-            )
+        for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+            if not (directory / file).is_file():
+                raise UserError(
+                    f"{directory} is not an SAE's directory: it has no {file} (SAELens's "
+                    "save_model and save_inference_model write it)"
+                )
     selected: list[tuple[str, SAE[Any]]] = []
     for directory, name in zip(directories, _names(directories), strict=True):
         if _has_scaffold(directory):  # of others, SAELens has older forms, too
@@ -157,12 +155,11 @@ def select_saes(
     Raises:
         UserError: No SAE is named, a pattern matches none, or one cannot be read.
     """
-    patterns = (sae_regex_pattern, sae_block_pattern)
-    if patterns.count(None) == 1:
-        raise UserError("--sae_regex_pattern and --sae_block_pattern go together")
     selected: list[tuple[str, Any]] = [*load_saes(sae_path)]
     if sae_regex_pattern is not None and sae_block_pattern is not None:
         selected += _released_saes(sae_regex_pattern, sae_block_pattern)
+    elif sae_regex_pattern is not None or sae_block_pattern is not None:
+        raise UserError("--sae_regex_pattern and --sae_block_pattern go together")
     if not selected:
         raise UserError(
             "no SAE is named; give --sae_path DIR..., or --sae_regex_pattern and "
@@ -222,9 +219,7 @@ def resolve_saes(
         except ValueError as error:
             # SAEBench reads the hook point and the model from the SAE's metadata
             raise UserError(f"SAE {release!r}: {error}") from error
-        sae = sae.to(
-            device=device, dtype=general_utils.str_to_dtype(dtype) if dtype else None
-        )
+        sae.to(device=device, dtype=str_to_dtype(dtype) if dtype else None)
         # The weights are the SAE, and SAEBench's results carry the metadata.
         sae.cfg.metadata.weights_sha256 = weights_sha256(sae)
         resolved.append(SelectedSAE(release, sae_id, sae))
@@ -270,50 +265,39 @@ def _inference_form(sae: SAE[Any]) -> SAE[Any]:
 
 def _scaffold_of_plain_form(sae: JumpReLUSAE, rank: int) -> ScaffoldJumpReLUSAE:
     """Undo `to_jumprelu`: its first 2 r latents are r linear ones and their opposites."""
-    cfg = ScaffoldJumpReLUSAEConfig(
-        **{
-            name: getattr(sae.cfg, name)
-            for name in ("d_in", "dtype", "device", "apply_b_dec_to_input")
-        },
-        d_sae=sae.cfg.d_sae - rank,
-        scaffold_rank=rank,
-        normalize_activations=sae.cfg.normalize_activations,
-        reshape_activations=sae.cfg.reshape_activations,
-        metadata=sae.cfg.metadata,
-    )
+    of_sae = {field.name: getattr(sae.cfg, field.name) for field in fields(sae.cfg)}
+    of_sae |= {"d_sae": sae.cfg.d_sae - rank, "scaffold_rank": rank}
+    cfg = ScaffoldJumpReLUSAEConfig(**of_sae)
 
     def without_opposites(latents: torch.Tensor) -> torch.Tensor:
         return torch.cat([latents[:rank], latents[2 * rank :]])
 
     threshold = without_opposites(sae.threshold).detach().clone()
     threshold[:rank] = -torch.inf
-    return build_sae(
-        ScaffoldJumpReLUSAE,
-        cfg,
-        {
-            "W_enc": without_opposites(sae.W_enc.T).T,
-            "b_enc": without_opposites(sae.b_enc),
-            "threshold": threshold,
-            "W_dec": without_opposites(sae.W_dec),
-            "b_dec": sae.b_dec,
-        },
-    )
+    weights = {
+        "W_enc": without_opposites(sae.W_enc.T).T,
+        "b_enc": without_opposites(sae.b_enc),
+        "threshold": threshold,
+        "W_dec": without_opposites(sae.W_dec),
+        "b_dec": sae.b_dec,
+    }
+    return build_sae(ScaffoldJumpReLUSAE, cfg, weights)
 
 
 def _names(directories: list[Path]) -> list[str]:
     """The shortest ends of the paths, one directory or more, that tell them apart."""
     parts = [directory.resolve().parts for directory in directories]
     if len(set(parts)) < len(parts):
-        twice = sorted({str(d) for d in directories if directories.count(d) > 1})
-        raise UserError(f"the same SAE is named twice: {twice or directories}")
-    return [
-        next(
-            "/".join(own[-length:])
-            for length in range(1, len(own) + 1)
-            if sum(other[-length:] == own[-length:] for other in parts) == 1
-        )
-        for own in parts
-    ]
+        raise UserError(f"the same SAE is named twice: {[*map(str, directories)]}")
+
+    def shortest_end(own: tuple[str, ...]) -> str:
+        for start in range(len(own) - 1, -1, -1):
+            end = own[start:]
+            if sum(other[-len(end) :] == end for other in parts) == 1:
+                return "/".join(end)
+        raise AssertionError("no two paths are equal")
+
+    return [shortest_end(own) for own in parts]
 
 
 def common_model_name(selected_saes: SelectedSAEs) -> str:

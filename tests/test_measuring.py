@@ -29,14 +29,9 @@ from saelens_scaffold import (
     ScaffoldBatchTopKTrainingSAEConfig,
 )
 from saelens_scaffold.models import load_embedded_model, load_stdlib_text
+from saelens_scaffold.saes.facts import l0_warning, trained_k
 from saelens_scaffold.training import runner as runner_module
-from saelens_scaffold.training.measurement import (
-    Measurement,
-    NotMeasuredError,
-    l0_warning,
-    measure,
-    trained_k,
-)
+from saelens_scaffold.training.measurement import Measurement, NotMeasuredError, measure
 from saelens_scaffold_cli import main
 
 CONTEXT, D_SAE, RANK, K = 32, 96, 2, 4

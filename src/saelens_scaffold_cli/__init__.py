@@ -4,8 +4,10 @@
 stands beside it, so that help, the version and errors in the options come at once.
 """
 
+import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
@@ -84,13 +86,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Command) -> Output:
     from saelens_scaffold._util.interruption import interruptible
-    from saelens_scaffold._util.quiet import quiet
 
     if command.forwards:
         return command.run()
-    quiet()
+    _silence_libraries()
     with interruptible(), redirect_stdout(sys.stderr):
         return command.run()
+
+
+def _silence_libraries() -> None:
+    """Silence notices that no user of a command can act upon."""
+    for message in (
+        # many SAEs have them, and neither SAEBench nor this package reads them
+        r"\s*This SAE has non-empty",
+        "Dataset is not tokenized",
+        ".*fewer samples than context size",
+        "All samples in the training dataset",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("sae_lens", "transformer_lens"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _show(output: Output) -> None:

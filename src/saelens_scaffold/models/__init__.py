@@ -1,10 +1,10 @@
 """A small language model and its text, for tests and examples without downloads.
 
-The model (`embedded.py`) reads Python source code. The text (`stdlib.py`) is the standard
+The model (`local.py`) reads Python source code. The text (`stdlib.py`) is the standard
 library of the running interpreter, with a fixed split of its files.
 """
 
-from saelens_scaffold.models.embedded import (
+from saelens_scaffold.models.local import (
     EMBEDDED_MODEL_NAME,
     embedded_model_path,
     load_embedded_model,

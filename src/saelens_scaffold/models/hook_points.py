@@ -11,8 +11,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
 from saelens_scaffold._util.errors import UserError, one_line
-from saelens_scaffold.models.embedded import EMBEDDED_MODEL_NAME
-from saelens_scaffold.models.local import register_local_model
+from saelens_scaffold.models.local import EMBEDDED_MODEL_NAME, register_local_model
 
 
 def model_config(model_name: str, **changes: Any) -> Any:

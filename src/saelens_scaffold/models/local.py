@@ -1,4 +1,4 @@
-"""Local Hugging Face models in TransformerLens, and so in SAELens and SAEBench.
+"""Local Hugging Face models, and the embedded one, in TransformerLens, and so in SAELens and SAEBench.
 
 TransformerLens can read configuration and weights from a local directory, but first looks
 up every model in a fixed list of names. `register_local_model` adds a directory to it.
@@ -13,9 +13,12 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers.utils import (
@@ -27,6 +30,9 @@ from transformers.utils import (
 )
 
 from saelens_scaffold._util.errors import UserError
+
+EMBEDDED_MODEL_NAME = "py-neox"
+"""GPT-NeoX, 5.2 M parameters, trained on Python's library."""
 
 logger = logging.getLogger(__name__)
 
@@ -249,4 +255,36 @@ def _views_root() -> Path:
         f"TransformerLens misreads any path that contains one of "
         f"{_ALWAYS_MISREAD + _MISREAD_UNLESS_TRUE}, and the directory for temporary files, "
         f"{tempfile.gettempdir()}, does; set TMPDIR to another"
+    )
+
+
+def embedded_model_path() -> Path:
+    """The model's Hugging Face directory inside the installed package."""
+    return Path(str(files("saelens_scaffold.models") / EMBEDDED_MODEL_NAME))
+
+
+def register_embedded_model() -> str:
+    """Make the embedded model known to TransformerLens, SAELens and SAEBench.
+
+    Returns:
+        Its name, "py-neox". Saved SAEs contain the name, and no path of this machine.
+
+    Raises:
+        UserError: Another model is registered under that name.
+    """
+    return register_local_model(embedded_model_path(), name=EMBEDDED_MODEL_NAME)
+
+
+def load_embedded_model(device: str | torch.device = "cpu") -> HookedTransformer:
+    """Load the embedded model as SAELens does: float32, weights unprocessed.
+
+    Args:
+        device: Device of the model.
+
+    Returns:
+        The model: 4 layers, d_model 256, context 512 (trained at 256), 4,096 tokens;
+        `<|endoftext|>` (id 0) is BOS, EOS and padding.
+    """
+    return HookedTransformer.from_pretrained_no_processing(
+        register_embedded_model(), device=device
     )

@@ -6,7 +6,7 @@ the arguments that it uses.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pluggy
 import torch
@@ -150,11 +150,3 @@ class EvaluationSpecs:
 
         Called for every installed plugin, chosen or not.
         """
-
-
-def plugin_manager(*specs: Any) -> pluggy.PluginManager:
-    """An empty plugin manager with these specifications."""
-    manager = pluggy.PluginManager(PROJECT_NAME)
-    for spec in specs:
-        manager.add_hookspecs(spec)
-    return manager

@@ -31,7 +31,6 @@ from saelens_scaffold.plugins.hookspecs import (
     PROJECT_NAME,
     EvaluationSpecs,
     ScaffoldSpecs,
-    plugin_manager,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def make_plugins(chosen: Mapping[str, Mapping[str, Any]]) -> pluggy.PluginManage
         ValueError: A plugin does not exist, cannot be imported, does not take its options,
             or has a hook that does not exist.
     """
-    manager = plugin_manager(ScaffoldSpecs, EvaluationSpecs)
+    manager = _manager(ScaffoldSpecs, EvaluationSpecs)
     for name, options in chosen.items():
         plugin = _make(name, load_plugin(name), options)
         try:
@@ -108,7 +107,7 @@ def evaluation_plugins() -> pluggy.PluginManager:
 
     They are made without options. A plugin that cannot be is left out, with a warning.
     """
-    manager = plugin_manager(EvaluationSpecs)
+    manager = _manager(EvaluationSpecs)
     for name in sorted(set(available_plugins()) - set(_OWN_CLASSES)):
         try:
             make = load_plugin(name)
@@ -120,6 +119,14 @@ def evaluation_plugins() -> pluggy.PluginManager:
                 manager.register(plugin, name=name)
         except Exception as error:  # a broken plugin must not disturb other work
             logger.warning("no evaluations of the plugin %r: %s", name, error)
+    return manager
+
+
+def _manager(*specs: Any) -> pluggy.PluginManager:
+    """An empty plugin manager with these specifications."""
+    manager = pluggy.PluginManager(PROJECT_NAME)
+    for spec in specs:
+        manager.add_hookspecs(spec)
     return manager
 
 

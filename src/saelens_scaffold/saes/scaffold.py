@@ -160,11 +160,6 @@ def is_hooked(point: HookPoint) -> bool:
     return bool(point._forward_hooks or point._backward_hooks)
 
 
-def scaffold_rank(sae: SAE[Any]) -> int:
-    """Number of linear latents of any SAELens SAE; 0 without a scaffold."""
-    return int(getattr(sae.cfg, "scaffold_rank", 0))
-
-
 def check_choice(name: str, value: str, literal: Any) -> None:
     """
     Check a configuration's field of a `Literal` type.

@@ -25,13 +25,9 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
+from saelens_scaffold.saes.facts import l0_warning
 from saelens_scaffold.training.activation_stream import ActivationStream
-from saelens_scaffold.training.measurement import (
-    Measurement,
-    NotMeasuredError,
-    l0_warning,
-    measure,
-)
+from saelens_scaffold.training.measurement import Measurement, NotMeasuredError, measure
 
 logger = logging.getLogger(__name__)
 

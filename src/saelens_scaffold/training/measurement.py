@@ -57,10 +57,8 @@ class Measurement:
     def to_metadata(self) -> dict[str, Any]:
         """The measurement as plain JSON values."""
         values = asdict(self)
-        values["dense_latents"] = {
-            "threshold": values.pop("threshold"),
-            "count": self.dense_latents,
-        }
+        threshold = values.pop("threshold")
+        values["dense_latents"] = {"threshold": threshold, "count": self.dense_latents}
         return {"form": "inference", **values}
 
     @classmethod
@@ -75,9 +73,7 @@ class Measurement:
             values = dict(sae.cfg.metadata.measured)
             dense = values["dense_latents"]
             values.update(dense_latents=dense["count"], threshold=dense["threshold"])
-            found = cls(
-                **{field.name: field.type(values[field.name]) for field in fields(cls)}  # type: ignore[operator]
-            )
+            found = cls(**{f.name: f.type(values[f.name]) for f in fields(cls)})  # type: ignore[operator]
         except (TypeError, KeyError, ValueError):
             return None
         return found if found.weights_sha256 == weights_sha256(sae) else None

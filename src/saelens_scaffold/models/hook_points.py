@@ -68,15 +68,13 @@ def width_at(config: Any, hook_name: str, head_index: int | None = None) -> int 
     if name not in model.hook_dict:
         examples = sorted(known for known in model.hook_dict if ".0." in known)[:8]
         raise UserError(
-            f"{config.model_name} has no hook point {hook_name!r}; those of a layer are "
-            f"called, for example, {', '.join(examples)}"
+            f"{config.model_name} has no hook point {hook_name!r}; those of a layer are, "
+            f"for example, {', '.join(examples)}"
         )
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
     try:
         _, cache = model.run_with_cache(tokens, names_filter=name)
-    except (
-        NotImplementedError
-    ):  # an operation that needs values, as in experts' routing
+    except NotImplementedError:  # of operations that need values, as experts' routing
         return None
     if name not in cache:
         raise UserError(

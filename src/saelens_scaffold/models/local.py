@@ -21,13 +21,8 @@ import torch
 from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
+from transformers import utils
+from transformers.utils import CONFIG_NAME
 
 from saelens_scaffold._util.errors import UserError
 
@@ -36,16 +31,14 @@ EMBEDDED_MODEL_NAME = "py-neox"
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_FILES = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
-WEIGHT_INDEX_FILES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
+_WEIGHT_FILES = (utils.SAFE_WEIGHTS_NAME, utils.WEIGHTS_NAME)
+_WEIGHT_INDEX_FILES = (utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_INDEX_NAME)
+_TOKENIZER_FILES = (
+    "tokenizer.*",
+    "vocab.*",
     "spiece.model",
     "tekken.json",
-    "qwen.tiktoken",
+    "*.tiktoken",
 )
 
 # TransformerLens takes the architecture, the weight loader or the kind of tokenizer from
@@ -84,10 +77,10 @@ def register_local_model(path: str | os.PathLike[str], name: str | None = None) 
     directory = Path(text)
     config = _read_config(directory)
     _check_weights(directory)
-    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
+    if not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise UserError(
-            f"{directory} has no tokenizer; one of these is needed: {TOKENIZER_FILES} "
-            "(the tokenizer's save_pretrained writes it)"
+            f"{directory} has no tokenizer; its save_pretrained writes one of "
+            f"{_TOKENIZER_FILES}"
         )
     if name is not None and not name.strip():
         raise UserError(f"name is {name!r}; it must not be blank (or leave it out)")
@@ -99,9 +92,8 @@ def register_local_model(path: str | os.PathLike[str], name: str | None = None) 
     for alias in (*aliases, official):
         if known.get(alias.lower(), official) != official:
             raise UserError(
-                f"the name {alias!r} already means {known[alias.lower()]} in "
-                "TransformerLens; choose another name, or write the path differently "
-                "(./DIR for DIR)"
+                f"{alias!r} already means {known[alias.lower()]} in TransformerLens; "
+                "choose another name, or write the path differently (./DIR for DIR)"
             )
     try:
         loading.convert_hf_model_config(official)
@@ -157,17 +149,16 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{directory} has no {CONFIG_NAME}; a local model needs one")
     config = _read_json(file)
-    model_type, architectures = config.get("model_type"), config.get("architectures")
-    if not isinstance(model_type, str) or not model_type:
-        raise UserError(
-            f"{file}: model_type is {model_type!r}; a Hugging Face model has a text such as 'gpt2'"
-        )
-    if not isinstance(architectures, list) or not architectures:
-        raise UserError(
-            f"{file}: architectures is {architectures!r}; a Hugging Face model has a list "
-            "such as ['GPT2LMHeadModel'] (save_pretrained of a model with its language-model "
-            "head writes it)"
-        )
+    for field, kind, example in (
+        ("model_type", str, "gpt2"),
+        ("architectures", list, ["GPT2LMHeadModel"]),
+    ):
+        value = config.get(field)
+        if not isinstance(value, kind) or not value:
+            raise UserError(
+                f"{file}: {field} is {value!r}; save_pretrained of a language model writes "
+                f"one such as {example!r}"
+            )
     return config
 
 
@@ -180,21 +171,18 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_weights(directory: Path) -> None:
-    if any((directory / file).is_file() for file in WEIGHT_FILES):
+    if any((directory / file).is_file() for file in _WEIGHT_FILES):
         return
-    indices = [directory / name for name in WEIGHT_INDEX_FILES]
+    indices = (directory / name for name in _WEIGHT_INDEX_FILES)
     index = next(filter(Path.is_file, indices), None)
     if index is None:
-        raise UserError(
-            f"{directory} has no weights; one of these is needed: "
-            f"{WEIGHT_FILES + WEIGHT_INDEX_FILES}"
-        )
+        needed = _WEIGHT_FILES + _WEIGHT_INDEX_FILES
+        raise UserError(f"{directory} has no weights; one of {needed} is needed")
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} is not a readable index of weight files")
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
-    if missing:
+    if missing := [shard for shard in shards if not (directory / shard).is_file()]:
         raise UserError(f"{directory} lacks weight files of its index: {missing}")
 
 

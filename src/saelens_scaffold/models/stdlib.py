@@ -5,6 +5,7 @@ splits are held out by file, and then passages that a training file contains ver
 cut out of them. Copies that differ in a space or a letter are not found.
 """
 
+import itertools
 import os
 import random
 import sys
@@ -83,13 +84,8 @@ class Passages:
 
     def new_pieces(self, text: str) -> list[str]:
         """The pieces of a text between its known blocks, in order."""
-        pieces: list[str] = []
-        start = 0
-        for repeated, end in self.repetitions(text):
-            pieces.append(text[start:repeated])
-            start = end
-        pieces.append(text[start:])
-        return pieces
+        places = [0, *itertools.chain(*self.repetitions(text)), len(text)]
+        return [text[a:b] for a, b in zip(places[::2], places[1::2], strict=True)]
 
 
 class SourceFile(NamedTuple):
@@ -133,10 +129,9 @@ def read_stdlib() -> list[SourceFile]:
     chars = sum(len(source.text) for source in sources)
     if len(sources) < MIN_FILES or chars < MIN_CHARS:
         raise UserError(
-            f"The standard library in {root} has {len(sources)} readable .py files with {chars:,} "
-            f"characters; {MIN_FILES} files and {MIN_CHARS:,} characters are needed. A Python "
-            "from python.org, pyenv, uv, conda or a Linux distribution has them; a zipped or "
-            "embeddable one has not"
+            f"the standard library in {root} has {len(sources)} readable .py files with "
+            f"{chars:,} characters; {MIN_FILES} and {MIN_CHARS:,} are needed (a zipped or "
+            "embeddable Python has none)"
         )
     return sorted(sources)
 
@@ -198,11 +193,8 @@ def load_stdlib_text(split: Split, seed: int = 0) -> Dataset:
         read_stdlib(), split, TEXT_TEST_FRACTION, CHUNK_CHARS, MIN_FILE_CHARS
     )
     random.Random(seed).shuffle(sources)
-    rows = [
-        {"text": source.text, "path": source.path, "label": source.label}
-        for source in sources
-    ]
-    return Dataset.from_list(rows)
+    columns = ("text", "path", "label")
+    return Dataset.from_dict({c: [getattr(s, c) for s in sources] for c in columns})
 
 
 def load_stdlib_chunks(
@@ -233,12 +225,9 @@ def load_stdlib_chunks(
             chars or per_label is below 1, or a label has fewer than per_label chunks (or
             none) in the split.
     """
-    if chars < 1:
-        raise UserError(f"chars is {chars}; it must be at least 1")
-    if per_label is not None and per_label < 1:
-        raise UserError(
-            f"per_label is {per_label}; it must be at least 1, or None for all"
-        )
+    for name, value in ("chars", chars), ("per_label", per_label):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
     _check_split(split)
     splits = _probing_splits(_library(), chars)
     labels = _most_frequent_labels(splits) if labels is None else labels
@@ -253,10 +242,7 @@ def load_stdlib_chunks(
             pieces[label].append(text)
 
     needed = per_label or 1
-    short = {
-        label: len(texts) for label, texts in pieces.items() if len(texts) < needed
-    }
-    if short:
+    if short := {l: len(texts) for l, texts in pieces.items() if len(texts) < needed}:
         raise UserError(
             f"labels without the {needed} chunks of {chars} characters needed in the {split} "
             f"split, with the number they have: {short}; probing_labels() names those with most"
@@ -329,10 +315,8 @@ def _split(
         min_chars: Minimum length of a piece of a file that is cut.
     """
     _check_split(split)
-    train, held_out = [], []
-    for source in sources:
-        of_test = is_held_out(source.path, test_fraction)
-        (held_out if of_test else train).append(source)
+    held_out = [s for s in sources if is_held_out(s.path, test_fraction)]
+    train = [s for s in sources if not is_held_out(s.path, test_fraction)]
     if split == "train":
         return train
     seen = Passages(chars)
@@ -368,11 +352,11 @@ def _check_split(split: str) -> None:
 def _most_frequent_labels(
     splits: dict[Split, list[SourceFile]], count: int = 5
 ) -> list[str]:
-    chars: dict[Split, Counter[str]] = {"train": Counter(), "test": Counter()}
-    for split, sources in splits.items():
-        for source in sources:
-            chars[split][source.label] += len(source.text)
+    train, test = Counter[str](), Counter[str]()
+    for chars, split in (train, "train"), (test, "test"):
+        for source in splits[split]:
+            chars[source.label] += len(source.text)
     # A label counts by its smaller split, which is not always the test split.
-    chars_in_smaller = chars["train"] & chars["test"]
+    chars_in_smaller = train & test
     del chars_in_smaller["test"]
     return [label for label, _ in chars_in_smaller.most_common(count)]

@@ -13,7 +13,7 @@ group "saelens_scaffold". A plugin is imported when it is chosen.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -22,16 +22,10 @@ from weakref import WeakKeyDictionary
 import pluggy
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim import optimizer as optimizers
 
-from saelens_scaffold.plugins.hookspecs import (
-    PROJECT_NAME,
-    EvaluationSpecs,
-    ScaffoldSpecs,
-)
+from saelens_scaffold.plugins import hookspecs
+from saelens_scaffold.plugins.hookspecs import PROJECT_NAME
 
 if TYPE_CHECKING:
     from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
@@ -65,10 +59,8 @@ def load_plugin(name: str) -> Callable[..., Any]:
     """
     available = available_plugins()
     if name not in available:
-        raise ValueError(
-            f"there is no scaffold plugin {name!r}; there are {', '.join(sorted(available))} "
-            "(is the package that has it installed?)"
-        )
+        names = ", ".join(sorted(available))
+        raise ValueError(f"there is no scaffold plugin {name!r}; there are {names}")
     entry = available[name]
     try:
         return entry.load()
@@ -90,7 +82,14 @@ def make_plugins(chosen: Mapping[str, Mapping[str, Any]]) -> pluggy.PluginManage
         ValueError: A plugin does not exist, cannot be imported, does not take its options,
             or has a hook that does not exist.
     """
-    manager = _manager(ScaffoldSpecs, EvaluationSpecs)
+    if not isinstance(chosen, dict) or any(
+        type(o) is not dict for o in chosen.values()
+    ):
+        raise ValueError(
+            "scaffold_plugins must map the names of plugins to dictionaries of their "
+            f'options, as in {{"live_metrics": {{}}}}, got {chosen!r}.'
+        )
+    manager = _manager()
     for name, options in chosen.items():
         plugin = _make(name, load_plugin(name), options)
         try:
@@ -107,7 +106,7 @@ def evaluation_plugins() -> pluggy.PluginManager:
 
     They are made without options. A plugin that cannot be is left out, with a warning.
     """
-    manager = _manager(EvaluationSpecs)
+    manager = _manager()
     for name in sorted(set(available_plugins()) - set(_OWN_CLASSES)):
         try:
             make = load_plugin(name)
@@ -122,11 +121,9 @@ def evaluation_plugins() -> pluggy.PluginManager:
     return manager
 
 
-def _manager(*specs: Any) -> pluggy.PluginManager:
-    """An empty plugin manager with these specifications."""
+def _manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(PROJECT_NAME)
-    for spec in specs:
-        manager.add_hookspecs(spec)
+    manager.add_hookspecs(hookspecs)
     return manager
 
 
@@ -189,12 +186,12 @@ def after_forward(
         ValueError: The name of a loss or a metric is taken.
     """
     hook = plugins_of(sae).hook
-    arguments = {"sae": sae, "step_input": step_input, "output": output}
-    for losses in hook.training_losses(**arguments):
+    step = {"sae": sae, "step_input": step_input, "output": output}
+    for losses in hook.training_losses(**step):
         _add(losses, output.losses, "loss")
         for loss in losses.values():
             output.loss = output.loss + loss
-    for metrics in hook.training_metrics(**arguments):
+    for metrics in hook.training_metrics(**step):
         _add(metrics, output.metrics, "metric")
 
 
@@ -215,8 +212,8 @@ def end_training(sae: "ScaffoldSAE") -> None:
 def _watch_optimizers() -> None:
     # PyTorch calls these at every step of every optimizer, so plugins learn of the steps
     # in any runner, at the exact time, without a trainer of our own.
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
+    optimizers.register_optimizer_step_pre_hook(_before_step)
+    optimizers.register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -230,10 +227,7 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             plugins_of(sae).hook.after_optimizer_step(sae=sae, n_training_steps=step)
 
 
-def _stepped_by(
-    optimizer: torch.optim.Optimizer,
-) -> Iterator[tuple["ScaffoldSAE", int]]:
-    for sae, step in list(_IN_TRAINING.items()):
-        groups = optimizer.param_groups
-        if any(p is sae.W_dec for group in groups for p in group["params"]):
-            yield sae, step
+def _stepped_by(optimizer: torch.optim.Optimizer) -> list[tuple["ScaffoldSAE", int]]:
+    """The SAEs that an optimizer trains, with their steps."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(sae, n) for sae, n in _IN_TRAINING.items() if id(sae.W_dec) in stepped]

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from saelens_scaffold.evals.text_data import (
 
 # Options that are fields of configurations under the same name.
 _FIELDS = (
+    "model_name",
     "dataset_split",
     "text_column",
     "label_column",
@@ -92,16 +93,13 @@ class Job:
 
     def keys(self, saes: Sequence[SelectedSAE]) -> dict[str, Key]:
         """What the result of each SAE depends on, by the SAEs' keys."""
-        text = None
-        if self.evaluation.data == "text" and not hasattr(self.config, "text_column"):
-            text = {
-                "dataset_split": self.dataset_split,
-                "text_column": self.text_column,
-            }
+        text = {"dataset_split": self.dataset_split, "text_column": self.text_column}
+        if self.evaluation.data != "text" or hasattr(self.config, "text_column"):
+            text = {}
         others = {sae.label: sae for sae in saes}
         name = self.evaluation.name
         return {
-            sae.key: result_key(name, self.config, sae, others, text) for sae in saes
+            sae.key: result_key(name, self.config, sae, others, **text) for sae in saes
         }
 
     def current(self, saes: Sequence[SelectedSAE]) -> dict[str, Result]:
@@ -135,7 +133,6 @@ def plan(
     output_path: str | os.PathLike[str] = "eval_results",
     artifacts_path: str | os.PathLike[str] = "artifacts",
     device: str | None = None,
-    labelled_dataset: str | None = None,
     api_key_file: str | None = None,
     **options: Any,
 ) -> list[Job]:
@@ -148,40 +145,42 @@ def plan(
         output_path: Gets a folder for each evaluation.
         artifacts_path: Folder for stored activations, probes and texts.
         device: Where to compute; by default a GPU where there is one.
-        labelled_dataset: Text with labels, for probing and topics.
         api_key_file: File with the key of the OpenAI API.
-        options: model_name, dataset, dataset_split, text_column, label_column,
-            random_seeds, llm_batch_size, llm_dtype, sae_batch_size and baseline, as the
-            flags of `saelens-scaffold eval`. None takes each evaluation's own default.
+        options: model_name, dataset, dataset_split, labelled_dataset, text_column,
+            label_column, random_seeds, llm_batch_size, llm_dtype, sae_batch_size and
+            baseline, as the flags of `saelens-scaffold eval`. None takes each evaluation's
+            own default.
 
     Raises:
         UserError: Something is missing, or makes no sense.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    if labelled_dataset is not None:
-        options["labelled_dataset"] = labelled_dataset
     named = evaluations_named(",".join(evaluations))
     # in a copy, since an evaluation may ask for another dtype or view
     saes = resolve_saes(copy.deepcopy(selected_saes), "cpu", "float32")
-    _check_datasets(options, named)
+    reads_text = any(evaluation.data == "text" for evaluation in named)
+    _check_datasets(options, reads_text)
     api_key = _api_key(api_key_file) if "autointerp" in evaluations else None
     device = choose_device(device)
-    used = {
-        "model_name",
-        *(["dataset_split", "text_column"] if _reads_text(named) else []),
-    }
+    used = {"dataset_split", "text_column"} if reads_text else set()
     jobs: list[Job] = []
     for evaluation in named:
         implementation = evaluation.load()
-        config = _config(evaluation, implementation, options, saes, used)
-        config |= _known_fields(
-            evaluation, implementation, evaluations[evaluation.name]
-        )
+        config_class = validating(implementation.config_class)
+        offered = [*_offered(evaluation, config_class, options, saes)]
+        used |= {option for option, _, _ in offered}
+        values = {field: value for _, field, value in offered}
+        values |= _known(evaluation, config_class, evaluations[evaluation.name])
+        _add_language_model(values, evaluation, config_class, selected_saes)
+        try:
+            config = make_config(config_class, {**evaluation.defaults, **values})
+        except UserError as error:
+            raise UserError(f"{evaluation.name}: {error}") from error
         jobs.append(
             Job(
                 evaluation,
                 implementation,
-                _make_config(evaluation, implementation, config, selected_saes),
+                config,
                 device,
                 Path(output_path, evaluation.name),
                 Path(artifacts_path),
@@ -190,64 +189,59 @@ def plan(
                 api_key,
             )
         )
-    unused = [name for name in options if name not in used]
+    unused = [name for name in options if name not in used | {"model_name"}]
     if api_key_file is not None and api_key is None:
         unused.append("api_key_file")
     if unused:
-        names = ", ".join(evaluation.name for evaluation in named)
-        raise UserError(f"{unused[0]} means nothing to {names}")
+        raise UserError(f"{unused[0]} means nothing to {', '.join(evaluations)}")
     return jobs
 
 
-def _config(
+def _offered(
     evaluation: Evaluation,
-    implementation: Implementation,
+    config_class: type,
     options: Mapping[str, Any],
     saes: Sequence[SelectedSAE],
-    used: set[str],
-) -> dict[str, Any]:
-    """The fields of a configuration that options give; adds these to those used."""
-    fields = config_fields(validating(implementation.config_class))
-    values = dict(evaluation.defaults)
-
-    def take(option: str, field: str, value: Any = None) -> None:
-        value = options.get(option) if value is None else value
-        if value is not None and field in fields:
-            values[field] = value
-            used.add(option)
-
-    for option in (*_FIELDS, "model_name"):
-        take(option, option)
-    if "random_seeds" in options and "random_seeds" not in fields:
-        take("random_seeds", "random_seed", options["random_seeds"][0])
-    take("llm_batch_size", "batch_size_prompts")  # core's name
+) -> Iterator[tuple[str, str, Any]]:
+    """Options that a configuration takes: name, the configuration's field, and value."""
+    fields = config_fields(config_class)
+    labelled = options.get("labelled_dataset")
+    offered = [(option, option, options.get(option)) for option in _FIELDS]
+    # core's name
+    offered.append(
+        ("llm_batch_size", "batch_size_prompts", options.get("llm_batch_size"))
+    )
+    if "random_seeds" not in fields:
+        first = options.get("random_seeds", [None])[0]
+        offered.append(("random_seeds", "random_seed", first))
     if evaluation.data == "text":
-        take("dataset", evaluation.data_field)
-        if "dataset_split" in fields and (split := _dataset_split(options)):
-            values["dataset_split"] = split
+        offered.append(("dataset", evaluation.data_field, options.get("dataset")))
+        offered.append(("dataset_split", "dataset_split", _dataset_split(options)))
     if evaluation.data == "labelled":
-        option = "labelled_dataset" if "labelled_dataset" in options else "dataset"
-        if option in options:
-            take(option, evaluation.data_field, [options[option]])
-    if "topic_dataset" in fields:
-        # any text will do for the rest of it, but topics need labels
-        is_embedded = options.get("dataset") == EMBEDDED_DATASET_NAME
-        labelled = options.get("labelled_dataset")
-        labelled = labelled or (EMBEDDED_DATASET_NAME if is_embedded else None)
-        take("labelled_dataset", "topic_dataset", labelled)
-        if labelled is not None:
-            take("text_column", "topic_text_column")
-            take("label_column", "topic_label_column")
+        option = "dataset" if labelled is None else "labelled_dataset"
+        names = [options[option]] if option in options else None
+        offered.append((option, evaluation.data_field, names))
+    # any text will do for the rest of the ablation, but topics need labels
+    if labelled is None and options.get("dataset") == EMBEDDED_DATASET_NAME:
+        labelled = EMBEDDED_DATASET_NAME
+    if labelled is not None:
+        offered.append(("labelled_dataset", "topic_dataset", labelled))
+        for column in ("text_column", "label_column"):
+            offered.append((column, f"topic_{column}", options.get(column)))
     # SAEBench's configurations do not know how the SAEs were trained
     if "context_size" in fields and fields["context_size"].default is not None:
-        values["context_size"] = common_setting(saes, "context_size", 128)
-    return values
+        context_size = common_setting(saes, "context_size", 128)
+        offered.append(("context_size", "context_size", context_size))
+    for option, field, value in offered:
+        if value is not None and field in fields:
+            yield option, field, value
 
 
-def _known_fields(
-    evaluation: Evaluation, implementation: Implementation, values: Mapping[str, Any]
+def _known(
+    evaluation: Evaluation, config_class: type, values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    known = list(config_fields(validating(implementation.config_class)))
+    """Fields that were given by name, which the configuration must have."""
+    known = list(config_fields(config_class))
     for field in values:
         if field not in known:
             raise UserError(
@@ -256,63 +250,33 @@ def _known_fields(
     return dict(values)
 
 
-def _make_config(
+def _add_language_model(
+    values: dict[str, Any],
     evaluation: Evaluation,
-    implementation: Implementation,
-    values: Mapping[str, Any],
-    selected_saes: SelectedSAEs,
-) -> Any:
-    config_class = validating(implementation.config_class)
-    values = _language_model_values(
-        config_class, values, selected_saes, evaluation.batch_divisor
-    )
-    try:
-        return make_config(config_class, values)
-    except UserError as error:
-        raise UserError(f"{evaluation.name}: {error}") from error
-
-
-def _language_model_values(
     config_class: type,
-    values: Mapping[str, Any],
     selected_saes: SelectedSAEs,
-    batch_divisor: int = 1,
-) -> dict[str, Any]:
+) -> None:
     """
-    What a user need not type of the language model: its name, batch size and dtype.
-
-    Args:
-        config_class: The configuration that needs them.
-        values: What was typed.
-        selected_saes: The SAEs, whose metadata name the model.
-        batch_divisor: How much smaller the batches of this evaluation are than those that
-            SAEBench names for the model.
-
-    Returns:
-        The values, with those that were missing. Batch size and dtype are those that
-        SAEBench uses for the model, else the configuration's own defaults.
+    Name the SAEs' language model, and the batch size and dtype that SAEBench uses for it,
+    where they were not given.
 
     Raises:
-        UserError: The SAEs name no model, or several; TransformerLens does not know it.
-        UserError: A local model lacks a file.
+        UserError: The SAEs name no model, or several, or there is no such model.
     """
     fields = config_fields(config_class)
-    values = dict(values)
     if "model_name" not in fields:
-        return values
+        return
     values["model_name"] = values.get("model_name") or common_model_name(selected_saes)
     check_model_name(values["model_name"])
     short_name = values["model_name"].rpartition("/")[2]
     batch_size = LLM_NAME_TO_BATCH_SIZE.get(short_name)
-    defaults: dict[str, Any] = {
-        "llm_batch_size": batch_size and max(1, batch_size // batch_divisor),
-        "llm_dtype": LLM_NAME_TO_DTYPE.get(short_name),
-    }
-    fallbacks = {"llm_batch_size": 32, "llm_dtype": "float32"}
-    for name, default in defaults.items():
+    batch_size = batch_size and max(1, batch_size // evaluation.batch_divisor)
+    for name, of_model, fallback in (
+        ("llm_batch_size", batch_size, 32),
+        ("llm_dtype", LLM_NAME_TO_DTYPE.get(short_name), "float32"),
+    ):
         if name in fields and values.get(name) is None:
-            values[name] = default or fields[name].default or fallbacks[name]
-    return values
+            values[name] = of_model or fields[name].default or fallback
 
 
 def _dataset_split(options: Mapping[str, Any]) -> str | None:
@@ -321,13 +285,7 @@ def _dataset_split(options: Mapping[str, Any]) -> str | None:
     return options.get("dataset_split") or ("test" if is_embedded else None)
 
 
-def _reads_text(evaluations: Sequence[Evaluation]) -> bool:
-    return any(evaluation.data == "text" for evaluation in evaluations)
-
-
-def _check_datasets(
-    options: Mapping[str, Any], evaluations: Sequence[Evaluation]
-) -> None:
+def _check_datasets(options: Mapping[str, Any], reads_text: bool) -> None:
     """See that text on this machine can be read."""
     for option in ("dataset", "labelled_dataset"):
         name = options.get(option, "")
@@ -335,7 +293,7 @@ def _check_datasets(
         if looks_local and not Path(name).exists():
             raise UserError(f"there is no dataset {name}")
     dataset = options.get("dataset")
-    if dataset is not None and _reads_text(evaluations) and Path(dataset).exists():
+    if dataset is not None and reads_text and Path(dataset).exists():
         rows = open_dataset(dataset, _dataset_split(options) or "train")
         rows_with(rows, dataset, options.get("text_column", "text"))
 

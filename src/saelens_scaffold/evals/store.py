@@ -45,7 +45,6 @@ def result_key(
     config: Any,
     sae: SelectedSAE,
     others: Mapping[str, SelectedSAE],
-    text: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Key:
     """
@@ -56,8 +55,8 @@ def result_key(
         config: Its configuration, a pydantic dataclass.
         sae: The SAE, in the form that is judged.
         others: All SAEs of the call by label; one may be the SAE's baseline.
-        text: Split and column of the text, where the configuration does not have them.
-        more: Anything else, as a seed.
+        more: Anything else, as a seed, or the text's column where the configuration does
+            not have it.
     """
     fields = TypeAdapter(type(config)).dump_python(config_of(config, sae), mode="json")
     if "pca_rank" in fields:
@@ -70,7 +69,6 @@ def result_key(
         "evaluation": {
             "name": evaluation,
             "hook_name": sae.hook_name,
-            **(text or {}),
             **more,
         },
         "eval_config": {k: v for k, v in fields.items() if k not in _SPEED_ONLY},

@@ -84,6 +84,36 @@ def width_at(config: Any, hook_name: str, head_index: int | None = None) -> int 
     return shape[-1] if head_index is not None else shape.numel()
 
 
+def check_activations(
+    config: Any,
+    hook_name: str,
+    d_in: int | None = None,
+    context_size: int | None = None,
+    head_index: int | None = None,
+) -> None:
+    """
+    Check that a language model has the activations that an SAE reads.
+
+    Args:
+        config: TransformerLens's configuration of the language model.
+        hook_name: As in "blocks.12.hook_resid_post".
+        d_in: Width of the SAE's input, if known.
+        context_size: Number of tokens that the model reads at once, if known.
+        head_index: As for `width_at`.
+
+    Raises:
+        UserError: It does not.
+    """
+    name, n_ctx = config.model_name, config.n_ctx
+    width = width_at(config, hook_name, head_index)
+    if None not in (d_in, width) and d_in != width:
+        raise UserError(f"d_in is {d_in}; {name} has width {width} at {hook_name}")
+    if context_size is not None and context_size > n_ctx:
+        raise UserError(
+            f"context_size is {context_size}; {name} reads at most {n_ctx} tokens"
+        )
+
+
 def _one_layer(config: Any) -> HookedTransformer:
     """The model's first layer without weights: it has the hook points of every layer."""
     config = copy.copy(config)

@@ -352,11 +352,15 @@ def _check_split(split: str) -> None:
 def _most_frequent_labels(
     splits: dict[Split, list[SourceFile]], count: int = 5
 ) -> list[str]:
-    train, test = Counter[str](), Counter[str]()
-    for chars, split in (train, "train"), (test, "test"):
-        for source in splits[split]:
-            chars[source.label] += len(source.text)
     # A label counts by its smaller split, which is not always the test split.
-    chars_in_smaller = train & test
+    chars_in_smaller = _chars(splits["train"]) & _chars(splits["test"])
     del chars_in_smaller["test"]
     return [label for label, _ in chars_in_smaller.most_common(count)]
+
+
+def _chars(sources: list[SourceFile]) -> Counter[str]:
+    """Number of characters of each label."""
+    chars = Counter[str]()
+    for source in sources:
+        chars[source.label] += len(source.text)
+    return chars

@@ -21,8 +21,8 @@ from weakref import WeakKeyDictionary
 
 import pluggy
 import torch
+import torch.optim.optimizer as optimizers
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from torch.optim import optimizer as optimizers
 
 from saelens_scaffold.plugins import hookspecs
 from saelens_scaffold.plugins.hookspecs import PROJECT_NAME

@@ -1,5 +1,7 @@
 """Registration of the scaffold architectures with SAELens."""
 
+from typing import Any
+
 from sae_lens import registry
 
 from saelens_scaffold import saes
@@ -30,11 +32,12 @@ def register_architectures() -> None:
         registry.SAE_TRAINING_CLASS_REGISTRY,
         registry.SAE_CLASS_REGISTRY,
     )
-    for known, register, classes in (
+    entries: list[Any] = [
         (training, registry.register_sae_training_class, SCAFFOLD_BATCHTOPK),
         (training, registry.register_sae_training_class, SCAFFOLD_MATRYOSHKA),
         (inference, registry.register_sae_class, SCAFFOLD_JUMPRELU),
-    ):
+    ]
+    for known, register, classes in entries:
         name = classes[1].architecture()
         if known.get(name) != classes:
             register(name, *classes)  # raises if the name is taken

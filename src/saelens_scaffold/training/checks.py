@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.files import make_writable
-from saelens_scaffold.models.hook_points import model_config, width_at
+from saelens_scaffold.models.hook_points import check_activations, model_config
 
 RunnerConfig = LanguageModelSAERunnerConfig[Any]
 
@@ -118,16 +118,13 @@ def _check_language_model(cfg: RunnerConfig) -> None:
         return
     keywords = cfg.model_from_pretrained_kwargs or {}
     changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
-    name, d_in = cfg.model_name, cfg.sae.d_in
-    model = model_config(name, **changes)
-    width = width_at(model, cfg.hook_name, cfg.hook_head_index)
-    if width not in (None, d_in):
-        raise UserError(f"d_in is {d_in}; {name} has width {width} at {cfg.hook_name}")
-    n_ctx = model.n_ctx
-    if cfg.context_size > n_ctx:
-        raise UserError(
-            f"context_size is {cfg.context_size}; {name} reads at most {n_ctx} tokens"
-        )
+    check_activations(
+        model_config(cfg.model_name, **changes),
+        cfg.hook_name,
+        cfg.sae.d_in,
+        cfg.context_size,
+        cfg.hook_head_index,
+    )
 
 
 def _check_dataset(cfg: RunnerConfig) -> None:

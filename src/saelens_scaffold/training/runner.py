@@ -268,10 +268,6 @@ def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
     return TrainingSAE.from_dict(cfg.to_dict())
 
 
-def _update_progress(
-    trainer: MultiSAETrainer,
-    step_outputs: dict[str, Any],  # noqa: ARG001
-    pbar: Any,
-) -> None:
+def _update_progress(trainer: MultiSAETrainer, _: Any, pbar: Any, *__: Any) -> None:
     """Show progress alone; SAELens adds the name and loss of each SAE, here too many."""
     pbar.update(trainer.n_training_samples - pbar.n)

@@ -652,7 +652,7 @@ def test_plugin_offers_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.evaluations_named("own_eval,core")[0] is own
     monkeypatch.setitem(registry.EVALUATIONS, "own_eval", own)
     with pytest.raises(ValueError, match="offers an evaluation 'own_eval'"):
-        registry.evaluations_named("core")
+        registry.known_evaluations()
 
 
 def test_the_evaluation_of_the_documentation_runs(

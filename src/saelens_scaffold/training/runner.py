@@ -201,7 +201,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         trainer.data_provider = self._batches
         calibrated = self._calibrate_here()
         # a proxy, since a cycle of references would keep the optimizers alive
-        trainer._update_pbar = partial(_update_progress, weakref.proxy(trainer))
+        trainer._update_pbar = partial(_update_progress, weakref.proxy(trainer))  # type: ignore
         if self._resume_from is None:
             self._stream.begin()
             self.before_first_step(trainer)

@@ -8,6 +8,7 @@ import atexit
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -234,16 +235,18 @@ def _view(directory: Path, config: dict[str, Any]) -> Path:
 
 @cache
 def _views_root() -> Path:
-    for _ in range(10):  # the random part of the name may contain "t5"
-        root = Path(tempfile.mkdtemp(prefix="saelens-scaffold-")).resolve()
-        atexit.register(shutil.rmtree, root, ignore_errors=True)
-        if not _is_misread(root.as_posix(), model_type=""):
-            return root
-    raise UserError(
-        f"TransformerLens misreads any path that contains one of "
-        f"{_ALWAYS_MISREAD + _MISREAD_UNLESS_TRUE}, and the directory for temporary files, "
-        f"{tempfile.gettempdir()}, does; set TMPDIR to another"
-    )
+    # hexadecimal digits, since mkdtemp's letters may make one of the misread words
+    name = f"saelens-scaffold-{secrets.token_hex(8)}"
+    root = Path(tempfile.gettempdir(), name).resolve()
+    if _is_misread(root.as_posix(), model_type=""):
+        raise UserError(
+            f"TransformerLens misreads any path that contains one of "
+            f"{_ALWAYS_MISREAD + _MISREAD_UNLESS_TRUE}, as the directory for temporary "
+            f"files does; set TMPDIR to another than {root.parent}"
+        )
+    root.mkdir(mode=0o700)
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
 
 
 def embedded_model_path() -> Path:

@@ -230,7 +230,7 @@ def load_stdlib_chunks(
             raise UserError(f"{name} is {value}; it must be at least 1")
     _check_split(split)
     splits = _probing_splits(_library(), chars)
-    labels = _most_frequent_labels(splits) if labels is None else labels
+    labels = probing_labels(chars=chars) if labels is None else labels
     # before the labels are chosen, so that no label's chunks depend on the other labels
     label_of_chunk: dict[str, str] = {}
     for source in splits[split]:
@@ -257,11 +257,12 @@ def load_stdlib_chunks(
     return Dataset.from_list(rows)
 
 
-def probing_labels(count: int = 5) -> list[str]:
+def probing_labels(count: int = 5, chars: int = CHUNK_CHARS) -> list[str]:
     """The labels with the most text for a probing task, in both of its splits.
 
     Args:
         count: Number of labels.
+        chars: Length of a chunk.
 
     Returns:
         Their names, most text first, without "test", which is about no one thing.
@@ -269,7 +270,11 @@ def probing_labels(count: int = 5) -> list[str]:
     Raises:
         UserError: The standard library contains too little text.
     """
-    return _most_frequent_labels(_probing_splits(_library(), CHUNK_CHARS), count)
+    splits = _probing_splits(_library(), chars)
+    # A label counts by its smaller split, which is not always the test split.
+    chars_in_smaller = _chars(splits["train"]) & _chars(splits["test"])
+    del chars_in_smaller["test"]
+    return [label for label, _ in chars_in_smaller.most_common(count)]
 
 
 def write_stdlib_dataset(
@@ -347,15 +352,6 @@ def _library() -> Path:
 def _check_split(split: str) -> None:
     if split not in ("train", "test"):
         raise UserError(f"split is {split!r}; it must be 'train' or 'test'")
-
-
-def _most_frequent_labels(
-    splits: dict[Split, list[SourceFile]], count: int = 5
-) -> list[str]:
-    # A label counts by its smaller split, which is not always the test split.
-    chars_in_smaller = _chars(splits["train"]) & _chars(splits["test"])
-    del chars_in_smaller["test"]
-    return [label for label, _ in chars_in_smaller.most_common(count)]
 
 
 def _chars(sources: list[SourceFile]) -> Counter[str]:

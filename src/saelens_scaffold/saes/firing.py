@@ -146,7 +146,6 @@ class TextStatistics:
         self.moments = ActivationMoments(d_in, device)
         self.n_sequences = 0
         self.replicate_tokens = torch.zeros(1 + n_replicates, dtype=torch.float64)
-        self._shift: torch.Tensor | None = None
         self._sums = torch.zeros(1 + n_replicates, d_in, dtype=torch.float64)
         self._squares = torch.zeros(1 + n_replicates, dtype=torch.float64)
 
@@ -155,10 +154,7 @@ class TextStatistics:
     ) -> None:
         """See `FiringStatistics.update`."""
         self.moments.update(x)
-        if self._shift is None:
-            # for precision, as in ActivationMoments
-            self._shift = x.float().mean(dim=0)
-        shifted = x.float() - self._shift
+        shifted = x.float() - self.moments.shift.to(x.device)
         n_sequences = weights.shape[1]
         sums = torch.zeros(n_sequences, x.shape[1], device=x.device)
         sums.index_add_(0, sequence, shifted)

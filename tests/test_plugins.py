@@ -271,8 +271,8 @@ def test_configuration_is_saved_with_the_sae(tmp_path: Path) -> None:
         ({"schedule": {"lr_factor": -1}}, "lr_factor is -1"),
         ({"decorrelation": {}}, "'decorrelation' fails with"),
         ({"decorrelation": {"coefficient": 0}}, "coefficient is 0"),
-        (["live_metrics"], "must map the names"),
-        ({"live_metrics": None}, "must map the names"),
+        (["live_metrics"], "must map names"),
+        ({"live_metrics": None}, "'live_metrics' fails with the options None"),
     ],
 )
 def test_wrong_choice(chosen: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Local Hugging Face models, and the embedded one, in TransformerLens, and so in SAELens and SAEBench.
+"""Local models and the embedded one in TransformerLens, and so in SAELens and SAEBench.
 
 TransformerLens can read configuration and weights from a local directory, but first looks
 up every model in a fixed list of names. `register_local_model` adds a directory to it.
@@ -34,13 +34,7 @@ logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = (utils.SAFE_WEIGHTS_NAME, utils.WEIGHTS_NAME)
 _WEIGHT_INDEX_FILES = (utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_INDEX_NAME)
-_TOKENIZER_FILES = (
-    "tokenizer.*",
-    "vocab.*",
-    "spiece.model",
-    "tekken.json",
-    "*.tiktoken",
-)
+_TOKENIZERS = ("tokenizer.*", "vocab.*", "spiece.model", "tekken.json", "*.tiktoken")
 
 # TransformerLens takes the architecture, the weight loader or the kind of tokenizer from
 # these words anywhere in a path: it reads "/home/robert/model" as BERT, and
@@ -78,10 +72,9 @@ def register_local_model(path: str | os.PathLike[str], name: str | None = None) 
     directory = Path(text)
     config = _read_config(directory)
     _check_weights(directory)
-    if not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+    if not any(any(directory.glob(pattern)) for pattern in _TOKENIZERS):
         raise UserError(
-            f"{directory} has no tokenizer; its save_pretrained writes one of "
-            f"{_TOKENIZER_FILES}"
+            f"{directory} has no tokenizer; its save_pretrained writes one of {_TOKENIZERS}"
         )
     if name is not None and not name.strip():
         raise UserError(f"name is {name!r}; it must not be blank (or leave it out)")

@@ -82,13 +82,8 @@ def make_plugins(chosen: Mapping[str, Mapping[str, Any]]) -> pluggy.PluginManage
         ValueError: A plugin does not exist, cannot be imported, does not take its options,
             or has a hook that does not exist.
     """
-    if not isinstance(chosen, dict) or any(
-        type(o) is not dict for o in chosen.values()
-    ):
-        raise ValueError(
-            "scaffold_plugins must map the names of plugins to dictionaries of their "
-            f'options, as in {{"live_metrics": {{}}}}, got {chosen!r}.'
-        )
+    if not isinstance(chosen, Mapping):
+        raise ValueError(f"scaffold_plugins must map names to options, got {chosen!r}")
     manager = _manager()
     for name, options in chosen.items():
         plugin = _make(name, load_plugin(name), options)
@@ -132,7 +127,7 @@ def _make(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> An
         return make(**options)
     except TypeError as error:  # unknown or missing options, or values of wrong types
         raise ValueError(
-            f"the scaffold plugin {name!r} fails with the options {dict(options)}: "
+            f"the scaffold plugin {name!r} fails with the options {options}: "
             f"TypeError: {error}"
         ) from error
 

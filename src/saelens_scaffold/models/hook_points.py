@@ -11,7 +11,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
 from saelens_scaffold._util.errors import UserError, one_line
-from saelens_scaffold.models.local import EMBEDDED_MODEL_NAME, register_local_model
+from saelens_scaffold.models.local import official_name, register_local_model
 
 
 def model_config(model_name: str, **changes: Any) -> Any:
@@ -27,17 +27,10 @@ def model_config(model_name: str, **changes: Any) -> Any:
     """
     if Path(model_name).is_dir():
         register_local_model(model_name)
+    official_name(model_name)
     try:
         return get_pretrained_model_config(model_name, **changes)
-    except ValueError as error:
-        if "Valid official model names" not in str(error):
-            raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error
-        # TransformerLens's own message lists the hundreds of models that it knows.
-        raise UserError(
-            f"there is no language model {model_name!r}; give the name of a model in "
-            f"TransformerLens, the directory of a local one, or {EMBEDDED_MODEL_NAME!r}"
-        ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error
 
 

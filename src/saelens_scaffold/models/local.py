@@ -136,6 +136,23 @@ def register_local_models_in(args: Sequence[str]) -> list[str]:
     return registered
 
 
+def official_name(model_name: str) -> str:
+    """
+    TransformerLens's own name of a model, found without loading it.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    try:
+        return loading.get_official_model_name(model_name)
+    except ValueError:
+        # TransformerLens's own message lists the hundreds of models that it knows.
+        raise UserError(
+            f"there is no language model {model_name!r}; give the name of a model in "
+            f"TransformerLens, the directory of a local one, or {EMBEDDED_MODEL_NAME!r}"
+        ) from None
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; a local model is one")

@@ -253,13 +253,10 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
 
 def last_checkpoint(checkpoint_path: Path) -> Path | None:
     """The last complete checkpoint of a `RepeatableMultiSAETrainingRunner`, if any."""
-    complete = [
-        file.parent
-        for file in checkpoint_path.glob(f"*/{STREAM_FILENAME}")
-        # SAELens's final checkpoint has a name, and nothing follows it
-        if file.parent.name.isdecimal()
-    ]
-    return max(complete, key=lambda path: int(path.name), default=None)
+    complete = (file.parent for file in checkpoint_path.glob(f"*/{STREAM_FILENAME}"))
+    # SAELens's final checkpoint has a name, and nothing follows it
+    numbered = (path for path in complete if path.name.isdecimal())
+    return max(numbered, key=lambda path: int(path.name), default=None)
 
 
 def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:

@@ -391,7 +391,7 @@ def test_flags_reach_the_configuration(run: Any, saes: dict[str, str]) -> None:
         *("fake,fake", "--sae_path", saes["plain"], "--dataset=python-stdlib"),
         *("--model=py-neox", "--random_seeds", "3", "4", "--llm_dtype=float64"),
         *("--set=fake.sizes=[2, 3]", '--set=fake.pairs={"a": [1]}'),
-        *("--set=fake.limit=null", "--output_folder=out", "--artifacts_path=kept"),
+        *("--set=fake.limit=null", "--output_path=out", "--artifacts_path=kept"),
         "--baseline=plain",
     )
     assert status == 0, errors

@@ -38,7 +38,7 @@ NAMES = ("dense_latents", "scaffold_ablation", "sparse_probing", "tpp")
 
 def evaluate(folder: Path) -> int:
     saes = [str(folder / name) for name in ("plain", "scaffold")]
-    where = [f"--output_folder={folder}/out", f"--artifacts_path={folder}/artifacts"]
+    where = [f"--output_path={folder}/out", f"--artifacts_path={folder}/artifacts"]
     return main(["eval", ",".join(NAMES), "--sae_path", *saes, *where, *OPTIONS])
 
 

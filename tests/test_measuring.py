@@ -29,14 +29,9 @@ from saelens_scaffold import (
     ScaffoldBatchTopKTrainingSAEConfig,
 )
 from saelens_scaffold.models import load_embedded_model, load_stdlib_text
+from saelens_scaffold.saes.facts import l0_warning, trained_k
 from saelens_scaffold.training import runner as runner_module
-from saelens_scaffold.training.measurement import (
-    Measurement,
-    NotMeasuredError,
-    l0_warning,
-    measure,
-    trained_k,
-)
+from saelens_scaffold.training.measurement import Measurement, NotMeasuredError, measure
 from saelens_scaffold_cli import main
 
 CONTEXT, D_SAE, RANK, K = 32, 96, 2, 4
@@ -359,7 +354,7 @@ def test_a_warning_where_l0_and_k_differ_by_more_than_a_tenth(
 
 
 def test_the_dense_latent_evaluation_warns(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("sae_bench")
     for name, k in ("right", None), ("wrong", 3.0), ("unknown", None):
@@ -380,9 +375,9 @@ def test_the_dense_latent_evaluation_warns(
     command += [f"--output_path={tmp_path / 'out'}", "--sae_path"]
     command += [str(tmp_path / name) for name in ("right", "wrong", "unknown")]
     for _ in range(2):  # the second time, of results that are there
-        caplog.clear()
         assert main(command) == 0
-        warned = [r.message for r in caplog.records if "l0_sparse is" in r.message]
+        said = capsys.readouterr().err.splitlines()
+        warned = [line for line in said if "l0_sparse is" in line]
         assert [message.partition(":")[0] for message in warned] == ["wrong"]
     result = json.loads(
         next((tmp_path / "out").rglob("wrong*.json")).read_text(encoding="utf-8")

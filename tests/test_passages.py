@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelens_scaffold.models.passages import Passages
+from saelens_scaffold.models.stdlib import Passages
 
 texts = st.text("ab\n", max_size=60)
 

@@ -271,8 +271,8 @@ def test_configuration_is_saved_with_the_sae(tmp_path: Path) -> None:
         ({"schedule": {"lr_factor": -1}}, "lr_factor is -1"),
         ({"decorrelation": {}}, "'decorrelation' fails with"),
         ({"decorrelation": {"coefficient": 0}}, "coefficient is 0"),
-        (["live_metrics"], "must map the names"),
-        ({"live_metrics": None}, "must map the names"),
+        (["live_metrics"], "must map names"),
+        ({"live_metrics": None}, "'live_metrics' fails with the options None"),
     ],
 )
 def test_wrong_choice(chosen: Any, message: str) -> None:
@@ -652,7 +652,7 @@ def test_plugin_offers_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.evaluations_named("own_eval,core")[0] is own
     monkeypatch.setitem(registry.EVALUATIONS, "own_eval", own)
     with pytest.raises(ValueError, match="offers an evaluation 'own_eval'"):
-        registry.evaluations_named("core")
+        registry.known_evaluations()
 
 
 def test_the_evaluation_of_the_documentation_runs(

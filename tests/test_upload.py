@@ -39,7 +39,7 @@ from saelens_scaffold import (
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub.hub_errors import HubUploadError
 from saelens_scaffold.hub.local_paths import without_directories
-from saelens_scaffold.saes.digest import weights_sha256
+from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.validation import InvalidSAEError
 from saelens_scaffold.training.measurement import measure
 from saelens_scaffold_cli import main

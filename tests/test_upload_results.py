@@ -20,7 +20,7 @@ from saelens_scaffold.evals.store import (
     _current_versions,
     fingerprints,
 )
-from saelens_scaffold.saes.digest import weights_sha256
+from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold_cli import main
 
 __all__ = ["hub"]  # a fixture

@@ -4,40 +4,18 @@
 stands beside it, so that help, the version and errors in the options come at once.
 """
 
+import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 from saelens_scaffold_cli.commands import COMMANDS, Command, Output
 from saelens_scaffold_cli.parsing import CommandParser
-
-_HELP = """\
-Scaffold SAEs in SAELens and SAEBench.
-
-commands:
-{commands}
-
-examples:
-  compare scaffold SAEs with their plain twins, offline
-    saelens-scaffold demo --quick
-  see the training options of an architecture, then train on a local model and text
-    saelens-scaffold train --architecture scaffold_batchtopk --help
-    saelens-scaffold train --architecture scaffold_batchtopk --scaffold_rank 24 --k 32 \\
-        --d_in 768 --d_sae 16384 --model_name ./my-model --dataset_path ./my-dataset \\
-        --hook_name blocks.6.hook_resid_post --training_tokens 100000000 \\
-        --output_path ./my-sae
-  evaluate SAEs with evaluations of this package and of SAEBench, in one table
-    saelens-scaffold eval core,dense_latents --sae_path ./my-sae --dataset python-stdlib
-  compare SAEs at matched sparsity over several seeds, in a table and a page
-    saelens-scaffold compare experiment.yaml
-  publish SAEs so that everybody can load them
-    saelens-scaffold upload ./my-sae --repo_id user/my-saes --license mit --dry-run
-  run any other command line with scaffold SAEs
-    saelens-scaffold run -m sae_bench.evals.core.main --help
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,13 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Command) -> Output:
     from saelens_scaffold._util.interruption import interruptible
-    from saelens_scaffold._util.quiet import quiet
 
     if command.forwards:
         return command.run()
-    quiet()
+    _silence_libraries()
     with interruptible(), redirect_stdout(sys.stderr):
         return command.run()
+
+
+def _silence_libraries() -> None:
+    """Silence notices that no user of a command can act upon."""
+    for message in (
+        # many SAEs have them, and neither SAEBench nor this package reads them
+        r"\s*This SAE has non-empty",
+        "Dataset is not tokenized",
+        ".*fewer samples than context size",
+        "All samples in the training dataset",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("sae_lens", "transformer_lens"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _show(output: Output) -> None:
@@ -111,12 +103,10 @@ def _parser() -> CommandParser:
         f"  {name:<9}{(command.__doc__ or '').strip().splitlines()[0]}"
         for name, command in COMMANDS.items()
     ]
-    parser = CommandParser(
-        "saelens-scaffold", _HELP.format(commands="\n".join(summaries))
-    )
-    package_version = version("saelens-scaffold")
-    parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {package_version}"
-    )
+    text = Path(__file__).with_name("help.txt").read_text(encoding="utf-8")
+    text = text.format(commands="\n".join(summaries))
+    parser = CommandParser("saelens-scaffold", text)
+    shown = f"%(prog)s {version('saelens-scaffold')}"
+    parser.add_argument("--version", action="version", version=shown)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     return parser

@@ -6,7 +6,7 @@ The docstrings are what `--help` shows: a summary, a description, and an example
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -103,7 +103,7 @@ class Run(Command):
     """
 
     args: list[str]
-    module: str = field(kw_only=True, metadata={"flags": ("-m",)})
+    module: str = option(MISSING, "-m", kw_only=True)
     """The module."""
 
     needs_sae_bench = False
@@ -163,7 +163,7 @@ class Eval(Command):
     """SAELens releases to take SAEs from; needs --sae_block_pattern."""
     sae_block_pattern: str | None = None
     """Ids of the SAEs in these releases."""
-    output_path: str = option("eval_results", hidden=("--output_folder",))
+    output_path: str = "eval_results"
     """Folder for the results."""
     artifacts_path: str = "artifacts"
     """Folder for activations, probes and texts while an evaluation runs."""
@@ -198,7 +198,7 @@ class Eval(Command):
     api_key_file: str | None = None
     """File with the OpenAI key of autointerp (default: $OPENAI_API_KEY)."""
     settings: list[str] | None = option(
-        None, "--set", metavar="NAME.FIELD=VALUE", repeated=True
+        None, "--set", metavar="NAME.FIELD=VALUE", action="append", nargs=None
     )
     """Any other field of an evaluation's configuration, its value as JSON or text; an
     unknown field lists them; can be given several times."""
@@ -253,7 +253,7 @@ class Rank(Command):
     """Data type of the language model and of the SAE."""
     device: str | None = None
     """Device to compute on (default: a GPU if there is one)."""
-    output_path: str = option("rank-output", hidden=("--out",))
+    output_path: str = "rank-output"
     """Folder for rank.json and rank.png."""
 
     if_interrupted = ""
@@ -299,7 +299,7 @@ class Compare(Command):
 
     config: str = option(metavar="CONFIG.yaml")
     """The experiment."""
-    output_path: str | None = option(None, hidden=("--output_folder", "--out"))
+    output_path: str | None = None
     """Folder for everything (default: CONFIG-output)."""
     plan: bool = False
     """Only check the experiment, and say what would be trained and compared."""
@@ -349,7 +349,7 @@ class Upload(Command):
     saes: list[str] = option(metavar="[ID=]DIR")
     """Directory of an SAE, of a run of `compare`, or any with SAEs below it; without
     ID, ids are the SAEs' names or paths."""
-    repo_id: str = field(kw_only=True, metadata={"metavar": "USER/REPO"})
+    repo_id: str = option(kw_only=True, metavar="USER/REPO")
     """The repository, which is created if there is none."""
     dry_run: bool = option(False, "--dry-run", "--dry_run")
     """Only check, and show the files, the card, and what it changes in an existing
@@ -402,7 +402,7 @@ class Demo(Command):
     quick: bool = False
     """Train for a fraction of the time: shows that everything works, not what scaffolds
     do."""
-    output_path: str = option("demo-output", hidden=("--out",))
+    output_path: str = "demo-output"
     """Folder for the SAEs, their results and demo.png; finished work is not done again."""
 
     def run(self) -> Output:

@@ -1,25 +1,17 @@
 """Command lines from dataclasses whose attribute docstrings are the help.
 
-Simple-parsing, which SAELens uses, has the same idea, but neither hidden aliases, choices
-of a `Literal | None`, nor plain flags, and loses the docstring below a field that takes
+Simple-parsing, which SAELens uses, has the same idea, but neither choices of a
+`Literal | None` nor plain flags, and loses the docstring below a field that takes
 more than one line.
 """
 
+import argparse
 import ast
 import inspect
 import textwrap
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from argparse import RawDescriptionHelpFormatter as HelpFormatter
+import typing
 from dataclasses import MISSING, Field, field, fields
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NoReturn,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NoReturn
 
 
 def positive(text: str) -> int:
@@ -30,7 +22,9 @@ def positive(text: str) -> int:
         ArgumentTypeError: It is not an integer above 0.
     """
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be an integer of at least 1, got {text!r}"
+        )
     return int(text)
 
 
@@ -39,11 +33,7 @@ Count = Annotated[int, positive]
 
 
 def option(
-    default: Any = MISSING,
-    *flags: str,
-    hidden: tuple[str, ...] = (),
-    metavar: str | None = None,
-    repeated: bool = False,
+    default: Any = MISSING, *flags: str, kw_only: bool = False, **keywords: Any
 ) -> Any:
     """
     A dataclass field with more than a type, a default and a docstring.
@@ -51,17 +41,14 @@ def option(
     Args:
         default: Its default. A field without one is required.
         flags: Its flags; --NAME if there are none.
-        hidden: Former flags, which help does not mention.
-        metavar: What its value is called in help.
-        repeated: Whether a list gets one value for each time that the flag is given.
+        kw_only: Whether a field without a default is an option, not positional.
+        keywords: Further arguments of `add_argument`.
     """
-    metadata = {"flags": flags, "hidden": hidden, "metavar": metavar}
-    if repeated:
-        metadata["keywords"] = {"action": "append", "nargs": None}
-    return field(default=default, metadata=metadata)
+    metadata = {"flags": flags, "keywords": keywords}
+    return field(default=default, kw_only=kw_only, metadata=metadata)
 
 
-class CommandParser(ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def __init__(self, prog: str, text: str, **keywords: Any):
@@ -76,7 +63,7 @@ class CommandParser(ArgumentParser):
             prog=prog,
             description=description,
             epilog=example.lstrip() + commands,
-            formatter_class=HelpFormatter,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             **keywords,
         )
 
@@ -92,7 +79,7 @@ def parser_of(options: type, prog: str) -> CommandParser:
     keyword-only, a positional argument.
     """
     parser = CommandParser(prog, options.__doc__ or "")
-    types = get_type_hints(options, include_extras=True)
+    types = typing.get_type_hints(options, include_extras=True)
     descriptions = _attribute_docstrings(options)
     for each in fields(options):
         if each.name in descriptions:
@@ -102,34 +89,28 @@ def parser_of(options: type, prog: str) -> CommandParser:
 
 def _add(parser: CommandParser, each: Field[Any], type_: Any, text: str) -> None:
     keywords = {**_keywords(type_), **each.metadata.get("keywords", {})}
-    if metavar := each.metadata.get("metavar"):
-        keywords["metavar"] = metavar
-    elif "type" in keywords:
+    if "type" in keywords:
         number = keywords["type"] in (int, positive)
-        keywords["metavar"] = "N" if number else each.name.rpartition("_")[2].upper()
-    keywords["help"] = text.replace("%", "%%")
+        metavar = "N" if number else each.name.rpartition("_")[2].upper()
+        keywords.setdefault("metavar", metavar)
+    text = text.replace("%", "%%")
     required = each.default is MISSING
     if required and not each.kw_only:
-        parser.add_argument(each.name, **keywords)
+        parser.add_argument(each.name, help=text, **keywords)
         return
-    keywords["dest"] = each.name
-    if hidden := each.metadata.get("hidden"):
-        former = {**keywords, "help": SUPPRESS, "default": SUPPRESS}
-        parser.add_argument(*hidden, **former)
-    if not (required or each.default is None or each.default is False):
-        keywords["help"] = (
-            f"{keywords['help'].removesuffix('.')} (default: %(default)s)."
-        )
-    flags = each.metadata.get("flags") or (f"--{each.name}",)
     default = None if required else each.default
-    parser.add_argument(*flags, required=required, default=default, **keywords)
+    if default is not None and default is not False:
+        text = f"{text.removesuffix('.')} (default: %(default)s)."
+    keywords |= {"dest": each.name, "required": required, "default": default}
+    flags = each.metadata.get("flags") or (f"--{each.name}",)
+    parser.add_argument(*flags, help=text, **keywords)
 
 
 def _keywords(type_: Any) -> dict[str, Any]:
     """Keywords of `add_argument` for values of a type."""
     if type_ is bool:
         return {"action": "store_true"}
-    origin, arguments = get_origin(type_), get_args(type_)
+    origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if type(None) in arguments:
         return _keywords(arguments[0])
     if origin is list:

@@ -14,16 +14,8 @@ def finish_firing_axes(axes: "Axes", threshold: float) -> None:
         axes: With the curves.
         threshold: Share of the tokens above which a latent is called dense.
     """
-    axes.axvline(threshold, color="grey", linewidth=0.8)
-    axes.annotate(
-        "dense →",
-        (threshold, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, -10),
-        textcoords="offset points",
-        fontsize=8,
-        color="grey",
-    )
+    dense = f"dense: above {threshold:g}"
+    axes.axvline(threshold, color="grey", linewidth=0.8, label=dense)
     axes.set(
         xscale="log",
         yscale="log",

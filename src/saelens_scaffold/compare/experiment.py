@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold._util.files import new_file
+from saelens_scaffold._util.files import make_writable, new_file
 from saelens_scaffold.compare.config import (
     CompareConfig,
     check_unchanged,
@@ -163,7 +163,7 @@ def compare(
     """
     output_path = Path(output_path)
     plan = make_plan(config, output_path, device, saes_per_wave)
-    output_path.mkdir(parents=True, exist_ok=True)
+    make_writable(output_path)
     with _alone_in(output_path):
         keep_config(config, output_path / CONFIG_FILENAME)
         trainer = WaveTrainer(

@@ -25,7 +25,7 @@ from saelens_scaffold.compare.reference import references
 from saelens_scaffold.compare.runner_config import runner_config
 from saelens_scaffold.evals.selected_saes import result_file_name
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE
-from saelens_scaffold.saes.digest import weights_sha256
+from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.subspaces import orthonormal_basis, share_in_subspace
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from saelens_scaffold.compare.grid import Run
 from saelens_scaffold.compare.runner_config import runner_config
 from saelens_scaffold.compare.waves import Wave, WaveFolder, halves, keep_waves
 from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME, open_dataset
-from saelens_scaffold.saes.pca import principal_subspace
+from saelens_scaffold.saes.scaffold_start import principal_subspace
 from saelens_scaffold.training.runner import (
     RepeatableMultiSAETrainingRunner,
     initial_sae,

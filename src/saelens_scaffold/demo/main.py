@@ -7,7 +7,6 @@ from pathlib import Path
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable
-from saelens_scaffold._util.quiet import quiet
 from saelens_scaffold.demo.planted import planted_half, planted_settings
 from saelens_scaffold.demo.report import half_text, write_picture
 from saelens_scaffold.demo.rows import LEGEND
@@ -48,7 +47,6 @@ def run(
         )
     output_path = Path(output_path)
     make_writable(output_path)
-    quiet()
     numbers = [*range(seed, seed + seeds)]
     # libraries print their progress to stdout
     with redirect_stdout(sys.stderr):

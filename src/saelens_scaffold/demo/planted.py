@@ -24,9 +24,8 @@ from saelens_scaffold._util.files import new_directory
 from saelens_scaffold._util.provenance import versions
 from saelens_scaffold.demo.rows import DENSE, TWINS, Half, Row, by_sae
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
-from saelens_scaffold.saes.scaffold import scaffold_rank
+from saelens_scaffold.saes.facts import l0_warning, scaffold_rank
 from saelens_scaffold.saes.subspaces import orthonormal_basis, subspace_overlap
-from saelens_scaffold.training.measurement import l0_warning
 from saelens_scaffold.training.runner import initial_sae
 
 Settings = dict[str, Any]

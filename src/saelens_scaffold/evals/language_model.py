@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from sae_bench.sae_bench_utils import general_utils
 from transformer_lens import HookedTransformer
-from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.models import EMBEDDED_MODEL_NAME, register_embedded_model
-from saelens_scaffold.models.local import register_local_model
+from saelens_scaffold.models.local import official_name, register_local_model
 
 
 def load_language_model(
@@ -81,15 +80,7 @@ def check_model_name(model_name: str) -> None:
     Raises:
         UserError: TransformerLens knows no such model, or a local one lacks a file.
     """
-    name = known_model_name(model_name)
-    try:
-        get_official_model_name(name)
-    except ValueError:
-        # TransformerLens's own message is the list of the hundreds that it knows
-        raise UserError(
-            f"there is no language model {model_name!r}; give the name of a model of "
-            f"TransformerLens, the directory of a local one, or {EMBEDDED_MODEL_NAME!r}"
-        ) from None
+    official_name(known_model_name(model_name))
 
 
 def choose_device(device: str | None) -> str:

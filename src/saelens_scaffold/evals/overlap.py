@@ -12,8 +12,7 @@ from saelens_scaffold.evals.text_data import (
     open_dataset,
     rows_with,
 )
-from saelens_scaffold.models.passages import Passages
-from saelens_scaffold.models.stdlib import CHUNK_CHARS
+from saelens_scaffold.models.stdlib import CHUNK_CHARS, Passages
 
 logger = logging.getLogger(__name__)
 

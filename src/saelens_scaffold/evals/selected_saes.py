@@ -18,18 +18,13 @@ from sae_lens.util import str_to_dtype
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import View
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
-from saelens_scaffold.saes.digest import weights_sha256
-from saelens_scaffold.saes.scaffold import (
-    ScaffoldMixin,
-    build_sae,
-    scaffold_rank,
-)
+from saelens_scaffold.saes.facts import note_trained_k, scaffold_rank, weights_sha256
+from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
 from saelens_scaffold.saes.validation import (
     MAX_CFG_BYTES,
     check_sae_directory,
     read_json_object,
 )
-from saelens_scaffold.training.measurement import note_trained_k
 
 PAPER_RANK = 24
 """Rank of the scaffold in arXiv 2606.14040, for Gemma-2-2B layer 12."""

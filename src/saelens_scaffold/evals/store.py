@@ -240,7 +240,7 @@ def _read(file: Path) -> Any:
     """JSON content; None if the file is missing or was not written to its end."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

@@ -1,31 +1,17 @@
 """A small language model and its text, for tests and examples without downloads.
 
-The model (`embedded.py`) reads Python source code. The text (`stdlib.py`) is the standard
+The model (`local.py`) reads Python source code. The text (`stdlib.py`) is the standard
 library of the running interpreter, with a fixed split of its files.
 """
 
-from saelens_scaffold.models.embedded import (
-    EMBEDDED_MODEL_NAME,
-    embedded_model_path,
-    load_embedded_model,
-    register_embedded_model,
+from saelens_scaffold.models.local import EMBEDDED_MODEL_NAME as EMBEDDED_MODEL_NAME
+from saelens_scaffold.models.local import embedded_model_path as embedded_model_path
+from saelens_scaffold.models.local import load_embedded_model as load_embedded_model
+from saelens_scaffold.models.local import (
+    register_embedded_model as register_embedded_model,
 )
-from saelens_scaffold.models.stdlib import (
-    Split,
-    load_stdlib_chunks,
-    load_stdlib_text,
-    probing_labels,
-    write_stdlib_dataset,
-)
-
-__all__ = [
-    "EMBEDDED_MODEL_NAME",
-    "Split",
-    "embedded_model_path",
-    "load_embedded_model",
-    "load_stdlib_chunks",
-    "load_stdlib_text",
-    "probing_labels",
-    "register_embedded_model",
-    "write_stdlib_dataset",
-]
+from saelens_scaffold.models.stdlib import Split as Split
+from saelens_scaffold.models.stdlib import load_stdlib_chunks as load_stdlib_chunks
+from saelens_scaffold.models.stdlib import load_stdlib_text as load_stdlib_text
+from saelens_scaffold.models.stdlib import probing_labels as probing_labels
+from saelens_scaffold.models.stdlib import write_stdlib_dataset as write_stdlib_dataset

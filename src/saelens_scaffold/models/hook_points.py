@@ -11,8 +11,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
 from saelens_scaffold._util.errors import UserError, one_line
-from saelens_scaffold.models.embedded import EMBEDDED_MODEL_NAME
-from saelens_scaffold.models.local import register_local_model
+from saelens_scaffold.models.local import official_name, register_local_model
 
 
 def model_config(model_name: str, **changes: Any) -> Any:
@@ -28,17 +27,10 @@ def model_config(model_name: str, **changes: Any) -> Any:
     """
     if Path(model_name).is_dir():
         register_local_model(model_name)
+    official_name(model_name)
     try:
         return get_pretrained_model_config(model_name, **changes)
-    except ValueError as error:
-        if "Valid official model names" not in str(error):
-            raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error
-        # TransformerLens's own message lists the hundreds of models that it knows.
-        raise UserError(
-            f"there is no language model {model_name!r}; give the name of a model in "
-            f"TransformerLens, the directory of a local one, or {EMBEDDED_MODEL_NAME!r}"
-        ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error
 
 
@@ -69,15 +61,13 @@ def width_at(config: Any, hook_name: str, head_index: int | None = None) -> int 
     if name not in model.hook_dict:
         examples = sorted(known for known in model.hook_dict if ".0." in known)[:8]
         raise UserError(
-            f"{config.model_name} has no hook point {hook_name!r}; those of a layer are "
-            f"called, for example, {', '.join(examples)}"
+            f"{config.model_name} has no hook point {hook_name!r}; those of a layer are, "
+            f"for example, {', '.join(examples)}"
         )
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
     try:
         _, cache = model.run_with_cache(tokens, names_filter=name)
-    except (
-        NotImplementedError
-    ):  # an operation that needs values, as in experts' routing
+    except NotImplementedError:  # of operations that need values, as experts' routing
         return None
     if name not in cache:
         raise UserError(
@@ -85,6 +75,36 @@ def width_at(config: Any, hook_name: str, head_index: int | None = None) -> int 
         )
     shape = cache[name].shape[2:]
     return shape[-1] if head_index is not None else shape.numel()
+
+
+def check_activations(
+    config: Any,
+    hook_name: str,
+    d_in: int | None = None,
+    context_size: int | None = None,
+    head_index: int | None = None,
+) -> None:
+    """
+    Check that a language model has the activations that an SAE reads.
+
+    Args:
+        config: TransformerLens's configuration of the language model.
+        hook_name: As in "blocks.12.hook_resid_post".
+        d_in: Width of the SAE's input, if known.
+        context_size: Number of tokens that the model reads at once, if known.
+        head_index: As for `width_at`.
+
+    Raises:
+        UserError: It does not.
+    """
+    name, n_ctx = config.model_name, config.n_ctx
+    width = width_at(config, hook_name, head_index)
+    if None not in (d_in, width) and d_in != width:
+        raise UserError(f"d_in is {d_in}; {name} has width {width} at {hook_name}")
+    if context_size is not None and context_size > n_ctx:
+        raise UserError(
+            f"context_size is {context_size}; {name} reads at most {n_ctx} tokens"
+        )
 
 
 def _one_layer(config: Any) -> HookedTransformer:

@@ -1,4 +1,4 @@
-"""Local Hugging Face models in TransformerLens, and so in SAELens and SAEBench.
+"""Local models and the embedded one in TransformerLens, and so in SAELens and SAEBench.
 
 TransformerLens can read configuration and weights from a local directory, but first looks
 up every model in a fixed list of names. `register_local_model` adds a directory to it.
@@ -8,39 +8,33 @@ import atexit
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
+from transformers import utils
+from transformers.utils import CONFIG_NAME
 
 from saelens_scaffold._util.errors import UserError
 
+EMBEDDED_MODEL_NAME = "py-neox"
+"""GPT-NeoX, 5.2 M parameters, trained on Python's library."""
+
 logger = logging.getLogger(__name__)
 
-WEIGHT_FILES = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
-WEIGHT_INDEX_FILES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-    "qwen.tiktoken",
-)
+_WEIGHT_FILES = (utils.SAFE_WEIGHTS_NAME, utils.WEIGHTS_NAME)
+_WEIGHT_INDEX_FILES = (utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_INDEX_NAME)
+_TOKENIZERS = ("tokenizer.*", "vocab.*", "spiece.model", "tekken.json", "*.tiktoken")
 
 # TransformerLens takes the architecture, the weight loader or the kind of tokenizer from
 # these words anywhere in a path: it reads "/home/robert/model" as BERT, and
@@ -78,10 +72,9 @@ def register_local_model(path: str | os.PathLike[str], name: str | None = None) 
     directory = Path(text)
     config = _read_config(directory)
     _check_weights(directory)
-    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
+    if not any(any(directory.glob(pattern)) for pattern in _TOKENIZERS):
         raise UserError(
-            f"{directory} has no tokenizer; one of these is needed: {TOKENIZER_FILES} "
-            "(the tokenizer's save_pretrained writes it)"
+            f"{directory} has no tokenizer; its save_pretrained writes one of {_TOKENIZERS}"
         )
     if name is not None and not name.strip():
         raise UserError(f"name is {name!r}; it must not be blank (or leave it out)")
@@ -93,9 +86,8 @@ def register_local_model(path: str | os.PathLike[str], name: str | None = None) 
     for alias in (*aliases, official):
         if known.get(alias.lower(), official) != official:
             raise UserError(
-                f"the name {alias!r} already means {known[alias.lower()]} in "
-                "TransformerLens; choose another name, or write the path differently "
-                "(./DIR for DIR)"
+                f"{alias!r} already means {known[alias.lower()]} in TransformerLens; "
+                "choose another name, or write the path differently (./DIR for DIR)"
             )
     try:
         loading.convert_hf_model_config(official)
@@ -144,6 +136,23 @@ def register_local_models_in(args: Sequence[str]) -> list[str]:
     return registered
 
 
+def official_name(model_name: str) -> str:
+    """
+    TransformerLens's own name of a model, found without loading it.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    try:
+        return loading.get_official_model_name(model_name)
+    except ValueError:
+        # TransformerLens's own message lists the hundreds of models that it knows.
+        raise UserError(
+            f"there is no language model {model_name!r}; give the name of a model in "
+            f"TransformerLens, the directory of a local one, or {EMBEDDED_MODEL_NAME!r}"
+        ) from None
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; a local model is one")
@@ -151,17 +160,16 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{directory} has no {CONFIG_NAME}; a local model needs one")
     config = _read_json(file)
-    model_type, architectures = config.get("model_type"), config.get("architectures")
-    if not isinstance(model_type, str) or not model_type:
-        raise UserError(
-            f"{file}: model_type is {model_type!r}; a Hugging Face model has a text such as 'gpt2'"
-        )
-    if not isinstance(architectures, list) or not architectures:
-        raise UserError(
-            f"{file}: architectures is {architectures!r}; a Hugging Face model has a list "
-            "such as ['GPT2LMHeadModel'] (save_pretrained of a model with its language-model "
-            "head writes it)"
-        )
+    for field, kind, example in (
+        ("model_type", str, "gpt2"),
+        ("architectures", list, ["GPT2LMHeadModel"]),
+    ):
+        value = config.get(field)
+        if not isinstance(value, kind) or not value:
+            raise UserError(
+                f"{file}: {field} is {value!r}; save_pretrained of a language model writes "
+                f"one such as {example!r}"
+            )
     return config
 
 
@@ -174,21 +182,18 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_weights(directory: Path) -> None:
-    if any((directory / file).is_file() for file in WEIGHT_FILES):
+    if any((directory / file).is_file() for file in _WEIGHT_FILES):
         return
-    indices = [directory / name for name in WEIGHT_INDEX_FILES]
+    indices = (directory / name for name in _WEIGHT_INDEX_FILES)
     index = next(filter(Path.is_file, indices), None)
     if index is None:
-        raise UserError(
-            f"{directory} has no weights; one of these is needed: "
-            f"{WEIGHT_FILES + WEIGHT_INDEX_FILES}"
-        )
+        needed = _WEIGHT_FILES + _WEIGHT_INDEX_FILES
+        raise UserError(f"{directory} has no weights; one of {needed} is needed")
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} is not a readable index of weight files")
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
-    if missing:
+    if missing := [shard for shard in shards if not (directory / shard).is_file()]:
         raise UserError(f"{directory} lacks weight files of its index: {missing}")
 
 
@@ -240,13 +245,47 @@ def _view(directory: Path, config: dict[str, Any]) -> Path:
 
 @cache
 def _views_root() -> Path:
-    for _ in range(10):  # the random part of the name may contain "t5"
-        root = Path(tempfile.mkdtemp(prefix="saelens-scaffold-")).resolve()
-        atexit.register(shutil.rmtree, root, ignore_errors=True)
-        if not _is_misread(root.as_posix(), model_type=""):
-            return root
-    raise UserError(
-        f"TransformerLens misreads any path that contains one of "
-        f"{_ALWAYS_MISREAD + _MISREAD_UNLESS_TRUE}, and the directory for temporary files, "
-        f"{tempfile.gettempdir()}, does; set TMPDIR to another"
+    # hexadecimal digits, since mkdtemp's letters may make one of the misread words
+    name = f"saelens-scaffold-{secrets.token_hex(8)}"
+    root = Path(tempfile.gettempdir(), name).resolve()
+    if _is_misread(root.as_posix(), model_type=""):
+        raise UserError(
+            f"TransformerLens misreads any path that contains one of "
+            f"{_ALWAYS_MISREAD + _MISREAD_UNLESS_TRUE}, as the directory for temporary "
+            f"files does; set TMPDIR to another than {root.parent}"
+        )
+    root.mkdir(mode=0o700)
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+def embedded_model_path() -> Path:
+    """The model's Hugging Face directory inside the installed package."""
+    return Path(str(files("saelens_scaffold.models") / EMBEDDED_MODEL_NAME))
+
+
+def register_embedded_model() -> str:
+    """Make the embedded model known to TransformerLens, SAELens and SAEBench.
+
+    Returns:
+        Its name, "py-neox". Saved SAEs contain the name, and no path of this machine.
+
+    Raises:
+        UserError: Another model is registered under that name.
+    """
+    return register_local_model(embedded_model_path(), name=EMBEDDED_MODEL_NAME)
+
+
+def load_embedded_model(device: str | torch.device = "cpu") -> HookedTransformer:
+    """Load the embedded model as SAELens does: float32, weights unprocessed.
+
+    Args:
+        device: Device of the model.
+
+    Returns:
+        The model: 4 layers, d_model 256, context 512 (trained at 256), 4,096 tokens;
+        `<|endoftext|>` (id 0) is BOS, EOS and padding.
+    """
+    return HookedTransformer.from_pretrained_no_processing(
+        register_embedded_model(), device=device
     )

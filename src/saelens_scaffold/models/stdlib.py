@@ -5,12 +5,13 @@ splits are held out by file, and then passages that a training file contains ver
 cut out of them. Copies that differ in a space or a letter are not found.
 """
 
+import itertools
 import os
 import random
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha3_256
 from pathlib import Path
@@ -20,7 +21,6 @@ from datasets import Dataset
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_directory
-from saelens_scaffold.models.passages import Passages
 
 Split = Literal["train", "test"]
 
@@ -39,6 +39,53 @@ CHUNK_CHARS = 512
 MIN_FILE_CHARS = 500
 MIN_FILES = 200
 MIN_CHARS = 3_000_000
+
+
+class Passages:
+    """
+    Hashes of blocks of text, to find verbatim repetitions (as rsync does in files).
+
+    Known text is cut into blocks of half a passage, and other text is searched for them at
+    every character: a repeated passage of `chars` characters contains a whole block
+    wherever it starts. Of shorter repetitions, down to half of that, some are found.
+    Nothing is normalised: a changed space makes another passage.
+
+    Args:
+        chars: Length of a passage, at least 1.
+
+    Attributes:
+        block_chars: Length of a block.
+    """
+
+    def __init__(self, chars: int):
+        self.block_chars = (chars + 1) // 2
+        # hashes, not text, which would keep all that was ever read in memory
+        self._blocks: set[int] = set()
+
+    def add(self, text: str) -> None:
+        """Add a known text."""
+        size = self.block_chars
+        self._blocks.update(
+            hash(text[start : start + size])
+            for start in range(0, len(text) - size + 1, size)
+        )
+
+    def repetitions(self, text: str) -> Iterator[tuple[int, int]]:
+        """
+        Start and end of each known block in a text, in order and without overlaps.
+        """
+        size, start = self.block_chars, 0
+        while start + size <= len(text):
+            if hash(text[start : start + size]) in self._blocks:
+                yield start, start + size
+                start += size
+            else:
+                start += 1
+
+    def new_pieces(self, text: str) -> list[str]:
+        """The pieces of a text between its known blocks, in order."""
+        places = [0, *itertools.chain(*self.repetitions(text)), len(text)]
+        return [text[a:b] for a, b in zip(places[::2], places[1::2], strict=True)]
 
 
 class SourceFile(NamedTuple):
@@ -82,10 +129,9 @@ def read_stdlib() -> list[SourceFile]:
     chars = sum(len(source.text) for source in sources)
     if len(sources) < MIN_FILES or chars < MIN_CHARS:
         raise UserError(
-            f"The standard library in {root} has {len(sources)} readable .py files with {chars:,} "
-            f"characters; {MIN_FILES} files and {MIN_CHARS:,} characters are needed. A Python "
-            "from python.org, pyenv, uv, conda or a Linux distribution has them; a zipped or "
-            "embeddable one has not"
+            f"the standard library in {root} has {len(sources)} readable .py files with "
+            f"{chars:,} characters; {MIN_FILES} and {MIN_CHARS:,} are needed (a zipped or "
+            "embeddable Python has none)"
         )
     return sorted(sources)
 
@@ -147,11 +193,8 @@ def load_stdlib_text(split: Split, seed: int = 0) -> Dataset:
         read_stdlib(), split, TEXT_TEST_FRACTION, CHUNK_CHARS, MIN_FILE_CHARS
     )
     random.Random(seed).shuffle(sources)
-    rows = [
-        {"text": source.text, "path": source.path, "label": source.label}
-        for source in sources
-    ]
-    return Dataset.from_list(rows)
+    columns = ("text", "path", "label")
+    return Dataset.from_dict({c: [getattr(s, c) for s in sources] for c in columns})
 
 
 def load_stdlib_chunks(
@@ -182,15 +225,12 @@ def load_stdlib_chunks(
             chars or per_label is below 1, or a label has fewer than per_label chunks (or
             none) in the split.
     """
-    if chars < 1:
-        raise UserError(f"chars is {chars}; it must be at least 1")
-    if per_label is not None and per_label < 1:
-        raise UserError(
-            f"per_label is {per_label}; it must be at least 1, or None for all"
-        )
+    for name, value in ("chars", chars), ("per_label", per_label):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
     _check_split(split)
     splits = _probing_splits(_library(), chars)
-    labels = _most_frequent_labels(splits) if labels is None else labels
+    labels = probing_labels(chars=chars) if labels is None else labels
     # before the labels are chosen, so that no label's chunks depend on the other labels
     label_of_chunk: dict[str, str] = {}
     for source in splits[split]:
@@ -202,10 +242,7 @@ def load_stdlib_chunks(
             pieces[label].append(text)
 
     needed = per_label or 1
-    short = {
-        label: len(texts) for label, texts in pieces.items() if len(texts) < needed
-    }
-    if short:
+    if short := {l: len(texts) for l, texts in pieces.items() if len(texts) < needed}:
         raise UserError(
             f"labels without the {needed} chunks of {chars} characters needed in the {split} "
             f"split, with the number they have: {short}; probing_labels() names those with most"
@@ -220,11 +257,12 @@ def load_stdlib_chunks(
     return Dataset.from_list(rows)
 
 
-def probing_labels(count: int = 5) -> list[str]:
+def probing_labels(count: int = 5, chars: int = CHUNK_CHARS) -> list[str]:
     """The labels with the most text for a probing task, in both of its splits.
 
     Args:
         count: Number of labels.
+        chars: Length of a chunk.
 
     Returns:
         Their names, most text first, without "test", which is about no one thing.
@@ -232,7 +270,11 @@ def probing_labels(count: int = 5) -> list[str]:
     Raises:
         UserError: The standard library contains too little text.
     """
-    return _most_frequent_labels(_probing_splits(_library(), CHUNK_CHARS), count)
+    splits = _probing_splits(_library(), chars)
+    # A label counts by its smaller split, which is not always the test split.
+    chars_in_smaller = _chars(splits["train"]) & _chars(splits["test"])
+    del chars_in_smaller["test"]
+    return [label for label, _ in chars_in_smaller.most_common(count)]
 
 
 def write_stdlib_dataset(
@@ -278,10 +320,8 @@ def _split(
         min_chars: Minimum length of a piece of a file that is cut.
     """
     _check_split(split)
-    train, held_out = [], []
-    for source in sources:
-        of_test = is_held_out(source.path, test_fraction)
-        (held_out if of_test else train).append(source)
+    held_out = [s for s in sources if is_held_out(s.path, test_fraction)]
+    train = [s for s in sources if not is_held_out(s.path, test_fraction)]
     if split == "train":
         return train
     seen = Passages(chars)
@@ -314,14 +354,9 @@ def _check_split(split: str) -> None:
         raise UserError(f"split is {split!r}; it must be 'train' or 'test'")
 
 
-def _most_frequent_labels(
-    splits: dict[Split, list[SourceFile]], count: int = 5
-) -> list[str]:
-    chars: dict[Split, Counter[str]] = {"train": Counter(), "test": Counter()}
-    for split, sources in splits.items():
-        for source in sources:
-            chars[split][source.label] += len(source.text)
-    # A label counts by its smaller split, which is not always the test split.
-    chars_in_smaller = chars["train"] & chars["test"]
-    del chars_in_smaller["test"]
-    return [label for label, _ in chars_in_smaller.most_common(count)]
+def _chars(sources: list[SourceFile]) -> Counter[str]:
+    """Number of characters of each label."""
+    chars = Counter[str]()
+    for source in sources:
+        chars[source.label] += len(source.text)
+    return chars

@@ -4,14 +4,8 @@ import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from saelens_scaffold.plugins.hookspecs import hookimpl
-from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
-from saelens_scaffold.saes.subspaces import (
-    ActivationMoments,
-    orthonormal_basis,
-    subspace_overlap,
-)
-
-DENSE_THRESHOLD = 0.1
+from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE, subspaces
+from saelens_scaffold.saes.firing import DENSE_THRESHOLD
 
 
 class LiveMetrics:
@@ -44,14 +38,14 @@ class LiveMetrics:
         output: TrainStepOutput,
     ) -> dict[str, float]:
         rank = sae.cfg.scaffold_rank
-        self._count(output.feature_acts.detach(), rank)
+        frequencies = self._count(output.feature_acts.detach(), rank)
         if not step_input.is_logging_step:
             return {}
-        metrics = {"dense_latents": self._dense_latents()}
+        metrics = {"dense_latents": float((frequencies > DENSE_THRESHOLD).sum())}
         if rank > 0:
             with torch.no_grad():
                 s = sae.scaffold(step_input.sae_in).flatten(0, -2).float()
-                basis = orthonormal_basis(sae.W_dec[:rank].cpu())
+                basis = subspaces.orthonormal_basis(sae.W_dec[:rank].cpu())
             x = step_input.sae_in.detach().flatten(0, -2).float()
             metrics |= {
                 "scaffold_explained_variance": _explained_variance(x, s),
@@ -60,7 +54,8 @@ class LiveMetrics:
             }
         return metrics
 
-    def _count(self, feature_acts: torch.Tensor, rank: int) -> None:
+    def _count(self, feature_acts: torch.Tensor, rank: int) -> torch.Tensor:
+        """The average firing frequencies, shape (n_sparse,)."""
         if feature_acts.ndim > 2:
             feature_acts = feature_acts.flatten(0, -2)
         # as SAELens's trainer counts, which sparse kernels answer without a dense tensor
@@ -69,14 +64,9 @@ class LiveMetrics:
         self._n_steps += 1
         if self._frequencies is None:
             self._frequencies = frequencies
-        else:
-            # a plain mean until the window is full
-            weight = 1 / min(self._n_steps, self.window)
-            self._frequencies.lerp_(frequencies, weight)
-
-    def _dense_latents(self) -> float:
-        assert self._frequencies is not None
-        return float((self._frequencies > DENSE_THRESHOLD).sum())
+        # a plain mean until the window is full
+        self._frequencies.lerp_(frequencies, 1 / min(self._n_steps, self.window))
+        return self._frequencies
 
 
 def _explained_variance(x: torch.Tensor, s: torch.Tensor) -> float:
@@ -84,10 +74,10 @@ def _explained_variance(x: torch.Tensor, s: torch.Tensor) -> float:
 
 
 def _pca_overlap(x: torch.Tensor, basis: torch.Tensor) -> float:
-    moments = ActivationMoments(x.shape[1], x.device)
+    moments = subspaces.ActivationMoments(x.shape[1], x.device)
     moments.update(x)
     _, directions = moments.principal_directions()
-    return subspace_overlap(basis, directions[: len(basis)].cpu())
+    return subspaces.subspace_overlap(basis, directions[: len(basis)].cpu())
 
 
 def _effective_rank(s: torch.Tensor, basis: torch.Tensor) -> float:

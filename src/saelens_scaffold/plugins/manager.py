@@ -13,7 +13,7 @@ group "saelens_scaffold". A plugin is imported when it is chosen.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -21,18 +21,11 @@ from weakref import WeakKeyDictionary
 
 import pluggy
 import torch
+import torch.optim.optimizer as optimizers
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
-from saelens_scaffold.plugins.hookspecs import (
-    PROJECT_NAME,
-    EvaluationSpecs,
-    ScaffoldSpecs,
-    plugin_manager,
-)
+from saelens_scaffold.plugins import hookspecs
+from saelens_scaffold.plugins.hookspecs import PROJECT_NAME
 
 if TYPE_CHECKING:
     from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
@@ -66,10 +59,8 @@ def load_plugin(name: str) -> Callable[..., Any]:
     """
     available = available_plugins()
     if name not in available:
-        raise ValueError(
-            f"there is no scaffold plugin {name!r}; there are {', '.join(sorted(available))} "
-            "(is the package that has it installed?)"
-        )
+        names = ", ".join(sorted(available))
+        raise ValueError(f"there is no scaffold plugin {name!r}; there are {names}")
     entry = available[name]
     try:
         return entry.load()
@@ -91,7 +82,9 @@ def make_plugins(chosen: Mapping[str, Mapping[str, Any]]) -> pluggy.PluginManage
         ValueError: A plugin does not exist, cannot be imported, does not take its options,
             or has a hook that does not exist.
     """
-    manager = plugin_manager(ScaffoldSpecs, EvaluationSpecs)
+    if not isinstance(chosen, Mapping):
+        raise ValueError(f"scaffold_plugins must map names to options, got {chosen!r}")
+    manager = _manager()
     for name, options in chosen.items():
         plugin = _make(name, load_plugin(name), options)
         try:
@@ -108,7 +101,7 @@ def evaluation_plugins() -> pluggy.PluginManager:
 
     They are made without options. A plugin that cannot be is left out, with a warning.
     """
-    manager = plugin_manager(EvaluationSpecs)
+    manager = _manager()
     for name in sorted(set(available_plugins()) - set(_OWN_CLASSES)):
         try:
             make = load_plugin(name)
@@ -123,12 +116,18 @@ def evaluation_plugins() -> pluggy.PluginManager:
     return manager
 
 
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(PROJECT_NAME)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
 def _make(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     try:
         return make(**options)
     except TypeError as error:  # unknown or missing options, or values of wrong types
         raise ValueError(
-            f"the scaffold plugin {name!r} fails with the options {dict(options)}: "
+            f"the scaffold plugin {name!r} fails with the options {options}: "
             f"TypeError: {error}"
         ) from error
 
@@ -182,12 +181,12 @@ def after_forward(
         ValueError: The name of a loss or a metric is taken.
     """
     hook = plugins_of(sae).hook
-    arguments = {"sae": sae, "step_input": step_input, "output": output}
-    for losses in hook.training_losses(**arguments):
+    step = {"sae": sae, "step_input": step_input, "output": output}
+    for losses in hook.training_losses(**step):
         _add(losses, output.losses, "loss")
         for loss in losses.values():
             output.loss = output.loss + loss
-    for metrics in hook.training_metrics(**arguments):
+    for metrics in hook.training_metrics(**step):
         _add(metrics, output.metrics, "metric")
 
 
@@ -208,8 +207,8 @@ def end_training(sae: "ScaffoldSAE") -> None:
 def _watch_optimizers() -> None:
     # PyTorch calls these at every step of every optimizer, so plugins learn of the steps
     # in any runner, at the exact time, without a trainer of our own.
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
+    optimizers.register_optimizer_step_pre_hook(_before_step)
+    optimizers.register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -223,10 +222,7 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             plugins_of(sae).hook.after_optimizer_step(sae=sae, n_training_steps=step)
 
 
-def _stepped_by(
-    optimizer: torch.optim.Optimizer,
-) -> Iterator[tuple["ScaffoldSAE", int]]:
-    for sae, step in list(_IN_TRAINING.items()):
-        groups = optimizer.param_groups
-        if any(p is sae.W_dec for group in groups for p in group["params"]):
-            yield sae, step
+def _stepped_by(optimizer: torch.optim.Optimizer) -> list[tuple["ScaffoldSAE", int]]:
+    """The SAEs that an optimizer trains, with their steps."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(sae, n) for sae, n in _IN_TRAINING.items() if id(sae.W_dec) in stepped]

@@ -28,15 +28,13 @@ class ScaffoldSchedule:
         frozen_from: int | None = None,
         lr_factor: float = 1.0,
     ):
-        if alone_until < 0:
-            raise ValueError(f"alone_until is {alone_until}; it must be at least 0")
-        if frozen_from is not None and frozen_from < alone_until:
-            raise ValueError(
-                f"frozen_from is {frozen_from}; it must be at least alone_until, "
-                f"{alone_until}, or None"
-            )
-        if lr_factor < 0:
-            raise ValueError(f"lr_factor is {lr_factor}; it must be at least 0")
+        for name, value, least in (
+            ("alone_until", alone_until, 0),
+            ("frozen_from", frozen_from, alone_until),
+            ("lr_factor", lr_factor, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
         self.alone_until = alone_until
         self.frozen_from = frozen_from
         self.lr_factor = lr_factor

@@ -1,4 +1,4 @@
-"""Sums over tokens, with bootstrap replicates over sequences."""
+"""Active latents, and sums over tokens with bootstrap replicates over sequences."""
 
 from functools import cached_property
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold.saes.active_latents import ActiveLatents
-from saelens_scaffold.saes.scaffold import scaffold_rank
+from saelens_scaffold.saes.facts import scaffold_rank
 from saelens_scaffold.saes.subspaces import ActivationMoments
 
 DENSE_THRESHOLD = 0.1
@@ -16,6 +15,54 @@ DENSE_THRESHOLD = 0.1
 # Activations at once: few enough to stay in a CPU's cache, and to be small relative to the
 # weights on a GPU.
 _ACTIVATIONS_AT_ONCE = {"cpu": 2**21, "other": 2**26}
+# Share of active latents below which a sparse product is faster.
+_SPARSE_BELOW = 0.05
+_SPARSE_DTYPES = (torch.float32, torch.float64)
+
+
+class ActiveLatents:
+    """
+    The nonzero activations of a batch.
+
+    Args:
+        acts: Activations, shape (n_tokens, d_sae).
+
+    Attributes:
+        token: Index of each one's token, shape (n_active,).
+        latent: Index of each one's latent, shape (n_active,).
+        values: The activations, shape (n_active,).
+    """
+
+    def __init__(self, acts: torch.Tensor):
+        self._acts = acts
+        self.token, self.latent = acts.nonzero(as_tuple=True)
+        self.values = acts[self.token, self.latent]
+
+    def decode(self, sae: SAE[Any], kept: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The SAE's `decode`, with a sparse product where that is faster.
+
+        Args:
+            sae: The SAE of these activations.
+            kept: Mask of the latents to decode, shape (d_sae,). By default all.
+
+        Returns:
+            Shape (n_tokens, d_in).
+        """
+        acts = self._acts
+        # sparse products do not exist on MPS, nor everywhere in half precision
+        may_be_sparse = acts.device.type != "mps" and acts.dtype in _SPARSE_DTYPES
+        if may_be_sparse and len(self.values) < _SPARSE_BELOW * acts.numel():
+            indices, values = torch.stack([self.token, self.latent]), self.values
+            if kept is not None:
+                of_kept = kept[self.latent]
+                indices, values = indices[:, of_kept], values[of_kept]
+            acts = torch.sparse_coo_tensor(
+                indices, values, acts.shape, is_coalesced=True, check_invariants=False
+            )
+        elif kept is not None:
+            acts = acts * kept
+        return sae.decode(acts)
 
 
 class FiringStatistics:
@@ -99,7 +146,6 @@ class TextStatistics:
         self.moments = ActivationMoments(d_in, device)
         self.n_sequences = 0
         self.replicate_tokens = torch.zeros(1 + n_replicates, dtype=torch.float64)
-        self._shift: torch.Tensor | None = None
         self._sums = torch.zeros(1 + n_replicates, d_in, dtype=torch.float64)
         self._squares = torch.zeros(1 + n_replicates, dtype=torch.float64)
 
@@ -108,10 +154,7 @@ class TextStatistics:
     ) -> None:
         """See `FiringStatistics.update`."""
         self.moments.update(x)
-        if self._shift is None:
-            # for precision, as in ActivationMoments
-            self._shift = x.float().mean(dim=0)
-        shifted = x.float() - self._shift
+        shifted = x.float() - self.moments.shift.to(x.device)
         n_sequences = weights.shape[1]
         sums = torch.zeros(n_sequences, x.shape[1], device=x.device)
         sums.index_add_(0, sequence, shifted)

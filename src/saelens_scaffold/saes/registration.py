@@ -2,30 +2,21 @@
 
 from typing import Any
 
-from sae_lens.registry import (
-    SAE_CLASS_REGISTRY,
-    SAE_TRAINING_CLASS_REGISTRY,
-    register_sae_class,
-    register_sae_training_class,
-)
+from sae_lens import registry
 
-from saelens_scaffold.saes import (
-    ScaffoldBatchTopKTrainingSAE,
-    ScaffoldBatchTopKTrainingSAEConfig,
-    ScaffoldJumpReLUSAE,
-    ScaffoldJumpReLUSAEConfig,
-    ScaffoldMatryoshkaTrainingSAE,
-    ScaffoldMatryoshkaTrainingSAEConfig,
-)
+from saelens_scaffold import saes
 
 # Objects of the package's entry points, in the groups `sae_lens.training_saes` and
 # `sae_lens.saes`: (SAE class, config class). SAELens reads no entry points yet.
-SCAFFOLD_BATCHTOPK = (ScaffoldBatchTopKTrainingSAE, ScaffoldBatchTopKTrainingSAEConfig)
-SCAFFOLD_MATRYOSHKA = (
-    ScaffoldMatryoshkaTrainingSAE,
-    ScaffoldMatryoshkaTrainingSAEConfig,
+SCAFFOLD_BATCHTOPK = (
+    saes.ScaffoldBatchTopKTrainingSAE,
+    saes.ScaffoldBatchTopKTrainingSAEConfig,
 )
-SCAFFOLD_JUMPRELU = (ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig)
+SCAFFOLD_MATRYOSHKA = (
+    saes.ScaffoldMatryoshkaTrainingSAE,
+    saes.ScaffoldMatryoshkaTrainingSAEConfig,
+)
+SCAFFOLD_JUMPRELU = (saes.ScaffoldJumpReLUSAE, saes.ScaffoldJumpReLUSAEConfig)
 
 
 def register_architectures() -> None:
@@ -37,12 +28,16 @@ def register_architectures() -> None:
     Raises:
         ValueError: Another package has registered one of the names.
     """
-    for classes in (SCAFFOLD_BATCHTOPK, SCAFFOLD_MATRYOSHKA):
-        _register(SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class, classes)
-    _register(SAE_CLASS_REGISTRY, register_sae_class, SCAFFOLD_JUMPRELU)
-
-
-def _register(registry: dict[str, Any], register: Any, classes: Any) -> None:
-    name = classes[1].architecture()
-    if registry.get(name) != classes:
-        register(name, *classes)  # raises if the name is taken
+    training, inference = (
+        registry.SAE_TRAINING_CLASS_REGISTRY,
+        registry.SAE_CLASS_REGISTRY,
+    )
+    entries: list[Any] = [
+        (training, registry.register_sae_training_class, SCAFFOLD_BATCHTOPK),
+        (training, registry.register_sae_training_class, SCAFFOLD_MATRYOSHKA),
+        (inference, registry.register_sae_class, SCAFFOLD_JUMPRELU),
+    ]
+    for known, register, classes in entries:
+        name = classes[1].architecture()
+        if known.get(name) != classes:
+            register(name, *classes)  # raises if the name is taken

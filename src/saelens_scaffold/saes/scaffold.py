@@ -2,7 +2,7 @@
 
 import copy
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
@@ -160,31 +160,17 @@ def is_hooked(point: HookPoint) -> bool:
     return bool(point._forward_hooks or point._backward_hooks)
 
 
-def scaffold_rank(sae: SAE[Any]) -> int:
-    """Number of linear latents of any SAELens SAE; 0 without a scaffold."""
-    return int(getattr(sae.cfg, "scaffold_rank", 0))
-
-
-def check_choice(name: str, value: str, literal: Any) -> None:
+def check_scaffold_config(cfg: Any, *choices: str) -> None:
     """
-    Check a configuration's field of a `Literal` type.
+    Check the `scaffold_rank` of an SAE configuration, and fields of a `Literal` type.
+
+    Args:
+        cfg: The configuration.
+        choices: Names of the fields.
 
     Raises:
-        ValueError: The value is not allowed.
-    """
-    choices = get_args(literal)
-    if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}."
-        )
-
-
-def check_scaffold_rank(cfg: Any) -> None:
-    """
-    Check the `scaffold_rank` of an SAE configuration.
-
-    Raises:
-        ValueError: It is not an integer from 0 to min(d_in, d_sae) - 1.
+        ValueError: The rank is not an integer from 0 to min(d_in, d_sae) - 1, or a value
+            is not allowed.
     """
     rank, max_rank = cfg.scaffold_rank, min(cfg.d_in, cfg.d_sae) - 1
     if not isinstance(rank, int) or isinstance(rank, bool):
@@ -194,6 +180,11 @@ def check_scaffold_rank(cfg: Any) -> None:
             f"scaffold_rank must be from 0 to {max_rank} (less than d_in={cfg.d_in} and "
             f"d_sae={cfg.d_sae}), got {rank}."
         )
+    for name in choices:
+        allowed, value = get_args(get_type_hints(type(cfg))[name]), getattr(cfg, name)
+        if value not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
 
 
 @torch.no_grad()

@@ -20,33 +20,20 @@ from saelens_scaffold.kernels.choice import Kernels
 from saelens_scaffold.kernels.lazy import SparseActivations
 from saelens_scaffold.kernels.selection import TopSelection
 from saelens_scaffold.plugins import manager as plugins
-from saelens_scaffold.saes.calibration import (
-    ActivationSample,
-    calibrated_threshold,
-    record_calibration,
-)
+from saelens_scaffold.saes import calibration, sparse_step
 from saelens_scaffold.saes.fused_adam import fuse_adam_of
 from saelens_scaffold.saes.scaffold import (
     ScaffoldActivation,
     ScaffoldMixin,
     build_sae,
-    check_choice,
-    check_scaffold_rank,
+    check_scaffold_config,
 )
 from saelens_scaffold.saes.scaffold_jumprelu_sae import (
     ScaffoldJumpReLUSAE,
     ScaffoldJumpReLUSAEConfig,
 )
 from saelens_scaffold.saes.scaffold_start import scaffold_start
-from saelens_scaffold.saes.sparse_step import (
-    Revival,
-    SparseStep,
-    kernels_for,
-    revival_of_level,
-)
-
-SparseEncoderInput = Literal["residual", "activation"]
-ScaffoldInit = Literal["pca", "random", "zeros"]
+from saelens_scaffold.saes.sparse_step import Revival, SparseStep
 
 
 @dataclass
@@ -100,8 +87,8 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     """
 
     scaffold_rank: int = 24
-    sparse_encoder_input: SparseEncoderInput = "residual"
-    scaffold_init: ScaffoldInit = "pca"
+    sparse_encoder_input: Literal["residual", "activation"] = "residual"
+    scaffold_init: Literal["pca", "random", "zeros"] = "pca"
     scaffold_plugins: dict[str, dict[str, Any]] = dict_field(default={})
     kernels: Kernels = "auto"
     calibrate_threshold: bool = True
@@ -125,35 +112,21 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         Raises:
             ValueError: A scaffold SAE cannot be trained with the value of a field.
         """
-        check_scaffold_rank(self)
+        check_scaffold_config(self, "sparse_encoder_input", "scaffold_init", "kernels")
         n_sparse = self.d_sae - self.scaffold_rank
         if not 0 < self.k <= n_sparse:
             raise ValueError(
                 f"k must be above 0 and at most d_sae - scaffold_rank = {n_sparse}, "
                 f"got {self.k}."
             )
-        check_choice(
-            "sparse_encoder_input", self.sparse_encoder_input, SparseEncoderInput
-        )
-        check_choice("scaffold_init", self.scaffold_init, ScaffoldInit)
-        check_choice("kernels", self.kernels, Kernels)
-        if (
-            self.normalize_activations in ("layer_norm", "constant_norm_rescale")
-            and self.aux_loss_coefficient != 0
-        ):
+        norm = self.normalize_activations
+        at_run_time = norm in ("layer_norm", "constant_norm_rescale")
+        if at_run_time and self.aux_loss_coefficient != 0:
             raise ValueError(
-                "aux_loss_coefficient must be 0 with "
-                f"normalize_activations={self.normalize_activations!r}, got "
+                f"aux_loss_coefficient must be 0 with normalize_activations={norm!r}, got "
                 f"{self.aux_loss_coefficient}: SAELens's auxiliary loss for dead latents "
-                "does not support run-time normalisation, and would stop the training "
-                "when the first latent dies."
-            )
-        if not isinstance(self.scaffold_plugins, dict) or not all(
-            isinstance(options, dict) for options in self.scaffold_plugins.values()
-        ):
-            raise ValueError(
-                "scaffold_plugins must map the names of plugins to dictionaries of their "
-                f'options, as in {{"live_metrics": {{}}}}, got {self.scaffold_plugins!r}.'
+                "does not support run-time normalisation, and stops the training when the "
+                "first latent dies."
             )
         if self.scaffold_plugins:
             plugins.make_plugins(self.scaffold_plugins)
@@ -197,7 +170,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         self.has_plugins = bool(cfg.scaffold_plugins)
         self.selection = TopSelection()
         self._sparse_step: SparseStep | None = None
-        self.sampled_activations = ActivationSample()
+        self.sampled_activations = calibration.ActivationSample()
         self.calibrates = cfg.calibrate_threshold and cfg.scaffold_rank > 0
         self._awaits_start = cfg.scaffold_rank > 0 and (
             cfg.scaffold_init == "pca" or self.has_plugins
@@ -273,7 +246,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         if self.calibrates:
             self._remember(step_input.sae_in)
         # after the plugins, which may have added hooks
-        kernels = kernels_for(self, step_input.sae_in)
+        kernels = sparse_step.kernels_for(self, step_input.sae_in)
         if kernels is None:
             return self._training_step(step_input, None)
         return self._sparse_training_step(step_input, kernels)
@@ -317,7 +290,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     def revivals(self, dead: torch.Tensor) -> list[Revival]:
         """Revivals of the dictionary's latents that a mask says are dead."""
         level = len(self.level_widths()) - 1
-        return revival_of_level(dead, 0, level, self.cfg.d_in)
+        return sparse_step.revival_of_level(dead, 0, level, self.cfg.d_in)
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
@@ -328,17 +301,11 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     @override
     def calculate_aux_loss(
-        self,
-        step_input: TrainStepInput,
-        feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
-        sae_out: torch.Tensor,
+        self, step_input: TrainStepInput, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         step = self._sparse_step
         if step is None:
-            return super().calculate_aux_loss(
-                step_input, feature_acts, hidden_pre, sae_out
-            )
+            return super().calculate_aux_loss(step_input, *args, **kwargs)
         loss = self.cfg.aux_loss_coefficient * step.auxiliary_loss(step_input.sae_in)
         return {"auxiliary_reconstruction_loss": loss}
 
@@ -421,8 +388,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         n_tokens = len(self.sampled_activations)
         if not self.calibrates or n_tokens == 0:
             return self.calibrated_threshold
-        record_calibration(self, n_tokens)
-        threshold = calibrated_threshold(self, self.sampled_activations)
+        calibration.record_calibration(self, n_tokens)
+        threshold = calibration.calibrated_threshold(self, self.sampled_activations)
         return torch.full_like(self.calibrated_threshold, threshold)
 
     @override
@@ -448,7 +415,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         if threshold >= 0:
             state_dict["threshold"].fill_(float(threshold))
         elif self.cfg.metadata.threshold_calibration is None:
-            record_calibration(self, n_tokens=0)
+            calibration.record_calibration(self, n_tokens=0)
         del state_dict["scaffold_is_initialized"]
         rank = self.cfg.scaffold_rank
         state_dict["threshold"][:rank] = -torch.inf

@@ -15,8 +15,7 @@ from saelens_scaffold.kernels.inference import decode_few, jumprelu_encode
 from saelens_scaffold.saes.scaffold import (
     ScaffoldActivation,
     ScaffoldMixin,
-    check_choice,
-    check_scaffold_rank,
+    check_scaffold_config,
     is_hooked,
 )
 
@@ -50,8 +49,7 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_scaffold_rank(self)
-        check_choice("kernels", self.kernels, Kernels)
+        check_scaffold_config(self, "kernels")
         if self.kernels == "triton":
             self.kernels = "auto"
 

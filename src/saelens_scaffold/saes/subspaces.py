@@ -74,13 +74,13 @@ class ActivationMoments:
 
     Attributes:
         n: Number of tokens.
+        shift: First guess of the mean, shape (d_in,), from the first update on.
     """
 
     def __init__(self, d_in: int, device: torch.device | str):
         # MPS has no float64
         self._device = torch.device("cpu") if "mps" in str(device) else device
         self.n = 0
-        self._shift: torch.Tensor | None = None
         self._sum = torch.zeros(d_in, dtype=torch.float64, device=self._device)
         self._products = torch.zeros(
             d_in, d_in, dtype=torch.float64, device=self._device
@@ -92,11 +92,11 @@ class ActivationMoments:
             x: Activations, shape (n_tokens, d_in).
         """
         x = x.to(self._device).float()
-        if self._shift is None:
+        if self.n == 0:
             # Residual streams lie far from zero, and rounding would destroy a variance that
             # is the difference of two large numbers: so moments are about a first guess.
-            self._shift = x.mean(dim=0)
-        x = x - self._shift
+            self.shift = x.mean(dim=0)
+        x = x - self.shift
         self.n += len(x)
         self._sum += x.sum(dim=0, dtype=torch.float64)
         # Only the sum over batches is in float64: far faster, with the rounding of a single
@@ -110,8 +110,7 @@ class ActivationMoments:
     @property
     def mean(self) -> torch.Tensor:
         """Shape (d_in,)."""
-        assert self._shift is not None
-        return self._mean_shifted + self._shift
+        return self._mean_shifted + self.shift
 
     @property
     def covariance(self) -> torch.Tensor:

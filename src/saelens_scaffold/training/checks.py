@@ -14,17 +14,11 @@ from transformers import AutoConfig
 
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.files import make_writable
-from saelens_scaffold.models.hook_points import model_config, width_at
+from saelens_scaffold.models.hook_points import check_activations, model_config
 
 RunnerConfig = LanguageModelSAERunnerConfig[Any]
 
-_COUNTS = (
-    "context_size",
-    "n_batches_in_buffer",
-    "store_batch_size_prompts",
-    "train_batch_size_tokens",
-    "training_tokens",
-)
+_COUNTS = ("context_size", "n_batches_in_buffer", "store_batch_size_prompts")
 _MODEL_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
 _TEXT_COLUMNS = ("tokens", "input_ids", "text", "problem")
 _CHAT_COLUMNS = ("conversation", "conversations", "messages", "text")
@@ -59,28 +53,26 @@ def check_steps(cfg: Any) -> None:
     Raises:
         UserError: They do not.
     """
-    for field in _COUNTS:
+    batch = cfg.train_batch_size_tokens
+    for field in (*_COUNTS, "train_batch_size_tokens"):
         value = getattr(cfg, field)
         if value < 1:
             raise UserError(f"{field} is {value}; it must be at least 1")
-    batch = cfg.train_batch_size_tokens
     n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    buffer = cfg.n_batches_in_buffer * n_positions
-    if buffer < batch:
-        raise UserError(
-            f"train_batch_size_tokens is {batch}; the buffer has n_batches_in_buffer * "
-            f"{n_positions} tokens of a context = {buffer} tokens, and must have as many"
-        )
-    if cfg.training_tokens < batch:
-        raise UserError(
-            f"training_tokens is {cfg.training_tokens}; it must be at least "
-            f"train_batch_size_tokens, which is {batch}"
-        )
-    if cfg.lr_warm_up_steps + cfg.lr_decay_steps > cfg.total_training_steps:
+    for field, n_tokens in (
+        (f"n_batches_in_buffer * {n_positions}", cfg.n_batches_in_buffer * n_positions),
+        ("training_tokens", cfg.training_tokens),
+    ):
+        if n_tokens < batch:
+            raise UserError(
+                f"{field} is {n_tokens}; it must be at least train_batch_size_tokens, "
+                f"which is {batch}"
+            )
+    steps = cfg.total_training_steps
+    if cfg.lr_warm_up_steps + cfg.lr_decay_steps > steps:
         raise UserError(
             f"lr_warm_up_steps is {cfg.lr_warm_up_steps} and lr_decay_steps "
-            f"{cfg.lr_decay_steps}; training_tokens and train_batch_size_tokens make no "
-            f"more than {cfg.total_training_steps} steps"
+            f"{cfg.lr_decay_steps}; the training has {steps} steps"
         )
 
 
@@ -92,10 +84,8 @@ def _check_sae(cfg: RunnerConfig) -> None:
     try:
         str_to_dtype(cfg.dtype)
         sae = TrainingSAE.from_dict({**cfg.sae.to_dict(), "device": "meta"})
-        trainer_config = replace(
-            cfg.to_sae_trainer_config(), device="meta", autocast=False
-        )
-        SAETrainer(trainer_config, sae, data_provider=iter(()))
+        trainer = replace(cfg.to_sae_trainer_config(), device="meta", autocast=False)
+        SAETrainer(trainer, sae, data_provider=iter(()))
     except (TypeError, ValueError) as error:
         raise UserError(one_line(error)) from error
 
@@ -114,34 +104,27 @@ def _check_exists(field: str, path: str | None) -> None:
 
 
 def _check_language_model(cfg: RunnerConfig) -> None:
-    if cfg.model_class_name not in _MODEL_CLASSES:
+    kind = cfg.model_class_name
+    if kind not in _MODEL_CLASSES:
         raise UserError(
-            f"model_class_name is {cfg.model_class_name!r}; it must be one of "
-            f"{', '.join(_MODEL_CLASSES)}"
+            f"model_class_name is {kind!r}; it must be one of {', '.join(_MODEL_CLASSES)}"
         )
-    if cfg.model_class_name == "AutoModelForCausalLM":
+    if kind == "AutoModelForCausalLM":
         try:
             AutoConfig.from_pretrained(cfg.model_name)
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"model_name {cfg.model_name!r}: {one_line(error)}"
-            ) from error
-    if cfg.model_class_name != "HookedTransformer":
+            raise UserError(f"model_name {cfg.model_name!r}: {error}") from error
+    if kind != "HookedTransformer":
         return
     keywords = cfg.model_from_pretrained_kwargs or {}
     changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
-    model = model_config(cfg.model_name, **changes)
-    width = width_at(model, cfg.hook_name, cfg.hook_head_index)
-    if width not in (None, cfg.sae.d_in):
-        raise UserError(
-            f"d_in is {cfg.sae.d_in}; {cfg.model_name} has width {width} at "
-            f"{cfg.hook_name}"
-        )
-    if cfg.context_size > model.n_ctx:
-        raise UserError(
-            f"context_size is {cfg.context_size}; {cfg.model_name} reads at most "
-            f"{model.n_ctx} tokens"
-        )
+    check_activations(
+        model_config(cfg.model_name, **changes),
+        cfg.hook_name,
+        cfg.sae.d_in,
+        cfg.context_size,
+        cfg.hook_head_index,
+    )
 
 
 def _check_dataset(cfg: RunnerConfig) -> None:
@@ -150,10 +133,8 @@ def _check_dataset(cfg: RunnerConfig) -> None:
         _check_exists("dataset_path", cfg.dataset_path)
     try:
         # as SAELens opens it
-        dataset: Any = load_dataset(
-            cfg.dataset_path, split="train", streaming=cfg.streaming
-        )
-        row = next(iter(dataset), None)
+        rows = load_dataset(cfg.dataset_path, split="train", streaming=cfg.streaming)
+        row: Any = next(iter(rows), None)
     except (DatasetsError, OSError, ValueError) as error:
         raise UserError(f"{named}: {one_line(error)}") from error
     if row is None:
@@ -164,8 +145,8 @@ def _check_dataset(cfg: RunnerConfig) -> None:
         raise UserError(
             f"{named} has columns {', '.join(row)}; one of {', '.join(columns)} is needed"
         )
-    if column in ("tokens", "input_ids") and len(row[column]) < cfg.context_size:
+    n_tokens = len(row[column])
+    if column in ("tokens", "input_ids") and n_tokens < cfg.context_size:
         raise UserError(
-            f"context_size is {cfg.context_size}; {named} has {len(row[column])} tokens "
-            "per row"
+            f"context_size is {cfg.context_size}; {named} has {n_tokens} tokens per row"
         )

@@ -1,6 +1,5 @@
 """`saelens-scaffold train` and `run`: other command lines, with scaffold SAEs."""
 
-import importlib.util
 import io
 import os
 import runpy
@@ -9,7 +8,6 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from importlib.machinery import ModuleSpec
 
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
@@ -17,8 +15,10 @@ from sae_lens.training._interruption import InterruptedException
 from wandb.errors import UsageError
 
 from saelens_scaffold._util.errors import UserError, one_line
-from saelens_scaffold.models import register_embedded_model
-from saelens_scaffold.models.local import register_local_models_in
+from saelens_scaffold.models.local import (
+    register_embedded_model,
+    register_local_models_in,
+)
 from saelens_scaffold.training.checks import check_runner_config
 from saelens_scaffold.training.runner import ResumableTrainingRunner
 
@@ -96,45 +96,17 @@ def run_module(module: str, args: Sequence[str]) -> None:
     """
     if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
         sys.path.insert(0, os.getcwd())
-    _check_runnable(module)
-    register_embedded_model()
-    register_local_models_in(args)
-
     # Registering has imported much of SAELens, and runpy warns that a module imported
     # before it runs as `__main__` exists twice. So it does under `python -m`, where
     # importing the package `sae_lens` comes first, too; SAELens's modules are fit for it.
     warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+    # As `python -m` looks for it. The ImportError that run_module raises where there is
+    # none looks like one that the module itself raises.
+    try:
+        runpy._get_module_details(module, UserError)  # type: ignore[attr-defined]
+    except UserError as error:
+        raise UserError(f"module {module!r}: {error}") from None
+    register_embedded_model()
+    register_local_models_in(args)
     sys.argv = [module, *args]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def _check_runnable(module: str) -> None:
-    """
-    See that there is a module. The ImportError that runpy raises looks like one that the
-    module itself raises.
-
-    Raises:
-        UserError: There is none.
-    """
-    if module.startswith("."):
-        raise UserError(f"the name {module!r} is relative; give the whole name")
-    spec = _find(module)
-    if spec is None:
-        hint = " (give its name, not its file)" if module.endswith(".py") else ""
-        raise UserError(f"there is no module {module!r}{hint}")
-    is_package = spec.submodule_search_locations is not None
-    if is_package and _find(f"{module}.__main__") is None:
-        raise UserError(f"{module!r} is a package without a __main__ module")
-
-
-def _find(module: str) -> ModuleSpec | None:
-    try:
-        return importlib.util.find_spec(module)
-    except ValueError:  # no name of a module, such as ""
-        return None
-    except ModuleNotFoundError as error:
-        # One of the parents is missing, or is no package. Any other missing module is
-        # one that a parent needs, and worth its traceback.
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        return None

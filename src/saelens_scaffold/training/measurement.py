@@ -1,33 +1,21 @@
 """Measurement of an SAE in inference form on tokens that its training has not seen."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import RUNNER_CFG_FILENAME
 from typing_extensions import Self
 
-from saelens_scaffold.saes.digest import weights_sha256
+from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.firing import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.saes.subspaces import ActivationMoments
-
-L0_TOLERANCE = 0.1
-"""Relative difference between measured L0 and k up to which there is no warning."""
 
 
 class NotMeasuredError(Exception):
     """Why an SAE cannot be measured."""
-
-
-class Metadata(Protocol):
-    """An SAE's metadata: SAELens's object, or the dictionary read from a file."""
-
-    def get(self, key: str, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -69,10 +57,8 @@ class Measurement:
     def to_metadata(self) -> dict[str, Any]:
         """The measurement as plain JSON values."""
         values = asdict(self)
-        values["dense_latents"] = {
-            "threshold": values.pop("threshold"),
-            "count": self.dense_latents,
-        }
+        threshold = values.pop("threshold")
+        values["dense_latents"] = {"threshold": threshold, "count": self.dense_latents}
         return {"form": "inference", **values}
 
     @classmethod
@@ -87,9 +73,7 @@ class Measurement:
             values = dict(sae.cfg.metadata.measured)
             dense = values["dense_latents"]
             values.update(dense_latents=dense["count"], threshold=dense["threshold"])
-            found = cls(
-                **{field.name: field.type(values[field.name]) for field in fields(cls)}  # type: ignore[operator]
-            )
+            found = cls(**{f.name: f.type(values[f.name]) for f in fields(cls)})  # type: ignore[operator]
         except (TypeError, KeyError, ValueError):
             return None
         return found if found.weights_sha256 == weights_sha256(sae) else None
@@ -139,72 +123,4 @@ def measure(
         dense_latents=int((firing.fired / moments.n > DENSE_THRESHOLD).sum()),
         threshold=DENSE_THRESHOLD,
         weights_sha256=weights_sha256(sae),
-    )
-
-
-def trained_k(metadata: Metadata) -> float | None:
-    """The k that an SAE was trained with, if its metadata have it."""
-    details = metadata.get("training_architecture_details")
-    for k in (metadata.get("k"), details.get("k") if isinstance(details, dict) else 0):
-        if isinstance(k, (int, float)) and not isinstance(k, bool) and k > 0:
-            return float(k)
-    return None
-
-
-def note_trained_k(sae: SAE[Any], directory: Path) -> None:
-    """
-    Copy k from the runner's configuration into an SAE's metadata.
-
-    Older versions of SAELens write k into the runner's configuration only.
-
-    Args:
-        sae: The SAE.
-        directory: Directory it was loaded from.
-    """
-    file = directory / RUNNER_CFG_FILENAME
-    if trained_k(sae.cfg.metadata) is not None or not file.is_file():
-        return
-    try:
-        runner_config = json.loads(file.read_text(encoding="utf-8"))
-        sae.cfg.metadata.k = trained_k(runner_config["sae"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return  # written by another program, or for several SAEs
-
-
-def l0_warning(
-    name: str, l0_sparse: float, n_tokens: int, metadata: Metadata
-) -> str | None:
-    """
-    Warning about an SAE whose L0 differs from the k it was trained with.
-
-    Args:
-        name: Name of the SAE.
-        l0_sparse: Active sparse latents per token, measured in inference form.
-        n_tokens: Number of tokens it was measured on.
-        metadata: The SAE's metadata, which hold k.
-
-    Returns:
-        One line; None if the difference is at most `L0_TOLERANCE` of k, or k is unknown.
-    """
-    k = trained_k(metadata)
-    if k is None or abs(l0_sparse - k) <= L0_TOLERANCE * k:
-        return None
-    calibration = metadata.get("threshold_calibration")
-    estimator = calibration.get("estimator") if isinstance(calibration, dict) else None
-    if estimator == "training_activations":
-        remedy = (
-            "Its threshold was calibrated on a sample of the training, and texts differ: "
-            "measure on more tokens of such text (`saelens-scaffold eval dense_latents`), "
-            "or train on more."
-        )
-    else:
-        remedy = (
-            "Its threshold is a running average, which lags in short trainings: train for "
-            "more steps, or where it is calibrated at the end (scaffold architectures, and "
-            "`saelens-scaffold compare`)."
-        )
-    return (
-        f"{name}: l0_sparse is {l0_sparse:.1f}, measured in inference form on "
-        f"{n_tokens:,} tokens, but k was {k:g} in training ({l0_sparse / k - 1:+.0%}). "
-        f"State and compare it at the measured l0_sparse, not at k. {remedy}"
     )

@@ -18,20 +18,15 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training._interruption import InterruptedException, interrupt_callback
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from sae_lens.training.prefetch import PrefetchingIterator
 from typing_extensions import override
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
+from saelens_scaffold.saes.facts import l0_warning
 from saelens_scaffold.training.activation_stream import ActivationStream
-from saelens_scaffold.training.measurement import (
-    Measurement,
-    NotMeasuredError,
-    l0_warning,
-    measure,
-)
+from saelens_scaffold.training.measurement import Measurement, NotMeasuredError, measure
 
 logger = logging.getLogger(__name__)
 
@@ -121,27 +116,22 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         sae = SAE.load_from_disk(output_path, device=self.cfg.device)
         if sae.cfg.reshape_activations == "hook_z":
             sae.turn_off_forward_pass_hook_z_reshaping()
-        provider = self._data_provider
         # a prefetching provider would read from the store at the same time
-        prefetching = isinstance(provider, PrefetchingIterator)
-        with provider.paused() if prefetching else nullcontext():
+        with getattr(self._data_provider, "paused", nullcontext)():
             found = self.measurement = measure(
                 sae, self._unread_activations(), self.n_measured_tokens, self._text()
             )
-        warning = l0_warning(
-            output_path, found.l0_sparse, found.n_tokens, sae.cfg.metadata
-        )
-        if warning is not None:
+        l0, n_tokens = found.l0_sparse, found.n_tokens
+        if warning := l0_warning(output_path, l0, n_tokens, sae.cfg.metadata):
             logger.warning(warning)
 
     def _text(self) -> str:
         """Description of the text that the SAE is measured on."""
-        text = "held out: what follows in the training text"
-        if self.cfg.from_pretrained_path is not None:
-            text = (
-                "what follows in the training text, which the SAE that this training "
-                "started from may have read"
-            )
+        text = "what follows in the training text"
+        if self.cfg.from_pretrained_path is None:
+            text = f"held out: {text}"
+        else:
+            text += ", which the SAE that this training started from may have read"
         if self.activations_store.exclude_special_tokens is None:
             text += "; special tokens count, as in training"
         return text
@@ -155,9 +145,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         """
         store = self.activations_store
         if self._first_epoch is None:
-            raise NotMeasuredError(
-                "cached activations do not tell which of them were read"
-            )
+            raise NotMeasuredError("cached activations do not tell which were read")
         while store.iterable_sequences is self._first_epoch:
             try:
                 yield store.get_filtered_llm_batch(raise_on_epoch_end=True)
@@ -197,8 +185,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
     def run(self) -> dict[str, TrainingSAE[Any]]:
         if self.cfg.prefetch_llm_batches:
             raise UserError(
-                "prefetch_llm_batches must be False for runs that can be repeated, got "
-                f"{self.cfg.prefetch_llm_batches!r}."
+                "prefetch_llm_batches must be False for runs that can be repeated"
             )
         # SAELens would wind its own store forward, to an inexact position.
         self._resume_from = self.cfg.resume_from_checkpoint
@@ -214,7 +201,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         trainer.data_provider = self._batches
         calibrated = self._calibrate_here()
         # a proxy, since a cycle of references would keep the optimizers alive
-        trainer._update_pbar = partial(_update_progress, weakref.proxy(trainer))
+        trainer._update_pbar = partial(_update_progress, weakref.proxy(trainer))  # type: ignore
         if self._resume_from is None:
             self._stream.begin()
             self.before_first_step(trainer)
@@ -228,17 +215,12 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
 
     def _calibrate_here(self) -> Collection[str]:
         """Names of the SAEs to calibrate on the shared sample instead of their own."""
-        scaffolds = {
-            name: sae
-            for name, sae in self.saes.items()
-            if isinstance(sae, ScaffoldBatchTopKTrainingSAE)
-        }
-        calibrated = self.calibrated
-        if calibrated is None:
-            calibrated = [name for name, sae in scaffolds.items() if sae.calibrates]
-        for sae in scaffolds.values():
-            sae.calibrates = False
-        return calibrated
+        by_themselves = []
+        for name, sae in self.saes.items():
+            if isinstance(sae, ScaffoldBatchTopKTrainingSAE) and sae.calibrates:
+                by_themselves.append(name)
+                sae.calibrates = False
+        return by_themselves if self.calibrated is None else self.calibrated
 
     def before_first_step(self, trainer: MultiSAETrainer) -> None:
         """Hook for subclasses, called once per training and not again on resuming."""
@@ -250,20 +232,17 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         n_samples = trainer.n_training_samples
         for each in (trainer, *trainer.trainers.values()):
             each.n_training_steps = n_samples // self.cfg.train_batch_size_tokens
-        trainer.checkpoint_thresholds = [
-            threshold
-            for threshold in trainer.checkpoint_thresholds
-            if threshold >= n_samples
-        ]
+        thresholds = trainer.checkpoint_thresholds
+        trainer.checkpoint_thresholds = [at for at in thresholds if at >= n_samples]
         device = self.cfg.act_store_device or self.cfg.device
         self._batches.load(checkpoint / SAMPLE_FILENAME, device)
         self._stream.begin(**json.loads((checkpoint / STREAM_FILENAME).read_text()))
 
     @override
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
+        super()._save_runner_checkpoint_files(checkpoint_path)
         if checkpoint_path is None:
             return
-        super()._save_runner_checkpoint_files(checkpoint_path)
         self._batches.save(checkpoint_path / SAMPLE_FILENAME)
         with new_file(checkpoint_path / STREAM_FILENAME) as file:
             file.write_text(json.dumps(self._stream.begin_anew()))
@@ -274,13 +253,10 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
 
 def last_checkpoint(checkpoint_path: Path) -> Path | None:
     """The last complete checkpoint of a `RepeatableMultiSAETrainingRunner`, if any."""
-    complete = [
-        file.parent
-        for file in checkpoint_path.glob(f"*/{STREAM_FILENAME}")
-        # SAELens's final checkpoint has a name, and nothing follows it
-        if file.parent.name.isdecimal()
-    ]
-    return max(complete, key=lambda path: int(path.name), default=None)
+    complete = (file.parent for file in checkpoint_path.glob(f"*/{STREAM_FILENAME}"))
+    # SAELens's final checkpoint has a name, and nothing follows it
+    numbered = (path for path in complete if path.name.isdecimal())
+    return max(numbered, key=lambda path: int(path.name), default=None)
 
 
 def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
@@ -289,17 +265,6 @@ def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
     return TrainingSAE.from_dict(cfg.to_dict())
 
 
-def _update_progress(
-    trainer: MultiSAETrainer,
-    step_outputs: dict[str, Any],
-    pbar: Any,
-    update_interval: int = 10,
-) -> None:
-    """Show the mean loss of all SAEs; SAELens shows the name and loss of each."""
-    if pbar.n == 0 and trainer.n_training_samples:
-        pbar.set_description(f"Training {len(step_outputs)} SAEs")
-        pbar.initial = pbar.n = trainer.n_training_samples
-    if trainer.n_training_steps % update_interval == 0:
-        losses = [output.loss.item() for output in step_outputs.values()]
-        pbar.set_postfix(mean_loss=f"{sum(losses) / len(losses):.4g}")
+def _update_progress(trainer: MultiSAETrainer, _: Any, pbar: Any, *__: Any) -> None:
+    """Show progress alone; SAELens adds the name and loss of each SAE, here too many."""
     pbar.update(trainer.n_training_samples - pbar.n)

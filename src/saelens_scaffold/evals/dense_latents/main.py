@@ -21,9 +21,9 @@ from saelens_scaffold.evals.output_fields import estimates, interval_fields, rep
 from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.selected_saes import SelectedSAE, label_of
 from saelens_scaffold.evals.text_data import TokenStream
+from saelens_scaffold.saes.facts import l0_warning
 from saelens_scaffold.saes.firing import FiringStatistics, TextStatistics
 from saelens_scaffold.saes.subspaces import orthonormal_basis, share_in_subspace
-from saelens_scaffold.training.measurement import l0_warning
 
 HISTOGRAM_LOG10_EDGES = [-7 + i / 4 for i in range(29)]
 

@@ -20,7 +20,7 @@ from saelens_scaffold.evals.text_data import (
     open_dataset,
     rows_with,
 )
-from saelens_scaffold.models.hook_points import model_config, width_at
+from saelens_scaffold.models.hook_points import check_activations, model_config
 
 
 def suggest_rank(
@@ -73,7 +73,8 @@ def suggest_rank(
         "llm_dtype": llm_dtype,
     }
     config = make_config(TextEvalConfig, fields)
-    width_at(model_config(known_model_name(config.model_name)), hook_name)
+    model = model_config(known_model_name(config.model_name))
+    check_activations(model, hook_name, context_size=config.context_size)
     rows_with(open_dataset(dataset, dataset_split), dataset, config.text_column)
     folder = Path(output_path)
     make_writable(folder)

@@ -13,7 +13,7 @@ from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit
 from saelens_scaffold.evals.scaffold_ablation.latents import matched_frequency
 from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.saes.active_latents import ActiveLatents
+from saelens_scaffold.saes.firing import ActiveLatents
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.saes.subspaces import orthonormal_basis
 

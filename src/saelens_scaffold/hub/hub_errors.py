@@ -23,9 +23,9 @@ HUB_FAILURES = (HTTP_ERROR, OSError, RuntimeError, ValueError)
 _MAX_TRIES = 5
 _MAX_WAIT = 60.0
 
+_LOG_IN = f"log in with `hf auth login`, or set HF_TOKEN to one from {TOKENS_URL}."
 _ADVICE = {
-    401: "401, the Hub does not accept the token, or needs one; log in with "
-    f"`hf auth login`, or set HF_TOKEN to a valid one from {TOKENS_URL}.",
+    401: f"401, the Hub does not accept the token, or needs one; {_LOG_IN}",
     403: "403, the token may not do this; make one that may write to {owner}'s "
     f"repositories at {TOKENS_URL}, or propose the SAEs with --create_pr.",
     404: "404, there is no repository {repo_id}, or the token may not see it, or what was "
@@ -56,9 +56,8 @@ def retry(action: Callable[[], Result], statuses: frozenset[int] = TRANSIENT) ->
             if error.response is None or error.response.status_code not in statuses:
                 raise
             asked_for = error.response.headers.get("Retry-After", "")
-            time.sleep(
-                min(float(asked_for), _MAX_WAIT) if asked_for.isdigit() else wait
-            )
+            asked = float(asked_for) if asked_for.isdigit() else wait
+            time.sleep(min(asked, _MAX_WAIT))
     return action()
 
 
@@ -67,33 +66,24 @@ def advice(error: BaseException, repo_id: str) -> str:
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, errors.LocalTokenNotFoundError):
-            return (
-                "there is no token; log in with `hf auth login`, or set HF_TOKEN to one "
-                f"from {TOKENS_URL} that may write."
-            )
+            return f"there is no token; {_LOG_IN}"
         if isinstance(cause, errors.OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set; unset it, or only look, with --dry-run."
         if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
-            said = cause.server_message
-            return _advice_by_status(cause.response.status_code, repo_id) + (
-                f" The Hub says: {said}." if said else ""
-            )
+            status, said = cause.response.status_code, cause.server_message
+            found = _ADVICE.get(status, f"the Hub refuses with {status}.")
+            if status >= 500:
+                found = f"{status}, the Hub has a problem; see status.huggingface.co."
+            found = found.format(repo_id=repo_id, owner=repo_id.partition("/")[0])
+            return f"{found} The Hub says: {said}." if said else found
     if any(isinstance(cause, HTTP_ERROR) for cause in causes):
         reason = str(causes[-1]).strip() or type(error).__name__
         return f"the connection broke ({reason:.200}); check the network."
-    if "xet" in str(error).lower():
+    reason = f"{type(error).__name__}: {error!s:.500}."
+    if "xet" in reason.lower():
         # huggingface_hub assumes Xet storage on every Hub, not only on huggingface.co
-        return (
-            f"{error!s:.500}; if this Hub has no Xet storage, set HF_HUB_DISABLE_XET=1."
-        )
-    return f"{type(error).__name__}: {error!s:.500}."
-
-
-def _advice_by_status(status: int, repo_id: str) -> str:
-    if status >= 500:
-        return f"{status}, the Hub has a problem; see https://status.huggingface.co."
-    advice = _ADVICE.get(status, f"the Hub refuses with {status}.")
-    return advice.format(repo_id=repo_id, owner=repo_id.partition("/")[0])
+        reason += " If this Hub has no Xet storage, set HF_HUB_DISABLE_XET=1."
+    return reason
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

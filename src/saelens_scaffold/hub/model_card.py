@@ -12,8 +12,8 @@ from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_scaffold._util.plots import finish_firing_axes
+from saelens_scaffold.hub.findings import config_of, dataset_of, headline_metrics
 from saelens_scaffold.hub.local_paths import without_directories
-from saelens_scaffold.hub.results import config_of, dataset_of, headline_metrics
 from saelens_scaffold.hub.sources import Upload, UploadedSAE
 from saelens_scaffold.saes.sae_ids import PLAIN_FORM
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from huggingface_hub import HfApi
 from sae_lens import constants
@@ -11,7 +11,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from tqdm.autonotebook import tqdm
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.hub import results
+from saelens_scaffold.hub import findings
 from saelens_scaffold.saes import sae_ids, validation
 from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 README = "README.md"
 _MAX_RUNNER_CFG_BYTES = 1 << 24
 
-SAESource = SAE[Any] | Path | str
+SAESource: TypeAlias = SAE[Any] | Path | str
 """An SAE, or a directory of SAEs."""
 
 Item = TypeVar("Item")
@@ -46,7 +46,7 @@ class UploadedSAE:
     directory: Path
     cfg: Any
     results: "Sequence[StoredResult]"
-    facts: results.Facts
+    facts: findings.Facts
 
     @property
     def rank(self) -> int:
@@ -144,17 +144,17 @@ class Upload:
         """
         given = _given(saes)
         by_id = dict(_found(given))
-        directories = [Path(s) for _, s in given if isinstance(s, Path | str)]
-        reductions: dict[str, results.Reduction] = {}
+        directories = [Path(s) for _, s in given if not isinstance(s, SAE)]
+        reductions: dict[str, findings.Reduction] = {}
         if len(given) == 1 and given[0][0] is None:
-            self.extra_files = results.run_files(directories[0])
-            reductions = results.reductions_in(directories[0])
+            self.extra_files = findings.run_files(directories[0])
+            reductions = findings.reductions_in(directories[0])
         if eval_results is None:
             folders = [path / sae_ids.RESULTS_FOLDER for path in directories]
             eval_results = [folder for folder in folders if folder.is_dir()]
         elif isinstance(eval_results, Path | str):
             eval_results = [eval_results]
-        stored = results.read_results([Path(path) for path in eval_results])
+        stored = findings.read_results([Path(path) for path in eval_results])
         reasons = {result.file: result.why_stale() for result in stored}
         current = [result for result in stored if reasons[result.file] is None]
         for sae_id, source in self.progress(by_id.items(), "Checking SAEs"):
@@ -162,9 +162,9 @@ class Upload:
                 path, sae = _checked(source, folder / sae_id)
             except validation.InvalidSAEError as error:
                 raise validation.InvalidSAEError(f"SAE {sae_id!r}: {error}") from error
-            own = results.results_of(sae, current)
+            own = findings.results_of(sae, current)
             reduction = reductions.get(sae_id)
-            facts = results.facts_of(own, Measurement.of(sae), reduction)
+            facts = findings.facts_of(own, Measurement.of(sae), reduction)
             self.saes.append(UploadedSAE(sae_id, path, sae.cfg, own, facts))
         for result in (result for sae in self.saes for result in sae.results):
             reasons.pop(result.file, None)
@@ -179,18 +179,16 @@ def _given(
 ) -> list[tuple[str | None, SAESource]]:
     """SAEs and directories as they are given, with the ids that are."""
     if isinstance(saes, Mapping):
-        for sae_id in saes:
-            sae_ids.check_sae_id(sae_id)
-        return list(saes.items())
+        return [(sae_ids.check_sae_id(sae_id), sae) for sae_id, sae in saes.items()]
     given: list[tuple[str | None, SAESource]] = []
     for argument in [saes] if isinstance(saes, Path | str | SAE) else saes:
-        if not isinstance(argument, Path | str):
+        if isinstance(argument, SAE):
             raise UserError("name the SAEs: pass a dictionary of SAEs by id")
         sae_id, equals, directory = str(argument).partition("=")
         if not equals or Path(argument).exists():
             given.append((None, Path(argument)))
         else:
-            given.append((sae_id, Path(directory)))
+            given.append((sae_ids.check_sae_id(sae_id), Path(directory)))
     return given
 
 
@@ -205,16 +203,15 @@ def _found(
     """
     found: list[tuple[str, SAESource]] = []
     for given_id, source in given:
-        is_directory = isinstance(source, Path | str) and Path(source).is_dir()
-        if given_id is not None and not is_directory:
-            found.append((given_id, source))  # and its check says what is missing
+        if isinstance(source, SAE) or (given_id and not Path(source).is_dir()):
+            found.append((str(given_id), source))  # whose check says what is missing
             continue
         for sae_id, directory in _saes_in(Path(source)):
-            if given_id is not None:
+            if given_id:
                 sae_id = (
                     given_id if directory == Path(source) else f"{given_id}/{sae_id}"
                 )
-            found.append((sae_ids.check_sae_id(sae_id), directory))
+            found.append((sae_id, directory))
     if not found:
         raise UserError("no SAEs to upload")
     sae_ids.check_distinct(sae_id for sae_id, _ in found)
@@ -228,7 +225,7 @@ def _saes_in(path: Path) -> Iterator[tuple[str, Path]]:
     if _is_sae(path):
         yield sae_ids.sae_id_of_path(Path(path.resolve().name)), path
         return
-    root = path / results.SAES_FOLDER if results.run_files(path) else path
+    root = path / findings.SAES_FOLDER if findings.run_files(path) else path
     found: list[Path] = []
     for file in sorted(root.rglob(constants.SAE_CFG_FILENAME)):
         # what lies in an SAE's directory belongs to it, as a plain form saved there
@@ -260,8 +257,6 @@ def _checked(source: SAESource, folder: Path) -> tuple[Path, SAE[Any]]:
         validation.check_weights(sae.cfg.to_dict(), sae.state_dict())
         sae.save_model(folder)
         source = folder
-    if not isinstance(source, Path | str):
-        raise TypeError(f"an SAE or the path of one is needed, got {source!r:.100}")
     sae = load_scaffold_sae(source)
     validation.check_can_be_used(sae)
     runner_cfg = Path(source, constants.RUNNER_CFG_FILENAME)

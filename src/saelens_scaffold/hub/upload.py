@@ -1,7 +1,7 @@
 """Uploading SAEs to the Hugging Face Hub."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -84,14 +84,16 @@ def upload_scaffold_saes(
         api=HfApi(token=token),
         show_progress=show_progress,
     )
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        if not show_progress and not utils.are_progress_bars_disabled():
+            utils.disable_progress_bars()  # huggingface_hub's, for each file
+            stack.callback(utils.enable_progress_bars)
         upload.gather(saes, eval_results, Path(folder, "saes"))
         add_figure(upload, Path(folder))
         if dry_run:
             look(upload)
         else:
-            with _file_progress(show_progress):
-                HubUpload(upload).run()
+            HubUpload(upload).run()
     return upload
 
 
@@ -122,7 +124,7 @@ def run(
     if upload.license is None:
         notes.append("The card names no licence; --license mit, say, would.")
     text = TEMPLATES.get_template("report.txt.jinja").render(upload=upload)
-    return text, notes
+    return text.rstrip(), notes
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -131,20 +133,4 @@ def _check_repo_id(repo_id: str) -> None:
     except errors.HFValidationError as error:
         raise UserError(f"{repo_id!r:.200} is no repository's id: {error}") from error
     if "/" not in repo_id:
-        raise UserError(
-            f"{repo_id!r} lacks the owner, without which SAELens finds no repository; "
-            f"write USER/{repo_id}"
-        )
-
-
-@contextmanager
-def _file_progress(show: bool) -> Iterator[None]:
-    """Switch off huggingface_hub's progress bar for each file, unless it is wanted."""
-    if show or utils.are_progress_bars_disabled():
-        yield
-        return
-    utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        utils.enable_progress_bars()
+        raise UserError(f"{repo_id!r} lacks the owner; write USER/{repo_id}")

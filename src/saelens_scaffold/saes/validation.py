@@ -7,6 +7,7 @@ header of the weights, and the header with the length of the file.
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
-from packaging.version import InvalidVersion, Version
 from pydantic import BaseModel, Field, ValidationError, create_model
 from sae_lens import constants
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from safetensors import SafetensorError, safe_open
 
@@ -41,6 +41,7 @@ _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
 }
 _MAX_CHUNK_BYTES = 1 << 24
+_SUPPORTED_VERSIONS = re.compile(r"([6-9]|[1-9]\d+)(\.|$)")
 # SAELens's loaders add these to a configuration beside its fields.
 _NO_FIELDS = {"architecture", "finetuning_scaling_factor"}
 
@@ -123,12 +124,18 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     Raises:
         InvalidSAEError: A field is missing, unknown or has a value that is not allowed.
     """
-    cfg_class = _config_class(cfg.get("architecture"))
+    architecture = cfg.get("architecture")
+    if architecture not in list(SAE_CLASS_REGISTRY):
+        raise InvalidSAEError(
+            f"architecture must be one of {sorted(SAE_CLASS_REGISTRY)} (training SAEs are "
+            f"saved with save_inference_model), got {architecture!r:.100}"
+        )
+    cfg_class = SAE_CLASS_REGISTRY[architecture][1]
     known = {field.name for field in fields(cfg_class)}
     unknown = sorted(set(cfg) - known - _NO_FIELDS)
     if unknown:
         raise InvalidSAEError(
-            f"unknown fields {_shown(unknown)}; {cfg['architecture']!r} has {sorted(known)}. "
+            f"unknown fields {_shown(unknown)}; {architecture!r} has {sorted(known)}. "
             "For files of newer versions: pip install -U sae-lens saelens-scaffold"
         )
     values = {name: cfg[name] for name in known & set(cfg)}
@@ -136,7 +143,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         _schema(cfg_class).model_validate(values)
     except ValidationError as error:
         wrong = error.errors()[0]
-        name, reason = wrong["loc"][0], wrong["msg"]
+        name, reason = str(wrong["loc"][0]), wrong["msg"]
         raise InvalidSAEError(
             f"{name}: {reason}, got {cfg.get(name)!r:.100}"
         ) from error
@@ -246,20 +253,6 @@ def check_can_be_used(sae: SAE[Any]) -> None:
         )
 
 
-def _config_class(architecture: object) -> type[SAEConfig]:
-    if not isinstance(architecture, str) or architecture not in SAE_CLASS_REGISTRY:
-        if architecture in list(SAE_TRAINING_CLASS_REGISTRY):
-            raise InvalidSAEError(
-                f"architecture {architecture!r} is one for training; load it as a "
-                "TrainingSAE, and save it with save_inference_model"
-            )
-        raise InvalidSAEError(
-            f"architecture must be one of {sorted(SAE_CLASS_REGISTRY)}, got "
-            f"{architecture!r:.100}"
-        )
-    return SAE_CLASS_REGISTRY[architecture][1]
-
-
 @cache
 def _schema(cfg_class: type[SAEConfig]) -> type[BaseModel]:
     """Types of the fields in JSON. Sizes, and what the class adds, are required."""
@@ -288,16 +281,11 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
     methods = sorted(name for name in metadata if hasattr(SAEMetadata, name))
     if methods:
         raise InvalidSAEError(f"metadata must not have the fields {_shown(methods)}")
-    version: Any = metadata.get("sae_lens_version")
-    try:
-        is_current = Version(version).major >= 6
-    except (InvalidVersion, TypeError) as error:
+    version = metadata.get("sae_lens_version")
+    if not isinstance(version, str) or not _SUPPORTED_VERSIONS.match(version):
         raise InvalidSAEError(
-            f"metadata.sae_lens_version must be a version, got {version!r:.100}"
-        ) from error
-    if not is_current:
-        raise InvalidSAEError(
-            f"saved by SAELens {version}; SAE.load_from_disk it, and save it again"
+            f"metadata.sae_lens_version is {version!r:.100}, not 6 or newer; load the SAE "
+            "with SAE.load_from_disk, and save it again"
         )
 
 

@@ -99,6 +99,7 @@ def _evaluated(result: "StoredResult", reduction: Reduction | None) -> Facts:
     from saelens_scaffold.evals.selected_saes import label_of
 
     content, config = result.content, config_of(result)
+    release = str(content.get("sae_lens_release_id"))
     cells, baseline = _cells(content), config.get("baseline")
     if reduction is not None and baseline is None:
         share, baseline = reduction
@@ -113,9 +114,7 @@ def _evaluated(result: "StoredResult", reduction: Reduction | None) -> Facts:
         cells,
         float((config.get("thresholds") or [DENSE_THRESHOLD])[0]),
         f"by `saelens-scaffold eval dense_latents`, on {text}",
-        label_of(
-            *(str(content.get(f"sae_lens_{key}")) for key in ("release_id", "id"))
-        ),
+        label_of(release, str(content.get("sae_lens_id"))),
         baseline,
         [count / n_tokens for count in fired] if fired and n_tokens else None,
     )

@@ -7,14 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    errors,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
+import huggingface_hub as hf
+from huggingface_hub import errors
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub import hub_errors
@@ -118,15 +112,15 @@ class HubUpload:
         self, files: Mapping[str, Path | bytes], old: set[str], title: str
     ) -> str | None:
         """Add files and delete old ones; returns the commit's URL, None if none was due."""
-        additions = [CommitOperationAdd(path, file) for path, file in files.items()]
+        additions = [hf.CommitOperationAdd(path, file) for path, file in files.items()]
         revision, create_pr = self.upload.revision, self.upload.create_pr
         where: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
         # Large files go first, which huggingface_hub retries by itself. Nobody sees them
         # before a commit refers to them.
         self.api.preupload_lfs_files(self.repo_id, additions, **where)
 
-        def commit(deleted: set[str]) -> CommitInfo:
-            operations = [*additions, *map(CommitOperationDelete, sorted(deleted))]
+        def commit(deleted: set[str]) -> hf.CommitInfo:
+            operations = [*additions, *map(hf.CommitOperationDelete, sorted(deleted))]
             try:
                 return self.api.create_commit(
                     self.repo_id, operations, commit_message=title, **where
@@ -184,8 +178,8 @@ def _check_permission(account: Mapping[str, Any], upload: Upload) -> None:
     role, user = token.get("role"), account.get("name")
     if role == "read":
         raise HubUploadError(
-            f"the token of {user} may only read; make one that may write at "
-            f"{hub_errors.TOKENS_URL}, and log in with it, or set HF_TOKEN to it"
+            f"the token of {user} may only read; log in with one that may write, or set "
+            f"HF_TOKEN to it ({hub_errors.TOKENS_URL})"
         )
     scopes = (token.get("fineGrained") or {}).get("scoped")
     if role != "fineGrained" or upload.create_pr or scopes is None:
@@ -256,7 +250,7 @@ def _known_of_repository(upload: Upload) -> tuple[str | None, list[str]]:
     path, files = None, []
     try:
         # one short request, where hf_hub_download alone would retry for long
-        url = hf_hub_url(repo_id, README, revision=revision)
+        url = hf.hf_hub_url(repo_id, README, revision=revision)
         api.get_hf_file_metadata(url=url, timeout=_TIMEOUT)
         path = api.hf_hub_download(repo_id, README, revision=revision)
         files = api.list_repo_files(repo_id, revision=revision)
@@ -267,7 +261,7 @@ def _known_of_repository(upload: Upload) -> tuple[str | None, list[str]]:
     ):
         return "", []
     except (HTTP_ERROR, OSError):
-        path = path or try_to_load_from_cache(repo_id, README, revision=revision)
+        path = path or hf.try_to_load_from_cache(repo_id, README, revision=revision)
     if not isinstance(path, str):
         return None, []
     return Path(path).read_text(encoding="utf-8"), files

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,9 +51,7 @@ class Facts:
         frequencies: Firing frequencies of the sparse latents.
     """
 
-    cells: Mapping[str, str] = field(
-        default_factory=lambda: dict.fromkeys(_METRICS, "not measured")
-    )
+    cells: Mapping[str, str]
     threshold: float = DENSE_THRESHOLD
     measured: str | None = None
     name: str | None = None
@@ -82,7 +80,7 @@ def facts_of(
         if result.evaluation == "dense_latents":
             return _evaluated(result, reduction)
     if measurement is None:
-        return Facts()
+        return Facts(dict.fromkeys(_METRICS, "not measured"))
     metrics = {
         "sparsity": measurement.to_metadata(),
         "dense_latents": {"dense_latents": measurement.dense_latents},

@@ -1,7 +1,7 @@
 """Retries, and advice on what to do when the Hub refuses or cannot be reached."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 from huggingface_hub import errors
@@ -63,7 +63,9 @@ def retry(action: Callable[[], Result], statuses: frozenset[int] = TRANSIENT) ->
 
 def advice(error: BaseException, repo_id: str) -> str:
     """What went wrong in a request to the Hub, and what to do, as sentences."""
-    causes = list(_causes(error))
+    causes = [error]
+    while following := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(following)
     for cause in causes:
         if isinstance(cause, errors.LocalTokenNotFoundError):
             return f"there is no token; {_LOG_IN}"
@@ -84,10 +86,3 @@ def advice(error: BaseException, repo_id: str) -> str:
         # huggingface_hub assumes Xet storage on every Hub, not only on huggingface.co
         reason += " If this Hub has no Xet storage, set HF_HUB_DISABLE_XET=1."
     return reason
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__

@@ -146,7 +146,7 @@ class Upload:
         by_id = dict(_found(given))
         directories = [Path(s) for _, s in given if not isinstance(s, SAE)]
         reductions: dict[str, findings.Reduction] = {}
-        if len(given) == 1 and given[0][0] is None:
+        if [given_id for given_id, _ in given] == [None]:
             self.extra_files = findings.run_files(directories[0])
             reductions = findings.reductions_in(directories[0])
         if eval_results is None:
@@ -181,9 +181,7 @@ def _given(
     if isinstance(saes, Mapping):
         return [(sae_ids.check_sae_id(sae_id), sae) for sae_id, sae in saes.items()]
     given: list[tuple[str | None, SAESource]] = []
-    for argument in [saes] if isinstance(saes, Path | str | SAE) else saes:
-        if isinstance(argument, SAE):
-            raise UserError("name the SAEs: pass a dictionary of SAEs by id")
+    for argument in [saes] if isinstance(saes, Path | str) else saes:
         sae_id, equals, directory = str(argument).partition("=")
         if not equals or Path(argument).exists():
             given.append((None, Path(argument)))

@@ -9,14 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub as hf
 import torch
-from huggingface_hub import (
-    errors,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
+from huggingface_hub import errors
 from sae_lens import SAE, constants
 from sae_lens.loading import pretrained_sae_loaders
 from safetensors.torch import load_file
@@ -127,13 +122,13 @@ def checked_huggingface_loader(
     def download(name: str, max_bytes: int, revision: str | None = None) -> Path:
         path = f"{folder}/{name}"
         try:
-            metadata = get_hf_file_metadata(
-                hf_hub_url(repo_id, path, revision=revision)
+            metadata = hf.get_hf_file_metadata(
+                hf.hf_hub_url(repo_id, path, revision=revision)
             )
         except errors.EntryNotFoundError:
             raise
         except (HTTP_ERROR, OSError):
-            cached = try_to_load_from_cache(repo_id, path, revision=revision)
+            cached = hf.try_to_load_from_cache(repo_id, path, revision=revision)
             if not isinstance(cached, str):
                 raise
             return Path(cached)
@@ -143,7 +138,7 @@ def checked_huggingface_loader(
             )
         commit = metadata.commit_hash or revision
         return Path(
-            hf_hub_download(
+            hf.hf_hub_download(
                 repo_id, path, revision=commit, force_download=force_download
             )
         )

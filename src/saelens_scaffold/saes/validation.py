@@ -147,7 +147,17 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         raise InvalidSAEError(
             f"{name}: {reason}, got {cfg.get(name)!r:.100}"
         ) from error
-    _check_metadata(values.pop("metadata"))
+    metadata = values.pop("metadata")
+    # SAELens makes attributes of them, and some would replace methods.
+    methods = sorted(name for name in metadata if hasattr(SAEMetadata, name))
+    if methods:
+        raise InvalidSAEError(f"metadata must not have the fields {_shown(methods)}")
+    version = metadata.get("sae_lens_version")
+    if not isinstance(version, str) or not _SUPPORTED_VERSIONS.match(version):
+        raise InvalidSAEError(
+            f"metadata.sae_lens_version is {version!r:.100}, not 6 or newer; load the SAE "
+            "with SAE.load_from_disk, and save it again"
+        )
     try:
         cfg_class(**values)  # the class's own checks
     except (ValueError, TypeError) as error:
@@ -210,11 +220,8 @@ def check_sparsity_file(path: str | Path, d_sae: int) -> None:
     """
     with _opened(path) as file, _named(path):
         found = _shapes_in(file)
-        shape, dtype = found.get("sparsity", ((), None))
-        if len(found) != 1 or shape != (d_sae,) or dtype is None:
-            raise InvalidSAEError(
-                f"it must hold one tensor, sparsity, of {d_sae} floats"
-            )
+        dtype = found.get("sparsity", ((), None))[1] or torch.float32
+        _check_shapes(found, {"sparsity": ((d_sae,), dtype)})
         _check_values("sparsity", file.get_tensor("sparsity"), 0, {})
 
 
@@ -243,9 +250,7 @@ def check_can_be_used(sae: SAE[Any]) -> None:
     for name in ("model_name", "hook_name"):
         value = sae.cfg.metadata.get(name)
         if not isinstance(value, str) or not value.strip():
-            raise InvalidSAEError(
-                f"metadata.{name} is {value!r}; set it in sae.cfg or in cfg.json"
-            )
+            raise InvalidSAEError(f"metadata.{name} is {value!r}; set it in cfg.json")
     if sae.cfg.normalize_activations == "expected_average_only_in":
         raise InvalidSAEError(
             "the factor of normalize_activations 'expected_average_only_in' is not saved "
@@ -274,19 +279,6 @@ def _schema(cfg_class: type[SAEConfig]) -> type[BaseModel]:
         name: (hint, None if name in optional else ...) for name, hint in hints.items()
     }
     return create_model("Config", __config__={"strict": True}, **types)
-
-
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    # SAELens makes attributes of them, and some would replace methods.
-    methods = sorted(name for name in metadata if hasattr(SAEMetadata, name))
-    if methods:
-        raise InvalidSAEError(f"metadata must not have the fields {_shown(methods)}")
-    version = metadata.get("sae_lens_version")
-    if not isinstance(version, str) or not _SUPPORTED_VERSIONS.match(version):
-        raise InvalidSAEError(
-            f"metadata.sae_lens_version is {version!r:.100}, not 6 or newer; load the SAE "
-            "with SAE.load_from_disk, and save it again"
-        )
 
 
 def _check_is_file(path: str | Path) -> None:

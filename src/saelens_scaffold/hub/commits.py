@@ -24,9 +24,6 @@ _SAE_FILES = (
 )
 """Files of an SAE in its folder, where other SAEs may have theirs."""
 
-_TIMEOUT = 5.0
-"""Seconds that a dry run waits for an existing README, which is optional."""
-
 
 class HubUpload:
     """
@@ -206,7 +203,7 @@ def _check_may_create(account: Mapping[str, Any], upload: Upload) -> None:
     owner, _, name = upload.repo_id.partition("/")
     owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if owner not in owners:
-        possible = ", ".join(f"{owner}/{name}" for owner in owners)
+        possible = ", ".join(f"{each}/{name}" for each in owners)
         raise HubUploadError(
             f"there is no repository {upload.repo_id}, and the token cannot create one for "
             f"{owner!r}; write one of {possible}"
@@ -251,7 +248,7 @@ def _known_of_repository(upload: Upload) -> tuple[str | None, list[str]]:
     try:
         # one short request, where hf_hub_download alone would retry for long
         url = hf.hf_hub_url(repo_id, README, revision=revision)
-        api.get_hf_file_metadata(url=url, timeout=_TIMEOUT)
+        api.get_hf_file_metadata(url=url, timeout=5)
         path = api.hf_hub_download(repo_id, README, revision=revision)
         files = api.list_repo_files(repo_id, revision=revision)
     except (

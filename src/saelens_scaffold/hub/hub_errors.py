@@ -20,8 +20,7 @@ TOKENS_URL = "https://huggingface.co/settings/tokens"
 HUB_FAILURES = (HTTP_ERROR, OSError, RuntimeError, ValueError)
 """What huggingface_hub raises when a request fails."""
 
-_MAX_TRIES = 5
-_MAX_WAIT = 60.0
+_MAX_WAIT = 60.0  # seconds
 
 _LOG_IN = f"log in with `hf auth login`, or set HF_TOKEN to one from {TOKENS_URL}."
 _ADVICE = {
@@ -49,7 +48,7 @@ def retry(action: Callable[[], Result], statuses: frozenset[int] = TRANSIENT) ->
 
     huggingface_hub retries file transfers, but neither commits nor queries.
     """
-    for wait in (2**i for i in range(_MAX_TRIES - 1)):
+    for wait in (1, 2, 4, 8):
         try:
             return action()
         except errors.HfHubHTTPError as error:

@@ -19,9 +19,6 @@ from saelens_scaffold.saes.sae_ids import PLAIN_FORM
 
 FIGURE = "firing_frequencies.png"
 
-_MAX_CURVES = 10
-"""As many as can be told apart."""
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -133,9 +130,7 @@ def _code(values: Any) -> str:
 
 def _plain(value: object) -> str:
     """A value in one line, without Markdown and without the directories of a local path."""
-    if value is None:
-        return "-"
-    text = str(without_directories(value))
+    text = "" if value is None else str(without_directories(value))
     return re.sub(r"[`|<>\[\]\\\s]+", " ", text).strip()[:200] or "-"
 
 
@@ -167,7 +162,7 @@ def add_figure(upload: Upload, folder: Path) -> None:
 
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
-    for sae in known[:_MAX_CURVES]:
+    for sae in known[:10]:  # as many as can be told apart
         frequencies = np.asarray(sae.facts.frequencies)
         alive = np.sort(frequencies[frequencies > 0])[::-1]
         style = "-" if sae.rank else "--"

@@ -115,11 +115,6 @@ class Upload:
     readme_diff: str | None = None
     pull_request: str | None = None
 
-    @property
-    def repo_url(self) -> str:
-        """The repository's URL."""
-        return f"{self.api.endpoint}/{self.repo_id}"
-
     def progress(self, items: Iterable[Item], description: str) -> Iterable[Item]:
         """The items, with a progress bar if one is wanted."""
         return tqdm(items, desc=description, disable=not self.show_progress)
@@ -247,8 +242,7 @@ def _checked(source: SAESource, folder: Path) -> tuple[Path, SAE[Any]]:
     """The directory of an SAE, saved to `folder` if it has none yet, and the SAE."""
     if isinstance(source, TrainingSAE) and not isinstance(source, ScaffoldMixin):
         raise validation.InvalidSAEError(
-            f"it is a training SAE ({source.cfg.architecture()}); save it with "
-            "save_inference_model, and upload the directory"
+            "it is a training SAE; upload what its save_inference_model saves"
         )
     if isinstance(source, SAE):
         sae = source.to_inference() if isinstance(source, ScaffoldMixin) else source

@@ -154,7 +154,7 @@ def checked_huggingface_loader(
         max_bytes = validation.MAX_HEADER_BYTES + 8 * cfg["d_sae"]
         sparsity_path = download(constants.SPARSITY_FILENAME, max_bytes, commit)
     cfg, weights = checked_disk_loader(cfg_path.parent, device, cfg_overrides)
-    log_sparsity = None
-    if sparsity_path is not None:
-        log_sparsity = load_file(sparsity_path, device)["sparsity"]
+    log_sparsity = (
+        load_file(sparsity_path, device)["sparsity"] if sparsity_path else None
+    )
     return cfg, weights, log_sparsity

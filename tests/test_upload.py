@@ -663,7 +663,7 @@ def test_everything_is_checked_before_anything_is_sent(
         ({"../bad": eval_sae()}, ValueError, "no valid SAE id"),
         ({"GOOD": eval_sae()}, ValueError, "the id 'GOOD' .'good'."),
         ({"bad": tmp_path / "nowhere"}, InvalidSAEError, "cfg.json is missing"),
-        ({"bad": 3}, TypeError, "an SAE or the path"),
+        ({"bad": 3}, TypeError, "PathLike"),
     ]
     for bad, error, message in cases:
         with pytest.raises(error, match=message):

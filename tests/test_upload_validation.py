@@ -310,7 +310,7 @@ mutations = st.one_of(
 
 def test_what_one_field_may_be_is_not_what_others_may() -> None:
     check_config({**SAE_CFG, "normalize_activations": "constant_norm_rescale"})
-    with pytest.raises(InvalidSAEError, match="reshape_activations must be one of"):
+    with pytest.raises(InvalidSAEError, match="reshape_activations: Input should be"):
         check_config({**SAE_CFG, "reshape_activations": "constant_norm_rescale"})
 
 

@@ -1,31 +1,22 @@
-"""Carrying out an upload: one commit for each SAE, and one for the card."""
+"""Carrying out an upload, one commit for each SAE and one for the card, or a dry run."""
 
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    errors,
-)
+import huggingface_hub as hf
+from huggingface_hub import errors
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.hub.hub_errors import (
-    HUB_FAILURES,
-    NOT_APPLIED,
-    TOKENS_URL,
-    TRANSIENT,
-    HubUploadError,
-    advice,
-    retry,
-)
+from saelens_scaffold.hub import hub_errors
+from saelens_scaffold.hub.hub_errors import HubUploadError, retry
 from saelens_scaffold.hub.model_card import model_card
-from saelens_scaffold.hub.plan import README, UploadPlan, UploadSummary
+from saelens_scaffold.hub.sources import README, Upload
 from saelens_scaffold.hub.staging import write_files
+from saelens_scaffold.saes.loading import HTTP_ERROR
 
 _SAE_FILES = (
     r"(jumprelu/)?(cfg\.json|(sae_weights|sparsity)\.safetensors|runner_cfg\.json)"
@@ -36,7 +27,7 @@ _SAE_FILES = (
 
 class HubUpload:
     """
-    A conversation with the Hub that carries out a plan.
+    A conversation with the Hub that carries out an upload.
 
     It keeps the layout and the commit messages of SAELens's `upload_saes_to_huggingface`,
     which has no private repositories and no pull requests, makes two commits for the two
@@ -44,17 +35,13 @@ class HubUpload:
     files exist.
     """
 
-    def __init__(self, plan: UploadPlan, summary: UploadSummary) -> None:
-        self.plan = plan
-        self.summary = summary
-        self.repo_id = plan.repo_id
-        self.api = plan.api
-        # the first commit opens a pull request, and the others are made in it
-        self.revision = plan.revision
-        self.opens_pr = plan.create_pr
+    def __init__(self, upload: Upload) -> None:
+        self.upload = upload
+        self.repo_id = upload.repo_id
+        self.api = upload.api
         self.head: str | None = None
         self.remote_files: set[str] = set()
-        self.doing = ""
+        self.doing = f"checking {self.repo_id}"
 
     def run(self) -> None:
         """
@@ -64,76 +51,73 @@ class HubUpload:
             HubUploadError: The Hub refuses or cannot be reached, and what to do.
         """
         try:
-            self._run()
+            self._open_repository()
+            for sae in self.upload.progress(self.upload.saes, "Uploading SAEs"):
+                self.doing = f"uploading {sae.sae_id}"
+                with TemporaryDirectory() as folder:
+                    files = write_files(self.upload, sae, Path(folder))
+                    own = re.compile(f"{re.escape(sae.sae_id)}/({_SAE_FILES})")
+                    old = set(filter(own.fullmatch, self.remote_files)) - set(files)
+                    url = self._commit(files, old, f"Upload SAE {sae.sae_id}")
+                    self.upload.commits[sae.sae_id] = url
+            self.doing = "uploading the model card"
+            self._write_card()
         except UserError:
             raise
-        except HUB_FAILURES as error:
-            reason = advice(error, self.repo_id)
+        except hub_errors.HUB_FAILURES as error:
+            reason = hub_errors.advice(error, self.repo_id)
             raise HubUploadError(f"{self.doing}: {reason} {self._state()}") from error
 
-    def _run(self) -> None:
-        self.doing = f"checking {self.repo_id}"
+    def _open_repository(self) -> None:
+        """Find the repository, its branch and its files; create what is missing."""
         account = retry(self.api.whoami)
-        _check_permission(account, self.plan)
+        _check_permission(account, self.upload)
         # create_commit validates the front matter, too, but the card comes last.
         # (ModelCard.validate always asks huggingface.co, whatever the endpoint is.)
-        card = model_card(self.plan)
+        card = model_card(self.upload)
         retry(lambda: self.api._validate_yaml(card))
-        self._open_repository(account)
-        for sae in self.plan.progress(self.plan.saes, "Uploading SAEs"):
-            self.doing = f"uploading {sae.sae_id}"
-            with TemporaryDirectory() as folder:
-                files = write_files(self.plan, sae, Path(folder))
-                own = re.compile(f"{re.escape(sae.sae_id)}/({_SAE_FILES})")
-                old = set(filter(own.fullmatch, self.remote_files)) - set(files)
-                title = f"Upload SAE {sae.sae_id}"
-                self.summary.commits[sae.sae_id] = self._commit(files, old, title)
-        self.doing = "uploading the model card"
-        self._write_card()
-
-    def _open_repository(self, account: Mapping[str, Any]) -> None:
-        """Find the repository, its branch and its files; create what is missing."""
         try:
             retry(lambda: self.api.repo_info(self.repo_id))
         except errors.RepositoryNotFoundError:
-            _check_may_create(account, self.plan)
-            private = self.plan.private or None
-            create = self.api.create_repo
+            _check_may_create(account, self.upload)
+            private, create = self.upload.private or None, self.api.create_repo
             retry(lambda: create(self.repo_id, private=private, exist_ok=True))
         try:
             retry(self._read_branch)
         except errors.RevisionNotFoundError:
-            if self.revision.startswith("refs/"):
+            branch = self.upload.revision
+            if branch.startswith("refs/"):
                 raise
-            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+            self.api.create_branch(self.repo_id, branch=branch, exist_ok=True)
             retry(self._read_branch)
 
     def _read_branch(self) -> None:
-        info = self.api.repo_info(self.repo_id, revision=self.revision)
-        if self.plan.private and not info.private:
+        info = self.api.repo_info(self.repo_id, revision=self.upload.revision)
+        if self.upload.private and not info.private:
             raise HubUploadError(
-                f"{self.repo_id} exists and is public, so the SAEs would be public, too; "
-                "make it private in its settings on the Hub, choose another repository, "
-                "or leave out --private (private=True)"
+                f"{self.repo_id} exists and is public; make it private in its settings on "
+                "the Hub, choose another, or leave out --private (private=True)"
             )
         self.head = info.sha
         self.remote_files = self._list_files()
 
     def _list_files(self) -> set[str]:
-        return set(self.api.list_repo_files(self.repo_id, revision=self.revision))
+        revision = self.upload.revision
+        return set(self.api.list_repo_files(self.repo_id, revision=revision))
 
     def _commit(
         self, files: Mapping[str, Path | bytes], old: set[str], title: str
     ) -> str | None:
         """Add files and delete old ones; returns the commit's URL, None if none was due."""
-        additions = [CommitOperationAdd(path, file) for path, file in files.items()]
-        where: dict[str, Any] = {"revision": self.revision, "create_pr": self.opens_pr}
+        additions = [hf.CommitOperationAdd(path, file) for path, file in files.items()]
+        revision, create_pr = self.upload.revision, self.upload.create_pr
+        where: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
         # Large files go first, which huggingface_hub retries by itself. Nobody sees them
         # before a commit refers to them.
         self.api.preupload_lfs_files(self.repo_id, additions, **where)
 
-        def commit(deleted: set[str]) -> CommitInfo:
-            operations = [*additions, *map(CommitOperationDelete, sorted(deleted))]
+        def commit(deleted: set[str]) -> hf.CommitInfo:
+            operations = [*additions, *map(hf.CommitOperationDelete, sorted(deleted))]
             try:
                 return self.api.create_commit(
                     self.repo_id, operations, commit_message=title, **where
@@ -146,77 +130,135 @@ class HubUpload:
                 return commit(still_there)
 
         # Repeating a commit changes nothing; repeating a pull request opens a second one.
-        statuses = NOT_APPLIED if self.opens_pr else TRANSIENT
+        statuses = hub_errors.NOT_APPLIED if create_pr else hub_errors.TRANSIENT
         made = retry(lambda: commit(old), statuses)
         self.remote_files = (self.remote_files | set(files)) - old
         if made.oid == self.head:
             return None
         self.head = made.oid
         if made.pr_revision is not None:
-            self.summary.pull_request = made.pr_url
-            self.revision, self.opens_pr = made.pr_revision, False
+            # the first commit opens a pull request, and the others are made in it
+            self.upload.pull_request = made.pr_url
+            self.upload.revision, self.upload.create_pr = made.pr_revision, False
         return made.commit_url
 
     def _write_card(self) -> None:
-        self.summary.readme = model_card(self.plan, self.remote_files)
-        if README in self.remote_files and not self.plan.overwrite_readme:
-            self.summary.readme_outcome = "kept"
+        upload = self.upload
+        upload.readme = model_card(upload, self.remote_files)
+        if README in self.remote_files and not upload.overwrite_readme:
+            upload.readme_outcome = "kept"
             return
-        files = {**self.plan.extra_files, README: self.summary.readme.encode()}
+        files = {**upload.extra_files, README: upload.readme.encode()}
         if self._commit(files, set(), "Write the model card") is None:
-            self.summary.readme_outcome = "unchanged"
+            upload.readme_outcome = "unchanged"
 
     def _state(self) -> str:
         """What is done, and how to continue."""
-        done = "Nothing in the repository has changed."
-        if self.summary.commits:
-            done = (
-                f"{len(self.summary.commits)} of {len(self.plan.saes)} SAEs are complete in "
-                f"{self.repo_id} ({self.revision}), and nothing of the others is visible."
+        done, revision = len(self.upload.commits), self.upload.revision
+        state = "Nothing in the repository has changed."
+        if done:
+            state = (
+                f"{done} of {len(self.upload.saes)} SAEs are complete in {self.repo_id} "
+                f"({revision}), and nothing of the others is visible."
             )
-        if self.summary.pull_request is not None:
-            return (
-                f"{done} Then repeat the command with --revision {self.revision} instead "
-                "of --create_pr, to continue in the same pull request."
-            )
-        return f"{done} Then repeat the command: what is there is not sent again."
+        if self.upload.pull_request is None:
+            return f"{state} Then repeat the command: what is there is not sent again."
+        return (
+            f"{state} Then repeat the command with --revision {revision} instead of "
+            "--create_pr, to continue in the same pull request."
+        )
 
 
-def _check_permission(account: Mapping[str, Any], plan: UploadPlan) -> None:
+def _check_permission(account: Mapping[str, Any], upload: Upload) -> None:
     """Check that the token may write, as far as the Hub tells before it is asked to."""
     token = (account.get("auth") or {}).get("accessToken") or {}
     role, user = token.get("role"), account.get("name")
     if role == "read":
         raise HubUploadError(
-            f"the token of {user} may only read; make one that may write at {TOKENS_URL}, "
-            "and log in with it (`hf auth login`), or set HF_TOKEN to it"
+            f"the token of {user} may only read; log in with one that may write, or set "
+            f"HF_TOKEN to it ({hub_errors.TOKENS_URL})"
         )
     scopes = (token.get("fineGrained") or {}).get("scoped")
-    if role != "fineGrained" or plan.create_pr or scopes is None:
+    if role != "fineGrained" or upload.create_pr or scopes is None:
         return
-    names = {plan.repo_id, plan.repo_id.partition("/")[0]}
-    for scope in scopes:
-        entity, permissions = scope.get("entity") or {}, scope.get("permissions") or []
-        if entity.get("name") in names and "repo.write" in permissions:
-            return
-    raise HubUploadError(
-        f"the fine-grained token of {user} has no permission repo.write for "
-        f"{plan.repo_id}; add it at {TOKENS_URL}"
-    )
-
-
-def _check_may_create(account: Mapping[str, Any], plan: UploadPlan) -> None:
-    """Check that the account may create the repository, which does not exist."""
-    if plan.create_pr:
+    may_write = {
+        (scope.get("entity") or {}).get("name")
+        for scope in scopes
+        if "repo.write" in (scope.get("permissions") or [])
+    }
+    if not may_write & {upload.repo_id, upload.repo_id.partition("/")[0]}:
         raise HubUploadError(
-            f"there is no repository {plan.repo_id} to open a pull request in, or the "
+            f"the fine-grained token of {user} has no permission repo.write for "
+            f"{upload.repo_id}; add it at {hub_errors.TOKENS_URL}"
+        )
+
+
+def _check_may_create(account: Mapping[str, Any], upload: Upload) -> None:
+    """Check that the account may create the repository, which does not exist."""
+    if upload.create_pr:
+        raise HubUploadError(
+            f"there is no repository {upload.repo_id} to open a pull request in, or the "
             "token may not see it; check its name, or leave out --create_pr"
         )
-    owner, _, name = plan.repo_id.partition("/")
+    owner, _, name = upload.repo_id.partition("/")
     owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if owner not in owners:
+        possible = ", ".join(f"{each}/{name}" for each in owners)
         raise HubUploadError(
-            f"there is no repository {plan.repo_id}, and the token of {owners[0]} cannot "
-            f"create one for {owner!r}; write one of "
-            + ", ".join(f"{possible}/{name}" for possible in owners)
+            f"there is no repository {upload.repo_id}, and the token cannot create one for "
+            f"{owner!r}; write one of {possible}"
         )
+
+
+def look(upload: Upload) -> None:
+    """
+    Do a dry run: find out what an upload would do, without sending anything.
+
+    Writes every file once to learn its size, and compares the card with an existing one.
+    """
+    for sae in upload.progress(upload.saes, "Writing files"):
+        with TemporaryDirectory() as folder:
+            for path, file in write_files(upload, sae, Path(folder)).items():
+                upload.files[path] = file.stat().st_size
+    existing, remote_files = _known_of_repository(upload)
+    upload.readme = model_card(upload, remote_files)
+    if existing is not None:
+        old, new = existing.splitlines(True), upload.readme.splitlines(True)
+        names = (f"{README} in the repository", f"{README} of this upload")
+        upload.readme_diff = "".join(difflib.unified_diff(old, new, *names))
+        if existing == upload.readme:
+            upload.readme_outcome = "unchanged"
+        elif existing and not upload.overwrite_readme:
+            upload.readme_outcome = "kept"
+    if upload.readme_outcome == "written":
+        for name, file in upload.extra_files.items():
+            upload.files[name] = file.stat().st_size
+        upload.files[README] = len(upload.readme.encode())
+
+
+def _known_of_repository(upload: Upload) -> tuple[str | None, list[str]]:
+    """
+    The repository's README and files, as far as the network and the cache tell.
+
+    Returns:
+        The README ("" if there is none, None if that is unknown), and the files' paths.
+    """
+    api, repo_id, revision = upload.api, upload.repo_id, upload.revision
+    path, files = None, []
+    try:
+        # one short request, where hf_hub_download alone would retry for long
+        url = hf.hf_hub_url(repo_id, README, revision=revision)
+        api.get_hf_file_metadata(url=url, timeout=5)
+        path = api.hf_hub_download(repo_id, README, revision=revision)
+        files = api.list_repo_files(repo_id, revision=revision)
+    except (
+        errors.EntryNotFoundError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+    ):
+        return "", []
+    except (HTTP_ERROR, OSError):
+        path = path or hf.try_to_load_from_cache(repo_id, README, revision=revision)
+    if not isinstance(path, str):
+        return None, []
+    return Path(path).read_text(encoding="utf-8"), files

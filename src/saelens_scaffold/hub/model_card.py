@@ -1,73 +1,75 @@
-"""The model card: a README with front matter, as the Hub shows it."""
+"""The model card: a README with front matter, as the Hub shows it, and its figure."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-from saelens_scaffold.evals.base import Metric
-from saelens_scaffold.hub.facts import config_of, dataset_of, headline_metrics
+from saelens_scaffold._util.plots import finish_firing_axes
+from saelens_scaffold.hub.findings import config_of, dataset_of, headline_metrics
 from saelens_scaffold.hub.local_paths import without_directories
-from saelens_scaffold.hub.plan import FIGURE, UploadPlan
-from saelens_scaffold.hub.sources import UploadedSAE
+from saelens_scaffold.hub.sources import Upload, UploadedSAE
 from saelens_scaffold.saes.sae_ids import PLAIN_FORM
+
+FIGURE = "firing_frequencies.png"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def model_card(plan: UploadPlan, remote_files: Iterable[str] = ()) -> str:
+def model_card(upload: Upload, remote_files: Iterable[str] = ()) -> str:
     """
     The card of a repository.
 
     Args:
-        plan: The upload.
+        upload: The upload.
         remote_files: Files that are in the repository already.
     """
     # an SAE may have had another name in the evaluation
-    ids = {sae.facts.name: sae.sae_id for sae in plan.saes}
-    baselines = [sae.facts.baseline for sae in plan.saes if sae.facts.baseline]
+    ids = {sae.facts.name: sae.sae_id for sae in upload.saes}
+    baselines = [sae.facts.baseline for sae in upload.saes if sae.facts.baseline]
     measured: dict[str | None, list[str]] = {}
-    for sae in plan.saes:
+    for sae in upload.saes:
         measured.setdefault(sae.facts.measured, []).append(sae.sae_id)
-    return _ENVIRONMENT.get_template("model_card.md.jinja").render(
-        front_matter=_front_matter(plan).to_yaml(),
-        plan=plan,
-        saes=plan.saes,
-        figure=FIGURE if FIGURE in plan.extra_files else None,
+    return TEMPLATES.get_template("model_card.md.jinja").render(
+        front_matter=_front_matter(upload).to_yaml(),
+        upload=upload,
         baselines=[ids.get(name, name) for name in baselines],
         measured=measured,
-        others=_other_saes(plan, remote_files),
+        others=_other_saes(upload, remote_files),
         results=[
             (sae.sae_id, result.evaluation, dataset_of(result), *headline)
-            for sae in plan.saes
+            for sae in upload.saes
             for result in sae.results
             for headline in headline_metrics(result)
         ],
     )
 
 
-def _front_matter(plan: UploadPlan) -> ModelCardData:
-    base_models = [plan.base_model] if plan.base_model else _base_models(plan.saes)
-    datasets = plan.datasets
+def _front_matter(upload: Upload) -> ModelCardData:
+    metadata = [sae.cfg.metadata for sae in upload.saes]
+    models = [_base_model(str(each.model_name)) for each in metadata]
+    base_models = [upload.base_model] if upload.base_model else _distinct(models)
+    datasets = upload.datasets
     if datasets is None:
-        paths = [sae.cfg.metadata.dataset_path for sae in plan.saes]
-        datasets = [path for path in dict.fromkeys(paths) if _is_hub_id(path)]
+        paths = [each.dataset_path for each in metadata]
+        datasets = _distinct(path for path in paths if _is_hub_id(path))
     tags = ["saelens", "sparse-autoencoder", "mechanistic-interpretability"]
-    if any(sae.in_scaffold_form for sae in plan.saes):
+    if any(sae.in_scaffold_form for sae in upload.saes):
         tags += ["scaffold-sae", "arxiv:2606.14040"]
-    entries = [entry for sae in plan.saes for entry in _model_index(sae)]
+    entries = [entry for sae in upload.saes for entry in _model_index(sae)]
     return ModelCardData(
         library_name="saelens",
-        license=plan.license,
+        license=upload.license,
         base_model=base_models[0] if len(base_models) == 1 else base_models or None,
         datasets=list(datasets) or None,
         tags=tags,
-        model_name=plan.repo_id.partition("/")[2] if entries else None,
+        model_name=upload.repo_id.partition("/")[2] if entries else None,
         eval_results=entries or None,
     )
 
@@ -93,33 +95,31 @@ def _model_index(sae: UploadedSAE) -> list[EvalResult]:
     ]
 
 
-def _base_models(saes: Sequence[UploadedSAE]) -> list[str]:
-    """Hub ids of the language models, of those that have one."""
-    found: list[str] = []
-    for sae in saes:
-        name = str(sae.cfg.metadata.model_name)
-        try:
-            official = get_official_model_name(name)
-        except ValueError:
-            official = name if _is_hub_id(name) else None
-        # local models are known to TransformerLens by their paths
-        if official and not Path(official).is_absolute() and official not in found:
-            found.append(official)
-    return found
+def _base_model(name: str) -> str | None:
+    """Hub id of a language model, if it has one."""
+    try:
+        official = get_official_model_name(name)
+    except ValueError:
+        return name if _is_hub_id(name) else None
+    # local models are known to TransformerLens by their paths
+    return None if Path(official).is_absolute() else official
 
 
 def _is_hub_id(name: object) -> bool:
-    if not isinstance(name, str) or _HUB_ID.fullmatch(name) is None:
-        return False
-    return not Path(name).exists()
+    is_id = isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
+    return is_id and not Path(str(name)).exists()
 
 
-def _other_saes(plan: UploadPlan, remote_files: Iterable[str]) -> list[str]:
+def _distinct(names: Iterable[str | None]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def _other_saes(upload: Upload, remote_files: Iterable[str]) -> list[str]:
     """Ids of further SAEs in the repository, without plain forms."""
     paths = map(PurePosixPath, remote_files)
     found = {str(path.parent) for path in paths if path.name == SAE_WEIGHTS_FILENAME}
     plain_forms = {f"{sae_id}/{PLAIN_FORM}" for sae_id in found}
-    return sorted(found - plain_forms - {sae.sae_id for sae in plan.saes})
+    return sorted(found - plain_forms - {sae.sae_id for sae in upload.saes})
 
 
 def _code(values: Any) -> str:
@@ -130,21 +130,46 @@ def _code(values: Any) -> str:
 
 def _plain(value: object) -> str:
     """A value in one line, without Markdown and without the directories of a local path."""
-    if value is None:
-        return "-"
-    text = str(without_directories(value))
+    text = "" if value is None else str(without_directories(value))
     return re.sub(r"[`|<>\[\]\\\s]+", " ", text).strip()[:200] or "-"
 
 
-def _digits(value: float, metric: Metric) -> str:
-    return f"{value:.{metric.digits}f}"
-
-
-_ENVIRONMENT = Environment(
+TEMPLATES = Environment(
     loader=PackageLoader("saelens_scaffold", "hub"),
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=StrictUndefined,
     autoescape=False,  # Markdown, whose special characters `plain` removes
 )
-_ENVIRONMENT.filters |= {"code": _code, "plain": _plain, "digits": _digits}
+TEMPLATES.filters |= {"code": _code, "plain": _plain}
+
+
+def add_figure(upload: Upload, folder: Path) -> None:
+    """
+    Plot how often sparse latents fire, one curve for each SAE, if it is known of any.
+
+    A point (x, y) of a curve: y sparse latents fire on more than x of the tokens.
+    Scaffold SAEs have solid lines, plain ones dashed lines.
+
+    Args:
+        upload: The upload, of whose SAEs the first ten with known frequencies are drawn.
+        folder: Where to write the PNG.
+    """
+    known = [sae for sae in upload.saes if sae.facts.frequencies is not None]
+    if not known:
+        return
+    from matplotlib.figure import Figure  # not needed to load SAEs
+
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for sae in known[:10]:  # as many as can be told apart
+        frequencies = np.asarray(sae.facts.frequencies)
+        alive = np.sort(frequencies[frequencies > 0])[::-1]
+        style = "-" if sae.rank else "--"
+        label = f"{sae.sae_id} (rank {sae.rank})" if sae.rank else sae.sae_id
+        counts = np.arange(1, len(alive) + 1)
+        axes.step(alive, counts, style, linewidth=1.6, label=label)
+    finish_firing_axes(axes, known[0].facts.threshold)
+    # no version and no date, so that the same plot is the same file
+    figure.savefig(folder / FIGURE, dpi=150, metadata={"Software": None})
+    upload.extra_files[FIGURE] = folder / FIGURE

@@ -1,35 +1,32 @@
-"""The SAEs to upload: where they are, and what is known of them."""
+"""An upload: its SAEs, where they are, and what is known of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
+from huggingface_hub import HfApi
 from sae_lens import constants
 from sae_lens.saes.sae import SAE, TrainingSAE
 from tqdm.autonotebook import tqdm
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.hub import compare_runs
-from saelens_scaffold.hub.facts import Facts, facts_of, read_results, results_of
-from saelens_scaffold.saes import sae_ids
+from saelens_scaffold.hub import findings
+from saelens_scaffold.saes import sae_ids, validation
 from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
-from saelens_scaffold.saes.validation import (
-    InvalidSAEError,
-    check_can_be_used,
-    check_weights,
-    read_json_object,
-)
 from saelens_scaffold.training.measurement import Measurement
 
 if TYPE_CHECKING:
     from saelens_scaffold.evals.store import StoredResult
 
+README = "README.md"
 _MAX_RUNNER_CFG_BYTES = 1 << 24
 
-SAESource = SAE[Any] | Path | str
-"""An SAE, or the directory of one."""
+SAESource: TypeAlias = SAE[Any] | Path | str
+"""An SAE, or a directory of SAEs."""
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class UploadedSAE:
     directory: Path
     cfg: Any
     results: "Sequence[StoredResult]"
-    facts: Facts
+    facts: findings.Facts
 
     @property
     def rank(self) -> int:
@@ -68,162 +65,172 @@ class UploadedSAE:
         return file if file.exists() else None
 
 
-def find_saes(path: Path) -> dict[str, Path]:
+@dataclass
+class Upload:
     """
-    The SAEs of a directory.
+    An upload: what goes where, and what it did, or would do.
 
-    Args:
-        path: Directory of an SAE, of a `compare` run, or any with SAEs below it.
-
-    Returns:
-        The SAEs' directories by id: an SAE's own name, or its path below the directory.
-
-    Raises:
-        UserError: There is none, two have the same id, or a path makes no id.
+    Attributes:
+        repo_id: The repository.
+        revision: The branch; the pull request, once it is open.
+        jumprelu: Whether scaffold SAEs are uploaded in their plain form, too.
+        private: Whether the repository must be private.
+        create_pr: Whether a pull request is still to be opened.
+        overwrite_readme: Whether to replace an existing README.
+        license: License id of the Hub, as in "mit"; None leaves it out.
+        base_model: The language model's id on the Hub; None infers it from the SAEs.
+        datasets: Hub ids of the training data; None infers them from the SAEs.
+        api: The Hub, with the user's token.
+        show_progress: Whether to show progress bars.
+        saes: The SAEs.
+        extra_files: Files beside the card, by path in the repository.
+        left_out: Evaluation results that are not uploaded, with the reason.
+        files: Sizes in bytes of all files, by path in the repository (dry run).
+        commits: URL of each SAE's commit, None where nothing had changed; empty after a
+            dry run.
+        readme: The card.
+        readme_outcome: What became of it, or would.
+        readme_diff: Unified diff from the repository's README; None if that is unknown.
+        pull_request: URL of the pull request, if there is one.
     """
-    if not path.is_dir():
-        raise UserError(f"{path} is no directory")
-    if _is_sae(path):
-        return {sae_ids.sae_id_of_path(Path(path.resolve().name)): path}
-    is_run = bool(compare_runs.run_files(path))
-    root = path / compare_runs.SAES_FOLDER if is_run else path
-    directories: list[Path] = []
-    for file in sorted(root.rglob(constants.SAE_CFG_FILENAME)):
-        # what lies in an SAE's directory belongs to it, as a plain form saved there
-        is_inside_another = any(other in file.parents for other in directories)
-        if _is_sae(file.parent) and not is_inside_another:
-            directories.append(file.parent)
-    if not directories:
-        raise UserError(
-            f"{path} holds no SAE: no directory in it has {constants.SAE_CFG_FILENAME} "
-            f"and {constants.SAE_WEIGHTS_FILENAME} (SAELens's save_model and "
-            "save_inference_model write both)"
-        )
-    ids = [sae_ids.sae_id_of_path(found.relative_to(root)) for found in directories]
-    sae_ids.check_distinct(ids)
-    return dict(zip(ids, directories, strict=True))
+
+    repo_id: str
+    revision: str
+    jumprelu: bool
+    private: bool
+    create_pr: bool
+    overwrite_readme: bool
+    license: str | None
+    base_model: str | None
+    datasets: Sequence[str] | None
+    api: HfApi
+    show_progress: bool
+    saes: list[UploadedSAE] = field(default_factory=list)
+    extra_files: dict[str, Path] = field(default_factory=dict)
+    left_out: dict[Path, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    commits: dict[str, str | None] = field(default_factory=dict)
+    readme: str = ""
+    readme_outcome: Literal["written", "unchanged", "kept"] = "written"
+    readme_diff: str | None = None
+    pull_request: str | None = None
+
+    def progress(self, items: Iterable[Item], description: str) -> Iterable[Item]:
+        """The items, with a progress bar if one is wanted."""
+        return tqdm(items, desc=description, disable=not self.show_progress)
+
+    def gather(
+        self,
+        saes: Mapping[str, SAESource] | Path | str | Sequence[Path | str],
+        eval_results: Path | str | Sequence[Path | str] | None,
+        folder: Path,
+    ) -> None:
+        """
+        Check that SAEs can be uploaded, and gather what is known of them.
+
+        Args:
+            saes: SAEs or directories of SAEs by id, or directories, also as ID=DIRECTORY.
+            eval_results: Folders with evaluation results; None for those in directories.
+            folder: Where to save the SAEs that are not in a directory.
+
+        Raises:
+            InvalidSAEError: An SAE, or one of its files, cannot be used.
+            UserError: There is no SAE, or an id or a result cannot be used.
+        """
+        given = _given(saes)
+        by_id = dict(_found(given))
+        directories = [Path(s) for _, s in given if not isinstance(s, SAE)]
+        reductions: dict[str, findings.Reduction] = {}
+        if [given_id for given_id, _ in given] == [None]:
+            self.extra_files = findings.run_files(directories[0])
+            reductions = findings.reductions_in(directories[0])
+        if eval_results is None:
+            folders = [path / sae_ids.RESULTS_FOLDER for path in directories]
+            eval_results = [folder for folder in folders if folder.is_dir()]
+        elif isinstance(eval_results, Path | str):
+            eval_results = [eval_results]
+        stored = findings.read_results([Path(path) for path in eval_results])
+        reasons = {result.file: result.why_stale() for result in stored}
+        current = [result for result in stored if reasons[result.file] is None]
+        for sae_id, source in self.progress(by_id.items(), "Checking SAEs"):
+            try:
+                path, sae = _checked(source, folder / sae_id)
+            except validation.InvalidSAEError as error:
+                raise validation.InvalidSAEError(f"SAE {sae_id!r}: {error}") from error
+            own = findings.results_of(sae, current)
+            reduction = reductions.get(sae_id)
+            facts = findings.facts_of(own, Measurement.of(sae), reduction)
+            self.saes.append(UploadedSAE(sae_id, path, sae.cfg, own, facts))
+        for result in (result for sae in self.saes for result in sae.results):
+            reasons.pop(result.file, None)
+        self.left_out = {
+            file: reason or "is of none of these SAEs"
+            for file, reason in reasons.items()
+        }
 
 
-def given_saes(
-    arguments: Sequence[str],
-) -> tuple[Mapping[str, Path] | Path, list[Path]]:
+def _given(
+    saes: Mapping[str, SAESource] | Path | str | Sequence[Path | str],
+) -> list[tuple[str | None, SAESource]]:
+    """SAEs and directories as they are given, with the ids that are."""
+    if isinstance(saes, Mapping):
+        return [(sae_ids.check_sae_id(sae_id), sae) for sae_id, sae in saes.items()]
+    given: list[tuple[str | None, SAESource]] = []
+    for argument in [saes] if isinstance(saes, Path | str) else saes:
+        sae_id, equals, directory = str(argument).partition("=")
+        if not equals or Path(argument).exists():
+            given.append((None, Path(argument)))
+        else:
+            given.append((sae_ids.check_sae_id(sae_id), Path(directory)))
+    return given
+
+
+def _found(
+    given: Sequence[tuple[str | None, SAESource]],
+) -> list[tuple[str, SAESource]]:
     """
-    The SAEs of a command line.
-
-    Args:
-        arguments: Directories as for `find_saes`, or ID=DIRECTORY.
-
-    Returns:
-        The SAEs' directories by id, or the only directory if it is given without an id;
-        and the directories as given.
+    The SAEs themselves, each with an id of its own.
 
     Raises:
         UserError: A directory holds no SAE, an id is invalid, or two are the same.
     """
-    given = [_split_id(argument) for argument in arguments]
-    directories = [path for _, path in given]
-    if len(given) == 1 and given[0][0] is None:
-        return directories[0], directories
-    found: list[tuple[str, Path]] = []
-    for given_id, path in given:
-        for sae_id, directory in find_saes(path).items():
-            if given_id is not None:
-                sae_id = given_id if directory == path else f"{given_id}/{sae_id}"
+    found: list[tuple[str, SAESource]] = []
+    for given_id, source in given:
+        if isinstance(source, SAE) or (given_id and not Path(source).is_dir()):
+            found.append((str(given_id), source))  # whose check says what is missing
+            continue
+        for sae_id, directory in _saes_in(Path(source)):
+            if given_id:
+                sae_id = (
+                    given_id if directory == Path(source) else f"{given_id}/{sae_id}"
+                )
             found.append((sae_id, directory))
-    sae_ids.check_distinct(sae_id for sae_id, _ in found)
-    return dict(found), directories
-
-
-def results_folders(paths: Iterable[str | Path]) -> list[Path]:
-    """The folders with evaluation results in these directories."""
-    folders = [Path(path) / sae_ids.RESULTS_FOLDER for path in paths]
-    return [folder for folder in folders if folder.is_dir()]
-
-
-def prepare(
-    saes: Mapping[str, SAESource] | Path | str,
-    eval_results: Path | str | Sequence[Path | str] | None,
-    folder: Path,
-    show_progress: bool,
-) -> tuple[list[UploadedSAE], dict[Path, str]]:
-    """
-    Check that SAEs can be uploaded, and gather what is known of them.
-
-    Args:
-        saes: SAEs, or their directories, by id; or one directory as for `find_saes`.
-        eval_results: Folders with evaluation results; None for those in the directories.
-        folder: Where to save the SAEs that are not in a directory.
-        show_progress: Whether to show a progress bar.
-
-    Returns:
-        The SAEs; and the evaluation results that are not uploaded, with the reason.
-
-    Raises:
-        InvalidSAEError: An SAE, or one of its files, cannot be used.
-        UserError: There is no SAE, or an id or a result cannot be used.
-    """
-    directory = Path(saes) if isinstance(saes, str | Path) else None
-    by_id = _by_id(saes)
-    if eval_results is None:
-        sources = [s for s in by_id.values() if isinstance(s, str | Path)]
-        eval_results = results_folders([directory] if directory else sources)
-    folders = [eval_results] if isinstance(eval_results, str | Path) else eval_results
-    results = read_results([Path(path) for path in folders])
-    left_out = {r.file: why for r in results if (why := r.why_stale()) is not None}
-    current = [result for result in results if result.file not in left_out]
-    reductions = compare_runs.reductions_in(directory) if directory else {}
-    prepared: list[UploadedSAE] = []
-    checking = tqdm(by_id.items(), desc="Checking SAEs", disable=not show_progress)
-    for sae_id, source in checking:
-        try:
-            path, sae = _checked(source, folder / sae_id)
-        except InvalidSAEError as error:
-            raise InvalidSAEError(f"SAE {sae_id!r}: {error}") from error
-        own = results_of(sae, current)
-        facts = facts_of(own, Measurement.of(sae), reductions.get(sae_id))
-        prepared.append(UploadedSAE(sae_id, path, sae.cfg, own, facts))
-    matched = {result.file for sae in prepared for result in sae.results}
-    for result in current:
-        if result.file not in matched:
-            left_out[result.file] = "is of none of these SAEs"
-    return prepared, left_out
-
-
-def _by_id(saes: Mapping[str, SAESource] | Path | str) -> Mapping[str, SAESource]:
-    if isinstance(saes, (str, Path)):
-        return find_saes(Path(saes))
-    if not isinstance(saes, Mapping):
-        raise UserError("name the SAEs: pass a dictionary of SAEs by id")
-    if not saes:
+    if not found:
         raise UserError("no SAEs to upload")
-    for sae_id in saes:
-        sae_ids.check_sae_id(sae_id)
-    sae_ids.check_distinct(saes)
-    return saes
+    sae_ids.check_distinct(sae_id for sae_id, _ in found)
+    return found
 
 
-def _checked(source: SAESource, folder: Path) -> tuple[Path, SAE[Any]]:
-    """The directory of an SAE, saved to `folder` if it has none yet, and the SAE."""
-    if isinstance(source, TrainingSAE) and not isinstance(source, ScaffoldMixin):
-        raise InvalidSAEError(
-            f"a training SAE ({source.cfg.architecture()}) is given; save it with "
-            "save_inference_model, and upload the directory"
+def _saes_in(path: Path) -> Iterator[tuple[str, Path]]:
+    """The SAEs of a directory with their ids, which are their names or paths below it."""
+    if not path.is_dir():
+        raise UserError(f"{path} is no directory")
+    if _is_sae(path):
+        yield sae_ids.sae_id_of_path(Path(path.resolve().name)), path
+        return
+    root = path / findings.SAES_FOLDER if findings.run_files(path) else path
+    found: list[Path] = []
+    for file in sorted(root.rglob(constants.SAE_CFG_FILENAME)):
+        # what lies in an SAE's directory belongs to it, as a plain form saved there
+        is_inside_another = any(other in file.parents for other in found)
+        if _is_sae(file.parent) and not is_inside_another:
+            found.append(file.parent)
+            yield sae_ids.sae_id_of_path(file.parent.relative_to(root)), file.parent
+    if not found:
+        raise UserError(
+            f"{path} holds no SAE: no directory in it has {constants.SAE_CFG_FILENAME} and "
+            f"{constants.SAE_WEIGHTS_FILENAME}, as SAELens's save_model writes them"
         )
-    if isinstance(source, SAE):
-        sae = source.to_inference() if isinstance(source, ScaffoldMixin) else source
-        check_weights(sae.cfg.to_dict(), sae.state_dict())
-        sae.save_model(folder)
-        source = folder
-    if not isinstance(source, (str, Path)):
-        raise TypeError(
-            f"an SAE or the path of its directory is needed, got {source!r:.100}"
-        )
-    sae = load_scaffold_sae(source)
-    check_can_be_used(sae)
-    runner_cfg = Path(source, constants.RUNNER_CFG_FILENAME)
-    if runner_cfg.exists():
-        read_json_object(runner_cfg, _MAX_RUNNER_CFG_BYTES)
-    return Path(source), sae
 
 
 def _is_sae(directory: Path) -> bool:
@@ -231,9 +238,20 @@ def _is_sae(directory: Path) -> bool:
     return all((directory / name).is_file() for name in names)
 
 
-def _split_id(argument: str) -> tuple[str | None, Path]:
-    """The id, if one is given, and the directory of an ID=DIRECTORY."""
-    sae_id, equals, directory = argument.partition("=")
-    if not equals or Path(argument).exists():
-        return None, Path(argument)
-    return sae_id, Path(directory)
+def _checked(source: SAESource, folder: Path) -> tuple[Path, SAE[Any]]:
+    """The directory of an SAE, saved to `folder` if it has none yet, and the SAE."""
+    if isinstance(source, TrainingSAE) and not isinstance(source, ScaffoldMixin):
+        raise validation.InvalidSAEError(
+            "it is a training SAE; upload what its save_inference_model saves"
+        )
+    if isinstance(source, SAE):
+        sae = source.to_inference() if isinstance(source, ScaffoldMixin) else source
+        validation.check_weights(sae.cfg.to_dict(), sae.state_dict())
+        sae.save_model(folder)
+        source = folder
+    sae = load_scaffold_sae(source)
+    validation.check_can_be_used(sae)
+    runner_cfg = Path(source, constants.RUNNER_CFG_FILENAME)
+    if runner_cfg.exists():
+        validation.read_json_object(runner_cfg, _MAX_RUNNER_CFG_BYTES)
+    return Path(source), sae

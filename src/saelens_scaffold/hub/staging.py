@@ -10,9 +10,8 @@ from sae_lens.saes.sae import SAE
 from safetensors.torch import load_file, save_file
 
 from saelens_scaffold.hub.local_paths import without_directories
-from saelens_scaffold.hub.plan import UploadPlan
-from saelens_scaffold.hub.sources import UploadedSAE
 from saelens_scaffold.saes.facts import weights_sha256
+from saelens_scaffold.hub.sources import Upload, UploadedSAE
 from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.sae_ids import PLAIN_FORM, RESULTS_FOLDER
 from saelens_scaffold.training.measurement import Measurement
@@ -22,14 +21,12 @@ _CONFIGURATIONS = ("eval_config", "sae_cfg_dict")
 only looks like a path."""
 
 
-def write_files(
-    plan: UploadPlan, uploaded: UploadedSAE, folder: Path
-) -> dict[str, Path]:
+def write_files(upload: Upload, uploaded: UploadedSAE, folder: Path) -> dict[str, Path]:
     """
     Write all files of an SAE, in both forms.
 
     Args:
-        plan: The upload.
+        upload: The upload.
         uploaded: The SAE.
         folder: Where to write them.
 
@@ -43,61 +40,54 @@ def write_files(
     sparsity = None
     if uploaded.sparsity_file is not None:
         sparsity = load_file(uploaded.sparsity_file)["sparsity"]
-    hint = f'SAE.from_pretrained("{plan.repo_id}", "{sae_id}")'
+    hint = f'SAE.from_pretrained("{upload.repo_id}", "{sae_id}")'
     if uploaded.in_scaffold_form:
         hint = f"pip install saelens-scaffold; then import saelens_scaffold, and {hint}"
-    if uploaded.in_scaffold_form and plan.jumprelu:
-        plain_hint = f'SAE.from_pretrained("{plan.repo_id}", "{sae_id}/{PLAIN_FORM}")'
-        hint += (
-            ". Or without that package, as a plain SAE with the same outputs: "
-            f"{plain_hint}"
-        )
-        plain = folder / PLAIN_FORM
-        _save(sae.to_jumprelu(), plain, how_to_load=plain_hint, measured=measured)
+    if uploaded.in_scaffold_form and upload.jumprelu:
+        plain_hint = f'SAE.from_pretrained("{upload.repo_id}", "{sae_id}/{PLAIN_FORM}")'
+        hint += f". Or without that package, as a plain SAE with the same outputs: {plain_hint}"
+        plain_sparsity = None
         if sparsity is not None:
             # Together, the two halves of a linear latent fire as often as it does; how
             # often each of them does was not counted.
             linear, sparse = sparsity.tensor_split([uploaded.rank])
-            _save_sparsity(torch.cat([linear, linear, sparse]), plain)
-    _save(sae, folder, how_to_load=hint, measured=measured)
-    if sparsity is not None:
-        _save_sparsity(sparsity, folder)
+            plain_sparsity = torch.cat([linear, linear, sparse])
+        plain = folder / PLAIN_FORM
+        _save(sae.to_jumprelu(), plain_sparsity, plain, plain_hint, measured)
+    _save(sae, sparsity, folder, hint, measured)
     runner_cfg = uploaded.directory / constants.RUNNER_CFG_FILENAME
     if runner_cfg.exists():
         content = json.loads(runner_cfg.read_text(encoding="utf-8"))
         _write_json(without_directories(content), folder / runner_cfg.name)
-    for name, content in _published_results(uploaded).items():
-        _write_json(content, folder / RESULTS_FOLDER / name)
+    for result in uploaded.results:
+        about = {k: v for k, v in result.content.items() if k in _CONFIGURATIONS}
+        file, number = folder / RESULTS_FOLDER / f"{result.evaluation}.json", 1
+        while file.exists():
+            number += 1
+            file = file.with_name(f"{result.evaluation}-{number}.json")
+        _write_json({**result.content, **without_directories(about)}, file)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {f"{sae_id}/{path.relative_to(folder).as_posix()}": path for path in files}
 
 
-def _save(sae: SAE[Any], folder: Path, **metadata: Any) -> None:
+def _save(
+    sae: SAE[Any],
+    log_sparsity: torch.Tensor | None,
+    folder: Path,
+    how_to_load: str,
+    measured: dict[str, Any] | None,
+) -> None:
     """Save an SAE with further metadata, and without local paths in them."""
     sae.save_model(folder)
     file = folder / constants.SAE_CFG_FILENAME
     cfg = json.loads(file.read_text(encoding="utf-8"))
-    metadata["weights_sha256"] = weights_sha256(sae)
-    cfg["metadata"] = without_directories({**cfg["metadata"], **metadata})
+    cfg["metadata"] |= {"how_to_load": how_to_load, "measured": measured}
+    cfg["metadata"] |= {"weights_sha256": weights_sha256(sae)}
+    cfg["metadata"] = without_directories(cfg["metadata"])
     file.write_text(json.dumps(cfg), encoding="utf-8")
-
-
-def _save_sparsity(log_sparsity: torch.Tensor, folder: Path) -> None:
-    sparsity = {"sparsity": log_sparsity.contiguous()}
-    save_file(sparsity, folder / constants.SPARSITY_FILENAME)
-
-
-def _published_results(uploaded: UploadedSAE) -> dict[str, Any]:
-    """An SAE's evaluation results by file name, without local paths."""
-    published: dict[str, Any] = {}
-    for result in uploaded.results:
-        name, number = f"{result.evaluation}.json", 1
-        while name in published:
-            number += 1
-            name = f"{result.evaluation}-{number}.json"
-        about = {k: v for k, v in result.content.items() if k in _CONFIGURATIONS}
-        published[name] = {**result.content, **without_directories(about)}
-    return published
+    if log_sparsity is not None:
+        sparsity = {"sparsity": log_sparsity.contiguous()}
+        save_file(sparsity, folder / constants.SPARSITY_FILENAME)
 
 
 def _write_json(content: Any, file: Path) -> None:

@@ -1,8 +1,7 @@
 """Uploading SAEs to the Hugging Face Hub."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,21 +9,13 @@ from typing import Any
 from huggingface_hub import HfApi, errors, utils
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.hub.commits import HubUpload
-from saelens_scaffold.hub.compare_runs import run_files
-from saelens_scaffold.hub.dry_run import look
-from saelens_scaffold.hub.figure import write_firing_frequencies
-from saelens_scaffold.hub.plan import FIGURE, README, UploadPlan, UploadSummary
-from saelens_scaffold.hub.sources import (
-    SAESource,
-    given_saes,
-    prepare,
-    results_folders,
-)
+from saelens_scaffold.hub.commits import HubUpload, look
+from saelens_scaffold.hub.model_card import TEMPLATES, add_figure
+from saelens_scaffold.hub.sources import SAESource, Upload
 
 
 def upload_scaffold_saes(
-    saes: Mapping[str, SAESource] | Path | str,
+    saes: Mapping[str, SAESource] | Path | str | Sequence[Path | str],
     hf_repo_id: str,
     *,
     hf_revision: str = "main",
@@ -39,7 +30,7 @@ def upload_scaffold_saes(
     token: str | None = None,
     show_progress: bool = True,
     dry_run: bool = False,
-) -> UploadSummary:
+) -> Upload:
     """
     Upload SAEs to the Hugging Face Hub, scaffold SAEs in two forms.
 
@@ -52,7 +43,8 @@ def upload_scaffold_saes(
 
     Args:
         saes: SAEs, or their directories, by id; or one directory: of an SAE, of a
-            `compare` run, or any with SAEs below it, whose ids are then their paths.
+            `compare` run, or any with SAEs below it, whose ids are then their paths; or
+            several directories, also as "ID=DIRECTORY".
         hf_repo_id: The repository, "user/repo", created if there is none.
         hf_revision: The branch, created if there is none.
         jumprelu: Whether to upload scaffold SAEs in their plain form, too.
@@ -79,7 +71,7 @@ def upload_scaffold_saes(
         HubUploadError: The Hub refuses or cannot be reached, and what to do.
     """
     _check_repo_id(hf_repo_id)
-    plan = UploadPlan(
+    upload = Upload(
         repo_id=hf_repo_id,
         revision=hf_revision,
         jumprelu=jumprelu,
@@ -92,7 +84,17 @@ def upload_scaffold_saes(
         api=HfApi(token=token),
         show_progress=show_progress,
     )
-    return _upload(plan, saes, eval_results, dry_run)
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        if not show_progress and not utils.are_progress_bars_disabled():
+            utils.disable_progress_bars()  # huggingface_hub's, for each file
+            stack.callback(utils.enable_progress_bars)
+        upload.gather(saes, eval_results, Path(folder, "saes"))
+        add_figure(upload, Path(folder))
+        if dry_run:
+            look(upload)
+        else:
+            HubUpload(upload).run()
+    return upload
 
 
 def run(
@@ -101,8 +103,6 @@ def run(
     *,
     revision: str = "main",
     no_jumprelu: bool = False,
-    eval_results: Sequence[str] | None = None,
-    dry_run: bool = False,
     **options: Any,
 ) -> tuple[str, list[str]]:
     """
@@ -113,52 +113,18 @@ def run(
         repo_id: The repository.
         revision: The branch.
         no_jumprelu: Whether to leave out the plain form of scaffold SAEs.
-        eval_results: Output folders of `saelens-scaffold eval`.
-        dry_run: Whether only to look.
         options: Further options of `upload_scaffold_saes`.
 
     Returns:
         The text to print, and notes for the standard error.
     """
-    given, directories = given_saes(saes)
-    summary = upload_scaffold_saes(
-        given,
-        repo_id,
-        hf_revision=revision,
-        jumprelu=not no_jumprelu,
-        eval_results=eval_results or results_folders(directories),
-        dry_run=dry_run,
-        **options,
-    )
-    notes = [f"{file}: stays here, {why}" for file, why in summary.left_out.items()]
-    if options.get("license") is None:
+    options.update(hf_revision=revision, jumprelu=not no_jumprelu)
+    upload = upload_scaffold_saes(saes, repo_id, **options)
+    notes = [f"{file}: stays here, {why}" for file, why in upload.left_out.items()]
+    if upload.license is None:
         notes.append("The card names no licence; --license mit, say, would.")
-    return (_dry_run_text if dry_run else _text)(summary), notes
-
-
-def _upload(
-    plan: UploadPlan,
-    saes: Mapping[str, SAESource] | Path | str,
-    eval_results: Path | str | Sequence[Path | str] | None,
-    dry_run: bool,
-) -> UploadSummary:
-    with TemporaryDirectory() as folder:
-        prepared, left_out = prepare(
-            saes, eval_results, Path(folder, "saes"), plan.show_progress
-        )
-        extra_files = run_files(Path(saes)) if isinstance(saes, str | Path) else {}
-        figure = Path(folder, FIGURE)
-        if write_firing_frequencies(prepared, figure):
-            extra_files[FIGURE] = figure
-        plan = replace(plan, saes=prepared, extra_files=extra_files)
-        url = f"{plan.api.endpoint}/{plan.repo_id}"
-        summary = UploadSummary(url, left_out=left_out)
-        if dry_run:
-            look(plan, summary)
-        else:
-            with _file_progress(plan.show_progress):
-                HubUpload(plan, summary).run()
-    return summary
+    text = TEMPLATES.get_template("report.txt.jinja").render(upload=upload)
+    return text.rstrip(), notes
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -167,52 +133,4 @@ def _check_repo_id(repo_id: str) -> None:
     except errors.HFValidationError as error:
         raise UserError(f"{repo_id!r:.200} is no repository's id: {error}") from error
     if "/" not in repo_id:
-        raise UserError(
-            f"{repo_id!r} lacks the owner, without which SAELens finds no repository; "
-            f"write USER/{repo_id}"
-        )
-
-
-@contextmanager
-def _file_progress(show: bool) -> Iterator[None]:
-    """Switch off huggingface_hub's progress bar for each file, unless it is wanted."""
-    if show or utils.are_progress_bars_disabled():
-        yield
-        return
-    utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        utils.enable_progress_bars()
-
-
-def _text(summary: UploadSummary) -> str:
-    outcome = {
-        "written": "The model card has been written.",
-        "unchanged": "The model card is there already, unchanged.",
-        "kept": f"The repository's {README} is kept; --overwrite_readme replaces it, and "
-        "--dry-run shows what would change.",
-    }[summary.readme_outcome]
-    commits = [
-        f"{sae_id}: {url or 'is there already, unchanged'}"
-        for sae_id, url in summary.commits.items()
-    ]
-    return "\n".join([*commits, outcome, summary.pull_request or summary.repo_url])
-
-
-def _dry_run_text(summary: UploadSummary) -> str:
-    width = max(len(f"{size:,}") for size in summary.files.values())
-    lines = [f"{size:>{width},} bytes  {path}" for path, size in summary.files.items()]
-    parts = [f"To {summary.repo_url} would go:", *lines, ""]
-    if summary.readme_outcome == "unchanged":
-        return "\n".join([*parts, f"The repository's {README} would stay as it is."])
-    if summary.readme_outcome == "kept":
-        parts.append(
-            f"The repository's {README} would be kept. With --overwrite_readme:"
-        )
-    elif summary.readme_diff is None:
-        parts.append(
-            f"Whether the repository has a {README} cannot be found out from here; if it "
-            "has, it would be kept, unless --overwrite_readme is given. The new one:"
-        )
-    return "\n".join([*parts, "", summary.readme_diff or summary.readme])
+        raise UserError(f"{repo_id!r} lacks the owner; write USER/{repo_id}")

@@ -5,17 +5,13 @@ converter=checked_huggingface_loader)` and `SAE.load_from_disk(path,
 converter=checked_disk_loader)`.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub as hf
 import torch
-from huggingface_hub import (
-    errors,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
+from huggingface_hub import errors
 from sae_lens import SAE, constants
 from sae_lens.loading import pretrained_sae_loaders
 from safetensors.torch import load_file
@@ -62,19 +58,14 @@ def load_scaffold_sae(
         HfHubHTTPError: The Hub does not give the files.
     """
 
-    def converter(
-        path: str | Path, device: str, cfg_overrides: dict[str, Any] | None
-    ) -> tuple[dict[str, Any], Weights]:
-        if sae_id is None:
-            return checked_disk_loader(path, device, cfg_overrides)
+    def from_hub(repo_id: Any, device: str, cfg_overrides: Any) -> tuple[Any, Weights]:
         return checked_huggingface_loader(
-            str(path), sae_id, device, force_download, cfg_overrides
+            str(repo_id), str(sae_id), device, force_download, cfg_overrides
         )[:2]
 
     # load_from_disk also for the Hub, as from_pretrained needs a dtype
-    return SAE.load_from_disk(
-        repo_id_or_path, device=device, dtype=dtype, converter=converter
-    )
+    converter: Any = checked_disk_loader if sae_id is None else from_hub
+    return SAE.load_from_disk(repo_id_or_path, device, dtype, converter)
 
 
 def checked_disk_loader(
@@ -130,60 +121,40 @@ def checked_huggingface_loader(
 
     def download(name: str, max_bytes: int, revision: str | None = None) -> Path:
         path = f"{folder}/{name}"
-        return _download(repo_id, path, max_bytes, revision, force_download)
+        try:
+            metadata = hf.get_hf_file_metadata(
+                hf.hf_hub_url(repo_id, path, revision=revision)
+            )
+        except errors.EntryNotFoundError:
+            raise
+        except (HTTP_ERROR, OSError):
+            cached = hf.try_to_load_from_cache(repo_id, path, revision=revision)
+            if not isinstance(cached, str):
+                raise
+            return Path(cached)
+        if metadata.size is not None and metadata.size > max_bytes:
+            raise validation.InvalidSAEError(
+                f"{repo_id}: {path} has {metadata.size} bytes, over the {max_bytes} allowed"
+            )
+        commit = metadata.commit_hash or revision
+        return Path(
+            hf.hf_hub_download(
+                repo_id, path, revision=commit, force_download=force_download
+            )
+        )
 
     cfg_path = download(constants.SAE_CFG_FILENAME, validation.MAX_CFG_BYTES)
     cfg = validation.read_config(cfg_path)
     # All files are of one commit, whatever is pushed in the meantime.
     commit = cfg_path.parents[folder.count("/") + 1].name
     max_bytes = validation.max_weights_bytes(cfg)
-    weights_path = download(constants.SAE_WEIGHTS_FILENAME, max_bytes, commit)
-    validation.check_weights_file(weights_path, cfg)
-    log_sparsity = None
-    try:
+    download(constants.SAE_WEIGHTS_FILENAME, max_bytes, commit)
+    sparsity_path = None
+    with suppress(errors.EntryNotFoundError, errors.OfflineModeIsEnabled):
         max_bytes = validation.MAX_HEADER_BYTES + 8 * cfg["d_sae"]
         sparsity_path = download(constants.SPARSITY_FILENAME, max_bytes, commit)
-    except (errors.EntryNotFoundError, errors.OfflineModeIsEnabled):
-        pass
-    else:
-        validation.check_sparsity_file(sparsity_path, cfg["d_sae"])
-        log_sparsity = load_file(sparsity_path, device)["sparsity"]
-
-    cfg = pretrained_sae_loaders.get_sae_lens_config_from_disk(
-        cfg_path.parent, device, cfg_overrides
-    )
-    cfg, weights = pretrained_sae_loaders.read_sae_components_from_disk(
-        cfg, weights_path, device
+    cfg, weights = checked_disk_loader(cfg_path.parent, device, cfg_overrides)
+    log_sparsity = (
+        load_file(sparsity_path, device)["sparsity"] if sparsity_path else None
     )
     return cfg, weights, log_sparsity
-
-
-def _download(
-    repo_id: str,
-    filename: str,
-    max_bytes: int,
-    revision: str | None,
-    force_download: bool,
-) -> Path:
-    """Download a file of a limited size, or find it in the cache."""
-    url = hf_hub_url(repo_id, filename, revision=revision)
-    try:
-        metadata = get_hf_file_metadata(url)
-    except errors.EntryNotFoundError:
-        raise
-    except (HTTP_ERROR, OSError):
-        cached = try_to_load_from_cache(repo_id, filename, revision=revision)
-        if not isinstance(cached, str):
-            raise
-        return Path(cached)
-    if metadata.size is not None and metadata.size > max_bytes:
-        raise validation.InvalidSAEError(
-            f"{repo_id}: {filename} has {metadata.size} bytes; by the configuration it "
-            f"has {max_bytes} at most"
-        )
-    commit = metadata.commit_hash or revision
-    return Path(
-        hf_hub_download(
-            repo_id, filename, revision=commit, force_download=force_download
-        )
-    )

@@ -29,18 +29,16 @@ def check_sae_id(sae_id: object) -> str:
     Raises:
         UserError: It cannot.
     """
-    allowed = (
-        "names of letters, digits and _ . , = + -, of at most 96 characters, with "
-        "none of . , = + - first, nor . or - last, separated by /"
-    )
     parts = sae_id.split("/") if isinstance(sae_id, str) else []
     if not parts or not all(_PART.fullmatch(part) for part in parts):
-        raise UserError(f"{sae_id!r:.200} is no valid SAE id: an id is {allowed}")
-    reserved = {PLAIN_FORM, RESULTS_FOLDER} & set(parts)
-    if reserved:
         raise UserError(
-            f"{sae_id!r:.200} is no valid SAE id: {sorted(reserved)[0]!r} is the name of a "
-            "folder that every SAE may have; give the SAE another id, as in ID=DIR"
+            f"{sae_id!r:.200} is no valid SAE id: write names joined by /, of at most 96 "
+            "letters, digits and _.,=+-, none of .,=+- first, and neither . nor - last"
+        )
+    for reserved in {PLAIN_FORM, RESULTS_FOLDER} & set(parts):
+        raise UserError(
+            f"{sae_id!r:.200} is no valid SAE id: {reserved!r} is a folder of an SAE; give "
+            "the SAE another id, as in ID=DIR"
         )
     return str(sae_id)
 

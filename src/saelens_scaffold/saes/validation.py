@@ -7,18 +7,19 @@ header of the weights, and the header with the length of the file.
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
-from packaging.version import InvalidVersion, Version
+from pydantic import BaseModel, Field, ValidationError, create_model
 from sae_lens import constants
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from safetensors import SafetensorError, safe_open
 
@@ -40,6 +41,7 @@ _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
 }
 _MAX_CHUNK_BYTES = 1 << 24
+_SUPPORTED_VERSIONS = re.compile(r"([6-9]|[1-9]\d+)(\.|$)")
 # SAELens's loaders add these to a configuration beside its fields.
 _NO_FIELDS = {"architecture", "finetuning_scaling_factor"}
 
@@ -102,9 +104,7 @@ def read_json_object(path: str | Path, max_bytes: int) -> dict[str, Any]:
     with open(path, "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise InvalidSAEError(
-            f"{path} has more than {max_bytes} bytes, which no such file needs"
-        )
+        raise InvalidSAEError(f"{path} has more than {max_bytes} bytes")
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -124,34 +124,40 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     Raises:
         InvalidSAEError: A field is missing, unknown or has a value that is not allowed.
     """
-    cfg_class = _config_class(cfg.get("architecture"))
-    hints = get_type_hints(cfg_class)
-    # SAELens allows this value, but does not annotate it
-    scalings = (*get_args(hints["normalize_activations"]), "constant_norm_rescale")
-    hints["normalize_activations"] = Literal[scalings]
-    hints["dtype"] = Literal[tuple(sorted(constants.DTYPE_MAP))]
-    hints["metadata"] = dict
+    architecture = cfg.get("architecture")
+    if architecture not in list(SAE_CLASS_REGISTRY):
+        raise InvalidSAEError(
+            f"architecture must be one of {sorted(SAE_CLASS_REGISTRY)} (training SAEs are "
+            f"saved with save_inference_model), got {architecture!r:.100}"
+        )
+    cfg_class = SAE_CLASS_REGISTRY[architecture][1]
     known = {field.name for field in fields(cfg_class)}
     unknown = sorted(set(cfg) - known - _NO_FIELDS)
     if unknown:
         raise InvalidSAEError(
-            f"unknown fields {_shown(unknown)}; {cfg['architecture']!r} has "
-            f"{sorted(known)}. If the file is of a newer SAELens or saelens-scaffold, "
-            "upgrade: pip install -U sae-lens saelens-scaffold"
+            f"unknown fields {_shown(unknown)}; {architecture!r} has {sorted(known)}. "
+            "For files of newer versions: pip install -U sae-lens saelens-scaffold"
         )
-    missing = sorted(_required_fields(cfg_class) - set(cfg))
-    if missing:
-        raise InvalidSAEError(f"the fields {missing} are missing")
-    values = {name: cfg[name] for name in sorted(known & set(cfg))}
-    for name, value in values.items():
-        allowed = _type_name(hints[name])
-        is_allowed = _is_of(value, hints[name])
-        if name in ("d_in", "d_sae"):
-            allowed = f"an integer from 1 to {MAX_DIMENSION}"
-            is_allowed = is_allowed and 0 < value <= MAX_DIMENSION
-        if not is_allowed:
-            raise InvalidSAEError(f"{name} must be {allowed}, got {value!r:.100}")
-    _check_metadata(values.pop("metadata"))
+    values = {name: cfg[name] for name in known & set(cfg)}
+    try:
+        _schema(cfg_class).model_validate(values)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name, reason = str(wrong["loc"][0]), wrong["msg"]
+        raise InvalidSAEError(
+            f"{name}: {reason}, got {cfg.get(name)!r:.100}"
+        ) from error
+    metadata = values.pop("metadata")
+    # SAELens makes attributes of them, and some would replace methods.
+    methods = sorted(name for name in metadata if hasattr(SAEMetadata, name))
+    if methods:
+        raise InvalidSAEError(f"metadata must not have the fields {_shown(methods)}")
+    version = metadata.get("sae_lens_version")
+    if not isinstance(version, str) or not _SUPPORTED_VERSIONS.match(version):
+        raise InvalidSAEError(
+            f"metadata.sae_lens_version is {version!r:.100}, not 6 or newer; load the SAE "
+            "with SAE.load_from_disk, and save it again"
+        )
     try:
         cfg_class(**values)  # the class's own checks
     except (ValueError, TypeError) as error:
@@ -212,16 +218,11 @@ def check_sparsity_file(path: str | Path, d_sae: int) -> None:
     Raises:
         InvalidSAEError: It does not.
     """
-    with _opened(path) as file:
+    with _opened(path) as file, _named(path):
         found = _shapes_in(file)
-        shape, dtype = found.get("sparsity", ((), None))
-        if list(found) != ["sparsity"] or shape != (d_sae,) or dtype is None:
-            raise InvalidSAEError(
-                f"{path} must hold one tensor, 'sparsity', of {d_sae} floats; it has "
-                f"{_shown(found)}"
-            )
-        if not torch.isfinite(file.get_tensor("sparsity")).all():
-            raise InvalidSAEError(f"{path}: sparsity is not finite")
+        dtype = found.get("sparsity", ((), None))[1] or torch.float32
+        _check_shapes(found, {"sparsity": ((d_sae,), dtype)})
+        _check_values("sparsity", file.get_tensor("sparsity"), 0, {})
 
 
 def check_weights(
@@ -249,76 +250,35 @@ def check_can_be_used(sae: SAE[Any]) -> None:
     for name in ("model_name", "hook_name"):
         value = sae.cfg.metadata.get(name)
         if not isinstance(value, str) or not value.strip():
-            raise InvalidSAEError(
-                f"metadata.{name} is {value!r}, so nobody could tell what the SAE is of; "
-                f"set sae.cfg.metadata.{name}, or metadata.{name} in cfg.json"
-            )
+            raise InvalidSAEError(f"metadata.{name} is {value!r}; set it in cfg.json")
     if sae.cfg.normalize_activations == "expected_average_only_in":
         raise InvalidSAEError(
-            "normalize_activations is 'expected_average_only_in', but the factor is not "
-            "saved with the SAE; upload what the runner saved at the end of the training, "
-            "or call sae.fold_activation_norm_scaling_factor(FACTOR)"
+            "the factor of normalize_activations 'expected_average_only_in' is not saved "
+            "with the SAE; call sae.fold_activation_norm_scaling_factor(FACTOR)"
         )
 
 
-def _config_class(architecture: object) -> type[SAEConfig]:
-    if not isinstance(architecture, str) or architecture not in SAE_CLASS_REGISTRY:
-        if architecture in list(SAE_TRAINING_CLASS_REGISTRY):
-            raise InvalidSAEError(
-                f"architecture {architecture!r} is one for training, as checkpoints have "
-                "it; load it as a TrainingSAE, and save it with save_inference_model"
-            )
-        raise InvalidSAEError(
-            f"architecture must be one of {sorted(SAE_CLASS_REGISTRY)}, got "
-            f"{architecture!r:.100}"
-        )
-    return SAE_CLASS_REGISTRY[architecture][1]
-
-
-def _required_fields(cfg_class: type[SAEConfig]) -> set[str]:
-    """Fields without which the SAE is unknown: sizes, and all that the class adds."""
-    own = {f.name for f in fields(cfg_class)} - {f.name for f in fields(SAEConfig)}
+@cache
+def _schema(cfg_class: type[SAEConfig]) -> type[BaseModel]:
+    """Types of the fields in JSON. Sizes, and what the class adds, are required."""
+    hints = get_type_hints(cfg_class)
+    # SAELens allows this value, but does not annotate it
+    scalings = (*get_args(hints["normalize_activations"]), "constant_norm_rescale")
+    size = Annotated[int, Field(ge=1, le=MAX_DIMENSION)]
+    hints |= {
+        "normalize_activations": Literal[scalings],
+        "dtype": Literal[tuple(sorted(constants.DTYPE_MAP))],
+        "metadata": dict,
+        "d_in": size,
+        "d_sae": size,
+    }
     # kernels: how it is computed, not what
-    return {"d_in", "d_sae", "dtype", "metadata", *own} - {"kernels"}
-
-
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    # SAELens makes attributes of them, and some would replace methods.
-    methods = sorted(name for name in metadata if hasattr(SAEMetadata, name))
-    if methods:
-        raise InvalidSAEError(f"metadata must not have the fields {_shown(methods)}")
-    version: Any = metadata.get("sae_lens_version")
-    try:
-        is_current = Version(version).major >= 6
-    except (InvalidVersion, TypeError) as error:
-        raise InvalidSAEError(
-            f"metadata.sae_lens_version must be a version, got {version!r:.100}"
-        ) from error
-    if not is_current:
-        raise InvalidSAEError(
-            f"saved by SAELens {version}; load it with SAE.load_from_disk and save it "
-            "again with save_model"
-        )
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON has the type of a configuration's field."""
-    kind = get_origin(hint) or hint
-    if kind in (Union, UnionType):
-        return any(_is_of(value, option) for option in get_args(hint))
-    if kind is Literal:
-        return value in get_args(hint)
-    if isinstance(value, bool):  # an int, to Python
-        return kind is bool
-    if kind is float:
-        return isinstance(value, (int, float))
-    return not isinstance(kind, type) or isinstance(value, kind)
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    return getattr(hint, "__name__", str(hint))
+    optional = {field.name for field in fields(SAEConfig)} | {"kernels"}
+    optional -= {"d_in", "d_sae", "dtype", "metadata"}
+    types: Any = {
+        name: (hint, None if name in optional else ...) for name, hint in hints.items()
+    }
+    return create_model("Config", __config__={"strict": True}, **types)
 
 
 def _check_is_file(path: str | Path) -> None:
@@ -367,26 +327,25 @@ def _shapes_in(file: Any) -> TensorShapes:
 
 
 def _check_shapes(found: TensorShapes, expected: TensorShapes) -> None:
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(set(found) - set(expected))
+    missing, extra = (
+        sorted(set(expected) - set(found)),
+        sorted(set(found) - set(expected)),
+    )
     if missing or extra:
-        said = [f"lack {missing}"] * bool(missing)
-        said += [f"have {_shown(extra)} too many"] * bool(extra)
-        raise InvalidSAEError(f"the weights {' and '.join(said)}")
+        raise InvalidSAEError(f"tensors missing: {missing}, unknown: [{_shown(extra)}]")
     for name, (shape, dtype) in expected.items():
-        found_shape, found_dtype = found[name]
-        if (found_shape, found_dtype) != (shape, dtype):
+        if found[name] != (shape, dtype):
             raise InvalidSAEError(
-                f"{name} has the shape {found_shape} and {found_dtype or 'no float dtype'};"
-                f" by the configuration it has {shape} and {dtype}"
+                f"{name} has the shape {found[name][0]} and "
+                f"{found[name][1] or 'no float dtype'}, not {shape} and {dtype}"
             )
 
 
 def _chunks(tensor: Any) -> Iterator[tuple[int, torch.Tensor]]:
     """Slices of rows of a file's tensor, none of which needs much memory."""
-    shape = tensor.get_shape()
-    n_rows = max(1, _MAX_CHUNK_BYTES // (8 * math.prod(shape[1:])))
-    for start in range(0, shape[0], n_rows):
+    size, *row_shape = tensor.get_shape()
+    n_rows = max(1, _MAX_CHUNK_BYTES // (8 * math.prod(row_shape)))
+    for start in range(0, size, n_rows):
         yield start, tensor[start : start + n_rows]
 
 
@@ -402,10 +361,7 @@ def _check_values(
             f"threshold[:{rank}] must be minus infinity for scaffold_rank={rank}"
         )
     if not torch.isfinite(others).all():
-        raise InvalidSAEError(
-            f"{name} has values that are not finite; such an SAE comes of a training that "
-            "diverged, or of a damaged file"
-        )
+        raise InvalidSAEError(f"{name} has values that are not finite")
 
 
 def _shown(names: Collection[str]) -> str:

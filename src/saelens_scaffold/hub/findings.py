@@ -1,14 +1,13 @@
-"""What is known of an SAE: its evaluation results, and its numbers in the model card."""
+"""What is known of an SAE: results of evaluations and of `compare`, for the model card."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.saes.sae import SAE
 
@@ -16,18 +15,26 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Metric
 from saelens_scaffold.evals.registry import EVALUATIONS, known_evaluations
 from saelens_scaffold.evals.table import metric_cell
-from saelens_scaffold.hub.compare_runs import Reduction
 from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.firing import DENSE_THRESHOLD
+from saelens_scaffold.saes.sae_ids import sae_id_of_path
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.training.measurement import Measurement
 
 if TYPE_CHECKING:
     from saelens_scaffold.evals.store import StoredResult
 
+SAES_FOLDER = "saes"
+"""Folder of the SAEs in a run of `compare`."""
+
+_RUN_FILES = ("compare.yaml", "results.json", "report.html")
+_DENSE_LATENTS = "dense_latents.dense_latents.dense_latents"
 _METRICS = {metric.path: metric for metric in EVALUATIONS["dense_latents"].metrics}
 _N_TOKENS = Metric("", "token_stats.n_tokens")
+
+Reduction = tuple[float, str]
+"""1 minus the ratio of an SAE's dense latents to its baseline's; the baseline's name."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +51,12 @@ class Facts:
         frequencies: Firing frequencies of the sparse latents.
     """
 
-    cells: Mapping[str, str] = field(
-        default_factory=lambda: dict.fromkeys(_METRICS, "not measured")
-    )
+    cells: Mapping[str, str]
     threshold: float = DENSE_THRESHOLD
     measured: str | None = None
     name: str | None = None
     baseline: str | None = None
     frequencies: Sequence[float] | None = None
-
-    @property
-    def has_interval(self) -> bool:
-        """Whether the dense latents have a bootstrap interval."""
-        return "[" in self.cells["dense_latents.dense_latents"]
 
 
 def facts_of(
@@ -80,7 +80,7 @@ def facts_of(
         if result.evaluation == "dense_latents":
             return _evaluated(result, reduction)
     if measurement is None:
-        return Facts()
+        return Facts(dict.fromkeys(_METRICS, "not measured"))
     metrics = {
         "sparsity": measurement.to_metadata(),
         "dense_latents": {"dense_latents": measurement.dense_latents},
@@ -94,11 +94,14 @@ def facts_of(
 
 
 def _evaluated(result: "StoredResult", reduction: Reduction | None) -> Facts:
+    from saelens_scaffold.evals.selected_saes import label_of
+
     content, config = result.content, config_of(result)
+    release = str(content.get("sae_lens_release_id"))
     cells, baseline = _cells(content), config.get("baseline")
     if reduction is not None and baseline is None:
-        cells["dense_latents.reduction"] = f"{reduction.share:.2f}"
-        baseline = reduction.baseline
+        share, baseline = reduction
+        cells["dense_latents.reduction"] = f"{share:.2f}"
     text, n_tokens = dataset_of(result), _N_TOKENS.value(content)
     if n_tokens:
         text = f"{n_tokens:,.0f} tokens of {text}"
@@ -109,7 +112,7 @@ def _evaluated(result: "StoredResult", reduction: Reduction | None) -> Facts:
         cells,
         float((config.get("thresholds") or [DENSE_THRESHOLD])[0]),
         f"by `saelens-scaffold eval dense_latents`, on {text}",
-        _label(content),
+        label_of(release, str(content.get("sae_lens_id"))),
         baseline,
         [count / n_tokens for count in fired] if fired and n_tokens else None,
     )
@@ -117,12 +120,6 @@ def _evaluated(result: "StoredResult", reduction: Reduction | None) -> Facts:
 
 def _cells(content: dict[str, Any]) -> dict[str, str]:
     return {path: metric_cell(content, metric) for path, metric in _METRICS.items()}
-
-
-def _label(content: Mapping[str, Any]) -> str:
-    """Name of the SAE in the table of `saelens-scaffold eval`."""
-    release, sae_id = content.get("sae_lens_release_id"), content.get("sae_lens_id")
-    return str(release) if sae_id == "custom_sae" else f"{release}/{sae_id}"
 
 
 def read_results(folders: Sequence[Path]) -> "list[StoredResult]":
@@ -136,7 +133,7 @@ def read_results(folders: Sequence[Path]) -> "list[StoredResult]":
         return []
     if find_spec("sae_bench") is None:
         raise UserError(
-            f"the results in {folders[0]} cannot be checked without SAEBench; "
+            f"checking the results in {folders[0]} needs SAEBench: "
             'pip install "saelens-scaffold[bench]"'
         )
     from saelens_scaffold.evals.store import stored_results
@@ -158,16 +155,10 @@ def results_of(
         results: Results of any SAEs.
     """
     views = [sae, sae.sparse_sae()] if isinstance(sae, ScaffoldMixin) else [sae]
-
-    @cache
-    def hashes(dtype: torch.dtype) -> set[str]:
-        return {weights_sha256(view, dtype) for view in views}
-
-    def is_of_sae(result: "StoredResult") -> bool:
-        llm_dtype = DTYPE_MAP.get(str(config_of(result).get("llm_dtype")), sae.dtype)
-        return result.weights_sha256 in hashes(sae.dtype) | hashes(llm_dtype)
-
-    return [result for result in results if is_of_sae(result)]
+    names = {str(config_of(result).get("llm_dtype")) for result in results}
+    dtypes = {sae.dtype, *(DTYPE_MAP[name] for name in names & set(DTYPE_MAP))}
+    hashes = {weights_sha256(view, dtype) for view in views for dtype in dtypes}
+    return [result for result in results if result.weights_sha256 in hashes]
 
 
 def config_of(result: "StoredResult") -> dict[str, Any]:
@@ -192,3 +183,41 @@ def headline_metrics(
         value = metric.value(result.content)
         if value is not None and math.isfinite(value):
             yield metric, value, metric.interval(result.content)
+
+
+def run_files(path: Path) -> dict[str, Path]:
+    """Files of a `compare` run by name; none of any other directory."""
+    files = {name: path / name for name in _RUN_FILES if (path / name).is_file()}
+    return files if (path / SAES_FOLDER).is_dir() and _RUN_FILES[0] in files else {}
+
+
+def reductions_in(path: Path) -> dict[str, Reduction]:
+    """
+    The reductions of a run's SAEs against baselines of the same k and seed, by id.
+
+    Raises:
+        UserError: The run's results.json is not one of `compare`.
+    """
+    file = run_files(path).get("results.json")
+    if file is None:
+        return {}
+    found: dict[str, Reduction] = {}
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        compared = {
+            comparison["treatment"]["arm"]: comparison
+            for comparison in results["comparisons"]
+            if comparison["metric"] == _DENSE_LATENTS and comparison["matching"] == "k"
+        }
+        for sae in [sae for sae in results["saes"] if sae["arm"] in compared]:
+            comparison = compared[sae["arm"]]
+            difference = comparison["differences"].get(str(sae["seed"]))
+            count = sae["metrics"][_DENSE_LATENTS]["value"]
+            if difference is not None and count is not None and count > difference:
+                share = -difference / (count - difference)
+                baseline = comparison["baseline"]["arm"]
+                found[sae_id_of_path(Path(sae["name"]))] = share, baseline
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{file} is no result of `compare` ({reason})") from error
+    return found

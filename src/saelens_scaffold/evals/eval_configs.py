@@ -1,11 +1,13 @@
 """What configurations of evaluations share: language model, text and kinds of values."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, PositiveInt
 from sae_bench.evals.base_eval_output import BaseEvalConfig
 
 from saelens_scaffold._util.configs import documented
+from saelens_scaffold._util.errors import UserError
 
 Value = TypeVar("Value", int, float)
 
@@ -74,3 +76,15 @@ class TextEvalConfig(LlmConfig):
     """Tokens to evaluate on. BOS, EOS and padding do not count."""
     n_bootstrap: PositiveInt = 500
     """Replicates of the bootstrap over sequences."""
+
+
+def check_baseline(name: str, labels: Iterable[str]) -> None:
+    """
+    Raises:
+        UserError: The baseline that a configuration names is none of the SAEs in the call.
+    """
+    among = list(labels)
+    if name not in among:
+        raise UserError(
+            f"baseline is {name!r}; it must be one of the SAEs in the call: {among}"
+        )

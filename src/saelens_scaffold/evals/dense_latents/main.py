@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from saelens_scaffold.evals.base import Call, Implementation, Result
-from saelens_scaffold.evals.baselines import baseline_named
 from saelens_scaffold.evals.bootstrap import Interval, SequenceBootstrap, interval
 from saelens_scaffold.evals.dense_latents import eval_output as output
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
+from saelens_scaffold.evals.eval_configs import check_baseline
 from saelens_scaffold.evals.language_model import (
     activations_at,
     by_hook_point,
@@ -62,7 +62,7 @@ def check(config: DenseLatentsEvalConfig, saes: Sequence[SelectedSAE]) -> None:
         UserError: The baseline is none of the SAEs.
     """
     if config.baseline is not None:
-        baseline_named(config.baseline, saes)
+        check_baseline(config.baseline, [sae.label for sae in saes])
 
 
 def l0_warning_of(result: Mapping[str, Any]) -> str | None:

@@ -6,17 +6,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from saelens_scaffold.evals import language_model as lm
 from saelens_scaffold.evals.base import Call, Implementation, Result
 from saelens_scaffold.evals.bootstrap import Interval, SequenceBootstrap, interval
 from saelens_scaffold.evals.dense_latents import eval_output as output
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
 from saelens_scaffold.evals.eval_configs import check_baseline
-from saelens_scaffold.evals.language_model import (
-    activations_at,
-    by_hook_point,
-    check_finite,
-    load_language_model,
-)
 from saelens_scaffold.evals.output_fields import estimates, interval_fields, repeated
 from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.selected_saes import SelectedSAE, label_of
@@ -79,8 +74,8 @@ def l0_warning_of(result: Mapping[str, Any]) -> str | None:
 def _sums_over_tokens(
     config: DenseLatentsEvalConfig, saes: list[SelectedSAE], device: str
 ) -> list[_Sums]:
-    model = load_language_model(config.model_name, device, config.llm_dtype)
-    groups = {at.hook_name: group for at, group in by_hook_point(model, saes)}
+    model = lm.load_language_model(config.model_name, device, config.llm_dtype)
+    groups = {at.hook_name: group for at, group in lm.by_hook_point(model, saes)}
     text = {
         hook_name: TextStatistics(group[0].sae.cfg.d_in, config.n_bootstrap, device)
         for hook_name, group in groups.items()
@@ -91,10 +86,10 @@ def _sums_over_tokens(
     for tokens, counts in stream.batches(config.n_tokens, "Counting dense latents"):
         weights = bootstrap.draw(len(tokens))
         sequence = counts.nonzero()[:, 0]
-        activations = activations_at(model, tokens, list(groups))
+        activations = lm.activations_at(model, tokens, list(groups))
         for hook_name, group in groups.items():
             x = activations[hook_name][counts]
-            check_finite(x, hook_name)
+            lm.check_finite(x, hook_name)
             text[hook_name].update(x, sequence, weights)
             for sae in group:
                 firing[sae.key].update(x, sequence, weights)

@@ -2,12 +2,7 @@
 # pyright: reportGeneralTypeIssues=false
 
 from pydantic import Field
-from sae_bench.evals.base_eval_output import (
-    BaseEvalOutput,
-    BaseMetricCategories,
-    BaseMetrics,
-    BaseResultDetail,
-)
+from sae_bench.evals import base_eval_output as base
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold.evals.output_fields import (
@@ -26,7 +21,7 @@ EVAL_TYPE_ID_SCAFFOLD_ABLATION = "scaffold_ablation"
 
 @documented
 @with_intervals
-class CrossEntropyMetrics(BaseMetrics):
+class CrossEntropyMetrics(base.BaseMetrics):
     """
     What the language model loses, as multiples of its clean cross-entropy.
 
@@ -82,7 +77,7 @@ class CrossEntropyMetrics(BaseMetrics):
 
 
 @documented
-class GeometryMetrics(BaseMetrics):
+class GeometryMetrics(base.BaseMetrics):
     pca_rank: int
     """Number of principal directions compared with"""
     variance_explained_by_pca: Shown[float]
@@ -113,7 +108,7 @@ class GeometryMetrics(BaseMetrics):
 
 @documented
 @with_intervals
-class TopicMetrics(BaseMetrics):
+class TopicMetrics(base.BaseMetrics):
     """
     Headline accuracies of probes after the last layer. Removing the scaffold means mean
     ablation: s(x) by itself depends on the gauge of an SAE's weights, s(x) - E[s] does not.
@@ -144,7 +139,7 @@ class TopicMetrics(BaseMetrics):
 
 @documented
 @with_intervals
-class SpecialTokenMetrics(BaseMetrics):
+class SpecialTokenMetrics(base.BaseMetrics):
     """
     Headline figures with special tokens included: means, directions, scaffold means and
     firing frequencies are fitted on BOS, EOS and padding as well, and all of these tokens
@@ -173,7 +168,7 @@ class SpecialTokenMetrics(BaseMetrics):
 
 
 @documented
-class ScaffoldAblationMetricCategories(BaseMetricCategories):
+class ScaffoldAblationMetricCategories(base.BaseMetricCategories):
     cross_entropy: Shown[CrossEntropyMetrics]
     """What the interventions cost the language model"""
     geometry: Shown[GeometryMetrics]
@@ -186,7 +181,7 @@ class ScaffoldAblationMetricCategories(BaseMetricCategories):
 
 @documented
 @with_intervals
-class ScaffoldAblationResultDetail(BaseResultDetail):
+class ScaffoldAblationResultDetail(base.BaseResultDetail):
     intervention: str
     """Name of the intervention"""
     kind: str
@@ -255,7 +250,7 @@ class DictionaryAlignment:
 
 @documented(title="Scaffold Ablation")
 class ScaffoldAblationEvalOutput(
-    BaseEvalOutput[
+    base.BaseEvalOutput[
         ScaffoldAblationEvalConfig,
         ScaffoldAblationMetricCategories,
         ScaffoldAblationResultDetail,

@@ -95,7 +95,7 @@ def _baselines(
     by_name = {candidate.label: candidate for candidate in candidates}
     given = config.baseline or {}
     for name in [given] if isinstance(given, str) else [*given, *given.values()]:
-        check_baseline(name, by_name)
+        check_baseline(name, [*by_name])
     found: dict[str, SelectedSAE] = {}
     for sae in saes:
         name = config.baseline_of(sae.label)

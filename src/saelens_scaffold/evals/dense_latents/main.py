@@ -119,11 +119,9 @@ def _result(
             statistics["reduction"] = 1 - ratio
         figures = estimates(config.confidence, **statistics)
         details.append(output.DenseLatentsResultDetail(threshold, **figures))
-    headline = output.DenseLatentMetrics
-    n_tokens, fired = of.text.moments.n, of.firing.fired
-    explained = (
-        1 - of.firing.squared_errors.cpu().double() / of.text.replicate_variances
-    )
+    headline, n_tokens = output.DenseLatentMetrics, of.text.moments.n
+    errors = of.firing.squared_errors.cpu().double()
+    explained = 1 - errors / of.text.replicate_variances
     pca_rank = config.pca_rank or of.sae.subspace_rank
     return {
         "eval_result_metrics": output.DenseLatentsMetricCategories(
@@ -139,11 +137,11 @@ def _result(
         ),
         "eval_result_details": details,
         "dense_latents": _dense_latents(of, min(config.thresholds), pca_rank),
-        "firing_histogram": _histogram(fired.cpu() / n_tokens),
+        "firing_histogram": _histogram(of.firing.fired.cpu() / n_tokens),
         "pca_rank": pca_rank,
         # exact, for whoever wants to draw or to bootstrap them differently
         "eval_result_unstructured": {
-            "fired": fired.tolist(),
+            "fired": of.firing.fired.tolist(),
             "dense_counts_of_replicates": counts.long().tolist(),
         },
     }
@@ -153,15 +151,13 @@ def _sparsity(of: _Sums, confidence: float) -> output.SparsityMetrics:
     rank, n_sparse = of.sae.rank, len(of.firing.fired)
     l0_sparse = float(of.firing.fired.sum()) / of.text.moments.n
     n_alive = (of.firing.replicate_fired > 0).sum(dim=1).cpu().double()
-    alive = interval(n_alive, confidence)
-    dead = Interval(
-        n_sparse - alive.estimate, n_sparse - alive.high, n_sparse - alive.low
-    )
+    estimate, low, high = interval(n_alive, confidence)
+    dead = Interval(n_sparse - estimate, n_sparse - high, n_sparse - low)
     return output.SparsityMetrics(
         l0_sparse=l0_sparse,
         l0_total=l0_sparse + rank,
         scaffold_rank=rank,
-        **interval_fields("alive_latents", alive),
+        **estimates(confidence, alive_latents=n_alive),
         **interval_fields("dead_latents", dead),
     )
 

@@ -28,7 +28,7 @@ from eval_helpers import HOOK, eval_sae
 from saelens_scaffold.evals import text_data
 from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
-from saelens_scaffold.evals.scaffold_ablation.topic_texts import (
+from saelens_scaffold.evals.scaffold_ablation.topics import (
     SUBJECTS_BY_CATEGORY,
     read_topics,
 )

@@ -111,7 +111,7 @@ def test_no_result_of_another_configuration_stays(
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(
-        "saelens_scaffold.evals.dense_latents.main.load_language_model", fail
+        "saelens_scaffold.evals.language_model.load_language_model", fail
     )
     with pytest.raises(EvaluationsFailed, match="no luck") as raised:
         again(out, evaluations={"dense_latents": {**DENSE, "n_tokens": 700}})

@@ -28,7 +28,7 @@ from saelens_scaffold.evals.scaffold_ablation import (
     ScaffoldAblationEvalConfig,
     ScaffoldAblationEvalOutput,
 )
-from saelens_scaffold.evals.scaffold_ablation.latents import (
+from saelens_scaffold.evals.scaffold_ablation.fit import (
     matched_frequency,
     most_aligned,
 )

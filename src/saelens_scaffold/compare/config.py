@@ -15,7 +15,7 @@ from saelens_scaffold._util.configs import config_fields, documented, make_confi
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold.compare.training_fields import TRAINING_FIELDS
-from saelens_scaffold.evals.metric_descriptions import metric_descriptions
+from saelens_scaffold.evals.json_schemas import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
 
 # Fields that decide what is trained.

@@ -8,7 +8,7 @@ from saelens_scaffold.compare.config import CompareConfig, ReferenceFigure
 from saelens_scaffold.compare.grid import Arm
 from saelens_scaffold.compare.table import text_table
 from saelens_scaffold.evals.base import Metric
-from saelens_scaffold.evals.metric_descriptions import metric_descriptions
+from saelens_scaffold.evals.json_schemas import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
 
 SAE = Mapping[str, Any]

@@ -1,21 +1,20 @@
 """What configurations of evaluations share: language model, text and kinds of values."""
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
 from sae_bench.evals.base_eval_output import BaseEvalConfig
 
 from saelens_scaffold._util.configs import documented
+from saelens_scaffold._util.errors import UserError
 
-Value = TypeVar("Value", int, float)
 
-
-def _ascending(values: list[Value]) -> list[Value]:
+def _ascending(values: list[float]) -> list[float]:
     _check_distinct(values)
     return sorted(values)
 
 
-def _check_distinct(values: list[Value]) -> list[Value]:
+def _check_distinct(values: list[float]) -> list[float]:
     if len(set(values)) < len(values):
         raise ValueError(f"must not name a value twice, but is {values}")
     return values
@@ -74,3 +73,14 @@ class TextEvalConfig(LlmConfig):
     """Tokens to evaluate on. BOS, EOS and padding do not count."""
     n_bootstrap: PositiveInt = 500
     """Replicates of the bootstrap over sequences."""
+
+
+def check_baseline(name: str, labels: list[str]) -> None:
+    """
+    Raises:
+        UserError: The baseline that a configuration names is none of the SAEs in the call.
+    """
+    if name not in labels:
+        raise UserError(
+            f"baseline is {name!r}; it must be one of the SAEs in the call: {labels}"
+        )

@@ -1,4 +1,4 @@
-"""JSON schemas of the results, as SAEBench generates its own.
+"""JSON schemas of the results, as SAEBench generates its own, and descriptions of metrics.
 
 `python -m saelens_scaffold.evals.json_schemas` writes each beside its output class. They are
 committed, so that programs that read results can rely on them without importing anything.
@@ -6,12 +6,17 @@ committed, so that programs that read results can rely on them without importing
 
 import inspect
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
+from pydantic.fields import FieldInfo
 from sae_bench.evals.base_eval_output import BaseEvalOutput
 from sae_bench.evals.generate_json_schemas import generate_json_schema
 
 from saelens_scaffold._util.files import new_file
+from saelens_scaffold.evals.base import Evaluation
 from saelens_scaffold.evals.registry import EVALUATIONS
 
 
@@ -30,6 +35,45 @@ def main() -> None:
         with new_file(path) as file:
             generate_json_schema(output_class, str(file))
         print(path)
+
+
+def metric_descriptions(evaluation: Evaluation) -> dict[str, str]:
+    """
+    What an evaluation says its metrics are.
+
+    Args:
+        evaluation: An evaluation of this package, of SAEBench or of a plugin.
+
+    Returns:
+        The description of each field of `eval_result_metrics`, by its path there, as in
+        "sparsity.l0"; none if the evaluation has no output class.
+    """
+    implementation = evaluation.load()
+    outputs = [implementation.output_class]
+    # SAEBench's evaluations have their output class in a module beside the configuration.
+    config_module = implementation.config_class.__module__
+    module = config_module.replace("eval_config", "eval_output")
+    if outputs == [None] and module != config_module and find_spec(module):
+        outputs = list(vars(import_module(module)).values())
+    return {
+        f"{category}.{metric}": field.description or field.title or metric
+        for output in outputs
+        for metrics in _classes_of(_fields(output).get("eval_result_metrics"))
+        for category, of_category in _fields(metrics).items()
+        for class_ in _classes_of(of_category)
+        for metric, field in _fields(class_).items()
+    }
+
+
+def _classes_of(field: FieldInfo | None) -> Iterator[type]:
+    """The pydantic dataclasses that a field can hold."""
+    if field is not None:
+        candidates = get_args(field.annotation) or (field.annotation,)
+        yield from (c for c in candidates if isinstance(c, type) and _fields(c))
+
+
+def _fields(of: object) -> dict[str, FieldInfo]:
+    return vars(of).get("__pydantic_fields__", {}) if isinstance(of, type) else {}
 
 
 if __name__ == "__main__":

@@ -59,7 +59,16 @@ class LabelledText(NamedTuple):
         Raises:
             UserError: A class has fewer.
         """
-        self._check_sizes(train_size, test_size)
+        if min(train_size, test_size) < 1:
+            raise UserError(
+                f"train_size is {train_size} and test_size {test_size}; each must be at "
+                "least 1"
+            )
+        if self.test is None:
+            self._check_rows("rows", self.train, train_size + test_size)
+        else:
+            self._check_rows("train rows", self.train, train_size)
+            self._check_rows("test rows", self.test, test_size)
         train: TextsByLabel = {}
         test: TextsByLabel = {}
         for label in self.train:
@@ -72,16 +81,6 @@ class LabelledText(NamedTuple):
                 train[label] = rng.sample(self.train[label], train_size)
                 test[label] = rng.sample(self.test[label], test_size)
         return train, test
-
-    def _check_sizes(self, train_size: int, test_size: int) -> None:
-        for field, size in (("train_size", train_size), ("test_size", test_size)):
-            if size < 1:
-                raise UserError(f"{field} is {size}; it must be at least 1")
-        if self.test is None:
-            self._check_rows("rows", self.train, train_size + test_size)
-        else:
-            self._check_rows("train rows", self.train, train_size)
-            self._check_rows("test rows", self.test, test_size)
 
     def _check_rows(self, kind: str, texts: TextsByLabel, needed: int) -> None:
         short = {label: len(t) for label, t in texts.items() if len(t) < needed}
@@ -117,7 +116,7 @@ def read_labelled_text(
         subset: The dataset's configuration on the Hub.
         split: Take both from this split. By default the splits "train" and "test" are
             taken if the dataset has both, else "train" for both.
-        max_classes: Maximum number of classes.
+        max_classes: Maximum number of classes, at least 2.
         choices_column: A column with lists of answers to choose from. They follow the
             text as MMLU prints them, one a line: "A. ...", "B. ...".
         class_of: The class that a label belongs to. By default each is its own.
@@ -126,14 +125,23 @@ def read_labelled_text(
         UserError: The dataset cannot be read, is empty, lacks a column, or has fewer
             than two classes.
     """
-    if max_classes < 2:
-        raise UserError(f"max_classes is {max_classes}; it must be at least 2")
     columns = [text_column, label_column, *([choices_column] if choices_column else [])]
     seen: set[str] = set()
 
     def read(split: str) -> TextsByLabel:
-        rows = _labelled_rows(dataset, columns, subset, split)
-        return _by_class(rows, class_of, seen, dataset)
+        texts: TextsByLabel = {}
+        repeated = 0
+        for text, label in _labelled_rows(dataset, columns, subset, split):
+            if text in seen:
+                repeated += 1
+            else:
+                seen.add(text)
+                texts.setdefault(class_of(label), []).append(text)
+        if repeated:
+            logger.warning(
+                "dataset %r: %d texts occur again, left out", dataset, repeated
+            )
+        return texts
 
     train = read(split or "train")
     test = None
@@ -151,26 +159,6 @@ def read_labelled_text(
         {label: train[label] for label in labels},
         None if test is None else {label: test[label] for label in labels},
     )
-
-
-def _by_class(
-    rows: Iterator[tuple[str, str]],
-    class_of: Callable[[str], str],
-    seen: set[str],
-    dataset: str,
-) -> TextsByLabel:
-    """The texts of each class that were not seen before, which are seen from now on."""
-    texts: TextsByLabel = {}
-    repeated = 0
-    for text, label in rows:
-        if text in seen:
-            repeated += 1
-            continue
-        seen.add(text)
-        texts.setdefault(class_of(label), []).append(text)
-    if repeated:
-        logger.warning("dataset %r: %d texts occur again, left out", dataset, repeated)
-    return texts
 
 
 def _most_frequent(train: TextsByLabel, test: TextsByLabel, limit: int) -> list[str]:

@@ -21,6 +21,8 @@ Shown = Annotated[T, Field(json_schema_extra=DEFAULT_DISPLAY)]
 WithInterval = Annotated[T, HAS_INTERVAL]
 """A field NAME with the ends of its interval in NAME_ci_low and NAME_ci_high."""
 
+OptionalEstimate = WithInterval[float | None]
+
 
 def with_intervals(cls: type[Class]) -> type[Class]:
     """

@@ -1,6 +1,7 @@
 """Whether an evaluation's text was trained on, as far as that can be known."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -58,22 +59,21 @@ def text_seen_in_training(
         UserError: The text of the evaluation cannot be read.
     """
     _warn_of_repetitions(dataset, split, text_column)
-    trained_on = {sae.key: sae.sae.cfg.metadata.dataset_path for sae in saes}
-    answers = {
-        name: TextSeenInTraining(*_seen(name, dataset, split, text_column))
-        for name in dict.fromkeys(trained_on.values())
-    }
-    for name, answer in answers.items():
-        labels = [sae.label for sae in saes if trained_on[sae.key] == name]
+    by_text: defaultdict[str | None, list[SelectedSAE]] = defaultdict(list)
+    for sae in saes:
+        by_text[sae.sae.cfg.metadata.dataset_path].append(sae)
+    answers: dict[str, TextSeenInTraining] = {}
+    for trained_on, group in by_text.items():
+        answer = TextSeenInTraining(*_seen(trained_on, dataset, split, text_column))
+        answers |= {sae.key: answer for sae in group}
         if answer.seen:
+            labels = ", ".join(sae.label for sae in group)
             logger.warning(
                 "%s trained on text of this evaluation: %s",
-                f"{', '.join(labels)} {'was' if len(labels) == 1 else 'were'}",
+                f"{labels} {'was' if len(group) == 1 else 'were'}",
                 answer.reason,
             )
-        elif answer.seen is None:
-            logger.info("%s: %s", ", ".join(labels), answer.reason)
-    return {key: answers[name] for key, name in trained_on.items()}
+    return answers
 
 
 def _warn_of_repetitions(dataset: str, split: str, text_column: str) -> None:
@@ -96,43 +96,36 @@ def _seen(
     text = f"{dataset} ({split})"
     if not trained_on:
         return None, "the SAE's metadata name no dataset_path that it was trained on"
-    same = _is_same(trained_on, dataset)
+    same = Path(trained_on).resolve() == Path(dataset).resolve()
     if same and (split == TRAINING_SPLIT or Path(dataset).is_file()):
-        start = "and both begin with its first row"
-        return True, f"{text} is what the SAE was trained on, {start}"
+        first = "and both begin with its first row"
+        return True, f"{text} is what the SAE was trained on, {first}"
     if same and dataset == EMBEDDED_DATASET_NAME:
-        return False, f"no {CHUNK_CHARS} characters of {text} are in its training split"
+        unseen = f"no {CHUNK_CHARS} characters of {text} are in its training split"
+        return False, unseen
+    where = f"{trained_on} ({TRAINING_SPLIT})"
     for name in (trained_on, dataset):
         if not _is_local(name):
-            missing = f"({TRAINING_SPLIT}): {name} is not on this machine"
-            return None, f"{text} was not compared with {trained_on} {missing}"
-    return _compared(trained_on, dataset, split, text_column)
-
-
-def _compared(
-    trained_on: str, dataset: str, split: str, text_column: str
-) -> tuple[bool | None, str]:
+            missing = f"{name} is not on this machine"
+            return None, f"{text} was not compared with {where}: {missing}"
     passages, n_training = Passages(CHUNK_CHARS), 0
     try:
-        for text in _texts(trained_on, TRAINING_SPLIT, "text", MAX_TRAINING_CHARS):
-            passages.add(text)
-            n_training += len(text)
+        for known in _texts(trained_on, TRAINING_SPLIT, "text", MAX_TRAINING_CHARS):
+            passages.add(known)
+            n_training += len(known)
     except UserError as error:
         return None, f"the training text cannot be read: {error}"
-    n_evaluated = n_repeated = 0
-    for text in _texts(dataset, split, text_column, MAX_EVALUATED_CHARS):
-        n_evaluated += len(text)
-        n_repeated += sum(end - start for start, end in passages.repetitions(text))
-    of = f"the first {n_evaluated:,} characters of {dataset} ({split})"
     whole = n_training < MAX_TRAINING_CHARS
-    where = f"{trained_on} ({TRAINING_SPLIT})"
     if not whole:
         where = f"the first {n_training:,} characters of {where}"
+    n_chars = n_repeated = 0
+    for evaluated in _texts(dataset, split, text_column, MAX_EVALUATED_CHARS):
+        n_chars += len(evaluated)
+        n_repeated += sum(end - start for start, end in passages.repetitions(evaluated))
+    of = f"the first {n_chars:,} characters of {text} are verbatim in {where}"
     if n_repeated:
-        share = n_repeated / n_evaluated
-        return True, f"{share:.1%} of {of} are verbatim in {where}"
-    seen = False if whole else None
-    return seen, f"no {CHUNK_CHARS} characters of {of} are verbatim in {where}"
+        return True, f"{n_repeated / n_chars:.1%} of {of}"
+    return False if whole else None, f"no {CHUNK_CHARS} characters of {of}"
 
 
 def _texts(dataset: str, split: str, column: str, max_chars: int) -> Iterator[str]:
@@ -144,14 +137,6 @@ def _texts(dataset: str, split: str, column: str, max_chars: int) -> Iterator[st
         if text:
             n_chars += len(text)
             yield text
-
-
-def _is_same(trained_on: str, dataset: str) -> bool:
-    return trained_on == dataset or (
-        Path(dataset).exists()
-        and Path(trained_on).exists()
-        and Path(trained_on).samefile(dataset)
-    )
 
 
 def _is_local(name: str) -> bool:

@@ -1,10 +1,5 @@
 from pydantic import Field
-from sae_bench.evals.base_eval_output import (
-    BaseEvalOutput,
-    BaseMetricCategories,
-    BaseMetrics,
-    BaseResultDetail,
-)
+from sae_bench.evals import base_eval_output as base
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
@@ -16,7 +11,7 @@ EVAL_TYPE_ID_DENSE_LATENTS = "dense_latents"
 
 @documented
 @with_intervals
-class DenseLatentMetrics(BaseMetrics):
+class DenseLatentMetrics(base.BaseMetrics):
     dense_latents: Shown[WithInterval[int]]
     """Number of sparse latents that fire more often than the first threshold"""
     reduction: Shown[WithInterval[float | None]] = None
@@ -27,7 +22,7 @@ class DenseLatentMetrics(BaseMetrics):
 
 @documented
 @with_intervals
-class SparsityMetrics(BaseMetrics):
+class SparsityMetrics(base.BaseMetrics):
     l0_sparse: Shown[float]
     """Sparse latents that fire per token"""
     l0_total: Shown[float]
@@ -45,13 +40,13 @@ class SparsityMetrics(BaseMetrics):
 
 @documented
 @with_intervals
-class ReconstructionQualityMetrics(BaseMetrics):
+class ReconstructionQualityMetrics(base.BaseMetrics):
     explained_variance: Shown[WithInterval[float]]
     """1 - E|x - x̂|² / E|x - E[x]|², of the whole SAE"""
 
 
 @documented
-class TokenMetrics(BaseMetrics):
+class TokenMetrics(base.BaseMetrics):
     n_tokens: int
     """Tokens evaluated on, without BOS, EOS and padding"""
     n_sequences: int
@@ -59,7 +54,7 @@ class TokenMetrics(BaseMetrics):
 
 
 @documented
-class DenseLatentsMetricCategories(BaseMetricCategories):
+class DenseLatentsMetricCategories(base.BaseMetricCategories):
     dense_latents: Shown[DenseLatentMetrics]
     """Dense latents at the first threshold"""
     sparsity: Shown[SparsityMetrics]
@@ -72,7 +67,7 @@ class DenseLatentsMetricCategories(BaseMetricCategories):
 
 @documented
 @with_intervals
-class DenseLatentsResultDetail(BaseResultDetail):
+class DenseLatentsResultDetail(base.BaseResultDetail):
     threshold: float
     """Firing frequency"""
     count: WithInterval[int]
@@ -111,7 +106,7 @@ class FiringHistogram:
 
 @documented(title="Dense Latents")
 class DenseLatentsEvalOutput(
-    BaseEvalOutput[
+    base.BaseEvalOutput[
         DenseLatentsEvalConfig, DenseLatentsMetricCategories, DenseLatentsResultDetail
     ]
 ):

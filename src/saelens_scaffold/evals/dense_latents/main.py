@@ -6,17 +6,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from saelens_scaffold.evals import language_model as lm
 from saelens_scaffold.evals.base import Call, Implementation, Result
-from saelens_scaffold.evals.baselines import baseline_named
 from saelens_scaffold.evals.bootstrap import Interval, SequenceBootstrap, interval
 from saelens_scaffold.evals.dense_latents import eval_output as output
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
-from saelens_scaffold.evals.language_model import (
-    activations_at,
-    by_hook_point,
-    check_finite,
-    load_language_model,
-)
+from saelens_scaffold.evals.eval_configs import check_baseline
 from saelens_scaffold.evals.output_fields import estimates, interval_fields, repeated
 from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.selected_saes import SelectedSAE, label_of
@@ -62,7 +57,7 @@ def check(config: DenseLatentsEvalConfig, saes: Sequence[SelectedSAE]) -> None:
         UserError: The baseline is none of the SAEs.
     """
     if config.baseline is not None:
-        baseline_named(config.baseline, saes)
+        check_baseline(config.baseline, [sae.label for sae in saes])
 
 
 def l0_warning_of(result: Mapping[str, Any]) -> str | None:
@@ -79,8 +74,8 @@ def l0_warning_of(result: Mapping[str, Any]) -> str | None:
 def _sums_over_tokens(
     config: DenseLatentsEvalConfig, saes: list[SelectedSAE], device: str
 ) -> list[_Sums]:
-    model = load_language_model(config.model_name, device, config.llm_dtype)
-    groups = {at.hook_name: group for at, group in by_hook_point(model, saes)}
+    model = lm.load_language_model(config.model_name, device, config.llm_dtype)
+    groups = {at.hook_name: group for at, group in lm.by_hook_point(model, saes)}
     text = {
         hook_name: TextStatistics(group[0].sae.cfg.d_in, config.n_bootstrap, device)
         for hook_name, group in groups.items()
@@ -91,10 +86,10 @@ def _sums_over_tokens(
     for tokens, counts in stream.batches(config.n_tokens, "Counting dense latents"):
         weights = bootstrap.draw(len(tokens))
         sequence = counts.nonzero()[:, 0]
-        activations = activations_at(model, tokens, list(groups))
+        activations = lm.activations_at(model, tokens, list(groups))
         for hook_name, group in groups.items():
             x = activations[hook_name][counts]
-            check_finite(x, hook_name)
+            lm.check_finite(x, hook_name)
             text[hook_name].update(x, sequence, weights)
             for sae in group:
                 firing[sae.key].update(x, sequence, weights)
@@ -124,11 +119,9 @@ def _result(
             statistics["reduction"] = 1 - ratio
         figures = estimates(config.confidence, **statistics)
         details.append(output.DenseLatentsResultDetail(threshold, **figures))
-    headline = output.DenseLatentMetrics
-    n_tokens, fired = of.text.moments.n, of.firing.fired
-    explained = (
-        1 - of.firing.squared_errors.cpu().double() / of.text.replicate_variances
-    )
+    headline, n_tokens = output.DenseLatentMetrics, of.text.moments.n
+    errors = of.firing.squared_errors.cpu().double()
+    explained = 1 - errors / of.text.replicate_variances
     pca_rank = config.pca_rank or of.sae.subspace_rank
     return {
         "eval_result_metrics": output.DenseLatentsMetricCategories(
@@ -144,11 +137,11 @@ def _result(
         ),
         "eval_result_details": details,
         "dense_latents": _dense_latents(of, min(config.thresholds), pca_rank),
-        "firing_histogram": _histogram(fired.cpu() / n_tokens),
+        "firing_histogram": _histogram(of.firing.fired.cpu() / n_tokens),
         "pca_rank": pca_rank,
         # exact, for whoever wants to draw or to bootstrap them differently
         "eval_result_unstructured": {
-            "fired": fired.tolist(),
+            "fired": of.firing.fired.tolist(),
             "dense_counts_of_replicates": counts.long().tolist(),
         },
     }
@@ -158,15 +151,13 @@ def _sparsity(of: _Sums, confidence: float) -> output.SparsityMetrics:
     rank, n_sparse = of.sae.rank, len(of.firing.fired)
     l0_sparse = float(of.firing.fired.sum()) / of.text.moments.n
     n_alive = (of.firing.replicate_fired > 0).sum(dim=1).cpu().double()
-    alive = interval(n_alive, confidence)
-    dead = Interval(
-        n_sparse - alive.estimate, n_sparse - alive.high, n_sparse - alive.low
-    )
+    estimate, low, high = interval(n_alive, confidence)
+    dead = Interval(n_sparse - estimate, n_sparse - high, n_sparse - low)
     return output.SparsityMetrics(
         l0_sparse=l0_sparse,
         l0_total=l0_sparse + rank,
         scaffold_rank=rank,
-        **interval_fields("alive_latents", alive),
+        **estimates(confidence, alive_latents=n_alive),
         **interval_fields("dead_latents", dead),
     )
 

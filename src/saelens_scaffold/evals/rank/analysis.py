@@ -1,25 +1,26 @@
 """Dimensions of the dense part of activations, each counted in another way."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
-from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.eval_configs import TextEvalConfig
-from saelens_scaffold.evals.language_model import (
-    HookedModel,
-    activations_at,
-    by_hook_point,
-    check_finite,
-    load_language_model,
-)
-from saelens_scaffold.evals.overlap import TextSeenInTraining, text_seen_in_training
-from saelens_scaffold.evals.rank import spectrum
-from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.text_data import TokenStream
-from saelens_scaffold.saes.firing import DENSE_THRESHOLD, FiringStatistics
-from saelens_scaffold.saes.subspaces import ActivationMoments, share_in_subspace
+from saelens_scaffold.evals.overlap import TextSeenInTraining
+from saelens_scaffold.saes.firing import DENSE_THRESHOLD
+from saelens_scaffold.saes.subspaces import share_in_subspace
+
+OUTLIER_Z = 3.5
+"""Modified z-score of an outlier (Iglewicz & Hoaglin 1993)."""
+
+OUTLIER_RATIO = 4.0
+"""Variance of an outlier dimension, as a multiple of the median: twice the typical spread."""
+
+NULL_DRAWS = 19
+NULL_QUANTILE = NULL_DRAWS / (NULL_DRAWS + 1)
+"""Quantile of the null that counts as chance (Glorfeld 1995): 95 %. The largest of 19 draws
+is exceeded by chance in one of 20 (a Monte Carlo test)."""
 
 SPANNED = 0.95
 """Share of dense latents' decoder directions that counts as their span."""
@@ -29,6 +30,11 @@ COVERED = 0.8
 
 MAX_NAMED = 12
 """How many outlier dimensions a reason names; rank.json has all."""
+
+REASONS: dict[str, str] = yaml.safe_load(
+    Path(__file__).with_name("reasons.yaml").read_text(encoding="utf-8")
+)
+"""Templates of reasons, by the candidate's name."""
 
 
 @dataclass
@@ -47,129 +53,44 @@ class RankCandidate:
     reason: str
 
 
-@dataclass
-class OutlierDimension:
-    """
-    A dimension of the residual stream with far more variance than most.
-
-    Attributes:
-        dimension: Its index.
-        variance_share: Its share of the whole variance.
-        ratio_to_median: Its variance, as a multiple of the median dimension's.
-    """
-
-    dimension: int
-    variance_share: float
-    ratio_to_median: float
-
-
-@dataclass
+@dataclass(kw_only=True)
 class RankAnalysis:
     """
     What activations say of a scaffold's rank.
 
     Attributes:
-        suggestion: The candidate that is suggested; None if nothing stands out.
         candidates: All candidates.
-        outlier_dimensions: Largest variance first.
+        outlier_dimensions: Index, share of the whole variance, and ratio to the median
+            dimension's variance of each, largest variance first.
         dimension_variances: Variance of each dimension.
         variance_shares: Share of the variance along each principal direction, largest
             first.
         correlation_eigenvalues: Those of the correlations of the dimensions that are no
             outliers, what is linear in the outliers removed; largest first.
         null_eigenvalues: The null's quantile of each.
-        null_quantile: Which quantile that is.
-        null_draws: From how many draws.
+        null_quantile: Quantile of the null.
+        null_draws: Number of the null's draws.
         n_tokens: Tokens that it was measured on.
         n_dense_latents: Dense latents of the plain SAE; None if there is none.
         text_seen_in_training: Whether it was trained on this text; None likewise.
     """
 
-    suggestion: RankCandidate | None
     candidates: list[RankCandidate]
-    outlier_dimensions: list[OutlierDimension]
-    dimension_variances: list[float] = field(repr=False)
-    variance_shares: list[float] = field(repr=False)
-    correlation_eigenvalues: list[float] = field(repr=False)
-    null_eigenvalues: list[float] = field(repr=False)
-    null_quantile: float
-    null_draws: int
+    outlier_dimensions: list[dict[str, float]]
+    dimension_variances: list[float]
+    variance_shares: list[float]
+    correlation_eigenvalues: list[float]
+    null_eigenvalues: list[float]
+    null_quantile: float = NULL_QUANTILE
+    null_draws: int = NULL_DRAWS
     n_tokens: int
     n_dense_latents: int | None = None
     text_seen_in_training: TextSeenInTraining | None = None
 
-
-def analyse_rank(
-    config: TextEvalConfig,
-    hook_name: str,
-    device: str,
-    sae: SelectedSAE | None = None,
-) -> RankAnalysis:
-    """
-    Look at a language model's activations, and at a plain SAE's dense latents.
-
-    Args:
-        config: Which language model reads which text.
-        hook_name: The hook point, as in "blocks.12.hook_resid_post".
-        device: Where to compute.
-        sae: A plain SAE that was trained there.
-
-    Raises:
-        UserError: The model, the hook point or the text cannot be used, and why.
-    """
-    saes = [] if sae is None else [sae]
-    for plain in saes:
-        _check_plain(plain, hook_name)
-    model = load_language_model(config.model_name, device, config.llm_dtype)
-    hooked = HookedModel(model, hook_name)
-    by_hook_point(model, saes)  # sees that it fits
-    any_tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
-    d_in = hooked.below(any_tokens)[0].shape[-1]
-    _check_enough(config.n_tokens, d_in, hook_name)
-    seen = text_seen_in_training(
-        saes, config.dataset, config.dataset_split, config.text_column
-    )
-    firing = FiringStatistics(sae.sae, n_replicates=0) if sae else None
-    moments = ActivationMoments(d_in, device)
-    stream = TokenStream(config, model, saes)
-    for tokens, counts in stream.batches(config.n_tokens, "Reading activations"):
-        x = activations_at(model, tokens, [hook_name])[hook_name][counts]
-        check_finite(x, hook_name)
-        moments.update(x)
-        if firing is not None:
-            firing.update_unsampled(x)
-    _check_enough(moments.n, d_in, hook_name)
-
-    analysis = analyse_covariance(moments.covariance, moments.n, config.random_seed)
-    if sae is not None and firing is not None:
-        dense = (firing.fired / moments.n > DENSE_THRESHOLD).cpu()
-        _, directions = moments.principal_directions()
-        decoder = sae.sae.W_dec.detach().cpu()[dense]
-        analysis.candidates += dense_latent_candidates(decoder, directions.cpu())
-        analysis.n_dense_latents = int(dense.sum())
-        analysis.text_seen_in_training = seen[sae.key]
-        analysis.suggestion = suggested(analysis.candidates)
-    return analysis
-
-
-def _check_plain(sae: SelectedSAE, hook_name: str) -> None:
-    if sae.rank:
-        raise UserError(
-            f"SAE {sae.label!r} has a scaffold (of rank {sae.rank}), which has taken over "
-            "dense latents already; name a plain SAE of this hook point, or none"
-        )
-    if sae.hook_name != hook_name:
-        raise UserError(
-            f"SAE {sae.label!r} was trained at {sae.hook_name}, not at {hook_name}"
-        )
-
-
-def _check_enough(n_tokens: int, d_in: int, hook_name: str) -> None:
-    if n_tokens <= d_in:
-        raise UserError(
-            f"n_tokens is {n_tokens}; a spectrum of the {d_in} dimensions at {hook_name} "
-            f"needs more than {d_in} tokens, and says little with fewer than {10 * d_in}"
-        )
+    @property
+    def suggestion(self) -> RankCandidate | None:
+        """The candidate to try first; None if nothing stands out."""
+        return suggested(self.candidates)
 
 
 def analyse_covariance(
@@ -185,87 +106,58 @@ def analyse_covariance(
     """
     covariance = covariance.double().cpu()
     of_dimensions = covariance.diagonal()
-    outliers = spectrum.outlier_dimensions(of_dimensions)
-    # each outlier dimension takes a degree of freedom
-    beyond = spectrum.parallel_analysis(
-        spectrum.without_dimensions(covariance, outliers),
+    outliers = outlier_dimensions(of_dimensions)
+    beyond, eigenvalues, null = parallel_analysis(
+        without_dimensions(covariance, outliers),
+        # each outlier dimension takes a degree of freedom
         n_tokens - len(outliers),
         np.random.default_rng(seed),
     )
     variances = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
-    total = of_dimensions.sum()
+    shares = variances / variances.sum()
+    total, median = of_dimensions.sum(), of_dimensions.median()
     found = [
-        OutlierDimension(
-            int(i),
-            float(of_dimensions[i] / total),
-            float(of_dimensions[i] / of_dimensions.median()),
-        )
+        {
+            "dimension": int(i),
+            "variance_share": float(of_dimensions[i] / total),
+            "ratio_to_median": float(of_dimensions[i] / median),
+        }
         for i in outliers
     ]
-    candidates = spectrum_candidates(variances, found, beyond.rank)
+    named = ", ".join(str(int(i)) for i in outliers[:MAX_NAMED])
+    if len(outliers) > MAX_NAMED:
+        named += f" and {len(outliers) - MAX_NAMED} more"
+    knee, participation = knee_of(variances), float(1 / shares.pow(2).sum())
+    candidates = [
+        _candidate(
+            "outlier dimensions",
+            len(outliers),
+            template="outlier dimensions" if found else "no outlier dimensions",
+            named=named,
+            held=sum(outlier["variance_share"] for outlier in found),
+            ratio=OUTLIER_RATIO,
+            z=OUTLIER_Z,
+        ),
+        _candidate("knee", knee, held=float(shares[:knee].sum())),
+        _candidate(
+            "participation ratio", max(1, round(participation)), ratio=participation
+        ),
+        _candidate(
+            "parallel analysis",
+            len(outliers) + beyond,
+            beyond=beyond,
+            quantile=NULL_QUANTILE,
+        ),
+    ]
     return RankAnalysis(
-        suggestion=suggested(candidates),
         candidates=candidates,
         outlier_dimensions=found,
         dimension_variances=of_dimensions.tolist(),
-        variance_shares=(variances / variances.sum()).tolist(),
-        correlation_eigenvalues=beyond.eigenvalues.tolist(),
-        null_eigenvalues=beyond.null.tolist(),
-        null_quantile=spectrum.NULL_QUANTILE,
-        null_draws=spectrum.NULL_DRAWS,
+        variance_shares=shares.tolist(),
+        correlation_eigenvalues=eigenvalues.tolist(),
+        null_eigenvalues=null.tolist(),
         n_tokens=n_tokens,
     )
-
-
-def spectrum_candidates(
-    variances: torch.Tensor, outliers: list[OutlierDimension], beyond_chance: int
-) -> list[RankCandidate]:
-    """
-    Ranks that the variances speak for.
-
-    Args:
-        variances: Along the principal directions, largest first, shape (d_in,).
-        outliers: The outlier dimensions.
-        beyond_chance: Number of principal directions of the other dimensions'
-            correlations that are more than chance.
-    """
-    shares = variances / variances.sum()
-    participation = float(1 / shares.pow(2).sum())
-    knee = spectrum.knee_of(variances)
-    held = sum(outlier.variance_share for outlier in outliers)
-    named = ", ".join(str(outlier.dimension) for outlier in outliers[:MAX_NAMED])
-    if len(outliers) > MAX_NAMED:
-        named += f" and {len(outliers) - MAX_NAMED} more"
-    return [
-        RankCandidate(
-            "outlier dimensions",
-            len(outliers),
-            f"dimensions {named} hold {held:.0%} of the variance; each has more than "
-            f"{spectrum.OUTLIER_RATIO:g} times the median: a lower bound"
-            if outliers
-            else f"no dimension has more than {spectrum.OUTLIER_RATIO:g} times the median variance, "
-            f"and a modified z-score above {spectrum.OUTLIER_Z}",
-        ),
-        RankCandidate(
-            "knee",
-            knee,
-            f"from the spectrum's knee on, variances fall slowly; the first {knee} "
-            f"directions hold {float(shares[:knee].sum()):.0%} of the variance",
-        ),
-        RankCandidate(
-            "participation ratio",
-            max(1, round(participation)),
-            f"(Σλ)² / Σλ² = {participation:.1f}: so many equal directions would be as "
-            "concentrated",
-        ),
-        RankCandidate(
-            "parallel analysis",
-            len(outliers) + beyond_chance,
-            f"the outlier dimensions, and {beyond_chance} directions of the others whose "
-            f"correlations exceed the {spectrum.NULL_QUANTILE:.0%} quantile of chance (Horn 1965, "
-            "Glorfeld 1995): an upper bound",
-        ),
-    ]
 
 
 def dense_latent_candidates(
@@ -286,21 +178,16 @@ def dense_latent_candidates(
     span = int((weights < SPANNED).sum()) + 1
     inside = (unit @ directions.T).pow(2).cumsum(dim=1).mean(dim=0)
     covered = int((inside < COVERED).sum()) + 1
-    held = float(share_in_subspace(unit, directions[:span]).mean())
     return [
-        RankCandidate(
+        _candidate(
             "dense latents",
             span,
-            f"{n_dense} latents of the plain SAE fire on more than {DENSE_THRESHOLD:.0%} of "
-            f"the tokens, and span {span} dimensions ({SPANNED:.0%} of their directions); the "
-            f"first {span} principal directions hold {held:.0%} of them",
+            n_dense=n_dense,
+            threshold=DENSE_THRESHOLD,
+            spanned=SPANNED,
+            held=float(share_in_subspace(unit, directions[:span]).mean()),
         ),
-        RankCandidate(
-            "dense latents in PCA",
-            covered,
-            f"so many principal directions hold {COVERED:.0%} of the dense latents' "
-            "directions",
-        ),
+        _candidate("dense latents in PCA", covered, covered=COVERED),
     ]
 
 
@@ -317,3 +204,133 @@ def suggested(candidates: list[RankCandidate]) -> RankCandidate | None:
     middle = sorted(bounds, key=lambda candidate: candidate.rank)[1]
     # a knee there always is, even in noise
     return middle if bounds[-1].rank else None
+
+
+def _candidate(
+    name: str, rank: int, template: str | None = None, **figures: object
+) -> RankCandidate:
+    reason = REASONS[template or name].format(rank=rank, **figures)
+    return RankCandidate(name, rank, reason)
+
+
+def outlier_dimensions(variances: torch.Tensor) -> torch.Tensor:
+    """
+    Dimensions (basis vectors, not directions) whose variance is far from the others'.
+
+    The logarithm of the variance has a modified z-score above 3.5, and the variance is
+    above 4 times the median. The first alone would name the largest of nearly equal
+    variances, the second the upper tail of widely spread ones. Medians, since outliers
+    would hide each other in a mean.
+
+    Args:
+        variances: Of each dimension, shape (d_in,). About the mean: a dimension that is
+            large but constant is b_dec's to take, not a scaffold's.
+
+    Returns:
+        Indices, largest variance first, shape (n_outliers,).
+    """
+    logs = variances.clamp_min(torch.finfo(variances.dtype).tiny).log()
+    deviations = logs - logs.median()
+    # 0.6745: the median absolute deviation of a standard normal variable
+    spread = deviations.abs().median() / 0.6745
+    is_outlier = (deviations > OUTLIER_Z * spread) & (
+        variances > OUTLIER_RATIO * variances.median()
+    )
+    order = variances.argsort(descending=True)
+    return order[is_outlier[order]]
+
+
+def without_dimensions(
+    covariance: torch.Tensor, dimensions: torch.Tensor
+) -> torch.Tensor:
+    """
+    Covariance of the other dimensions given these: what is linear in these is gone.
+
+    So ranks add up: that of a covariance is the number of these dimensions plus the rank
+    of what is returned (Guttman's rank additivity of the Schur complement).
+
+    Args:
+        covariance: Shape (d_in, d_in).
+        dimensions: Indices, shape (m,).
+
+    Returns:
+        Shape (d_in - m, d_in - m).
+    """
+    is_other = torch.ones_like(covariance[0], dtype=torch.bool)
+    is_other[dimensions] = False
+    others = covariance[is_other]
+    across = others[:, dimensions]
+    own = covariance[dimensions][:, dimensions]
+    explained = across @ torch.linalg.pinv(own, hermitian=True) @ across.T
+    return others[:, is_other] - explained
+
+
+def parallel_analysis(
+    covariance: torch.Tensor, n_tokens: int, rng: np.random.Generator
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """
+    Parallel analysis of the correlations (Horn 1965), by a quantile (Glorfeld 1995).
+
+    Correlations, since dimensions of different variance and no correlation have a steep
+    spectrum too. By the same token it is blind to an outlier dimension that correlates
+    with no other: see `outlier_dimensions`.
+
+    Args:
+        covariance: Shape (d, d).
+        n_tokens: Tokens that it is of, more than d.
+        rng: Of the null's draws.
+
+    Returns:
+        Number of leading eigenvalues above the null's quantile; the eigenvalues of the
+        correlation matrix, largest first, shape (d,); and the quantile of each over draws
+        without correlation, shape (d,).
+    """
+    eigenvalues = _correlation_eigenvalues(covariance)
+    null = null_eigenvalues(len(covariance), n_tokens, rng).to(eigenvalues)
+    rank = int((eigenvalues > null).int().cumprod(0).sum())
+    return rank, eigenvalues, null
+
+
+def null_eigenvalues(d: int, n_tokens: int, rng: np.random.Generator) -> torch.Tensor:
+    """
+    Eigenvalues of correlation matrices of independent normal variables.
+
+    The covariance of n normal samples is drawn as a whole (Wishart's distribution, by
+    Bartlett's decomposition), so that a draw costs as much for a million tokens as for
+    one. Shuffling each dimension over the tokens gives the same to within its own
+    scatter, at the price of another pass for each draw.
+
+    Args:
+        d: Number of variables.
+        n_tokens: Number of samples, more than d.
+        rng: Of the draws.
+
+    Returns:
+        The 95 % quantile of each, the largest of 19 draws; largest first, shape (d,),
+        float64.
+    """
+    draws: list[torch.Tensor] = []
+    for _ in range(NULL_DRAWS):
+        factor = np.tril(rng.normal(size=(d, d)), -1)
+        np.fill_diagonal(factor, rng.chisquare(n_tokens - 1 - np.arange(d)) ** 0.5)
+        draws.append(_correlation_eigenvalues(torch.from_numpy(factor @ factor.T)))
+    return torch.stack(draws).amax(dim=0)
+
+
+def knee_of(variances: torch.Tensor) -> int:
+    """
+    The number of directions before the spectrum's knee: where the logarithm of the
+    variances lies farthest below the line through the first and the median one.
+
+    The upper half of the spectrum only, as the smallest variances fall off again.
+    """
+    logs = variances[: max(3, len(variances) // 2)].clamp_min(1e-30).log()
+    line = torch.linspace(float(logs[0]), float(logs[-1]), len(logs)).to(logs)
+    return max(1, int((line - logs).argmax()))
+
+
+def _correlation_eigenvalues(covariance: torch.Tensor) -> torch.Tensor:
+    """Largest first. A constant dimension correlates with nothing."""
+    tiny = torch.finfo(covariance.dtype).tiny
+    scale = covariance.diagonal().clamp_min(tiny).rsqrt()
+    return torch.linalg.eigvalsh(covariance * scale[:, None] * scale).flip(0)

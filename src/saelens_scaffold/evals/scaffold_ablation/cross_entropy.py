@@ -22,35 +22,6 @@ from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
 
 
-class Losses:
-    """
-    Sums over all predictions in every bootstrap replicate, the sample's own first.
-
-    Attributes:
-        n_predictions: Number of predictions, shape (1 + n_replicates,), float64.
-        of: Cross-entropy and KL of the clean run and of each intervention, by its identity,
-            shape (2, 1 + n_replicates), float64.
-    """
-
-    def __init__(self, n_replicates: int):
-        zeros = torch.zeros(2, 1 + n_replicates, dtype=torch.float64)
-        self.n_predictions = zeros[0]
-        self.of: dict[Identity, torch.Tensor] = defaultdict(lambda: zeros)
-
-    def add(
-        self, identity: Identity, weights: torch.Tensor, losses: torch.Tensor
-    ) -> None:
-        """
-        Args:
-            identity: Identity of the intervention.
-            weights: How often each replicate counts each sequence, shape
-                (1 + n_replicates, batch), float64.
-            losses: Losses of the sequences of a batch, shape (2, batch), float64.
-        """
-        sums = torch.stack([weights @ loss for loss in losses])
-        self.of[identity] = self.of[identity] + sums
-
-
 @torch.no_grad()
 def measure_losses(
     config: ScaffoldAblationEvalConfig,
@@ -58,7 +29,7 @@ def measure_losses(
     stream: TokenStream,
     group: Sequence[SelectedSAE],
     changes: Mapping[str, list[Intervention]],
-) -> Losses:
+) -> tuple[dict[Identity, torch.Tensor], int]:
     """
     Run the language model with every intervention.
 
@@ -68,47 +39,55 @@ def measure_losses(
         stream: The text, from where it is to be evaluated on.
         group: The SAEs.
         changes: The interventions on each SAE, by its key.
+
+    Returns:
+        Cross-entropy and KL of the clean run and of each intervention, by its identity, in
+        the sample and every bootstrap replicate, shape (2, 1 + n_replicates), float64; and
+        the number of predictions.
     """
     bootstrap = SequenceBootstrap(config.n_bootstrap, config.random_seed)
-    losses = Losses(config.n_bootstrap)
+    n_predictions = torch.zeros(1 + config.n_bootstrap, dtype=torch.float64)
+    sums: defaultdict[Identity, torch.Tensor] = defaultdict(
+        lambda: torch.zeros(2, 1 + config.n_bootstrap, dtype=torch.float64)
+    )
     for tokens, counts in stream.batches(config.n_tokens, "Ablating"):
         weights = bootstrap.draw(len(tokens)).double()
         run = HookedBatch(hooked, tokens, counts)
         clean = CleanPredictions(run.above(run.full), tokens, counts)
-        losses.n_predictions = losses.n_predictions + weights @ clean.n_predictions
-        losses.add(CLEAN.identity(), weights, clean.losses)
+        n_predictions += weights @ clean.n_predictions
+        batch = {CLEAN.identity(): clean.losses}
         runs = {False: run}
         if config.include_special_tokens:
             runs[True] = run.changing(torch.ones_like(counts))
-        for identity, change, batch in distinct(group, changes, runs):
-            of = runs[change.special_tokens]
+        for identity, change, of in distinct(group, changes, runs):
+            changed = runs[change.special_tokens]
             draws = [
-                clean.compare(of.above(of.full_with(draw(batch))))
+                clean.compare(changed.above(changed.full_with(draw(of))))
                 for draw in change.changes
             ]
-            losses.add(identity, weights, torch.stack(draws).mean(dim=0))
-    return losses
+            batch[identity] = torch.stack(draws).mean(dim=0)
+        for identity, losses in batch.items():
+            sums[identity] += torch.stack([weights @ loss for loss in losses])
+    means = {identity: of / n_predictions for identity, of in sums.items()}
+    return means, int(n_predictions[0])
 
 
 def result_details(
-    losses: Losses,
+    losses: Mapping[Identity, torch.Tensor],
     sae: SelectedSAE,
     changes: Sequence[Intervention],
     confidence: float,
 ) -> list[ScaffoldAblationResultDetail]:
     """Cross-entropy and KL of the clean run and of each intervention on an SAE."""
-    clean_ce = losses.of[CLEAN.identity()][0] / losses.n_predictions
+    clean_ce, _ = losses[CLEAN.identity()]
     found: list[ScaffoldAblationResultDetail] = []
     for change in [CLEAN, *changes]:
-        ce, kl = losses.of[change.identity(sae.key)] / losses.n_predictions
+        ce, kl = losses[change.identity(sae.key)]
         figures = {"ce": ce, "ce_ratio": ce / clean_ce, "delta_ce": ce - clean_ce}
         detail = ScaffoldAblationResultDetail(
-            intervention=change.name,
             kind=change.kind,
-            description=change.description,
-            special_tokens=change.special_tokens,
-            size=change.size,
             n_draws=len(change.changes),
+            **change.fields(),
             **estimates(confidence, **figures, kl=kl),
         )
         found.append(detail)

@@ -2,15 +2,15 @@
 # pyright: reportGeneralTypeIssues=false
 
 from pydantic import Field
-from sae_bench.evals.base_eval_output import (
-    BaseEvalOutput,
-    BaseMetricCategories,
-    BaseMetrics,
-    BaseResultDetail,
-)
+from sae_bench.evals import base_eval_output as base
 
 from saelens_scaffold._util.configs import documented
-from saelens_scaffold.evals.output_fields import Shown, WithInterval, with_intervals
+from saelens_scaffold.evals.output_fields import (
+    OptionalEstimate,
+    Shown,
+    WithInterval,
+    with_intervals,
+)
 from saelens_scaffold.evals.overlap import TextSeenInTraining
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
@@ -21,7 +21,7 @@ EVAL_TYPE_ID_SCAFFOLD_ABLATION = "scaffold_ablation"
 
 @documented
 @with_intervals
-class CrossEntropyMetrics(BaseMetrics):
+class CrossEntropyMetrics(base.BaseMetrics):
     """
     What the language model loses, as multiples of its clean cross-entropy.
 
@@ -40,7 +40,7 @@ class CrossEntropyMetrics(BaseMetrics):
     badly as from zeros"""
     ce_ratio_reconstruction: float
     """CE with the SAE's reconstruction in place, as a multiple of the clean CE"""
-    ce_ratio_scaffold_mean_ablated: Shown[WithInterval[float | None]] = None
+    ce_ratio_scaffold_mean_ablated: Shown[OptionalEstimate] = None
     """CE with the scaffold's part of the reconstruction replaced by its mean, x - s(x) +
     E[s], as a multiple of the clean CE (the paper, whose way of removing the scaffold its
     abstract does not say: 7.5)"""
@@ -50,26 +50,26 @@ class CrossEntropyMetrics(BaseMetrics):
     ce_ratio_random_mean_ablated: float
     """CE with the coordinates along as many random directions replaced by their mean, as a
     multiple of the clean CE"""
-    ce_ratio_scaffold_projected_out: Shown[WithInterval[float | None]] = None
+    ce_ratio_scaffold_projected_out: Shown[OptionalEstimate] = None
     """CE with the scaffold's subspace projected out, as a multiple of the clean CE"""
     ce_ratio_pca_projected_out: Shown[WithInterval[float]]
     """CE with as many principal directions projected out, as a multiple of the clean CE"""
     ce_ratio_random_projected_out: float
     """CE with as many random directions projected out, as a multiple of the clean CE"""
-    ce_ratio_scaffold_subtracted_gauge_fixed: WithInterval[float | None] = None
+    ce_ratio_scaffold_subtracted_gauge_fixed: OptionalEstimate = None
     """CE of x - s(x), with s(x) as it is where b_dec is orthogonal to the scaffold's span,
     as a multiple of the clean CE. It stands beside the projections: equal to them were the
     scaffold one"""
     n_aligned_latents: int | None = None
     """Number of latents of the next two figures: 787, the paper's, or else the largest
     asked for; None for a plain SAE"""
-    ce_ratio_baseline_aligned_latents: Shown[WithInterval[float | None]] = None
+    ce_ratio_baseline_aligned_latents: Shown[OptionalEstimate] = None
     """CE with as many sparse latents of the plain baseline, those most aligned with the
     scaffold, set to zero, as a multiple of the clean CE (the paper, of sparse dictionaries:
     2.9 for 787)"""
     baseline_aligned_latents_note: str | None = None
     """Why there is no such figure, if fewer latents are alive"""
-    ce_ratio_aligned_latents: Shown[WithInterval[float | None]] = None
+    ce_ratio_aligned_latents: Shown[OptionalEstimate] = None
     """CE with as many of the SAE's own sparse latents set to zero, as a multiple of the
     clean CE"""
     aligned_latents_note: str | None = None
@@ -77,7 +77,7 @@ class CrossEntropyMetrics(BaseMetrics):
 
 
 @documented
-class GeometryMetrics(BaseMetrics):
+class GeometryMetrics(base.BaseMetrics):
     pca_rank: int
     """Number of principal directions compared with"""
     variance_explained_by_pca: Shown[float]
@@ -108,7 +108,7 @@ class GeometryMetrics(BaseMetrics):
 
 @documented
 @with_intervals
-class TopicMetrics(BaseMetrics):
+class TopicMetrics(base.BaseMetrics):
     """
     Headline accuracies of probes after the last layer. Removing the scaffold means mean
     ablation: s(x) by itself depends on the gauge of an SAE's weights, s(x) - E[s] does not.
@@ -120,16 +120,16 @@ class TopicMetrics(BaseMetrics):
     """Number of topics"""
     accuracy_clean: Shown[float | None] = None
     """Accuracy of a linear probe after the last layer, nothing changed (the paper: 0.987)"""
-    accuracy_scaffold_mean_ablated: Shown[WithInterval[float | None]] = None
+    accuracy_scaffold_mean_ablated: Shown[OptionalEstimate] = None
     """Accuracy of the same probe, with the scaffold's part replaced by its mean at the hook
     point (the paper removes the scaffold: chance)"""
-    accuracy_scaffold_mean_ablated_retrained: Shown[WithInterval[float | None]] = None
+    accuracy_scaffold_mean_ablated_retrained: Shown[OptionalEstimate] = None
     """Accuracy of a probe trained on the changed activations: high if the topic has moved,
     chance if it is gone"""
-    accuracy_topic_latents_ablated: Shown[WithInterval[float | None]] = None
+    accuracy_topic_latents_ablated: Shown[OptionalEstimate] = None
     """Accuracy of the clean-trained probe, with the sparse latents most aligned with the
     topics set to zero (the paper: virtually unchanged, for 2048)"""
-    accuracy_topic_latents_ablated_retrained: WithInterval[float | None] = None
+    accuracy_topic_latents_ablated_retrained: OptionalEstimate = None
     """Accuracy of a probe trained on the changed activations"""
     n_topic_latents: int | None = None
     """How many latents that were: as many as asked for, or all that are alive"""
@@ -139,7 +139,7 @@ class TopicMetrics(BaseMetrics):
 
 @documented
 @with_intervals
-class SpecialTokenMetrics(BaseMetrics):
+class SpecialTokenMetrics(base.BaseMetrics):
     """
     Headline figures with special tokens included: means, directions, scaffold means and
     firing frequencies are fitted on BOS, EOS and padding as well, and all of these tokens
@@ -147,23 +147,15 @@ class SpecialTokenMetrics(BaseMetrics):
     `include_special_tokens` is off.
     """
 
-    ce_ratio_scaffold_mean_ablated_with_special_tokens: Shown[
-        WithInterval[float | None]
-    ] = None
+    ce_ratio_scaffold_mean_ablated_with_special_tokens: Shown[OptionalEstimate] = None
     """CE with the scaffold's part replaced by its mean, as a multiple of the clean CE"""
-    ce_ratio_pca_mean_ablated_with_special_tokens: Shown[WithInterval[float | None]] = (
-        None
-    )
+    ce_ratio_pca_mean_ablated_with_special_tokens: Shown[OptionalEstimate] = None
     """CE with as many principal directions mean-ablated, as a multiple of the clean CE"""
-    ce_ratio_scaffold_projected_out_with_special_tokens: WithInterval[float | None] = (
-        None
-    )
+    ce_ratio_scaffold_projected_out_with_special_tokens: OptionalEstimate = None
     """CE with the scaffold's subspace projected out, as a multiple of the clean CE"""
-    ce_ratio_pca_projected_out_with_special_tokens: WithInterval[float | None] = None
+    ce_ratio_pca_projected_out_with_special_tokens: OptionalEstimate = None
     """CE with as many principal directions projected out, as a multiple of the clean CE"""
-    accuracy_scaffold_mean_ablated_with_special_tokens: WithInterval[float | None] = (
-        None
-    )
+    accuracy_scaffold_mean_ablated_with_special_tokens: OptionalEstimate = None
     """Accuracy of the clean-trained topic probe"""
     overlap_with_pca_with_special_tokens: float | None = None
     """Mean squared cosine of the principal angles between the scaffold's and the top PCA
@@ -176,7 +168,7 @@ class SpecialTokenMetrics(BaseMetrics):
 
 
 @documented
-class ScaffoldAblationMetricCategories(BaseMetricCategories):
+class ScaffoldAblationMetricCategories(base.BaseMetricCategories):
     cross_entropy: Shown[CrossEntropyMetrics]
     """What the interventions cost the language model"""
     geometry: Shown[GeometryMetrics]
@@ -189,7 +181,7 @@ class ScaffoldAblationMetricCategories(BaseMetricCategories):
 
 @documented
 @with_intervals
-class ScaffoldAblationResultDetail(BaseResultDetail):
+class ScaffoldAblationResultDetail(base.BaseResultDetail):
     intervention: str
     """Name of the intervention"""
     kind: str
@@ -258,7 +250,7 @@ class DictionaryAlignment:
 
 @documented(title="Scaffold Ablation")
 class ScaffoldAblationEvalOutput(
-    BaseEvalOutput[
+    base.BaseEvalOutput[
         ScaffoldAblationEvalConfig,
         ScaffoldAblationMetricCategories,
         ScaffoldAblationResultDetail,

@@ -1,18 +1,18 @@
-"""What interventions need to know of the activations: means, directions, frequencies."""
+"""Statistics that interventions need: means, directions, firing frequencies, alignments."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from saelens_scaffold.evals.language_model import HookedModel, check_finite
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
-from saelens_scaffold.evals.scaffold_ablation.latents import most_aligned
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
+from saelens_scaffold.saes import subspaces
 from saelens_scaffold.saes.firing import FiringStatistics
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
-from saelens_scaffold.saes.subspaces import ActivationMoments, orthonormal_basis
 
 
 class SAEFit:
@@ -59,9 +59,8 @@ class SAEFit:
     def scaffold_basis(self) -> torch.Tensor | None:
         """Orthonormal rows that span the scaffold's subspace, shape (r, d_in), float64, on
         the CPU; None for a plain SAE."""
-        if not self.sae.rank:
-            return None
-        return orthonormal_basis(self.sae.sae.W_dec[: self.sae.rank].detach().cpu())
+        rows = self.sae.sae.W_dec[: self.sae.rank].detach().cpu()
+        return subspaces.orthonormal_basis(rows) if len(rows) else None
 
     def like_weights(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor with dtype and device of the SAE's weights."""
@@ -73,6 +72,7 @@ class SAEFit:
         return most_aligned(decoder, self.fired > 0, basis)
 
 
+@dataclass
 class Fit:
     """
     Statistics of some tokens at one hook point.
@@ -82,27 +82,8 @@ class Fit:
         saes: Statistics of each SAE, by its key.
     """
 
-    def __init__(
-        self,
-        config: ScaffoldAblationEvalConfig,
-        group: Sequence[SelectedSAE],
-        device: str | torch.device,
-    ):
-        self.moments = ActivationMoments(group[0].sae.cfg.d_in, device)
-        self.saes = {
-            sae.key: SAEFit(sae, config.pca_rank or sae.subspace_rank) for sae in group
-        }
-
-    def update(self, x: torch.Tensor) -> None:
-        """As `SAEFit.update`."""
-        self.moments.update(x)
-        for of in self.saes.values():
-            of.update(x)
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """E[x], shape (d_in,), float64."""
-        return self.moments.mean
+    moments: subspaces.ActivationMoments
+    saes: dict[str, SAEFit]
 
     @cached_property
     def directions(self) -> torch.Tensor:
@@ -113,7 +94,7 @@ class Fit:
     @cached_property
     def root_mean_squares(self) -> torch.Tensor:
         """Root mean square of each dimension of the residual stream, shape (d_in,)."""
-        return (self.moments.covariance.diagonal() + self.mean.pow(2)).sqrt()
+        return (self.moments.covariance.diagonal() + self.moments.mean.pow(2)).sqrt()
 
     @cached_property
     def outliers(self) -> torch.Tensor:
@@ -145,16 +126,77 @@ def fit(
         Statistics without special tokens under False, and with them under True if they are
         included.
     """
-    kinds = (False, True) if config.include_special_tokens else (False,)
-    device = hooked.model.cfg.device or "cpu"
-    fits = {special: Fit(config, group, device) for special in kinds}
+    d_in, device = group[0].sae.cfg.d_in, hooked.model.cfg.device or "cpu"
+    fits: dict[bool, Fit] = {}
+    for special in (False, True) if config.include_special_tokens else (False,):
+        saes = {s.key: SAEFit(s, config.pca_rank or s.subspace_rank) for s in group}
+        for key in saes.keys() & baselines.keys():
+            saes[key].baseline = saes[baselines[key].key]
+        fits[special] = Fit(subspaces.ActivationMoments(d_in, device), saes)
     for tokens, counts in stream.batches(config.n_fit_tokens, "Fitting ablations"):
         full = hooked.below(tokens)[0]
         for special, of in fits.items():
             x = full.flatten(0, 1) if special else full[counts]
             check_finite(x, hooked.hook_name)
-            of.update(x)
-    for of in fits.values():
-        for key in of.saes.keys() & baselines.keys():
-            of.saes[key].baseline = of.saes[baselines[key].key]
+            of.moments.update(x)
+            for sae in of.saes.values():
+                sae.update(x)
     return fits
+
+
+def most_aligned(
+    decoder: torch.Tensor, alive: torch.Tensor, basis: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The alive latents, most aligned with a subspace first.
+
+    Args:
+        decoder: Decoder directions, shape (n, d_in).
+        alive: Which latents fire at all, shape (n,). The direction of one that never
+            fires means nothing.
+        basis: Orthonormal rows that span the subspace, shape (r, d_in).
+
+    Returns:
+        Their indices, and the cosines of their decoder directions with the subspace,
+        both of shape (n_alive,).
+    """
+    # on the CPU, since MPS has no double precision
+    indices = alive.cpu().nonzero()[:, 0]
+    shares = subspaces.share_in_subspace(decoder.cpu()[indices], basis.cpu())
+    cosines, order = shares.sqrt().sort(descending=True, stable=True)
+    return indices[order], cosines
+
+
+def matched_frequency(
+    fired: torch.Tensor, chosen: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor | None:
+    """
+    Other alive latents that fire about as often as the chosen ones.
+
+    Each chosen latent, in random order, gets the unused latent outside the choice whose
+    log frequency is nearest to its own, ties broken at random.
+
+    Args:
+        fired: Tokens on which each latent fired, shape (n,).
+        chosen: Indices of the chosen latents, all alive, shape (m,).
+        generator: Of the random order, on the CPU.
+
+    Returns:
+        Indices, shape (m,); None if there are fewer than m other alive latents.
+    """
+    fired, chosen = fired.cpu(), chosen.cpu()
+    others = fired > 0
+    others[chosen] = False
+    candidates = others.nonzero()[:, 0]
+    if len(candidates) < len(chosen):
+        return None
+    candidates = candidates[torch.randperm(len(candidates), generator=generator)]
+    logs = fired.double().log()
+    free = torch.ones(len(candidates), dtype=torch.bool)
+    matched = torch.empty_like(chosen)
+    for i in torch.randperm(len(chosen), generator=generator).tolist():
+        distance = (logs[candidates] - logs[chosen[i]]).abs()
+        best = int(distance.where(free, torch.inf).argmin())
+        free[best] = False
+        matched[i] = candidates[best]
+    return matched

@@ -4,28 +4,18 @@ from collections.abc import Iterator, Sequence
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Call, Implementation, Result
-from saelens_scaffold.evals.baselines import baseline_named
+from saelens_scaffold.evals.eval_configs import check_baseline
 from saelens_scaffold.evals.language_model import by_hook_point, load_language_model
 from saelens_scaffold.evals.overlap import text_seen_in_training
-from saelens_scaffold.evals.scaffold_ablation import (
-    ScaffoldAblationEvalConfig,
-    metrics,
-)
+from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig, metrics
+from saelens_scaffold.evals.scaffold_ablation import eval_output as output
 from saelens_scaffold.evals.scaffold_ablation.cross_entropy import (
     measure_losses,
     result_details,
 )
-from saelens_scaffold.evals.scaffold_ablation.eval_output import (
-    ScaffoldAblationEvalOutput,
-    ScaffoldAblationMetricCategories,
-)
 from saelens_scaffold.evals.scaffold_ablation.fit import fit
 from saelens_scaffold.evals.scaffold_ablation.interventions import interventions
-from saelens_scaffold.evals.scaffold_ablation.topic_texts import (
-    load_topic_texts,
-    read_topics,
-)
-from saelens_scaffold.evals.scaffold_ablation.topics import TopicProbes
+from saelens_scaffold.evals.scaffold_ablation.topics import TopicProbes, read_topics
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 from saelens_scaffold.evals.text_data import TokenStream
 
@@ -48,43 +38,36 @@ def measure(
     )
     for hooked, at_hook in by_hook_point(model, list(needed.values())):
         stream = TokenStream(config, model, at_hook)
-        # read before the long work, so that errors in it are reported now
-        texts = load_topic_texts(config, model, stream) if config.topics else None
+        # texts are read before the long work, so that errors in them are reported now
+        probes = TopicProbes(config, hooked, stream) if config.topics else None
         fits = fit(config, hooked, at_hook, baselines, stream)
         group = [sae for sae in at_hook if sae.key in seen]
         changes = {sae.key: interventions(config, fits, sae.key) for sae in group}
-        losses = measure_losses(config, hooked, stream, group, changes)
-        topics = {}
-        if texts is not None:
-            topics = TopicProbes(config, hooked, texts).accuracies(fits, changes)
+        losses, n_predictions = measure_losses(config, hooked, stream, group, changes)
+        topics = probes.accuracies(fits, changes) if probes else {}
         for sae in group:
             of = fits[False].saes[sae.key]
-            accuracies = topics.get(sae.key, [])
             details = result_details(losses, sae, changes[sae.key], config.confidence)
+            accuracies = topics.get(sae.key, [])
+            last = [a for a in accuracies if a.read_at == "last_layer"]
             alignments = metrics.dictionary_alignments(config, of)
             geometry, angles = metrics.geometry_metrics(fits[False], of)
-            categories = ScaffoldAblationMetricCategories(
-                cross_entropy=metrics.cross_entropy_metrics(
-                    config, details, alignments
-                ),
-                geometry=geometry,
-                topics=metrics.topic_metrics(texts, accuracies, of),
-                special_tokens=metrics.special_token_metrics(
-                    fits, sae.key, details, accuracies
-                ),
+            categories = output.ScaffoldAblationMetricCategories(
+                metrics.cross_entropy_metrics(config, details, alignments),
+                geometry,
+                metrics.topic_metrics(probes, last, of),
+                metrics.special_token_metrics(fits, sae.key, details, last),
             )
-            yield (
-                sae,
-                {
-                    "eval_result_metrics": categories,
-                    "eval_result_details": details,
-                    "topic_accuracies": accuracies,
-                    "principal_angles": angles,
-                    "dictionary_alignments": alignments,
-                    "n_predictions": int(losses.n_predictions[0]),
-                    "text_seen_in_training": seen[sae.key],
-                },
-            )
+            result = {
+                "eval_result_metrics": categories,
+                "eval_result_details": details,
+                "topic_accuracies": accuracies,
+                "principal_angles": angles,
+                "dictionary_alignments": alignments,
+                "n_predictions": n_predictions,
+                "text_seen_in_training": seen[sae.key],
+            }
+            yield sae, result
 
 
 def check(config: ScaffoldAblationEvalConfig, saes: Sequence[SelectedSAE]) -> None:
@@ -109,9 +92,10 @@ def _baselines(
         UserError: A baseline is not among the candidates, has a scaffold itself, or another
             hook point.
     """
+    by_name = {candidate.label: candidate for candidate in candidates}
     given = config.baseline or {}
-    named = [given] if isinstance(given, str) else [*given, *given.values()]
-    by_name = {name: baseline_named(name, candidates) for name in named}
+    for name in [given] if isinstance(given, str) else [*given, *given.values()]:
+        check_baseline(name, [*by_name])
     found: dict[str, SelectedSAE] = {}
     for sae in saes:
         name = config.baseline_of(sae.label)
@@ -132,5 +116,5 @@ def _baselines(
 
 
 IMPLEMENTATION = Implementation(
-    ScaffoldAblationEvalConfig, measure, ScaffoldAblationEvalOutput, check
+    ScaffoldAblationEvalConfig, measure, output.ScaffoldAblationEvalOutput, check
 )

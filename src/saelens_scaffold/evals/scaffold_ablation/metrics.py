@@ -10,7 +10,7 @@ from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation import eval_output as output
 from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit
 from saelens_scaffold.evals.scaffold_ablation.interventions import WITH_SPECIAL_TOKENS
-from saelens_scaffold.evals.scaffold_ablation.topic_texts import TopicTexts
+from saelens_scaffold.evals.scaffold_ablation.topics import TopicProbes
 from saelens_scaffold.saes.subspaces import principal_angle_cosines
 
 PAPER_ALIGNED_LATENTS = 787
@@ -42,13 +42,9 @@ def cross_entropy_metrics(
             note = f"{alignment.n_alive} alive, fewer than {n}"
             metrics[f"{prefix}aligned_latents_note"] = note
         else:
-            name, detail = "aligned_latents", of[f"{prefix}aligned_{n}_latents"]
-            metrics |= repeated(
-                output.CrossEntropyMetrics,
-                f"ce_ratio_{prefix}{name}",
-                detail,
-                "ce_ratio",
-            )
+            name = f"ce_ratio_{prefix}aligned_latents"
+            detail = of[f"{prefix}aligned_{n}_latents"]
+            metrics |= repeated(output.CrossEntropyMetrics, name, detail, "ce_ratio")
     return output.CrossEntropyMetrics(
         ce_clean=clean.ce,
         ce_loss_score=(zero.ce - reconstruction.ce) / (zero.ce - clean.ce),
@@ -58,25 +54,24 @@ def cross_entropy_metrics(
 
 
 def topic_metrics(
-    texts: TopicTexts | None, accuracies: Sequence[output.TopicAccuracy], fit: SAEFit
+    probes: TopicProbes | None, accuracies: Sequence[output.TopicAccuracy], fit: SAEFit
 ) -> output.TopicMetrics:
     """
     Args:
-        texts: The texts; None if topics were not classified.
-        accuracies: Of one SAE.
+        probes: The probes; None if topics were not classified.
+        accuracies: Of one SAE, after the last layer.
         fit: Statistics of that SAE, special tokens excluded.
     """
-    if texts is None:
+    if probes is None:
         return output.TopicMetrics()
-    read = _after_the_last_layer(accuracies)
-    ablated = next(a for a in read if a.intervention == "topic_latents_ablated")
+    size = {accuracy.intervention: accuracy.size for accuracy in accuracies}
     return output.TopicMetrics(
-        chance=texts.chance,
-        n_topics=len(texts.topics),
-        n_topic_latents=ablated.size,
+        chance=probes.chance,
+        n_topics=probes.n_topics,
+        n_topic_latents=size["topic_latents_ablated"],
         n_topic_latents_alive=int((fit.fired > 0).sum()),
-        **headlines(output.TopicMetrics, read, "accuracy"),
-        **headlines(output.TopicMetrics, read, "accuracy", "_retrained"),
+        **headlines(output.TopicMetrics, accuracies, "accuracy"),
+        **headlines(output.TopicMetrics, accuracies, "accuracy", "_retrained"),
     )
 
 
@@ -92,7 +87,7 @@ def special_token_metrics(
             they are included.
         sae_key: Key of one SAE.
         details: One for each intervention on that SAE.
-        accuracies: Of that SAE; none if topics were not classified.
+        accuracies: Of that SAE, after the last layer; none if topics were not classified.
     """
     if True not in fits:
         return output.SpecialTokenMetrics()
@@ -101,19 +96,12 @@ def special_token_metrics(
         name = f"top_direction_variance{WITH_SPECIAL_TOKENS if special else ''}"
         metrics[name] = fit.moments.explained_variance(fit.directions[:1])
     with_them, _ = geometry_metrics(fits[True], fits[True].saes[sae_key])
-    read = _after_the_last_layer(accuracies)
     return output.SpecialTokenMetrics(
         overlap_with_pca_with_special_tokens=with_them.overlap_with_pca,
         **metrics,
         **headlines(output.SpecialTokenMetrics, details, "ce_ratio"),
-        **headlines(output.SpecialTokenMetrics, read, "accuracy"),
+        **headlines(output.SpecialTokenMetrics, accuracies, "accuracy"),
     )
-
-
-def _after_the_last_layer(
-    accuracies: Sequence[output.TopicAccuracy],
-) -> list[output.TopicAccuracy]:
-    return [accuracy for accuracy in accuracies if accuracy.read_at == "last_layer"]
 
 
 def geometry_metrics(
@@ -128,13 +116,12 @@ def geometry_metrics(
         of: Statistics of the SAE. A plain one has only the figures of the principal
             directions.
     """
-    d_in, rank = len(fit.mean), of.pca_rank
-    pca = fit.directions[:rank].cpu()
-    outliers = fit.outliers[:rank].cpu()
-    rms = fit.root_mean_squares
+    moments, rms = fit.moments, fit.root_mean_squares
+    d_in, rank = len(rms), of.pca_rank
+    pca, outliers = fit.directions[:rank].cpu(), fit.outliers[:rank].cpu()
 
     def explained_variance(basis: torch.Tensor) -> float:
-        return fit.moments.explained_variance(basis.to(fit.mean.device))
+        return moments.explained_variance(basis.to(rms.device))
 
     def outlier_share(basis: torch.Tensor) -> float:
         return float(basis[:, outliers].pow(2).sum() / len(outliers))
@@ -164,23 +151,21 @@ def dictionary_alignments(
 ) -> list[output.DictionaryAlignment]:
     """How many sparse latents of an SAE, and of its baseline, are how well aligned with its
     scaffold's subspace. None for a plain SAE."""
-    if of.scaffold_basis is None:
-        return []
+    basis, numbers = of.scaffold_basis, config.n_aligned_latents
     found: list[output.DictionaryAlignment] = []
-    for dictionary, owner in ("own", of), ("baseline", of.baseline):
-        if owner is None:
+    for dictionary, owner in {"own": of, "baseline": of.baseline}.items():
+        if basis is None or owner is None:
             continue
-        _, cosines = owner.most_aligned(of.scaffold_basis)
+        _, cosines = owner.most_aligned(basis)
         alignment = output.DictionaryAlignment(
             dictionary=dictionary,
             sae=owner.sae.label,
             n_alive=len(cosines),
             cosines=config.aligned_cosines,
             n_above=[int((cosines > bound).sum()) for bound in config.aligned_cosines],
-            n_aligned_latents=config.n_aligned_latents,
+            n_aligned_latents=numbers,
             cosine_of_last=[
-                float(cosines[n - 1]) if n <= len(cosines) else None
-                for n in config.n_aligned_latents
+                float(cosines[n - 1]) if n <= len(cosines) else None for n in numbers
             ],
         )
         found.append(alignment)

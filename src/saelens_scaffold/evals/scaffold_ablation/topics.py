@@ -1,8 +1,11 @@
 """Whether the topic of a text can be read with the scaffold, without it, or without latents."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -10,7 +13,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.bootstrap import SequenceBootstrap
+from saelens_scaffold.evals.labelled_data import TextsByLabel, read_labelled_text
 from saelens_scaffold.evals.language_model import (
     HookedBatch,
     HookedModel,
@@ -28,9 +33,19 @@ from saelens_scaffold.evals.scaffold_ablation.interventions import (
     distinct,
     without_latents,
 )
-from saelens_scaffold.evals.scaffold_ablation.topic_texts import TopicTexts
 from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.saes.subspaces import orthonormal_basis
+
+MMLU = "cais/mmlu"
+"""MMLU (Hendrycks et al. 2021, arXiv 2009.03300) on the Hub. Its columns are question,
+subject, choices and answer."""
+
+SUBJECTS_BY_CATEGORY: dict[str, list[str]] = json.loads(
+    Path(__file__).with_name("mmlu_subjects.json").read_text(encoding="utf-8")
+)
+"""The grouping of MMLU's authors (`categories.py` of github.com/hendrycks/test). Other
+harnesses differ in places: EleutherAI's has anatomy in STEM."""
 
 # What removes the scaffold, or its geometric twin. The others only change how much text
 # costs to predict.
@@ -48,6 +63,31 @@ _Features = dict[str, torch.Tensor]
 """The pooled activations of texts at each place, shape (n_texts, d)."""
 
 
+def read_topics(
+    config: ScaffoldAblationEvalConfig,
+) -> tuple[TextsByLabel, TextsByLabel]:
+    """
+    The texts of each topic, those to train on and those to test on.
+
+    Raises:
+        UserError: They cannot be read, or there are too few.
+    """
+    is_mmlu = config.topic_dataset == MMLU
+    texts = read_labelled_text(
+        config.topic_dataset,
+        config.topic_text_column or ("question" if is_mmlu else "text"),
+        config.topic_label_column or ("subject" if is_mmlu else "label"),
+        subset=config.topic_subset or ("all" if is_mmlu else None),
+        split=config.topic_split or ("test" if is_mmlu else None),
+        max_classes=config.max_topics,
+        choices_column="choices" if config.topic_answer_choices else None,
+        class_of=_category_of if config.topic_grouping == "mmlu_category" else str,
+    )
+    return texts.sample(
+        config.topic_train_size, config.topic_test_size, config.random_seed
+    )
+
+
 class TopicProbes:
     """
     Linear probes for the topic of a text, at the hook point and after the last layer
@@ -60,21 +100,48 @@ class TopicProbes:
     Args:
         config: The configuration.
         hooked: The language model at the hook point.
-        texts: The texts.
+        stream: Its context size is that of the longest text, beyond which texts are cut
+            off. It also says whether they begin with BOS.
+
+    Attributes:
+        n_topics: Number of topics.
+        chance: Accuracy of always naming the most frequent topic.
+
+    Raises:
+        UserError: The texts cannot be read, or there are too few.
     """
 
     def __init__(
-        self, config: ScaffoldAblationEvalConfig, hooked: HookedModel, texts: TopicTexts
+        self,
+        config: ScaffoldAblationEvalConfig,
+        hooked: HookedModel,
+        stream: TokenStream,
     ):
-        self._config, self._hooked, self._texts = config, hooked, texts
-        self._probes: dict[str, Pipeline] = {}
-        # Texts of similar length share a batch, since padding is computed and dropped.
-        n_texts = len(texts.tokens)
-        self._order = sorted(range(n_texts), key=lambda i: len(texts.tokens[i]))
-        # the same draws for every accuracy, so that differences are paired
-        self._weights = SequenceBootstrap(config.n_bootstrap, config.random_seed).draw(
-            n_texts - texts.n_train
+        self._config, self._hooked = config, hooked
+        train, test = read_topics(config)
+        texts = [
+            (text, label)
+            for part in (train, test)
+            for label, of_topic in enumerate(part.values())
+            for text in of_topic
+        ]
+        to_tokens = partial(
+            hooked.model.to_tokens,
+            prepend_bos=stream.prepend_bos,
+            move_to_device=False,
         )
+        self._tokens = [to_tokens(text)[0, : stream.context_size] for text, _ in texts]
+        # texts of similar length share a batch, since padding is computed and dropped
+        self._order = sorted(range(len(texts)), key=lambda i: len(self._tokens[i]))
+        self._n_train = sum(map(len, train.values()))
+        labels = torch.tensor([label for _, label in texts])
+        self._train_labels, self._test_labels = labels.tensor_split([self._n_train])
+        # the same draws for every accuracy, so that differences are paired
+        bootstrap = SequenceBootstrap(config.n_bootstrap, config.random_seed)
+        self._weights = bootstrap.draw(len(self._test_labels))
+        self._probes: dict[str, Pipeline] = {}
+        self.n_topics = len(train)
+        self.chance = float(self._test_labels.bincount().max() / len(self._test_labels))
 
     def accuracies(
         self, fits: Mapping[bool, Fit], interventions: Mapping[str, list[Intervention]]
@@ -98,62 +165,52 @@ class TopicProbes:
         basis = self._topic_basis(of_clean["hook_point"])
         changes = {
             key: [
-                *(i for i in of_sae if _base_name(i) in INTERVENTIONS),
+                *(i for i in of if _base_name(i) in INTERVENTIONS),
                 *self._topic_latents_ablated(fits, key, basis),
             ]
-            for key, of_sae in interventions.items()
+            for key, of in interventions.items()
         }
         features = self._features("Topics, ablating", group, changes)
-        read = {clean.identity(): self._accuracies_of(clean, of_clean)}
-        for key, of_sae in changes.items():
-            for change in of_sae:
-                identity = change.identity(key)
-                if identity not in read:
-                    read[identity] = self._accuracies_of(change, features[identity])
+        features[clean.identity()] = of_clean
+        every = {i.identity(key): i for key, of in changes.items() for i in of}
+        every[clean.identity()] = clean
+        read = {
+            identity: self._read(every[identity], features[identity])
+            for identity in every
+        }
         return {
-            key: [a for i in [clean, *of_sae] for a in read[i.identity(key)]]
-            for key, of_sae in changes.items()
+            key: [a for i in [clean, *of] for a in read[i.identity(key)]]
+            for key, of in changes.items()
         }
 
-    def _accuracies_of(
-        self, change: Intervention, features: _Features
-    ) -> list[TopicAccuracy]:
-        return [
-            TopicAccuracy(
-                intervention=change.name,
-                description=change.description,
-                read_at=place,
-                special_tokens=change.special_tokens,
-                size=change.size,
-                **estimates(
-                    self._config.confidence,
-                    accuracy=self._accuracy(self._probes[place], features[place]),
-                    accuracy_retrained=self._accuracy(
-                        self._probe(features[place]), features[place]
-                    ),
-                ),
-            )
-            for place in _PLACES
-        ]
+    def _read(self, change: Intervention, features: _Features) -> list[TopicAccuracy]:
+        found: list[TopicAccuracy] = []
+        for place, x in features.items():
+            figures = {
+                "accuracy": self._accuracy(self._probes[place], x),
+                "accuracy_retrained": self._accuracy(self._probe(x), x),
+            }
+            figures = estimates(self._config.confidence, **figures)
+            found.append(TopicAccuracy(read_at=place, **change.fields(), **figures))
+        return found
 
     def _probe(self, features: torch.Tensor) -> Pipeline:
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        n_train, labels = self._texts.n_train, self._texts.labels
-        return probe.fit(features[:n_train].numpy(), labels[:n_train].numpy())
+        train = features[: self._n_train].numpy()
+        return probe.fit(train, self._train_labels.numpy())
 
     def _accuracy(self, probe: Pipeline, features: torch.Tensor) -> torch.Tensor:
         """On the test texts, in every replicate."""
-        n_train, labels = self._texts.n_train, self._texts.labels
-        predicted = torch.from_numpy(probe.predict(features[n_train:].numpy()))
-        correct = (predicted == labels[n_train:]).float()
+        predicted = torch.from_numpy(probe.predict(features[self._n_train :].numpy()))
+        correct = (predicted == self._test_labels).float()
         return (self._weights @ correct) / self._weights.sum(dim=1)
 
     def _topic_basis(self, features: torch.Tensor) -> torch.Tensor:
         """Orthonormal rows that span the topics' mean activations."""
-        n_train, n_topics = self._texts.n_train, len(self._texts.topics)
-        train, labels = features[:n_train].double(), self._texts.labels[:n_train]
-        means = torch.stack([train[labels == i].mean(dim=0) for i in range(n_topics)])
-        return orthonormal_basis(means - means.mean(dim=0))
+        train, labels = features[: self._n_train].double(), self._train_labels
+        means = [train[labels == i].mean(dim=0) for i in range(self.n_topics)]
+        centred = torch.stack(means) - torch.stack(means).mean(dim=0)
+        return orthonormal_basis(centred)
 
     def _topic_latents_ablated(
         self, fits: Mapping[bool, Fit], sae_key: str, basis: torch.Tensor
@@ -162,15 +219,11 @@ class TopicProbes:
         for special, fit in fits.items():
             of = fit.saes[sae_key]
             latents = of.most_aligned(basis)[0][: self._config.n_topic_latents]
+            removal = without_latents(of, latents)
             change = Intervention(
-                "topic_latents_ablated",
-                "the sparse latents most aligned with the topics' mean activations set to "
-                "zero",
-                [without_latents(of, latents)],
-                kind="dictionary",
-                size=len(latents),
+                "topic_latents_ablated", [removal], "dictionary", len(latents)
             )
-            yield change.including_special_tokens() if special else change
+            yield change.fitted_with(special)
 
     @torch.no_grad()
     def _features(
@@ -183,7 +236,7 @@ class TopicProbes:
         parts: defaultdict[Identity, list[_Features]] = defaultdict(list)
         size = self._config.llm_batch_size
         for start in tqdm(range(0, len(self._order), size), desc=desc, unit="batch"):
-            texts = [self._texts.tokens[i] for i in self._order[start : start + size]]
+            texts = [self._tokens[i] for i in self._order[start : start + size]]
             batch = _TextBatch(self._config, self._hooked, texts)
             for identity, change, of in distinct(group, changes, batch.runs):
                 x = change.changes[0](of)
@@ -252,3 +305,16 @@ def _pooling_weights(is_text: torch.Tensor, pooling: str) -> torch.Tensor:
 
 def _base_name(change: Intervention) -> str:
     return change.name.removesuffix(WITH_SPECIAL_TOKENS)
+
+
+def _category_of(subject: str) -> str:
+    """The category of an MMLU subject."""
+    for category, subjects in SUBJECTS_BY_CATEGORY.items():
+        if subject in subjects:
+            return category
+    n_subjects = sum(map(len, SUBJECTS_BY_CATEGORY.values()))
+    raise UserError(
+        f"topic_grouping is 'mmlu_category', but the label {subject!r} is none of MMLU's "
+        f"{n_subjects} subjects ('abstract_algebra' to 'world_religions'); for other "
+        "labels use topic_grouping 'label'"
+    )

@@ -280,7 +280,9 @@ def test_missing_result_without_an_error(
 ) -> None:
     from sae_bench.evals.meta_structure import main as meta_structure
 
-    monkeypatch.setattr(meta_structure, "run_eval", lambda *_, **__: print("Too few.\n"))
+    monkeypatch.setattr(
+        meta_structure, "run_eval", lambda *_, **__: print("Too few.\n")
+    )
     status, _, errors = run("meta_structure", "--sae_path", saes["plain"])
     assert status == 1
     assert "plain: SAEBench wrote no result, and said last: Too few." in errors

@@ -269,6 +269,7 @@ class ProbingEvaluation:
     def _over_seeds(self, config: Any, sae: SelectedSAE, raw: list[Any]) -> Result:
         metadata = sae.sae.cfg.metadata
         is_sparse = metadata.scaffold_view == "sparse"
+        rank = int(metadata.scaffold_rank or 0) if is_sparse else sae.rank
         seeds = map(str, config.random_seeds)
         by_seed = [result["eval_result_metrics"] for result in raw]
         unstructured = [result["eval_result_unstructured"] for result in raw]
@@ -276,9 +277,7 @@ class ProbingEvaluation:
             **{name: _mean([result[name] for result in raw]) for name in self.averaged},
             "eval_result_unstructured": dict(zip(seeds, unstructured, strict=True)),
             "judged_view": "sparse" if is_sparse else "whole",
-            "scaffold_rank": int(metadata.scaffold_rank or 0)
-            if is_sparse
-            else sae.rank,
+            "scaffold_rank": rank,
             "metrics_over_seeds": _over_seeds(by_seed, config.confidence, self.bounds),
         }
 

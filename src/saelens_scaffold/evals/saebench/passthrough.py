@@ -160,8 +160,7 @@ class _LoggedErrors(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # core logs from within its `except`
-        error = sys.exc_info()[1] or RuntimeError(record.getMessage())
-        self.found.append(error)
+        self.found.append(sys.exc_info()[1] or RuntimeError(record.getMessage()))
 
     @contextmanager
     def of(self, logger_name: str) -> Iterator[None]:

@@ -73,10 +73,8 @@ def one_vs_rest_tasks(text: LabelledText, task_size: int) -> dict[str, pd.DataFr
     Raises:
         UserError: A class has too few texts.
     """
-    pool = {
-        label: texts + (text.test or {}).get(label, [])
-        for label, texts in text.train.items()
-    }
+    test = text.test or {}
+    pool = {label: text.train[label] + test.get(label, []) for label in text.labels}
     n = task_size // 2
     short = {label: len(texts) for label, texts in pool.items() if len(texts) < n}
     if short:

@@ -20,7 +20,6 @@ from saelens_scaffold._util.tables import markdown
 DENSE = {"dense_10": 0.1, "dense_20": 0.2, "dense_50": 0.5}
 """Column -> firing frequency above which it counts a latent as dense."""
 
-
 COLUMNS: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("columns.yaml").read_text()
 )
@@ -76,8 +75,7 @@ class Half(NamedTuple):
 
 def by_sae(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows grouped by SAE, in their order."""
-    names = dict.fromkeys(row.sae for row in rows)
-    return {name: [row for row in rows if row.sae == name] for name in names}
+    return {row.sae: [r for r in rows if r.sae == row.sae] for row in rows}
 
 
 def half_text(half: Half) -> str:

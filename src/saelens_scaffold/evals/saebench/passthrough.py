@@ -249,8 +249,10 @@ def _core(request: _Request) -> None:
 
 
 def _mdl(request: _Request) -> None:
-    main, config = request.main, request.config
-    with replacements.mdl_config(main, config), replacements.TensorsStay():
+    with (
+        replacements.mdl_config(request.main, request.config),
+        replacements.TensorsStay(),
+    ):
         request.run()
 
 

@@ -79,10 +79,10 @@ class TppEvalOutput(over_seeds.OverSeedsEvalOutput, SaeBenchTppOutput):
 
 
 def _check_width(config: TppEvalConfig, sae: SelectedSAE) -> None:
-    if max(config.n_values) > sae.sae.cfg.d_sae:
+    largest, d_sae = max(config.n_values), sae.sae.cfg.d_sae
+    if largest > d_sae:
         raise UserError(
-            f"n_values has {max(config.n_values)}, but SAE {sae.label!r} has no more than "
-            f"{sae.sae.cfg.d_sae} sparse latents to ablate; give smaller n_values"
+            f"n_values has {largest}, but SAE {sae.label!r} has {d_sae} sparse latents"
         )
 
 

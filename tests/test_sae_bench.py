@@ -60,7 +60,7 @@ def run(
     finally:
         assert Path.cwd() == before
         assert torch.is_grad_enabled()
-        assert not (folder / "artifacts").exists()
+        assert not list(folder.glob("artifacts/*"))
     if outcome.error is not None:
         raise outcome.error
     assert [f"{label}_custom_sae" for label, _ in saes] == list(outcome.results)

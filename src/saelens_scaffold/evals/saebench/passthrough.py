@@ -249,10 +249,8 @@ def _core(request: _Request) -> None:
 
 
 def _mdl(request: _Request) -> None:
-    with (
-        replacements.mdl_config(request.main, request.config),
-        replacements.TensorsStay(),
-    ):
+    main, config = request.main, request.config
+    with replacements.mdl_config(main, config), replacements.TensorsStay():
         request.run()
 
 

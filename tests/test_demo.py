@@ -1,6 +1,7 @@
 """The demo: what it finds on planted data, what it measures, and what it writes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from sae_lens import SAE
 from helpers import overlap
 from saelens_scaffold import demo
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.compare import read_config
 from saelens_scaffold.compare.table import comparison_text
 from saelens_scaffold.demo import language_model, main
 from saelens_scaffold.demo.planted import (
@@ -20,8 +22,7 @@ from saelens_scaffold.demo.planted import (
     planted_settings,
     train_on_planted,
 )
-from saelens_scaffold.demo.report import half_text
-from saelens_scaffold.demo.rows import Half, Row
+from saelens_scaffold.demo.report import Half, Row, half_text
 
 
 class Run(NamedTuple):
@@ -32,6 +33,19 @@ class Run(NamedTuple):
 
     def results(self, path: str) -> dict[str, Any]:
         return json.loads((self.output_path / path / "results.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_evaluations() -> Iterator[None]:
+    """Makes `demo` evaluate the language model's SAEs on few tokens."""
+    config = read_config(language_model.CONFIG_PATH)
+    config.evaluations["dense_latents"].update(n_tokens=8000, n_bootstrap=20)
+    config.evaluations["scaffold_ablation"].update(
+        n_tokens=1024, n_fit_tokens=2048, n_bootstrap=20
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_model, "read_config", lambda _: config)
+        yield
 
 
 @pytest.fixture(scope="module")

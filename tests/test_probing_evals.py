@@ -43,7 +43,6 @@ from saelens_scaffold.evals.saebench.probing import (
 )
 from saelens_scaffold.evals.saebench.replacements import (
     labelled_texts,
-    replaced,
     sae_probes_tasks,
 )
 from saelens_scaffold.evals.saebench.sae_probes import (
@@ -234,7 +233,7 @@ def test_sparse_probing_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: P
     )
     model_name = register_embedded_model()
     text = read_labelled_text(str(dataset), "text", "label")
-    with replaced(labelled_texts([text])):
+    with labelled_texts([text]):
         theirs = sae_bench_sparse_probing.run_eval(
             sae_bench_sp_config.SparseProbingEvalConfig(
                 model_name=model_name,
@@ -268,7 +267,7 @@ def test_tpp_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: Path):
     ours = run("tpp", config, [("plain", plain()), ("scaffold", scaffold)], tmp_path)
     assert torch.is_grad_enabled()
     text = read_labelled_text(str(dataset), "text", "label")
-    with replaced(labelled_texts([text])):
+    with labelled_texts([text]):
         theirs = sae_bench_tpp.run_eval(
             ScrAndTppEvalConfig(
                 model_name=register_embedded_model(),
@@ -305,7 +304,7 @@ def test_sae_probes_equals_sae_bench(texts: Path, scaffold: Any, tmp_path: Path)
         tmp_path,
     )
     tasks = one_vs_rest_tasks(read_labelled_text(str(dataset), "text", "label"), 200)
-    with replaced(sae_probes_tasks(tasks, load_embedded_model())):
+    with sae_probes_tasks(tasks, load_embedded_model()):
         theirs = sae_bench_sae_probes.run_eval(
             sae_bench_sae_probes_config.SparseProbingSaeProbesEvalConfig(
                 model_name=register_embedded_model(),
@@ -338,7 +337,7 @@ def test_one_vs_rest_tasks_are_balanced(texts: Path):
         assert task["target"].sum() == 100
         assert task["prompt"].is_unique
     own = utils_data.get_dataset_sizes().copy()
-    with replaced(sae_probes_tasks(tasks, load_embedded_model())):
+    with sae_probes_tasks(tasks, load_embedded_model()):
         assert (
             utils_data.get_yvals("0_data-files") == tasks["0_data-files"]["target"]
         ).all()
@@ -505,7 +504,7 @@ def test_sae_bench_is_left_as_it_was(texts: Path):
     classes = dict(dataset_info.chosen_classes_per_dataset)
     load = dataset_utils.get_multi_label_train_test_data
     text = read_labelled_text(str(texts / "data.csv"), "text", "label")
-    with pytest.raises(KeyboardInterrupt), replaced(labelled_texts([text])):
+    with pytest.raises(KeyboardInterrupt), labelled_texts([text]):
         assert text.name in dataset_info.chosen_classes_per_dataset
         with pytest.raises(ValueError, match="not supported"):
             dataset_utils.get_multi_label_train_test_data("unknown", 4, 4, 0)
@@ -538,7 +537,7 @@ def test_unusable_text_is_refused_before_anything_is_run(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(
-        "saelens_scaffold.evals.saebench.over_seeds.load_language_model",
+        "saelens_scaffold.evals.language_model.load_language_model",
         lambda *_: pytest.fail("the model was loaded"),
     )
     results = tmp_path / "results"

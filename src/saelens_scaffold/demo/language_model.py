@@ -1,6 +1,5 @@
 """The language-model half: a packaged comparison of SAEs on the embedded model."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,22 +8,11 @@ import numpy as np
 
 from saelens_scaffold.compare import CompareConfig, compare, read_config
 from saelens_scaffold.compare.table import comparison_text
-from saelens_scaffold.demo.rows import Half, Row, by_sae
+from saelens_scaffold.demo.report import COLUMNS, Half, Row, by_sae
 
 CONFIG_PATH = Path(__file__).with_name("language_model.yaml")
 # a fraction of the tokens, with as large a share of them for warm-up and decay
 QUICK = {"training_tokens": 61_440, "lr_warm_up_steps": 3, "lr_decay_steps": 12}
-
-METRICS = {
-    "dense_10": "dense_latents.dense_latents.dense_latents",
-    "alive": "dense_latents.sparsity.alive_latents",
-    "l0_sparse": "dense_latents.sparsity.l0_sparse",
-    "l0_total": "dense_latents.sparsity.l0_total",
-    "explained_variance": "dense_latents.reconstruction_quality.explained_variance",
-    "ce_loss_score": "scaffold_ablation.cross_entropy.ce_loss_score",
-    "overlap": "scaffold_ablation.geometry.overlap_with_pca",
-}
-"""Column -> metric in results.json, as EVALUATION.CATEGORY.NAME."""
 
 
 def language_model_half(seeds: list[int], quick: bool, output_path: Path) -> Half:
@@ -58,12 +46,13 @@ def language_model_config(seeds: list[int], quick: bool = False) -> CompareConfi
     return replace(config, training=training, grid=grid)
 
 
-def _row(sae: Mapping[str, Any]) -> Row:
+def _row(sae: dict[str, Any]) -> Row:
     """An SAE of results.json."""
     numbers: dict[str, float | None] = {}
-    for column, path in METRICS.items():
-        evaluation, category, name = path.split(".")
-        numbers[column] = sae["evaluations"][evaluation][category][name]
+    for name, column in COLUMNS.items():
+        if "metric" in column:
+            evaluation, category, metric = column["metric"].split(".")
+            numbers[name] = sae["evaluations"][evaluation][category][metric]
     histogram = sae["firing_histogram"]
     edges = np.array(histogram["log10_edges"])
     centres = 10 ** ((edges[:-1] + edges[1:]) / 2)

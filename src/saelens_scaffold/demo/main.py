@@ -9,11 +9,6 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable
 from saelens_scaffold.demo.planted import planted_half, planted_settings
 from saelens_scaffold.demo.report import half_text, write_picture
-from saelens_scaffold.demo.rows import LEGEND
-
-WRITTEN = """\
-Written to {}: demo.png, planted/seed-N (SAEs of the planted data),
-language_model/report.html (the comparison) and language_model/saes."""
 
 
 def run(
@@ -42,8 +37,7 @@ def run(
         raise UserError(f"seeds is {seeds}; it must be at least 1")
     if find_spec("sae_bench") is None:
         raise UserError(
-            "the demo evaluates with SAEBench, which is not installed: "
-            'pip install "saelens-scaffold[bench]"'
+            'the demo needs SAEBench: pip install "saelens-scaffold[bench]"'
         )
     output_path = Path(output_path)
     make_writable(output_path)
@@ -56,8 +50,8 @@ def run(
         # first, since it refuses a folder with SAEs of other settings
         of_model = language_model_half(numbers, quick, output_path / "language_model")
         settings = planted_settings(quick)
-        of_planted = planted_half(settings, numbers, output_path / "planted")
-    halves = [of_planted, of_model]
+        halves = [planted_half(settings, numbers, output_path / "planted"), of_model]
     write_picture(halves, output_path / "demo.png")
-    tables = [half_text(half) for half in halves]
-    return "\n\n".join([*tables, LEGEND, WRITTEN.format(output_path)])
+    footer = Path(__file__).with_name("footer.txt").read_text().rstrip()
+    texts = [*map(half_text, halves), footer.format(output_path=output_path)]
+    return "\n\n".join(texts)

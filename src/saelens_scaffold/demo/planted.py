@@ -9,20 +9,15 @@ from typing import Any
 
 import torch
 import yaml
-from sae_lens import SAE, LoggingConfig
+from sae_lens import SAE, LoggingConfig, synthetic
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
-from sae_lens.synthetic import (
-    SyntheticModel,
-    SyntheticModelConfig,
-    SyntheticSAERunnerConfig,
-)
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from tqdm.auto import tqdm
 
 from saelens_scaffold._util.files import new_directory
 from saelens_scaffold._util.provenance import versions
-from saelens_scaffold.demo.rows import DENSE, TWINS, Half, Row, by_sae
+from saelens_scaffold.demo.report import DENSE, TWINS, Half, Row, by_sae
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.facts import l0_warning, scaffold_rank
 from saelens_scaffold.saes.subspaces import orthonormal_basis, subspace_overlap
@@ -47,12 +42,11 @@ def planted_settings(quick: bool = False) -> Settings:
 def planted_configs(settings: Settings) -> dict[str, TrainingSAEConfig]:
     """Plain SAEs and their scaffold twins, by architecture: of the same width and k."""
     configs: dict[str, TrainingSAEConfig] = {}
-    for scaffold, plain in TWINS.items():
-        for architecture in (plain, scaffold):
-            config_class = get_sae_training_class(architecture)[1]
-            fields = config_class.__dataclass_fields__
-            values = {name: v for name, v in settings["sae"].items() if name in fields}
-            configs[architecture] = config_class(**values)
+    for architecture in (name for pair in TWINS.items() for name in reversed(pair)):
+        config_class = get_sae_training_class(architecture)[1]
+        fields = config_class.__dataclass_fields__
+        values = {name: v for name, v in settings["sae"].items() if name in fields}
+        configs[architecture] = config_class(**values)
     return configs
 
 
@@ -69,8 +63,8 @@ class PlantedActivations(Iterator[dict[str, torch.Tensor]]):
 
     def __init__(self, settings: Settings, seed: int):
         self.batch_size: int = settings["training"]["batch_size"]
-        config = SyntheticModelConfig.from_dict(settings["model"])
-        self.model = SyntheticModel(replace(config, seed=seed))
+        config = synthetic.SyntheticModelConfig.from_dict(settings["model"])
+        self.model = synthetic.SyntheticModel(replace(config, seed=seed))
         vectors = self.model.feature_dict.feature_vectors.detach()
         self.features = torch.nn.functional.normalize(vectors, dim=1)
         """Unit directions of the sparse features, shape (n_features, d_in)."""
@@ -97,25 +91,18 @@ def planted_half(settings: Settings, seeds: list[int], output_path: Path) -> Hal
     rows: list[Row] = []
     for seed in seeds:
         directory = output_path / f"seed-{seed}"
-        finished = _read_finished(directory / "results.json", provenance)
-        if finished is None:
+        file = directory / "results.json"
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        finished = [Row(**row) for row in content.pop("results", [])]
+        if content != provenance:
             print(f"planted data, seed {seed}: training", file=sys.stderr)
             with new_directory(directory, replace=True) as temporary:
                 finished = train_on_planted(settings, seed, temporary)
                 content = {**provenance, "results": [asdict(row) for row in finished]}
-                (temporary / "results.json").write_text(json.dumps(content, indent=1))
+                (temporary / file.name).write_text(json.dumps(content, indent=1))
         rows += finished
     title = "Known truth: sparse features and a dense component, planted"
     return Half(title, by_sae(rows), [row.l0_warning for row in rows if row.l0_warning])
-
-
-def _read_finished(file: Path, provenance: dict[str, Any]) -> list[Row] | None:
-    """Rows of an earlier run, if its settings and versions are the same."""
-    if not file.is_file():
-        return None
-    content = json.loads(file.read_text())
-    rows = [Row(**row) for row in content.pop("results")]
-    return rows if content == provenance else None
 
 
 def train_on_planted(settings: Settings, seed: int, output_path: Path) -> list[Row]:
@@ -130,21 +117,18 @@ def train_on_planted(settings: Settings, seed: int, output_path: Path) -> list[R
     planted = PlantedActivations(settings, seed)
     configs = planted_configs(settings)
     saes = {name: initial_sae(config, seed) for name, config in configs.items()}
-    runner_config = SyntheticSAERunnerConfig(
+    runner_config = synthetic.SyntheticSAERunnerConfig(
         planted.model.cfg,
         configs["batchtopk"],
         **settings["training"],
         checkpoint_path=None,
         logger=LoggingConfig(log_to_wandb=False),
     )
+    trainer_config = runner_config.to_sae_trainer_config()
     batches = SampledBatches(planted)
+    hook_names = dict.fromkeys(saes, HOOK_NAME)
     torch.manual_seed(seed)
-    MultiSAETrainer(
-        cfg=runner_config.to_sae_trainer_config(),
-        saes=saes,
-        hook_names=dict.fromkeys(saes, HOOK_NAME),
-        data_provider=batches,
-    ).fit()
+    MultiSAETrainer(trainer_config, saes, hook_names, batches).fit()
 
     # held out, and the same whatever was trained
     torch.manual_seed(seed + 1_000_000)
@@ -170,6 +154,8 @@ def _measure(
     frequencies = (acts != 0).float().mean(dim=0)[rank:]
     alive = sae.W_dec[rank:][frequencies > 0]
     cosines = torch.nn.functional.normalize(alive, dim=1) @ planted.features.T
+    scaffold = orthonormal_basis(sae.W_dec[:rank])
+    truth = orthonormal_basis(planted.dense_directions)
     l0_sparse = float(frequencies.sum())
     numbers: dict[str, float | None] = {
         **{name: int((frequencies > t).sum()) for name, t in DENSE.items()},
@@ -178,12 +164,8 @@ def _measure(
         "l0_total": l0_sparse + rank,
         "explained_variance": float(1 - residual.pow(2).sum() / variance),
         "feature_cosine": float(cosines.max(dim=1).values.mean()),
-        "overlap": None,
+        "overlap": subspace_overlap(scaffold, truth) if rank else None,
     }
-    if rank:
-        truth = orthonormal_basis(planted.dense_directions)
-        scaffold = orthonormal_basis(sae.W_dec[:rank])
-        numbers["overlap"] = subspace_overlap(scaffold, truth)
     label = f"{path.name}, seed {seed}"
     warning = l0_warning(label, l0_sparse, len(samples), sae.cfg.metadata)
     rounded = [round(frequency, 6) for frequency in frequencies.tolist()]

@@ -1,10 +1,13 @@
-"""The demo's tables and picture."""
+"""Results of the demo, the same for both halves; their tables and picture."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import MARKDOWN
@@ -13,16 +16,71 @@ from rich.table import Table
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.plots import finish_firing_axes
 from saelens_scaffold._util.tables import markdown
-from saelens_scaffold.demo.rows import COLUMNS, DENSE, TWINS, Half, Row
+
+DENSE = {"dense_10": 0.1, "dense_20": 0.2, "dense_50": 0.5}
+"""Column -> firing frequency above which it counts a latent as dense."""
+
+COLUMNS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("columns.yaml").read_text()
+)
+"""Header, digits and metric of each column."""
+
+TWINS = {
+    "scaffold_batchtopk": "batchtopk",
+    "scaffold_matryoshka": "matryoshka_batchtopk",
+}
+"""Scaffold architecture -> its plain twin."""
 
 COLOURS = {"batchtopk": "tab:blue", "matryoshka_batchtopk": "tab:orange"}
-PLAIN_STYLES = ("--", ":")
+
+
+@dataclass
+class Row:
+    """
+    One trained SAE, measured on held-out activations.
+
+    Attributes:
+        sae: Architecture, and what else tells it from other SAEs of its half.
+        architecture: Training architecture.
+        seed: Training seed.
+        numbers: Values by column, in the order of `COLUMNS`; None where a plain SAE has
+            none.
+        firing_frequencies: Share of the tokens on which each sparse latent fires; on a
+            language model, of alive latents, rounded to the centre of a histogram bin.
+        l0_warning: Warning of a planted SAE whose l0_sparse is far from k.
+    """
+
+    sae: str
+    architecture: str
+    seed: int
+    numbers: dict[str, float | None]
+    firing_frequencies: list[float]
+    l0_warning: str | None = None
+
+
+class Half(NamedTuple):
+    """
+    One half of the demo.
+
+    Attributes:
+        title: Heading of its table.
+        saes: Rows of all seeds of each SAE.
+        notes: Lines to print below the table.
+    """
+
+    title: str
+    saes: dict[str, list[Row]]
+    notes: list[str]
+
+
+def by_sae(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows grouped by SAE, in their order."""
+    return {row.sae: [r for r in rows if r.sae == row.sae] for row in rows}
 
 
 def half_text(half: Half) -> str:
     """Title, table, a sentence for each pair of twins, and notes."""
-    lines = [f"{half.title}\n", _table(half), *_sentences(half), *half.notes]
-    return "\n".join(lines)
+    return "\n".join([f"{half.title}\n", _table(half), *_sentences(half), *half.notes])
 
 
 def _table(half: Half) -> str:
@@ -30,16 +88,15 @@ def _table(half: Half) -> str:
     columns = next(iter(half.saes.values()))[0].numbers
     table = Table("SAE", box=MARKDOWN)
     for column in columns:
-        table.add_column(COLUMNS[column][0], justify="right")
+        table.add_column(COLUMNS[column]["header"], justify="right")
     for sae, rows in half.saes.items():
         table.add_row(sae, *(_cell(column, rows) for column in columns))
     return markdown(table)
 
 
 def _cell(column: str, rows: Sequence[Row]) -> str:
-    values = (row.numbers[column] for row in rows)
-    known = [value for value in values if value is not None]
-    _, digits = COLUMNS[column]
+    known = [n for row in rows if (n := row.numbers[column]) is not None]
+    digits = COLUMNS[column]["digits"]
     if len(known) < 2:
         return f"{known[0]:.{digits}f}" if known else "-"
     digits = max(digits, 1)
@@ -83,7 +140,7 @@ def _draw_firing_frequencies(axis: Axes, half: Half) -> None:
     for sae, rows in half.saes.items():
         architecture = rows[0].architecture
         twin = TWINS.get(architecture)
-        style = "-" if twin else PLAIN_STYLES[drawn.count(architecture)]
+        style = "-" if twin else ("--", ":")[drawn.count(architecture)]
         colour = COLOURS[twin or architecture]
         drawn.append(architecture)
         for row in rows:

@@ -4,3 +4,17 @@
 `sparse_probing_sae_probes` and `tpp` run them `over_seeds`. What has to be replaced in
 SAEBench and sae-probes for that is listed in `replacements`.
 """
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_result(folder: Path, name: str) -> dict[str, Any] | None:
+    """A result file anywhere below a folder; None if it is missing or incomplete."""
+    for file in folder.rglob(name):
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:  # SAEBench was interrupted while it wrote the file
+            return None
+    return None

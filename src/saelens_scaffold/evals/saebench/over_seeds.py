@@ -1,40 +1,26 @@
 """SAEBench's probing evaluations, run once for each of several seeds."""
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import (
-    AfterValidator,
-    Field,
-    NonNegativeInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.base import SHARE, Bounds, Call, Result
+from saelens_scaffold.evals import labelled_data, language_model
+from saelens_scaffold.evals.base import SHARE, Bounds, Call, Implementation, Result
 from saelens_scaffold.evals.bootstrap import student_interval
 from saelens_scaffold.evals.eval_configs import ModelConfig
-from saelens_scaffold.evals.labelled_data import (
-    MAX_CLASSES,
-    LabelledText,
-    read_labelled_text,
-)
-from saelens_scaffold.evals.language_model import (
-    by_hook_point,
-    known_model_name,
-    load_language_model,
-)
+from saelens_scaffold.evals.saebench import read_result
 from saelens_scaffold.evals.saebench.replacements import rows_per_class
-from saelens_scaffold.evals.saebench.traces import read_result
 from saelens_scaffold.evals.selected_saes import SelectedSAE, result_file_name
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
 
@@ -67,7 +53,7 @@ class OverSeedsEvalConfig(ModelConfig):
     for the embedded text.
     """
 
-    random_seeds: Annotated[list[NonNegativeInt], Distinct] = Field(
+    random_seeds: Annotated[list[Annotated[int, Field(ge=0)]], Distinct] = Field(
         default_factory=lambda: [_DEFAULT_SEED]
     )
     """SAEBench's evaluation is run once with each of these seeds, which draw the rows of the
@@ -78,7 +64,7 @@ class OverSeedsEvalConfig(ModelConfig):
     """Column with the class, in datasets that SAEBench does not know."""
     dataset_subset: str | None = None
     """Configuration of a dataset on the Hub that SAEBench does not know."""
-    max_classes: Annotated[int, Field(ge=2)] = MAX_CLASSES
+    max_classes: Annotated[int, Field(ge=2)] = labelled_data.MAX_CLASSES
     """Number of classes, the most frequent ones, of a dataset that SAEBench does not know."""
 
     @field_validator("sae_batch_size", "context_length", check_fields=False)
@@ -94,10 +80,8 @@ class OverSeedsEvalConfig(ModelConfig):
         if self.random_seeds == [_DEFAULT_SEED]:
             self.random_seeds = [given]
         elif given not in (_DEFAULT_SEED, self.random_seeds[0]):
-            raise ValueError(
-                f"random_seed is {given} and random_seeds {self.random_seeds}; give one "
-                "of them, or the same seed first"
-            )
+            seeds = self.random_seeds
+            raise ValueError(f"random_seed is {given}, but random_seeds are {seeds}")
         self.random_seed = self.random_seeds[0]
         return self
 
@@ -130,26 +114,27 @@ class OverSeedsEvalOutput:
     means."""
 
 
-@dataclass(frozen=True)
-class SeedRun:
+NamedSAEs = list[tuple[str, Any]]
+"""(name, SAE) pairs, SAEBench's `selected_saes`."""
+
+
+class SeedRun(NamedTuple):
     """
-    A call of SAEBench with one seed.
+    What SAEBench is called with for one seed.
 
     Attributes:
         config: The configuration, with one seed.
         call: Device, and a folder for activations that all seeds share.
         texts: The texts that SAEBench does not know.
         model: The language model.
-        saes: (name, SAE) pairs, as for SAEBench.
         folder: Folder for results and activations of this seed, removed afterwards.
     """
 
     config: Any
     call: Call
-    texts: list[LabelledText]
+    texts: list[labelled_data.LabelledText]
     model: HookedTransformer
-    saes: list[tuple[str, Any]] = field(default_factory=list)
-    folder: Path = Path()
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -162,7 +147,7 @@ class ProbingEvaluation:
         knows: Whether a dataset is one of SAEBench's own.
         check_text: Raises `UserError` if the configuration does not go with a text that
             SAEBench does not know.
-        run: Calls SAEBench with one seed.
+        run: Calls SAEBench with one seed for these SAEs.
         check_sae: Raises `UserError` if the configuration does not go with an SAE.
         bounds: The least and the largest possible value of its metrics.
         averaged: Fields of its output that are averaged over the seeds.
@@ -173,12 +158,16 @@ class ProbingEvaluation:
 
     name: str
     knows: Callable[[str], bool]
-    check_text: Callable[[Any, LabelledText], None]
-    run: Callable[[SeedRun], None]
+    check_text: Callable[[Any, labelled_data.LabelledText], None]
+    run: Callable[[SeedRun, NamedSAEs], None]
     check_sae: Callable[[Any, SelectedSAE], None] = lambda *_: None
     bounds: Bounds = SHARE
     averaged: tuple[str, ...] = ("eval_result_metrics", "eval_result_details")
     probes_follow_activations: bool = True
+
+    def implementation(self, config_class: type, output_class: type) -> Implementation:
+        """The evaluation with its configuration and the class of its results."""
+        return Implementation(config_class, self.measure, output_class, self.check)
 
     def check(self, config: Any, saes: Sequence[SelectedSAE]) -> None:
         """
@@ -195,43 +184,41 @@ class ProbingEvaluation:
         """Run SAEBench with each seed, and yield means and intervals of each SAE."""
         texts = self._checked_texts(config, saes)
         dtype = getattr(config, "llm_dtype", "float32")
-        model = load_language_model(config.model_name, call.device, dtype)
-        by_hook_point(model, saes)  # checks that they fit the model
+        model = language_model.load_language_model(
+            config.model_name, call.device, dtype
+        )
+        language_model.by_hook_point(model, saes)  # checks that they fit the model
         by_seed: list[dict[str, Any]] = []
         for seed in tqdm(config.random_seeds, desc="Seeds"):
             of_seed = replace(
                 config, random_seed=seed, random_seeds=[seed], confidence=0.95
             )
-            run = SeedRun(of_seed, call, texts, model)
+            run = SeedRun(of_seed, call, texts, model, call.artifacts / f"seed-{seed}")
             by_seed.append(self._measure_seed(run, saes))
         for sae in saes:
             yield sae, self._over_seeds(config, sae, [of[sae.key] for of in by_seed])
 
     def _checked_texts(
         self, config: Any, saes: Sequence[SelectedSAE]
-    ) -> list[LabelledText]:
+    ) -> list[labelled_data.LabelledText]:
         """The texts that SAEBench does not know, if it can evaluate the SAEs on them."""
         for sae in saes:
             if sae.sae.cfg.reshape_activations == "hook_z":
                 raise UserError(
-                    f"SAE {sae.label!r} was trained at {sae.hook_name}, whose activations "
-                    "have a dimension for heads; SAEBench's probes read hook points "
-                    "without one"
+                    f"SAE {sae.label!r} was trained at {sae.hook_name}; SAEBench's probes "
+                    "read no activations with a dimension for heads"
                 )
             self.check_sae(config, sae)
         if not config.dataset_names:
             raise UserError("dataset_names is empty; name at least one dataset")
-        texts = [
-            read_labelled_text(
-                name,
-                config.text_column,
-                config.label_column,
-                config.dataset_subset,
-                max_classes=config.max_classes,
-            )
-            for name in config.dataset_names
-            if not self.knows(name)
-        ]
+        read = partial(
+            labelled_data.read_labelled_text,
+            text_column=config.text_column,
+            label_column=config.label_column,
+            subset=config.dataset_subset,
+            max_classes=config.max_classes,
+        )
+        texts = [read(name) for name in config.dataset_names if not self.knows(name)]
         for text in texts:
             self.check_text(config, text)
         return texts
@@ -244,15 +231,17 @@ class ProbingEvaluation:
         missing = [sae for sae in saes if results[sae.key] is None]
         if not missing:
             return results
-        with TemporaryDirectory(dir=run.call.artifacts) as folder, torch.enable_grad():
-            try:
-                self._run(replace(run, folder=Path(folder)), missing)
-            finally:  # an interrupted call goes on with the SAEs that are missing
-                for sae in missing:
-                    result = read_result(Path(folder), result_file_name(sae.key))
-                    results[sae.key] = result
-                    if result is not None:
-                        store.keep(*kept_as[sae.key], result)
+        run.folder.mkdir()
+        try:
+            with torch.enable_grad():
+                self._run(run, missing)
+        finally:  # an interrupted call goes on with the SAEs that are missing
+            for sae in missing:
+                result = read_result(run.folder, result_file_name(sae.key))
+                results[sae.key] = result
+                if result is not None:
+                    store.keep(*kept_as[sae.key], result)
+            shutil.rmtree(run.folder)
         return results
 
     def _kept_as(self, config: Any, sae: SelectedSAE) -> tuple[str, Key]:
@@ -269,38 +258,31 @@ class ProbingEvaluation:
         probes are drawn from as well. Left to the first SAE of each hook point, it would
         give this one other draws than those after it. So a stand-in does it first.
         """
-        model_name = known_model_name(run.config.model_name)
-        run = replace(run, config=replace(run.config, model_name=model_name))
+        model_name = language_model.known_model_name(run.config.model_name)
+        run = run._replace(config=replace(run.config, model_name=model_name))
         if self.probes_follow_activations:
             first_of_hook = {sae.hook_name: sae.sae for sae in reversed(saes)}
-            stand_ins = [
-                (f"{_STAND_IN}-{i}", sae)
-                for i, sae in enumerate(first_of_hook.values())
-            ]
-            self.run(replace(run, saes=stand_ins))
-        self.run(replace(run, saes=[(sae.key, sae.sae) for sae in saes]))
+            named = enumerate(first_of_hook.values())
+            self.run(run, [(f"{_STAND_IN}-{i}", sae) for i, sae in named])
+        self.run(run, [(sae.key, sae.sae) for sae in saes])
 
     def _over_seeds(self, config: Any, sae: SelectedSAE, raw: list[Any]) -> Result:
         metadata = sae.sae.cfg.metadata
         is_sparse = metadata.scaffold_view == "sparse"
         rank = int(metadata.scaffold_rank or 0) if is_sparse else sae.rank
+        seeds = map(str, config.random_seeds)
+        by_seed = [result["eval_result_metrics"] for result in raw]
         unstructured = [result["eval_result_unstructured"] for result in raw]
         return {
             **{name: _mean([result[name] for result in raw]) for name in self.averaged},
-            "eval_result_unstructured": dict(
-                zip(map(str, config.random_seeds), unstructured, strict=True)
-            ),
+            "eval_result_unstructured": dict(zip(seeds, unstructured, strict=True)),
             "judged_view": "sparse" if is_sparse else "whole",
             "scaffold_rank": rank,
-            "metrics_over_seeds": _metrics_over_seeds(
-                [result["eval_result_metrics"] for result in raw],
-                config.confidence,
-                self.bounds,
-            ),
+            "metrics_over_seeds": _over_seeds(by_seed, config.confidence, self.bounds),
         }
 
 
-def _metrics_over_seeds(
+def _over_seeds(
     by_seed: list[Any], confidence: float, bounds: Bounds
 ) -> dict[str, MetricOverSeeds]:
     metrics: dict[str, MetricOverSeeds] = {}
@@ -326,7 +308,7 @@ def _mean(values: list[Any]) -> Any:
 
 
 def check_set_sizes(
-    train_field: str, test_field: str, config: Any, text: LabelledText
+    train_field: str, test_field: str, config: Any, text: labelled_data.LabelledText
 ) -> None:
     """
     See that a dataset has the rows that SAEBench will draw.
@@ -346,6 +328,5 @@ def check_set_sizes(
         text.sample(*sizes, seed=0)
     except UserError as error:
         raise UserError(
-            f"{train_field} {train} and {test_field} {test} take {sizes[0]} train rows and "
-            f"{sizes[1]} test rows of each class: {error}"
+            f"{train_field} {train}, {test_field} {test}: {error}"
         ) from error

@@ -7,42 +7,26 @@ earlier one. In the end each SAE has a result, or there is an error that says wh
 import copy
 import gc
 import importlib
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
-from sae_bench.evals.autointerp.eval_config import AutoInterpEvalConfig
-from sae_bench.evals.core.eval_config import CoreEvalConfig
-from sae_bench.evals.mdl.eval_config import MDLEvalConfig
-from sae_bench.evals.meta_structure.eval_config import MetaStructureEvalConfig
-from sae_bench.evals.ravel.eval_config import RAVELEvalConfig
-from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
-from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals import text_data
 from saelens_scaffold.evals.base import Call, EvaluationError, Implementation, Result
 from saelens_scaffold.evals.language_model import known_model_name
 from saelens_scaffold.evals.overlap import text_seen_in_training
-from saelens_scaffold.evals.saebench.replacements import (
-    TensorsStay,
-    absorption_folders,
-    mdl_config,
-    ravel_libraries,
-    replaced,
-)
-from saelens_scaffold.evals.saebench.traces import listening, read_result
+from saelens_scaffold.evals.saebench import read_result, replacements
 from saelens_scaffold.evals.selected_saes import CUSTOM_SAE_ID, SelectedSAE
-from saelens_scaffold.evals.text_data import (
-    EMBEDDED_DATASET_NAME,
-    open_dataset,
-    rows_with,
-)
 
 _RESULTS = Path("results")
 """Folder for SAEBench's results, in the folder of the call."""
@@ -70,11 +54,10 @@ class _Request:
     call: Call
     called_in: Path
 
-    def run(self) -> None:
-        """Call SAEBench with the arguments that most of its evaluations have."""
-        self.main.run_eval(
-            self.config, self.saes, self.call.device, output_path=str(_RESULTS)
-        )
+    def run(self, *args: Any) -> None:
+        """Call SAEBench with the arguments that most of its evaluations have, and more."""
+        device, results = self.call.device, str(_RESULTS)
+        self.main.run_eval(self.config, self.saes, device, *args, output_path=results)
 
 
 @dataclass(frozen=True)
@@ -122,33 +105,29 @@ class _Passthrough:
         """
         self.check(config, saes)
         request = self._request(config, saes, call)
-        interruption = None
-        with listening() as heard, _working_directory(call.artifacts):
-            try:
+        errors = _LoggedErrors()
+        unfinished: list[str] = []
+        try:
+            with _working_directory(call.artifacts), errors.of("sae_bench"):
                 _RESULTS.mkdir()
                 self.run(request)
-            except Exception as error:
-                heard.errors.append(error)
-            except BaseException as error:  # what is finished is kept
-                interruption = error
-        gc.collect()  # a HookedTransformer refers to itself
-        unfinished: list[str] = []
-        for sae in saes:
-            result = read_result(call.artifacts / _RESULTS, sae.file_name)
-            if result is None:
-                unfinished.append(sae.label)
-                continue
-            # what the user named, in place of what SAEBench was told
-            for name in {"model_name", self.text_field} & set(result["eval_config"]):
-                result["eval_config"][name] = getattr(config, name)
-            yield sae, result
-        if interruption is not None:
-            raise interruption
+        finally:  # an interruption leaves what is finished
+            gc.collect()  # a HookedTransformer refers to itself
+            for sae in saes:
+                result = read_result(call.artifacts / _RESULTS, sae.file_name)
+                if result is None:
+                    unfinished.append(sae.label)
+                    continue
+                told = result["eval_config"]
+                for name in {"model_name", self.text_field} & set(told):
+                    told[name] = getattr(config, name)  # what the user named
+                yield sae, result
         if unfinished:
-            reason = heard.reason()
-            raise EvaluationError(f"{', '.join(unfinished)}: {reason}") from (
-                heard.errors[0] if heard.errors else None
-            )
+            # later errors are often consequences of the first
+            unnamed = RuntimeError("SAEBench wrote no result, and logged no error")
+            error = next(iter(errors.found), unnamed)
+            reason = f"{type(error).__name__}: {error}"
+            raise EvaluationError(f"{', '.join(unfinished)}: {reason}") from error
 
     def _request(self, config: Any, saes: list[SelectedSAE], call: Call) -> _Request:
         config = copy.deepcopy(config)
@@ -170,6 +149,30 @@ class _Passthrough:
             pairs.append((sae.release, sae.sae if is_object else sae.sae_id))
         main = importlib.import_module(f"sae_bench.evals.{self.package}.main")
         return _Request(main, config, pairs, call, Path.cwd())
+
+
+class _LoggedErrors(logging.Handler):
+    """Errors that SAEBench logs or raises."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # core logs from within its `except`
+        self.found.append(sys.exc_info()[1] or RuntimeError(record.getMessage()))
+
+    @contextmanager
+    def of(self, logger_name: str) -> Iterator[None]:
+        """Collect the errors of a logger, and what is raised."""
+        logger = logging.getLogger(logger_name)
+        logger.addHandler(self)
+        try:
+            yield
+        except Exception as error:
+            self.found.append(error)
+        finally:
+            logger.removeHandler(self)
 
 
 @contextmanager
@@ -198,15 +201,15 @@ def _text_for_saelens(dataset: str, call: Call) -> str:
         UserError: It cannot be read, or is not local and would have to be changed.
     """
     split, column = call.dataset_split, call.text_column
-    if dataset != EMBEDDED_DATASET_NAME and not Path(dataset).exists():
+    if dataset != text_data.EMBEDDED_DATASET_NAME and not Path(dataset).exists():
         if (split, column) != ("train", "text"):
             raise UserError(
                 f"dataset {dataset!r}: of datasets on the Hub SAEBench reads the split "
                 "'train' and the column 'text' only"
             )
         return dataset
-    opened: Any = open_dataset(dataset, split)
-    rows_with(opened, dataset, column)
+    opened: Any = text_data.open_dataset(dataset, split)
+    text_data.rows_with(opened, dataset, column)
     folder = call.artifacts.resolve() / "text"
     folder.mkdir()
     text = opened.select_columns([column]).rename_columns({column: "text"})
@@ -215,15 +218,12 @@ def _text_for_saelens(dataset: str, call: Call) -> str:
 
 
 def _absorption(request: _Request) -> None:
-    with replaced(absorption_folders(request.main, Path.cwd())):
+    with replacements.absorption_folders(request.main, Path.cwd()):
         request.run()
 
 
 def _autointerp(request: _Request) -> None:
-    call = request.call
-    request.main.run_eval(
-        request.config, request.saes, call.device, call.api_key, str(_RESULTS)
-    )
+    request.run(request.call.api_key)
 
 
 def _core(request: _Request) -> None:
@@ -249,7 +249,8 @@ def _core(request: _Request) -> None:
 
 
 def _mdl(request: _Request) -> None:
-    with replaced(mdl_config(request.main, request.config)), TensorsStay():
+    main, config = request.main, request.config
+    with replacements.mdl_config(main, config), replacements.TensorsStay():
         request.run()
 
 
@@ -273,7 +274,7 @@ def _ravel(request: _Request) -> None:
     if directory.is_dir():
         config.model_name = f"models/{config.model_name}"
         _link(Path(config.model_name), directory.resolve())
-    with replaced(ravel_libraries(request.main, config.model_name)):
+    with replacements.ravel_libraries(request.main, config.model_name):
         request.run()
 
 
@@ -288,24 +289,26 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _implementation(
-    config_class: type[Any], evaluation: _Passthrough
+    package: str,
+    config_class: str,
+    run: Callable[[_Request], None] = _Request.run,
+    text_field: str | None = None,
 ) -> Implementation:
-    return Implementation(config_class, evaluation.measure, check=evaluation.check)
+    evaluation = _Passthrough(package, run, text_field)
+    of_package = f"sae_bench.evals.{package}.eval_config:{config_class}"
+    config: type[Any] = resolve_name(of_package)
+    return Implementation(config, evaluation.measure, check=evaluation.check)
 
 
-ABSORPTION = _implementation(
-    AbsorptionEvalConfig, _Passthrough("absorption", _absorption)
-)
+ABSORPTION = _implementation("absorption", "AbsorptionEvalConfig", _absorption)
 AUTOINTERP = _implementation(
-    AutoInterpEvalConfig, _Passthrough("autointerp", _autointerp, "dataset_name")
+    "autointerp", "AutoInterpEvalConfig", _autointerp, "dataset_name"
 )
-CORE = _implementation(CoreEvalConfig, _Passthrough("core", _core, "dataset"))
-MDL = _implementation(MDLEvalConfig, _Passthrough("mdl", _mdl, "dataset_name"))
+CORE = _implementation("core", "CoreEvalConfig", _core, "dataset")
+MDL = _implementation("mdl", "MDLEvalConfig", _mdl, "dataset_name")
 META_STRUCTURE = _implementation(
-    MetaStructureEvalConfig, _Passthrough("meta_structure", _meta_structure)
+    "meta_structure", "MetaStructureEvalConfig", _meta_structure
 )
-RAVEL = _implementation(RAVELEvalConfig, _Passthrough("ravel", _ravel))
-SCR = _implementation(ScrAndTppEvalConfig, _Passthrough("scr_and_tpp"))
-UNLEARNING = _implementation(
-    UnlearningEvalConfig, _Passthrough("unlearning", _unlearning)
-)
+RAVEL = _implementation("ravel", "RAVELEvalConfig", _ravel)
+SCR = _implementation("scr_and_tpp", "ScrAndTppEvalConfig")
+UNLEARNING = _implementation("unlearning", "UnlearningEvalConfig", _unlearning)

@@ -19,22 +19,8 @@ from sae_bench.sae_bench_utils import dataset_info
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.base import Implementation
 from saelens_scaffold.evals.eval_configs import LlmConfig
-from saelens_scaffold.evals.saebench.over_seeds import (
-    Distinct,
-    LatentCounts,
-    OverSeedsEvalConfig,
-    OverSeedsEvalOutput,
-    ProbingEvaluation,
-    SeedRun,
-    check_set_sizes,
-)
-from saelens_scaffold.evals.saebench.replacements import (
-    labelled_texts,
-    lent_model,
-    replaced,
-)
+from saelens_scaffold.evals.saebench import over_seeds, replacements
 from saelens_scaffold.evals.selected_saes import SelectedSAE
 
 CAVEAT = (
@@ -46,17 +32,19 @@ CAVEAT = (
 
 @documented
 class SparseProbingEvalConfig(
-    OverSeedsEvalConfig, LlmConfig, sparse_probing_config.SparseProbingEvalConfig
+    over_seeds.OverSeedsEvalConfig,
+    LlmConfig,
+    sparse_probing_config.SparseProbingEvalConfig,
 ):
     """SAEBench's configuration of sparse probing, with seeds and other text."""
 
-    k_values: LatentCounts = Field(default_factory=lambda: [1, 2, 5])
+    k_values: over_seeds.LatentCounts = Field(default_factory=lambda: [1, 2, 5])
     """Numbers of latents, or residual stream channels, that a probe reads."""
 
 
 @documented(title="Sparse Probing")
 class SparseProbingEvalOutput(
-    OverSeedsEvalOutput, sparse_probing_output.SparseProbingEvalOutput
+    over_seeds.OverSeedsEvalOutput, sparse_probing_output.SparseProbingEvalOutput
 ):
     """
     SAEBench's sparse probing over several seeds: how well a few latents of the sparse dictionary, picked for each concept, let a linear probe tell the concept. Metrics are means over the seeds.
@@ -67,19 +55,19 @@ class SparseProbingEvalOutput(
 
 
 @documented
-class TppEvalConfig(OverSeedsEvalConfig, LlmConfig, ScrAndTppEvalConfig):
+class TppEvalConfig(over_seeds.OverSeedsEvalConfig, LlmConfig, ScrAndTppEvalConfig):
     """SAEBench's configuration of TPP, with seeds and other text."""
 
     perform_scr: Literal[False] = False
     """Always false: this is TPP. SCR is an evaluation of its own, `scr`."""
-    n_values: Annotated[list[Literal[2, 5, 10, 20, 50, 100, 500]], Distinct] = Field(
-        default_factory=lambda: [2, 5, 10, 20, 50, 100, 500]
-    )
+    n_values: Annotated[
+        list[Literal[2, 5, 10, 20, 50, 100, 500]], over_seeds.Distinct
+    ] = Field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])
     """Numbers of latents that are ablated."""
 
 
 @documented(title="TPP")
-class TppEvalOutput(OverSeedsEvalOutput, SaeBenchTppOutput):
+class TppEvalOutput(over_seeds.OverSeedsEvalOutput, SaeBenchTppOutput):
     """
     SAEBench's targeted probe perturbation over several seeds: how far ablating the latents that matter to one class's probe harms that probe, and that one alone. Metrics are means over the seeds.
     """
@@ -91,44 +79,33 @@ class TppEvalOutput(OverSeedsEvalOutput, SaeBenchTppOutput):
 
 
 def _check_width(config: TppEvalConfig, sae: SelectedSAE) -> None:
-    if max(config.n_values) > sae.sae.cfg.d_sae:
+    largest, d_sae = max(config.n_values), sae.sae.cfg.d_sae
+    if largest > d_sae:
         raise UserError(
-            f"n_values has {max(config.n_values)}, but SAE {sae.label!r} has no more than "
-            f"{sae.sae.cfg.d_sae} sparse latents to ablate; give smaller n_values"
+            f"n_values has {largest}, but SAE {sae.label!r} has {d_sae} sparse latents"
         )
 
 
-def _run(main: ModuleType, run: SeedRun) -> None:
-    with replaced([*labelled_texts(run.texts), *lent_model(main, run.model)]):
-        main.run_eval(
-            run.config,
-            run.saes,
-            run.call.device,
-            str(run.folder / "results"),
-            artifacts_path=str(run.folder),
-        )
+def _run(main: ModuleType, run: over_seeds.SeedRun, saes: over_seeds.NamedSAEs) -> None:
+    texts, model = run.texts, run.model
+    with replacements.labelled_texts(texts), replacements.lent_model(main, model):
+        results, artifacts = str(run.folder / "results"), str(run.folder)
+        device = run.call.device
+        main.run_eval(run.config, saes, device, results, artifacts_path=artifacts)
 
 
-_SPARSE_PROBING = ProbingEvaluation(
+SPARSE_PROBING = over_seeds.ProbingEvaluation(
     "sparse_probing",
     dataset_info.chosen_classes_per_dataset.__contains__,
-    partial(check_set_sizes, "probe_train_set_size", "probe_test_set_size"),
+    partial(over_seeds.check_set_sizes, "probe_train_set_size", "probe_test_set_size"),
     partial(_run, sparse_probing),
-)
-_TPP = ProbingEvaluation(
+).implementation(SparseProbingEvalConfig, SparseProbingEvalOutput)
+
+TPP = over_seeds.ProbingEvaluation(
     "tpp",
     dataset_info.chosen_classes_per_dataset.__contains__,
-    partial(check_set_sizes, "train_set_size", "test_set_size"),
+    partial(over_seeds.check_set_sizes, "train_set_size", "test_set_size"),
     partial(_run, tpp),
     _check_width,
-    # a drop of one accuracy, less the mean drop of others
-    bounds=(-2.0, 2.0),
-)
-
-SPARSE_PROBING = Implementation(
-    SparseProbingEvalConfig,
-    _SPARSE_PROBING.measure,
-    SparseProbingEvalOutput,
-    _SPARSE_PROBING.check,
-)
-TPP = Implementation(TppEvalConfig, _TPP.measure, TppEvalOutput, _TPP.check)
+    bounds=(-2.0, 2.0),  # a drop of one accuracy, less the mean drop of others
+).implementation(TppEvalConfig, TppEvalOutput)

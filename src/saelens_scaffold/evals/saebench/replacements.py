@@ -1,15 +1,15 @@
 """Everything that is replaced in SAEBench and sae-probes, and why.
 
-Read in sae-bench 0.6.0 and sae-probes 0.4. Each function returns the replacements for one
-purpose; `replaced` applies them for as long as a call lasts.
+Read in sae-bench 0.6.0 and sae-probes 0.4. Each function makes the replacements for one
+purpose, for as long as a `with` block lasts.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,58 +23,46 @@ from saelens_scaffold.evals.labelled_data import LabelledText, TextsByLabel
 Tasks = Mapping[str, pd.DataFrame]
 """sae-probes' tasks by name, with the columns "prompt" and "target" (1 or 0)."""
 
-_ABSENT = object()
-
-
-class Replacement(NamedTuple):
-    """
-    A name that gets another value.
-
-    Attributes:
-        namespace: The dictionary where the name is looked up, as a module's `vars`.
-        name: The name.
-        value: Its new value.
-    """
-
-    namespace: Any
-    name: str
-    value: Any
+Replacement = AbstractContextManager[None]
+"""What is replaced while it lasts."""
 
 
 @contextmanager
-def replaced(replacements: Sequence[Replacement]) -> Iterator[None]:
-    """Apply replacements, and restore what was there before."""
-    before = [r.namespace.get(r.name, _ABSENT) for r in replacements]
+def replaced(*replacements: tuple[Any, Mapping[str, Any]]) -> Iterator[None]:
+    """
+    Give names other values, and restore what was there before.
+
+    Args:
+        replacements: Dictionaries in which the names are looked up, as a module's `vars`,
+            each with the new values.
+    """
+    before = [dict(namespace) for namespace, _ in replacements]
     try:
-        for namespace, name, value in replacements:
-            namespace[name] = value
+        for namespace, values in replacements:
+            namespace.update(values)
         yield
     finally:
-        for (namespace, name, _), value in zip(replacements, before, strict=True):
-            if value is _ABSENT:
+        for (namespace, values), old in zip(replacements, before, strict=True):
+            for name in values.keys() - old.keys():
                 namespace.pop(name, None)
-            else:
-                namespace[name] = value
+            namespace.update({name: old[name] for name in values.keys() & old.keys()})
 
 
-def lent_model(module: ModuleType, model: HookedTransformer) -> list[Replacement]:
+def lent_model(module: ModuleType, model: HookedTransformer) -> Replacement:
     """
     A module that loads a `HookedTransformer` gets this one.
 
     SAEBench loads its model in every call; here it is loaded, and checked against the
     SAEs, once for all seeds.
     """
-
-    def from_pretrained_no_processing(*_: Any, **__: Any) -> HookedTransformer:
-        return model
-
-    loader = SimpleNamespace(
-        from_pretrained_no_processing=from_pretrained_no_processing
-    )
-    return [Replacement(vars(module), "HookedTransformer", loader)]
+    return replaced((vars(module), {"HookedTransformer": _loader_of(model)}))
 
 
-def labelled_texts(texts: Sequence[LabelledText]) -> list[Replacement]:
+def _loader_of(model: HookedTransformer) -> SimpleNamespace:
+    return SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
+
+
+def labelled_texts(texts: Sequence[LabelledText]) -> Replacement:
     """
     SAEBench's sparse probing and TPP read other text under its `name`.
 
@@ -94,19 +82,14 @@ def labelled_texts(texts: Sequence[LabelledText]) -> list[Replacement]:
         sizes = rows_per_class(train_set_size), rows_per_class(test_set_size)
         return by_name[dataset_name].sample(*sizes, random_seed)
 
-    replacements = [
-        Replacement(
-            vars(dataset_utils),
-            "get_multi_label_train_test_data",
-            get_multi_label_train_test_data,
-        )
-    ]
-    for name, text in by_name.items():
-        classes = dataset_info.chosen_classes_per_dataset
-        replacements.append(Replacement(classes, name, text.labels))
-        second_labels: dict[str, Any] = scr_and_tpp.COLUMN2_VALS_LOOKUP
-        replacements.append(Replacement(second_labels, name, None))
-    return replacements
+    classes = {text.name: text.labels for text in texts}
+    second_labels: dict[str, Any] = scr_and_tpp.COLUMN2_VALS_LOOKUP
+    loader = {"get_multi_label_train_test_data": get_multi_label_train_test_data}
+    return replaced(
+        (vars(dataset_utils), loader),
+        (dataset_info.chosen_classes_per_dataset, classes),
+        (second_labels, dict.fromkeys(by_name)),
+    )
 
 
 def rows_per_class(set_size: int) -> int:
@@ -114,7 +97,7 @@ def rows_per_class(set_size: int) -> int:
     return set_size // 2
 
 
-def sae_probes_tasks(tasks: Tasks, model: HookedTransformer) -> list[Replacement]:
+def sae_probes_tasks(tasks: Tasks, model: HookedTransformer) -> Replacement:
     """
     sae-probes runs other tasks, on a model whose context may be short.
 
@@ -132,53 +115,55 @@ def sae_probes_tasks(tasks: Tasks, model: HookedTransformer) -> list[Replacement
         task = tasks.get(Path(path).name.partition(".")[0])
         return pd.read_csv(path, **kwargs) if task is None else task
 
-    def read_numbered_dataset_df(tag: str) -> pd.DataFrame:
+    def read_table(tag: str) -> pd.DataFrame:
         return tasks[tag] if tag in tasks else own_table(tag)
 
     def generate(*args: Any, max_seq_len: int, **kwargs: Any) -> None:
         max_seq_len = min(max_seq_len, model.cfg.n_ctx)
         own_generate(*args, max_seq_len=max_seq_len, **kwargs)
 
-    # one dictionary for all of sae-probes' modules
-    sizes = utils_data.get_dataset_sizes()
-    return [
-        Replacement(vars(activations), "pd", SimpleNamespace(read_csv=read_csv)),
-        Replacement(vars(activations), "generate_single_dataset_activations", generate),
-        Replacement(
-            vars(utils_data), "read_numbered_dataset_df", read_numbered_dataset_df
-        ),
-        *(Replacement(sizes, name, len(task)) for name, task in tasks.items()),
-        *lent_model(activations, model),
-    ]
+    generation = {
+        "pd": SimpleNamespace(read_csv=read_csv),
+        "generate_single_dataset_activations": generate,
+        "HookedTransformer": _loader_of(model),
+    }
+    return replaced(
+        (vars(activations), generation),
+        (vars(utils_data), {"read_numbered_dataset_df": read_table}),
+        # one dictionary for all of sae-probes' modules
+        (utils_data.get_dataset_sizes(), {name: len(tasks[name]) for name in tasks}),
+    )
 
 
-def absorption_folders(main: ModuleType, folder: Path) -> list[Replacement]:
+def absorption_folders(main: ModuleType, folder: Path) -> Replacement:
     """
     Absorption keeps probes in a folder of the call's own.
 
     By default they are in the folder of the installed sae_bench, found again by the names
     of model and SAE alone.
     """
-    folders = {
+    probing = {
         "probes_dir": folder / "probes",
         "experiment_dir": folder / "k_sparse_probing",
     }
-    k_sparse_probing = partial(main.run_k_sparse_probing_experiment, **folders)
-    feature_absorption = partial(
-        main.run_feature_absortion_experiment,
-        probes_dir=folders["probes_dir"],
-        sparse_probing_experiment_dir=folders["experiment_dir"],
-        experiment_dir=folder / "feature_absorption",
-    )
-    return [
-        Replacement(vars(main), "run_k_sparse_probing_experiment", k_sparse_probing),
-        Replacement(vars(main), "run_feature_absortion_experiment", feature_absorption),
-    ]
+    absorption = {
+        "probes_dir": folder / "probes",
+        "sparse_probing_experiment_dir": folder / "k_sparse_probing",
+        "experiment_dir": folder / "feature_absorption",
+    }
+    experiments = {
+        "run_k_sparse_probing_experiment": probing,
+        "run_feature_absortion_experiment": absorption,
+    }
+    bound = {
+        name: partial(vars(main)[name], **experiments[name]) for name in experiments
+    }
+    return replaced((vars(main), bound))
 
 
-def mdl_config(main: ModuleType, config: Any) -> list[Replacement]:
+def mdl_config(main: ModuleType, config: Any) -> Replacement:
     """MDL's functions read a global `config`, which only its command line sets."""
-    return [Replacement(vars(main), "config", config)]
+    return replaced((vars(main), {"config": config}))
 
 
 class TensorsStay(TorchFunctionMode):
@@ -207,7 +192,7 @@ class _LayerWithTuples:
         return self.layer.register_forward_hook(hook_of_tensor)
 
 
-def ravel_libraries(main: ModuleType, model_name: str) -> list[Replacement]:
+def ravel_libraries(main: ModuleType, model_name: str) -> Replacement:
     """
     RAVEL takes any model, and works with the libraries of today.
 
@@ -229,8 +214,8 @@ def ravel_libraries(main: ModuleType, model_name: str) -> list[Replacement]:
         del kwargs["local_dir_use_symlinks"]
         return own_download(**kwargs)
 
-    return [
-        Replacement(names, model_name, names.get(model_name, model_name)),
-        Replacement(vars(activation_collection), "get_module", get_module),
-        Replacement(vars(instance), "snapshot_download", snapshot_download),
-    ]
+    return replaced(
+        (names, {model_name: names.get(model_name, model_name)}),
+        (vars(activation_collection), {"get_module": get_module}),
+        (vars(instance), {"snapshot_download": snapshot_download}),
+    )

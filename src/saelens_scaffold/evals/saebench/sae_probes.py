@@ -15,28 +15,21 @@ from sae_probes import DATASETS
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.base import Implementation
 from saelens_scaffold.evals.labelled_data import LabelledText
-from saelens_scaffold.evals.saebench.over_seeds import (
-    LatentCounts,
-    OverSeedsEvalConfig,
-    OverSeedsEvalOutput,
-    ProbingEvaluation,
-    SeedRun,
-)
-from saelens_scaffold.evals.saebench.replacements import replaced, sae_probes_tasks
+from saelens_scaffold.evals.saebench import over_seeds
+from saelens_scaffold.evals.saebench.replacements import sae_probes_tasks
 
 
 @documented
 class SparseProbingSaeProbesEvalConfig(
-    OverSeedsEvalConfig, sae_bench_config.SparseProbingSaeProbesEvalConfig
+    over_seeds.OverSeedsEvalConfig, sae_bench_config.SparseProbingSaeProbesEvalConfig
 ):
     """SAEBench's configuration of sparse probing by sae-probes, with seeds and other text."""
 
     task_size: Annotated[int, Field(ge=200, multiple_of=2)] = 2000
     """Texts of the task that is made of each class of a dataset that sae-probes does not
     know: half of that class, half of the others."""
-    ks: LatentCounts = Field(default_factory=lambda: [1, 2, 5])
+    ks: over_seeds.LatentCounts = Field(default_factory=lambda: [1, 2, 5])
     """Numbers of latents that a probe reads."""
     reg_type: Literal["l1", "l2"] = "l1"
     """Regularisation of the probes."""
@@ -52,7 +45,7 @@ class SparseProbingSaeProbesEvalConfig(
 
 @documented(title="Sparse Probing (sae-probes)")
 class SparseProbingSaeProbesEvalOutput(
-    OverSeedsEvalOutput, sae_bench_output.SparseProbingSaeProbesEvalOutput
+    over_seeds.OverSeedsEvalOutput, sae_bench_output.SparseProbingSaeProbesEvalOutput
 ):
     """
     SAEBench's sparse probing by sae-probes over several seeds: up to 113 binary tasks, whose probes read the last token, with cross-validated regularisation. Metrics are means over the seeds.
@@ -80,19 +73,17 @@ def one_vs_rest_tasks(text: LabelledText, task_size: int) -> dict[str, pd.DataFr
     Raises:
         UserError: A class has too few texts.
     """
-    pool = {
-        label: texts + (text.test or {}).get(label, [])
-        for label, texts in text.train.items()
-    }
+    test = text.test or {}
+    pool = {label: text.train[label] + test.get(label, []) for label in text.labels}
     n = task_size // 2
     short = {label: len(texts) for label, texts in pool.items() if len(texts) < n}
     if short:
         raise UserError(
-            f"task_size {task_size} takes {n} rows of each class, but dataset "
-            f"{text.name!r} has fewer of these: {short}; allowed are a smaller task_size, "
-            "or fewer classes (max_classes)"
+            f"dataset {text.name!r} has fewer of these than the {n} rows that task_size "
+            f"{task_size} takes: {short}; lower task_size or max_classes"
         )
     tasks: dict[str, pd.DataFrame] = {}
+    columns = ["prompt", "target"]
     for number, label in enumerate(pool):
         rng = random.Random(label)
         others = [other for other in pool if other != label]
@@ -102,9 +93,7 @@ def one_vs_rest_tasks(text: LabelledText, task_size: int) -> dict[str, pd.DataFr
             rows += [(prompt, 0) for prompt in rng.sample(pool[other], share)]
         rng.shuffle(rows)
         name = re.sub(r"[^A-Za-z0-9-]+", "-", f"{Path(text.name).stem}-{label}")
-        tasks[f"{number}_{name}"] = pd.DataFrame.from_records(
-            rows, columns=["prompt", "target"]
-        )
+        tasks[f"{number}_{name}"] = pd.DataFrame.from_records(rows, columns=columns)
     return tasks
 
 
@@ -112,7 +101,7 @@ def _check(config: SparseProbingSaeProbesEvalConfig, text: LabelledText) -> None
     one_vs_rest_tasks(text, config.task_size)
 
 
-def _run(run: SeedRun) -> None:
+def _run(run: over_seeds.SeedRun, saes: over_seeds.NamedSAEs) -> None:
     tasks: dict[str, pd.DataFrame] = {}
     names = [name for name in run.config.dataset_names if name in DATASETS]
     for text in run.texts:
@@ -123,11 +112,11 @@ def _run(run: SeedRun) -> None:
         results_path=str(run.folder / "sae-probes"),
         model_cache_path=str(run.call.artifacts / "activations"),
     )
-    with replaced(sae_probes_tasks(tasks, run.model)):
-        main.run_eval(config, run.saes, run.call.device, str(run.folder / "results"))
+    with sae_probes_tasks(tasks, run.model):
+        main.run_eval(config, saes, run.call.device, str(run.folder / "results"))
 
 
-_EVALUATION = ProbingEvaluation(
+SPARSE_PROBING_SAE_PROBES = over_seeds.ProbingEvaluation(
     "sparse_probing_sae_probes",
     DATASETS.__contains__,
     _check,
@@ -135,11 +124,4 @@ _EVALUATION = ProbingEvaluation(
     averaged=("eval_result_metrics", "eval_result_details", "sae_metrics_by_k"),
     # sae-probes draws with a generator of its own, seeded for each task
     probes_follow_activations=False,
-)
-
-SPARSE_PROBING_SAE_PROBES = Implementation(
-    SparseProbingSaeProbesEvalConfig,
-    _EVALUATION.measure,
-    SparseProbingSaeProbesEvalOutput,
-    _EVALUATION.check,
-)
+).implementation(SparseProbingSaeProbesEvalConfig, SparseProbingSaeProbesEvalOutput)

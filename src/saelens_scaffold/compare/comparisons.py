@@ -1,11 +1,12 @@
-"""Each metric's comparison of the pairs of SAEs."""
+"""Each metric against sparsity, and its comparison of the pairs of SAEs."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from statistics import fmean
-from typing import get_args
+from typing import Any, get_args
 
+from saelens_scaffold.compare import statistics
 from saelens_scaffold.compare.grid import Arm
 from saelens_scaffold.compare.matching import (
     Arms,
@@ -16,33 +17,6 @@ from saelens_scaffold.compare.matching import (
     pairs_of,
 )
 from saelens_scaffold.compare.metrics import ComparisonMetric
-from saelens_scaffold.compare.statistics import Judgement, holm, judge_interpolated
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """
-    Comparison of two kinds of SAEs by one metric.
-
-    Attributes:
-        pair: The SAEs.
-        metric: Id of the metric.
-        judgement: Difference, interval and verdict.
-        treatment_mean: Mean over the seeds of the judged SAEs.
-        baseline_mean: Mean of the baseline, interpolated in log L0 between two values of k.
-        n_treatment: Number of seeds of the judged SAEs.
-        n_baseline: Seeds of the baseline; of a bracket, at the end that has fewer.
-        differences: Treatment minus baseline, for each seed that both have.
-    """
-
-    pair: Pair
-    metric: str
-    judgement: Judgement
-    treatment_mean: float | None = None
-    baseline_mean: float | None = None
-    n_treatment: int = 0
-    n_baseline: int = 0
-    differences: Mapping[int, float] = field(default_factory=dict)
 
 
 def compare_arms(
@@ -51,7 +25,7 @@ def compare_arms(
     baselines: Mapping[str, str],
     confidence: float,
     max_bracket: float,
-) -> list[Comparison]:
+) -> list[dict[str, Any]]:
     """
     Compare every kind of SAEs with its baseline, if it has one, in both ways.
 
@@ -65,6 +39,12 @@ def compare_arms(
         confidence: Confidence of the intervals, as in 0.95.
         max_bracket: Largest ratio of the l0_total of two SAEs between which a third is
             interpolated.
+
+    Returns:
+        The comparisons of results.json: the pair, the means over seeds (the baseline's
+        interpolated in log L0 between two values of k), the number of seeds (the smaller
+        one of a bracket's ends), treatment minus baseline for each seed that both have,
+        and the fields of the `Judgement`.
     """
     arms = by_arm(saes)
     found = [
@@ -78,50 +58,108 @@ def compare_arms(
     sparsity = {metric.id for metric in metrics if metric.is_sparsity}
     for matching in get_args(Matching):
         family = [
-            (comparison.judgement, p)
+            comparison
             for comparison in found
-            if comparison.pair.matching == matching
-            and comparison.metric not in sparsity
-            and (p := comparison.judgement.p_value) is not None
+            if comparison["matching"] == matching
+            and comparison["metric"] not in sparsity
+            and comparison["p_value"] is not None
         ]
-        corrected = holm([p for _, p in family])
-        for (judgement, _), p_holm in zip(family, corrected, strict=True):
-            judgement.p_holm = p_holm
+        corrected = statistics.holm([comparison["p_value"] for comparison in family])
+        for comparison, p_holm in zip(family, corrected, strict=True):
+            comparison["p_holm"] = p_holm
     return found
+
+
+def curves(
+    saes: Sequence[MeasuredSAE],
+    metrics: Sequence[ComparisonMetric],
+    confidence: float,
+) -> list[dict[str, Any]]:
+    """
+    The curves of results.json: each metric but sparsity itself against l0_total.
+
+    A curve is of SAEs that differ in k only; a point has the mean over seeds with its
+    interval, whose ends are None with a single seed, or if all agree.
+    """
+    found: dict[tuple[str, Arm], list[dict[str, Any]]] = {}
+    for metric in metrics:
+        for arm, by_seed in by_arm(saes).items():
+            known = [
+                (sae.l0_total, value)
+                for sae in by_seed.values()
+                if (value := sae.values.get(metric.id)) is not None
+                and sae.l0_total is not None
+            ]
+            if not known or metric.is_sparsity:
+                continue
+            l0s, values = zip(*known, strict=True)
+            interval = statistics.seed_interval(
+                values, confidence, metric.is_count, metric.bounds
+            )
+            point = {
+                "axes": dict(arm.axes),
+                "l0": fmean(l0s),
+                "mean": fmean(values),
+                "ci_low": interval and interval.low,
+                "ci_high": interval and interval.high,
+                "n_seeds": len(known),
+            }
+            found.setdefault((metric.id, arm.without("k")), []).append(point)
+    return [
+        {
+            "architecture": arm.architecture,
+            "label": arm.label,
+            "metric": metric,
+            "points": sorted(points, key=lambda point: point["l0"]),
+        }
+        for (metric, arm), points in found.items()
+    ]
 
 
 def _comparison(
     pair: Pair, arms: Arms, metric: ComparisonMetric, confidence: float
-) -> Comparison | None:
+) -> dict[str, Any] | None:
     """Comparison of a pair by a metric; None if a side does not have it."""
     treatment = _values(arms, pair.treatment, metric.id)
     baselines = [_values(arms, known.arm, metric.id) for known in pair.known]
     if not treatment or not all(baselines):
         return None
-    if pair.refusal:
-        return Comparison(pair, metric.id, Judgement(verdict=pair.refusal))
-    judged, *known = (list(values.values()) for values in (treatment, *baselines))
-    weights = pair.weights
 
     def at_l0(values: Sequence[float]) -> float:
-        return math.fsum(w * value for w, value in zip(weights, values, strict=True))
+        return math.fsum(w * v for w, v in zip(pair.weights, values, strict=True))
 
-    return Comparison(
-        pair,
-        metric.id,
-        judge_interpolated(
-            judged, known, weights, confidence, metric.is_count, metric.bounds
-        ),
-        treatment_mean=fmean(judged),
-        baseline_mean=at_l0([fmean(sample) for sample in known]),
-        n_treatment=len(treatment),
-        n_baseline=min(map(len, baselines)),
-        differences={
-            seed: value - at_l0([values[seed] for values in baselines])
-            for seed, value in treatment.items()
-            if all(seed in values for values in baselines)
-        },
-    )
+    judgement = statistics.Judgement(verdict=pair.refusal or "not measured")
+    numbers: dict[str, Any] = {
+        "treatment_mean": None,
+        "baseline_mean": None,
+        "n_treatment": 0,
+        "n_baseline": 0,
+        "differences": {},
+    }
+    if not pair.refusal:
+        judged, *known = ([*values.values()] for values in (treatment, *baselines))
+        judgement = statistics.judge_interpolated(
+            judged, known, pair.weights, confidence, metric.is_count, metric.bounds
+        )
+        numbers = {
+            "treatment_mean": fmean(judged),
+            "baseline_mean": at_l0([fmean(sample) for sample in known]),
+            "n_treatment": len(treatment),
+            "n_baseline": min(map(len, baselines)),
+            "differences": {
+                str(seed): value - at_l0([values[seed] for values in baselines])
+                for seed, value in treatment.items()
+                if all(seed in values for values in baselines)
+            },
+        }
+    return {
+        **pair.facts,
+        "metric": metric.id,
+        **numbers,
+        **asdict(judgement),
+        "confidence": confidence,
+        "note": pair.note,
+    }
 
 
 def _values(arms: Arms, arm: Arm, metric: str) -> dict[int, float]:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -265,16 +265,16 @@ def read_config(path: str | Path) -> CompareConfig:
         raise UserError(f"{path}: {error}") from error
 
 
-def config_yaml(config: CompareConfig) -> str:
-    """The whole configuration, defaults included, as YAML."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """Values as YAML, in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
 def keep_config(config: CompareConfig, file: Path) -> None:
-    """Write the configuration of an experiment."""
+    """Write the configuration of an experiment, defaults included."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with new_file(file) as temporary:
-        temporary.write_text(config_yaml(config), encoding="utf-8")
+        temporary.write_text(yaml_text(asdict(config)), encoding="utf-8")
 
 
 class ConfigChanged(UserError):

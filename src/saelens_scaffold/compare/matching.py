@@ -5,7 +5,7 @@ from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from saelens_scaffold.compare.grid import Arm, Run
 from saelens_scaffold.compare.metrics import Results
@@ -78,6 +78,22 @@ class Pair:
     treatment_l0: float | None
     refusal: Verdict | None = None
     note: str = ""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The pair in results.json."""
+        return {
+            "matching": self.matching,
+            "treatment": {**self.treatment.facts, "l0_total": self.treatment_l0},
+            "baseline": {
+                **self.baseline.facts,
+                "measured": [
+                    {"arm": end.arm.label, "k": end.k, "l0_total": end.l0_total}
+                    for end in self.known
+                ],
+            },
+            "interpolated": self.interpolated,
+        }
 
     @property
     def interpolated(self) -> bool:

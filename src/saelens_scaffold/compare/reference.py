@@ -6,7 +6,7 @@ from typing import Any
 
 from saelens_scaffold.compare.config import CompareConfig, ReferenceFigure
 from saelens_scaffold.compare.grid import Arm
-from saelens_scaffold.compare.table import text_table
+from saelens_scaffold.compare.table import environment
 from saelens_scaffold.evals.base import Metric
 from saelens_scaffold.evals.metric_descriptions import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
@@ -57,26 +57,15 @@ def references(
 def reference_text(figures: Sequence[Mapping[str, Any]]) -> str:
     """A table of the published figures beside ours, followed by their definitions."""
     rows: list[dict[str, str]] = []
-    notes: list[str] = []
     for number, figure in enumerate(figures, start=1):
-        first = (str(number), figure["what"], figure["value"])
+        about = [str(number), figure["what"], figure["value"]]
         mark = figure["mark"].partition(":")[0]
         for of_arm in figure["ours"] or [{"arm": "", "shown": "not measured"}]:
-            cells = (*first, of_arm["arm"], of_arm["shown"], mark)
+            cells = (*about, of_arm["arm"], of_arm["shown"], mark)
             rows.append(dict(zip(_HEADERS, cells, strict=True)))
-            first, mark = ("", "", ""), ""
-        ours = figure["metric"] or "none"
-        if figure["our_definition"]:
-            ours = f"{figure['our_definition']} ({ours})"
-        notes += [
-            f"{number}. {figure['source']}: {figure['definition']}",
-            f"   ours: {ours}",
-            f"   {figure['mark']}",
-        ]
-    title = (
-        "Published figures beside ours (mean, and range over the SAEs of all seeds):"
-    )
-    return "\n".join([title, text_table("rlllll", rows), *notes]) + "\n"
+            about, mark = [""] * 3, ""
+    template = environment().get_template("reference.txt")
+    return template.render(rows=rows, figures=figures)
 
 
 def _our_definition(figure: ReferenceFigure) -> str:

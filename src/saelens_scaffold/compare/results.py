@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold._util.provenance import hardware, versions
-from saelens_scaffold.compare.comparisons import Comparison, compare_arms
+from saelens_scaffold._util.provenance import versions
+from saelens_scaffold.compare.comparisons import compare_arms, curves
 from saelens_scaffold.compare.config import CompareConfig
-from saelens_scaffold.compare.curves import Curve, curves
 from saelens_scaffold.compare.evaluating import EVAL_RESULTS, SAES
-from saelens_scaffold.compare.grid import Arm, Run
+from saelens_scaffold.compare.grid import Run, runner_config
 from saelens_scaffold.compare.matching import MeasuredSAE, l0_total
 from saelens_scaffold.compare.metrics import ComparisonMetric, Results
 from saelens_scaffold.compare.reference import references
-from saelens_scaffold.compare.runner_config import runner_config
 from saelens_scaffold.evals.selected_saes import result_file_name
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE
 from saelens_scaffold.saes.digest import weights_sha256
@@ -39,7 +37,7 @@ def collect(
     metrics: Sequence[ComparisonMetric],
     results: Mapping[str, Results],
     output_path: Path,
-    provenance: Mapping[str, Any],
+    **provenance: Any,
 ) -> dict[str, Any]:
     """
     Collect the findings of an experiment.
@@ -50,7 +48,7 @@ def collect(
         metrics: The metrics by which they are compared.
         results: Results of each SAE, by evaluation.
         output_path: Folder of the experiment.
-        provenance: The experiment's provenance, as `provenance_of` states it.
+        provenance: The command, the hardware, and the facts of each wave (`training`).
 
     Returns:
         The content of results.json, in plain JSON values.
@@ -64,9 +62,6 @@ def collect(
         )
         for run, sae in zip(runs, saes, strict=True)
     ]
-    comparisons = compare_arms(
-        measured, metrics, config.baselines, config.confidence, config.max_bracket
-    )
     hook_name = _common([run.hook_name for run in runs])
     at = f"at {hook_name} of" if hook_name else "of"
     return {
@@ -82,37 +77,21 @@ def collect(
             "n_saes": len(runs),
         },
         "config": asdict(config),
-        "provenance": provenance,
+        "provenance": {
+            "command": provenance["command"],
+            "versions": versions(),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "hardware": provenance["hardware"],
+            "evaluation_seeds": config.evaluation_seeds,
+            "training": provenance["training"],
+        },
         "metrics": [_metric(metric) for metric in metrics],
         "saes": saes,
-        "curves": [_curve(c) for c in curves(measured, metrics, config.confidence)],
-        "comparisons": [_comparison(c, config.confidence) for c in comparisons],
+        "curves": curves(measured, metrics, config.confidence),
+        "comparisons": compare_arms(
+            measured, metrics, config.baselines, config.confidence, config.max_bracket
+        ),
         "reference": references(config, saes, provenance["command"]),
-    }
-
-
-def provenance_of(
-    config: CompareConfig,
-    command: str,
-    device: str,
-    training: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """
-    Where results come from.
-
-    Args:
-        config: The experiment.
-        command: The command that produced them.
-        device: Where it was run.
-        training: Facts of each wave.
-    """
-    return {
-        "command": command,
-        "versions": versions(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware(device),
-        "evaluation_seeds": config.evaluation_seeds,
-        "training": list(training),
     }
 
 
@@ -153,7 +132,7 @@ def _sae(
     return {
         "name": run.name,
         "path": path,
-        **_arm(run.arm),
+        **run.arm.facts,
         "seed": run.seed,
         "scaffold_rank": run.scaffold_rank,
         "l0_nominal": run.nominal_l0_total,
@@ -209,53 +188,3 @@ def _scaffold(sae: ScaffoldJumpReLUSAE) -> dict[str, Any] | None:
         "singular_values": torch.linalg.svdvals(left @ right.T).tolist(),
         "alignment_histogram": {"edges": edges, "counts": counts.int().tolist()},
     }
-
-
-def _curve(curve: Curve) -> dict[str, Any]:
-    return {
-        "architecture": curve.arm.architecture,
-        "label": curve.arm.label,
-        "metric": curve.metric,
-        "points": [
-            {
-                "axes": dict(point.arm.axes),
-                "l0": point.l0_total,
-                "mean": point.mean,
-                "ci_low": point.ci_low,
-                "ci_high": point.ci_high,
-                "n_seeds": point.n_seeds,
-            }
-            for point in curve.points
-        ],
-    }
-
-
-def _comparison(comparison: Comparison, confidence: float) -> dict[str, Any]:
-    pair = comparison.pair
-    return {
-        "matching": pair.matching,
-        "treatment": {**_arm(pair.treatment), "l0_total": pair.treatment_l0},
-        "baseline": {
-            **_arm(pair.baseline),
-            # the baseline itself, or the two ends of its bracket
-            "measured": [
-                {"arm": known.arm.label, "k": known.k, "l0_total": known.l0_total}
-                for known in pair.known
-            ],
-        },
-        "interpolated": pair.interpolated,
-        "metric": comparison.metric,
-        "treatment_mean": comparison.treatment_mean,
-        "baseline_mean": comparison.baseline_mean,
-        "n_treatment": comparison.n_treatment,
-        "n_baseline": comparison.n_baseline,
-        "differences": {str(seed): d for seed, d in comparison.differences.items()},
-        **asdict(comparison.judgement),
-        "confidence": confidence,
-        "note": pair.note,
-    }
-
-
-def _arm(arm: Arm) -> dict[str, Any]:
-    axes = dict(arm.axes)
-    return {"architecture": arm.architecture, "arm": arm.label, "axes": axes}

@@ -21,8 +21,7 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold.compare.config import CompareConfig
-from saelens_scaffold.compare.grid import Run
-from saelens_scaffold.compare.runner_config import runner_config
+from saelens_scaffold.compare.grid import Run, runner_config
 from saelens_scaffold.compare.waves import Wave, WaveFolder, halves, keep_waves
 from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME, open_dataset
 from saelens_scaffold.saes.pca import principal_subspace

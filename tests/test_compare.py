@@ -380,7 +380,7 @@ def test_a_finished_experiment_is_only_read(
     def not_again(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("done again")
 
-    monkeypatch.setattr("saelens_scaffold.compare.training.initial_sae", not_again)
+    monkeypatch.setattr("saelens_scaffold.training.runner.initial_sae", not_again)
     monkeypatch.setattr("saelens_scaffold.evals.runner._measure", not_again)
     before = findings(unbroken)
     compare(read_config(write(tmp_path)), unbroken)

@@ -25,7 +25,7 @@ from saelens_scaffold.compare.grid import (
     runs_of,  # noqa: E402
 )
 from saelens_scaffold.compare.table import plan_text  # noqa: E402
-from saelens_scaffold.compare.waves import plan_waves  # noqa: E402
+from saelens_scaffold.compare.training import plan_waves  # noqa: E402
 from saelens_scaffold.training.runner import initial_sae  # noqa: E402
 
 CONFIG: dict[str, Any] = {

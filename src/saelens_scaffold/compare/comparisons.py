@@ -6,16 +6,9 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any, get_args
 
-from saelens_scaffold.compare import statistics
+from saelens_scaffold.compare import matching, statistics
 from saelens_scaffold.compare.grid import Arm
-from saelens_scaffold.compare.matching import (
-    Arms,
-    Matching,
-    MeasuredSAE,
-    Pair,
-    by_arm,
-    pairs_of,
-)
+from saelens_scaffold.compare.matching import MeasuredSAE
 from saelens_scaffold.compare.metrics import ComparisonMetric
 
 
@@ -46,21 +39,21 @@ def compare_arms(
         one of a bracket's ends), treatment minus baseline for each seed that both have,
         and the fields of the `Judgement`.
     """
-    arms = by_arm(saes)
+    arms = matching.by_arm(saes)
     found = [
         comparison
-        for pair in pairs_of(saes, baselines, max_bracket)
+        for pair in matching.pairs_of(saes, baselines, max_bracket)
         for metric in metrics
         # an interpolated l0_total would be compared with itself
         if not (pair.interpolated and metric.is_sparsity)
         and (comparison := _comparison(pair, arms, metric, confidence)) is not None
     ]
     sparsity = {metric.id for metric in metrics if metric.is_sparsity}
-    for matching in get_args(Matching):
+    for way in get_args(matching.Matching):
         family = [
             comparison
             for comparison in found
-            if comparison["matching"] == matching
+            if comparison["matching"] == way
             and comparison["metric"] not in sparsity
             and comparison["p_value"] is not None
         ]
@@ -83,7 +76,7 @@ def curves(
     """
     found: dict[tuple[str, Arm], list[dict[str, Any]]] = {}
     for metric in metrics:
-        for arm, by_seed in by_arm(saes).items():
+        for arm, by_seed in matching.by_arm(saes).items():
             known = [
                 (sae.l0_total, value)
                 for sae in by_seed.values()
@@ -117,7 +110,10 @@ def curves(
 
 
 def _comparison(
-    pair: Pair, arms: Arms, metric: ComparisonMetric, confidence: float
+    pair: matching.Pair,
+    arms: matching.Arms,
+    metric: ComparisonMetric,
+    confidence: float,
 ) -> dict[str, Any] | None:
     """Comparison of a pair by a metric; None if a side does not have it."""
     treatment = _values(arms, pair.treatment, metric.id)
@@ -162,7 +158,7 @@ def _comparison(
     }
 
 
-def _values(arms: Arms, arm: Arm, metric: str) -> dict[int, float]:
+def _values(arms: matching.Arms, arm: Arm, metric: str) -> dict[int, float]:
     return {
         seed: value
         for seed, sae in sorted(arms[arm].items())

@@ -173,8 +173,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if "architecture" not in self.grid:
             raise UserError(
-                "grid must name at least one architecture, as in architecture: "
-                "[batchtopk, scaffold_batchtopk]"
+                "grid names no architecture, as in architecture: [batchtopk]"
             )
         for architecture in self.grid["architecture"]:
             _known_architecture(architecture)
@@ -182,21 +181,13 @@ class CompareConfig:
             check_known("field of training", name, TRAINING_FIELDS)
         twice = sorted((set(self.sae) | set(self.training)) & set(self.grid))
         if twice:
-            raise UserError(
-                f"{twice[0]} is in the grid and fixed as well; name it once"
-            )
+            raise UserError(f"{twice[0]} is in the grid and fixed as well")
         for judged, baseline in self.baselines.items():
             if judged == baseline:
-                raise UserError(
-                    f"baselines: {judged} cannot be its own baseline; its variants differ "
-                    "in axes of the grid, of which only seeds are paired"
-                )
+                raise UserError(f"baselines: {judged} cannot be its own baseline")
         for name in ("dense_latents", "scaffold_ablation"):
             if "baseline" in (self.evaluations.get(name) or {}):
-                raise UserError(
-                    f"evaluations: {name} must have no baseline here; SAEs are compared "
-                    "with those of `baselines`"
-                )
+                raise UserError(f"{name} must have no baseline but that of `baselines`")
         for figure in self.reference:
             _check_reference(figure, self)
 
@@ -220,8 +211,7 @@ def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:
     ):
         raise UserError(
             f"reference {figure.what!r}: against_baseline needs a metric, and an "
-            f"architecture that has a baseline: {', '.join(config.baselines)}; the "
-            f"architecture is {figure.architecture!r}, the metric {figure.metric!r}"
+            f"architecture of {', '.join(config.baselines)}"
         )
 
 

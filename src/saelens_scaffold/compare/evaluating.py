@@ -23,7 +23,7 @@ from saelens_scaffold._util.configs import config_fields, validating
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run, runner_config
-from saelens_scaffold.compare.waves import is_trained
+from saelens_scaffold.compare.training import is_trained
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.jobs import Job, plan
 from saelens_scaffold.evals.registry import evaluations_named

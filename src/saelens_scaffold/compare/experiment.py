@@ -18,12 +18,16 @@ from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.evaluating import SAES, Evaluated, Evaluator
 from saelens_scaffold.compare.grid import check_training, runs_of
 from saelens_scaffold.compare.metrics import metrics_of
-from saelens_scaffold.compare.reference import reference_text, references
-from saelens_scaffold.compare.report import write_page
+from saelens_scaffold.compare.reference import references
+from saelens_scaffold.compare.report.page import write_page
 from saelens_scaffold.compare.results import collect, results_csv
-from saelens_scaffold.compare.table import comparison_text, plan_text
-from saelens_scaffold.compare.training import WaveTrainer, training_text
-from saelens_scaffold.compare.waves import Wave, plan_waves
+from saelens_scaffold.compare.table import comparison_text, plan_text, reference_text
+from saelens_scaffold.compare.training import (
+    Wave,
+    WaveTrainer,
+    plan_waves,
+    training_text,
+)
 from saelens_scaffold.evals.language_model import choose_device
 
 CONFIG_FILENAME = "compare.yaml"
@@ -55,7 +59,7 @@ class EvaluationsFailed(UserError):
             f"the rest{again if evaluated.failures else ''}"
         )
         self.results = results
-        self.text = _results_text(results)
+        self.text = comparison_text(results)
 
 
 @dataclass
@@ -217,7 +221,7 @@ def run(
     warnings.filterwarnings("ignore", message="All samples in the training dataset")
     results = compare(experiment, output_path, device, saes_per_wave, command)
     written = "report.html, results.json, results.csv, saes/"
-    return f"{_results_text(results)}\nWritten to {output_path}: {written}."
+    return f"{comparison_text(results)}\nWritten to {output_path}: {written}."
 
 
 def _reference_alone(config: CompareConfig, output_path: Path) -> str:
@@ -234,11 +238,3 @@ def _reference_alone(config: CompareConfig, output_path: Path) -> str:
     results = json.loads(file.read_text(encoding="utf-8"))
     command = results["provenance"]["command"]
     return reference_text(references(config, results["saes"], command))
-
-
-def _results_text(results: dict[str, Any]) -> str:
-    """The comparisons, and the published figures beside ours where there are any."""
-    text = comparison_text(results)
-    if results["reference"]:
-        text += "\n" + reference_text(results["reference"])
-    return text

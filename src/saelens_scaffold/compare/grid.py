@@ -25,15 +25,6 @@ from saelens_scaffold.training.checks import check_steps
 MAX_NAME = 150
 """Most characters of an SAE's name; file names that contain it may have 255."""
 
-_DEFAULTS: dict[str, Any] = {
-    # a checkpoint drops the text in the buffer, an interruption the steps since the last
-    "n_checkpoints": 9,
-    # SAELens's 1,000 batches are gigabytes; the mean norm of 100 is as good
-    "n_batches_for_norm_estimate": 100,
-}
-
-_OWN_AXES = ("architecture", "seed", "hook_name", "b_dec_init")
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -146,7 +137,13 @@ def runner_config(
     Raises:
         UserError: A field of `training` has a value that makes no sense.
     """
-    training = {**_DEFAULTS, **config.training, **wave[0].training}
+    defaults = {
+        # a checkpoint drops the text in the buffer, an interruption the steps since the last
+        "n_checkpoints": 9,
+        # SAELens's 1,000 batches are gigabytes; the mean norm of 100 is as good
+        "n_batches_for_norm_estimate": 100,
+    }
+    training = {**defaults, **config.training, **wave[0].training}
     try:
         cfg = MultiSAETrainingRunnerConfig(
             saes={run.name: run.config for run in wave},
@@ -187,7 +184,7 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"{run.arm.label}: {error}") from error
-        _check_language_model(config, run, cfg)
+        _check_language_model(run, cfg)
 
 
 def _check_fields(config: CompareConfig) -> None:
@@ -196,18 +193,16 @@ def _check_fields(config: CompareConfig) -> None:
     of_saes -= {"device", "metadata"}
     for name in config.sae:
         check_known("field of these architectures", name, of_saes)
+    axes = {"architecture", "seed", "hook_name", "b_dec_init", *AXIS_FIELDS, *of_saes}
     for name in config.grid:
-        check_known("axis of the grid", name, {*_OWN_AXES, *AXIS_FIELDS, *of_saes})
+        check_known("axis of the grid", name, axes)
 
 
 def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
     architecture, seed = values.pop("architecture"), values.pop("seed")
     fields = _fields_of(architecture)
-    sae = {
-        name: value
-        for name, value in {"device": device, **config.sae, **values}.items()
-        if name in fields
-    }
+    sae = {"device": device, **config.sae, **values}
+    sae = {name: value for name, value in sae.items() if name in fields}
 
     def of_sae(name: str) -> Any:
         return sae.get(name, fields[name].default) if name in fields else None
@@ -260,14 +255,12 @@ def _file_name(text: str) -> str:
     return name
 
 
-def _check_language_model(
-    config: CompareConfig, run: Run, cfg: MultiSAETrainingRunnerConfig
-) -> None:
+def _check_language_model(run: Run, cfg: MultiSAETrainingRunnerConfig) -> None:
     dtype = (cfg.model_from_pretrained_kwargs or {}).get("dtype", "float32")
     if dtype not in DTYPE_FROM_STRING:
+        allowed = ", ".join(DTYPE_FROM_STRING)
         raise UserError(
-            f"training: model_from_pretrained_kwargs has the dtype {dtype!r}; allowed are "
-            f"{', '.join(DTYPE_FROM_STRING)}"
+            f"model_from_pretrained_kwargs has the dtype {dtype!r}; allowed are {allowed}"
         )
     if re.match(r"blocks\.\d+\.", run.hook_name) is None:
         raise UserError(
@@ -278,7 +271,5 @@ def _check_language_model(
     if cfg.model_class_name == "HookedTransformer" and not cfg.hook_head_indices:
         width = width_at(model, run.hook_name)
         if width not in (None, run.config.d_in):
-            raise UserError(
-                f"d_in is {run.config.d_in}; {config.model_name} has width {width} at "
-                f"{run.hook_name}"
-            )
+            here = f"{cfg.model_name} has width {width} at {run.hook_name}"
+            raise UserError(f"d_in is {run.config.d_in}; {here}")

@@ -6,7 +6,6 @@ from typing import Any
 
 from saelens_scaffold.compare.config import CompareConfig, ReferenceFigure
 from saelens_scaffold.compare.grid import Arm
-from saelens_scaffold.compare.table import environment
 from saelens_scaffold.evals.base import Metric
 from saelens_scaffold.evals.metric_descriptions import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
@@ -20,7 +19,6 @@ _CHANGES = {
     "ratio": "; the change against the plain SAE of the same k and seed, as a share of its value",
     "difference": "; minus that of the plain SAE of the same k and seed",
 }
-_HEADERS = ("", "figure", "published", "SAE", "ours", "definition")
 
 
 def references(
@@ -52,20 +50,6 @@ def references(
         }
         for figure in config.reference
     ]
-
-
-def reference_text(figures: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the published figures beside ours, followed by their definitions."""
-    rows: list[dict[str, str]] = []
-    for number, figure in enumerate(figures, start=1):
-        about = [str(number), figure["what"], figure["value"]]
-        mark = figure["mark"].partition(":")[0]
-        for of_arm in figure["ours"] or [{"arm": "", "shown": "not measured"}]:
-            cells = (*about, of_arm["arm"], of_arm["shown"], mark)
-            rows.append(dict(zip(_HEADERS, cells, strict=True)))
-            about, mark = [""] * 3, ""
-    template = environment().get_template("reference.txt")
-    return template.render(rows=rows, figures=figures)
 
 
 def _our_definition(figure: ReferenceFigure) -> str:

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 N_ALIGNMENT_BINS = 100
 
+_METRIC_FIELDS = ("id", "evaluation", "title", "digits", "better", "random", "bounds")
+
 
 def collect(
     config: CompareConfig,
@@ -85,7 +87,10 @@ def collect(
             "evaluation_seeds": config.evaluation_seeds,
             "training": provenance["training"],
         },
-        "metrics": [_metric(metric) for metric in metrics],
+        "metrics": [
+            {name: getattr(metric, name) for name in _METRIC_FIELDS}
+            for metric in metrics
+        ],
         "saes": saes,
         "curves": curves(measured, metrics, config.confidence),
         "comparisons": compare_arms(
@@ -119,12 +124,6 @@ def _common(values: Sequence[Any]) -> Any:
     return values[0] if len(set(values)) == 1 else None
 
 
-def _metric(metric: ComparisonMetric) -> dict[str, Any]:
-    names = ("id", "evaluation", "title", "digits", "better", "random")
-    fields = {name: getattr(metric, name) for name in names}
-    return {**fields, "bounds": list(metric.bounds)}
-
-
 def _sae(
     run: Run, metrics: Sequence[ComparisonMetric], results: Results, output_path: Path
 ) -> dict[str, Any]:
@@ -147,37 +146,32 @@ def _sae(
 
 
 def _cell(metric: ComparisonMetric, run: Run, results: Results) -> dict[str, Any]:
-    value, low, high = _numbers(metric, results)
-    file = None
-    if metric.evaluation in results:
-        file = f"{EVAL_RESULTS}/{metric.evaluation}/{result_file_name(run.name)}"
-    return {"value": value, "ci_low": low, "ci_high": high, "file": file}
-
-
-def _numbers(metric: ComparisonMetric, results: Results) -> list[float | None]:
     """An SAE's value, and the ends of its interval; None for what is missing."""
     try:
         found = [metric.value(results), *(metric.interval(results) or (None, None))]
-        numbers = [None if number is None else float(number) for number in found]
+        numbers = [math.nan if number is None else float(number) for number in found]
     except Exception as error:  # a plugin's; the rest is worth a report without it
         logger.warning("metric %s: %s: %s", metric.id, type(error).__name__, error)
-        return [None, None, None]
-    return [n if n is not None and math.isfinite(n) else None for n in numbers]
+        numbers = [math.nan] * 3
+    names = ("value", "ci_low", "ci_high")
+    known = (number if math.isfinite(number) else None for number in numbers)
+    file = None
+    if metric.evaluation in results:
+        file = f"{EVAL_RESULTS}/{metric.evaluation}/{result_file_name(run.name)}"
+    return {**dict(zip(names, known, strict=True)), "file": file}
 
 
 def _of_weights(path: Path) -> dict[str, Any]:
     """Hash of an SAE's weights; spectrum of its scaffold, and its latents' alignment."""
     sae = SAE.load_from_disk(path)
-    scaffold = None
-    if isinstance(sae, ScaffoldJumpReLUSAE) and sae.cfg.scaffold_rank:
-        scaffold = _scaffold(sae)
+    scaffold = _scaffold(sae) if isinstance(sae, ScaffoldJumpReLUSAE) else None
     return {"weights_sha256": weights_sha256(sae), "scaffold": scaffold}
 
 
 def _scaffold(sae: ScaffoldJumpReLUSAE) -> dict[str, Any] | None:
     rank = sae.cfg.scaffold_rank
     A, B = sae.W_enc[:, :rank].detach().double(), sae.W_dec[:rank].detach().double()
-    if not (A.isfinite().all() and B.isfinite().all()):
+    if not (rank and A.isfinite().all() and B.isfinite().all()):
         return None
     # the singular values of A B, without the large product
     left, right = torch.linalg.qr(A)[1], torch.linalg.qr(B.T)[1]

@@ -36,12 +36,33 @@ def environment() -> Environment:
 
 
 def comparison_text(results: Mapping[str, Any]) -> str:
-    """A table for each pair of kinds of SAEs: every metric with interval and verdict."""
-    template = environment().get_template("comparisons.txt")
-    n_seeds = len(results["summary"]["seeds"])
-    comparisons, alone = rows_by_pair(results), one_sided(results)
-    text = template.render(comparisons=comparisons, n_seeds=n_seeds, one_sided=alone)
-    return text.rstrip() + "\n"
+    """
+    A table for each pair of kinds of SAEs: every metric with interval and verdict; and the
+    published figures beside ours, where there are any.
+    """
+    text = _text(
+        "comparisons.txt",
+        n_seeds=len(results["summary"]["seeds"]),
+        comparisons=rows_by_pair(results),
+        one_sided=one_sided(results),
+    )
+    if results["reference"]:
+        text += "\n\n" + reference_text(results["reference"]).rstrip()
+    return text + "\n"
+
+
+def reference_text(figures: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the published figures beside ours, followed by their definitions."""
+    headers = ("", "figure", "published", "SAE", "ours", "definition")
+    rows: list[dict[str, str]] = []
+    for number, figure in enumerate(figures, start=1):
+        about = [str(number), figure["what"], figure["value"]]
+        mark = figure["mark"].partition(":")[0]
+        for of_arm in figure["ours"] or [{"arm": "", "shown": "not measured"}]:
+            cells = (*about, of_arm["arm"], of_arm["shown"], mark)
+            rows.append(dict(zip(headers, cells, strict=True)))
+            about, mark = [""] * 3, ""
+    return _text("reference.txt", rows=rows, figures=figures) + "\n"
 
 
 def plan_text(
@@ -60,14 +81,8 @@ def plan_text(
         seeds.setdefault(run.arm, []).append(run.seed)
     by_k = [MeasuredSAE(run, {}, run.nominal_l0_total) for run in runs]
     pairs = pairs_of(by_k, config.baselines, config.max_bracket)
-    template = environment().get_template("plan.txt")
-    return template.render(
-        n_saes=len(runs),
-        seeds=seeds,
-        waves=waves,
-        baselines=config.baselines,
-        pairs=pairs,
-    )
+    about = {"n_saes": len(runs), "seeds": seeds, "waves": waves, "pairs": pairs}
+    return _text("plan.txt", **about, baselines=config.baselines)
 
 
 def rows_by_pair(
@@ -164,9 +179,9 @@ def _cells(
     detectable = ""
     if verdict == "not distinguishable" and comparison["detectable"] is not None:
         detectable = number(comparison["detectable"], digits)
-    sides = (comparison["n_treatment"], comparison["n_baseline"])
-    if 0 < min(sides) < n_seeds:
-        verdict += f" ({sides[0]} against {sides[1]} seeds)"
+    n, n_baseline = comparison["n_treatment"], comparison["n_baseline"]
+    if 0 < min(n, n_baseline) < n_seeds:
+        verdict += f" ({n} against {n_baseline} seeds)"
     return {
         "metric": metric_name(metric),
         "SAE": number(comparison["treatment_mean"], digits),
@@ -191,6 +206,10 @@ def _baseline(baseline: Mapping[str, Any]) -> str:
 
 def _at_l0(arm: str, l0_total: float | None) -> str:
     return arm if l0_total is None else f"{arm} (l0_total {l0_total:.1f})"
+
+
+def _text(template: str, **values: Any) -> str:
+    return environment().get_template(template).render(values).rstrip()
 
 
 def _table(rows: Sequence[Mapping[str, str]], align: str) -> str:

@@ -61,22 +61,17 @@ def page(results: Mapping[str, Any]) -> str:
         wording=table,
         comparisons=table.rows_by_pair(results),
         one_sided=table.one_sided(results),
-        measured_metrics=_measured_metrics(results),
+        measured_metrics={
+            metric
+            for sae in results["saes"]
+            for metric, found in sae["metrics"].items()
+            if found["value"] is not None
+        },
         plots=plots,
         styles=series,
         figures={"plots": drawn, "styles": series},
         plotly=get_plotlyjs(),
     )
-
-
-def _measured_metrics(results: Mapping[str, Any]) -> set[str]:
-    """Ids of the metrics that any SAE has a value for."""
-    return {
-        metric
-        for sae in results["saes"]
-        for metric, found in sae["metrics"].items()
-        if found["value"] is not None
-    }
 
 
 def _csp_hash(script: str) -> str:

@@ -853,15 +853,9 @@ def test_numbers_of_terminal_and_page():
 
 
 @given(st.lists(st.floats(1e-8, 1e8), min_size=1, max_size=20))
-def test_logarithmic_axes_hold_their_values_and_have_ticks(values: list[float]):
-    axis = log_axis(values)
-    low, high = axis["range"]
+def test_logarithmic_axes_hold_their_values(values: list[float]):
+    low, high = log_axis(values)["range"]
     assert low < math.log10(min(values)) and math.log10(max(values)) < high
-    ticks = [math.log10(tick) for tick in axis["tickvals"]]
-    assert 2 <= len(ticks) <= 9
-    assert ticks == sorted(set(ticks))
-    assert low - 1e-9 <= ticks[0] and ticks[-1] <= high + 1e-9
-    assert len(set(axis["ticktext"])) == len(ticks)
 
 
 def test_page_is_one_file_that_a_failure_leaves_alone(

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -42,13 +41,11 @@ class Evaluated:
 
     Attributes:
         results: Results of each SAE, by evaluation. One that failed leaves none.
-        diverged: Names of the SAEs whose weights are not finite.
-        failures: A line for each evaluation of a group that failed.
+        failures: A line for each SAE that diverged, and each evaluation that failed.
         warnings: A line for each result that the user should not overlook.
     """
 
     results: dict[str, dict[str, Any]]
-    diverged: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -121,18 +118,21 @@ class Evaluator:
     def evaluate(self) -> Evaluated:
         """Evaluate all SAEs, as far as they have no current results."""
         evaluated = Evaluated({run.name: {} for run in self.runs})
+        diverged: list[str] = []
         for group in self.groups:
             about = f"{len(group)} SAEs of seed {group[0].seed} at {group[0].hook_name}"
             print(f"evaluating {about}", file=sys.stderr)
             usable = self._usable(group)
             names = [name for name, _ in usable]
-            evaluated.diverged += [r.name for r in group if r.name not in names]
+            diverged += [run.name for run in group if run.name not in names]
             for job in self._jobs(names) if usable else []:
                 outcome = runner.run(job, usable, together=True)
                 evaluation = job.evaluation.name
                 if outcome.error is not None:
                     failure = f"{evaluation} failed: {runner.reason(outcome)}"
-                    evaluated.failures.append(failure)
+                    evaluated.failures.append(
+                        f"{failure} (repeat the command to try again)"
+                    )
                     continue
                 for name in names:
                     result = outcome.results[f"{name}_{CUSTOM_SAE_ID}"]
@@ -145,6 +145,10 @@ class Evaluator:
                     )
         if not evaluated.failures:  # which may go on from what is stored there
             shutil.rmtree(self.artifacts_path, ignore_errors=True)
+        evaluated.failures += [
+            f"{name}: its weights are not finite, since its training diverged"
+            for name in diverged
+        ]
         return evaluated
 
     def _usable(self, group: Sequence[Run]) -> NamedSAEs:
@@ -209,9 +213,7 @@ def _has_finite_weights(directory: Path) -> bool:
     try:
         read = load_file(file)
     except SafetensorError as error:
-        raise UserError(
-            f"{file} is damaged ({error}); remove {directory} to train this SAE again"
-        ) from error
+        raise UserError(f"{file} is damaged; remove it to train again") from error
     return all(
         # linear latents have the threshold minus infinity
         bool((weights.isfinite() | (weights.isneginf() & (name == "threshold"))).all())

@@ -49,15 +49,8 @@ class EvaluationsFailed(UserError):
     def __init__(
         self, evaluated: Evaluated, results: dict[str, Any], output_path: Path
     ):
-        reasons = [
-            f"{name}: its weights are not finite, since its training diverged"
-            for name in evaluated.diverged
-        ]
-        again = "; repeat the command to try again what failed"
-        super().__init__(
-            f"{'; '.join(reasons + evaluated.failures)}. The report in {output_path} is of "
-            f"the rest{again if evaluated.failures else ''}"
-        )
+        reasons = "; ".join(evaluated.failures)
+        super().__init__(f"{reasons}. The report in {output_path} is of the rest")
         self.results = results
         self.text = comparison_text(results)
 
@@ -178,7 +171,7 @@ def compare(
         with new_file(output_path / "results.csv") as file:
             file.write_text(results_csv(results), encoding="utf-8")
         write_page(results, output_path / "report.html")
-    if evaluated.diverged or evaluated.failures:
+    if evaluated.failures:
         raise EvaluationsFailed(evaluated, results, output_path)
     return results
 
@@ -231,8 +224,7 @@ def _reference_alone(config: CompareConfig, output_path: Path) -> str:
     file = output_path / RESULTS_FILENAME
     if not file.is_file():
         raise UserError(
-            f"there are no results in {output_path} yet; leave out --reference, or name "
-            "another --output_path"
+            f"there are no results in {output_path} yet; try --reference later"
         )
     configs.check_unchanged(config, output_path / CONFIG_FILENAME)
     results = json.loads(file.read_text(encoding="utf-8"))

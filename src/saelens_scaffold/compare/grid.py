@@ -203,18 +203,14 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
     fields = _fields_of(architecture)
     sae = {"device": device, **config.sae, **values}
     sae = {name: value for name, value in sae.items() if name in fields}
-
-    def of_sae(name: str) -> Any:
-        return sae.get(name, fields[name].default) if name in fields else None
-
-    centres_itself = of_sae("scaffold_init") == "pca" and bool(of_sae("scaffold_rank"))
-    axes = {
-        axis: value
-        for axis, value in values.items()
-        if axis in fields
-        or axis in ("hook_name", *AXIS_FIELDS)
-        or (axis == "b_dec_init" and not centres_itself)
-    }
+    start = {name: sae.get(name, field.default) for name, field in fields.items()}
+    centres_itself = start.get("scaffold_init") == "pca" and bool(
+        start["scaffold_rank"]
+    )
+    own = {"hook_name", *AXIS_FIELDS, *fields}
+    if not centres_itself:
+        own.add("b_dec_init")
+    axes = {axis: value for axis, value in values.items() if axis in own}
     arm = Arm(architecture, axes)
     b_dec_init = values.get("b_dec_init", config.b_dec_init)
     try:
@@ -264,8 +260,7 @@ def _check_language_model(run: Run, cfg: MultiSAETrainingRunnerConfig) -> None:
         )
     if re.match(r"blocks\.\d+\.", run.hook_name) is None:
         raise UserError(
-            f"hook_name is {run.hook_name!r}; it must be a hook point of a layer, as in "
-            "blocks.12.hook_resid_post"
+            f"hook_name {run.hook_name!r} must be a hook point of a layer, blocks.N.NAME"
         )
     model = model_config(cfg.model_name)
     if cfg.model_class_name == "HookedTransformer" and not cfg.hook_head_indices:

@@ -76,21 +76,17 @@ def _ours(
     for sae in saes:
         if _is_about(figure, config, sae):
             by_arm.setdefault(sae["arm"], []).extend(_values(figure, config, sae, saes))
-    return [
-        _of_arm(arm, values, _FORMATS[figure.against_baseline])
-        for arm, values in by_arm.items()
-        if values
-    ]
+    form = _FORMATS[figure.against_baseline]
+    return [_of_arm(arm, values, form) for arm, values in by_arm.items() if values]
 
 
 def _is_about(figure: ReferenceFigure, config: CompareConfig, sae: SAE) -> bool:
-    architecture = sae["architecture"]
-    if figure.architecture is not None:
-        is_meant = architecture == figure.architecture
-    else:
-        is_meant = figure.against_baseline is None or architecture in config.baselines
-    axes = {**sae["axes"], "seed": sae["seed"]}
-    return is_meant and all(axes.get(a) == value for a, value in figure.where.items())
+    about = {**sae["axes"], "seed": sae["seed"]}
+    has_meaning = (
+        figure.against_baseline is None or sae["architecture"] in config.baselines
+    )
+    is_meant = figure.architecture in (None, sae["architecture"])
+    return has_meaning and is_meant and figure.where.items() <= about.items()
 
 
 def _values(

@@ -121,27 +121,25 @@ def one_sided(results: Mapping[str, Any]) -> list[dict[str, str]]:
     compared = {comparison["metric"] for comparison in results["comparisons"]}
     metrics = {metric["id"]: metric for metric in results["metrics"]}
     at_random = {metric["random"] for metric in results["metrics"]}
-    points = {
-        (curve["metric"], Arm(curve["architecture"], point["axes"]).label): point
+    shown = {
+        (metric, Arm(curve["architecture"], point["axes"]).label): estimate(
+            point, "mean", digits_of_means(metrics[metric])
+        )
         for curve in results["curves"]
+        for metric in [curve["metric"]]
         for point in curve["points"]
     }
-
-    def mean(id_: str, arm: str, metric: Mapping[str, Any]) -> str:
-        point = points.get((id_, arm), {"mean": None})
-        return estimate(point, "mean", digits_of_means(metric))
-
     arms = dict.fromkeys(sae["arm"] for sae in results["saes"])
     return [
         {
             "SAE": arm,
             "metric": metric_name(metric),
-            "mean": mean(id_, arm, metric),
-            "at random": mean(metric["random"], arm, metric),
+            "mean": shown[id_, arm],
+            "at random": shown.get((metric["random"], arm), "-"),
         }
         for arm in arms
         for id_, metric in metrics.items()
-        if id_ not in compared and id_ not in at_random and (id_, arm) in points
+        if id_ not in compared and id_ not in at_random and (id_, arm) in shown
     ]
 
 
@@ -195,13 +193,11 @@ def _cells(
 
 def _baseline(baseline: Mapping[str, Any]) -> str:
     """A baseline with its measured l0_total, or the bracket that it is interpolated in."""
-    if len(baseline["measured"]) == 2:
-        ends = [
-            _at_l0(f"k={end['k']:g}", end["l0_total"]) for end in baseline["measured"]
-        ]
-        return f"{baseline['arm']} between {' and '.join(ends)}"
-    (end,) = baseline["measured"]
-    return _at_l0(end["arm"], end["l0_total"])
+    ends = baseline["measured"]
+    if len(ends) == 1:
+        return _at_l0(ends[0]["arm"], ends[0]["l0_total"])
+    low, high = (_at_l0(f"k={end['k']:g}", end["l0_total"]) for end in ends)
+    return f"{baseline['arm']} between {low} and {high}"
 
 
 def _at_l0(arm: str, l0_total: float | None) -> str:

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -30,8 +31,6 @@ Wave = list[Run]
 """SAEs that are trained together, on one pass of the language model."""
 
 WAVES_FILENAME = "waves.json"
-WAVE_FILENAME = "wave.json"
-"""File with the facts of a wave, written when all its SAEs are trained."""
 
 ESTIMATED_SCALES = ("expected_average_only_in", "covariance_whitening")
 """Values of `normalize_activations` for which SAELens reads text before it trains."""
@@ -50,12 +49,8 @@ class WaveFolder:
         self.path = training_path / f"wave-{number}"
         self.saes = self.path / "saes"
         self.checkpoints = self.path / "checkpoints"
-        self.about = self.path / WAVE_FILENAME
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether all SAEs of the wave are trained."""
-        return self.about.is_file()
+        # the facts of the wave, written when all its SAEs are trained
+        self.about = self.path / "wave.json"
 
 
 def plan_waves(
@@ -79,7 +74,7 @@ def plan_waves(
     busy: set[str] = set()
     for number, names in enumerate(_read_waves(training_path)):
         folder = WaveFolder(training_path, number)
-        if folder.is_trained:
+        if folder.about.is_file():
             busy.update(name for name in names if (folder.saes / name).is_dir())
         elif runner.last_checkpoint(folder.checkpoints) and not (
             saes_per_wave and len(names) > saes_per_wave
@@ -210,7 +205,7 @@ class WaveTrainer:
     def train_wave(self, number: int, wave: Wave) -> bool:
         """Train a wave unless it is trained; False if memory runs out."""
         folder = WaveFolder(self.training_path, number)
-        if not folder.is_trained:
+        if not folder.about.is_file():
             started = time.monotonic()
             try:
                 self._runner(wave, folder).run()
@@ -286,10 +281,8 @@ def _note(text: str) -> None:
 
 def _is_out_of_memory(error: Exception) -> bool:
     # PyTorch's CPU allocator has no exception of its own.
-    of_cpu = ("not enough memory", "can't allocate memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        words in str(error) for words in of_cpu
-    )
+    of_cpu = re.search("not enough memory|can't allocate memory", str(error))
+    return bool(of_cpu) or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def training_text(config: CompareConfig) -> Any:
@@ -300,8 +293,6 @@ def training_text(config: CompareConfig) -> Any:
         UserError: There is no such text.
     """
     name = config.dataset_path
-    path = Path(name)
-    looks_local = path.exists() or path.is_absolute() or name.startswith(".")
-    if name == EMBEDDED_DATASET_NAME or looks_local:
-        return open_dataset(name, "train")
-    return None
+    is_local = name.startswith((".", "/")) or Path(name).exists()
+    is_read = is_local or name == EMBEDDED_DATASET_NAME
+    return open_dataset(name, "train") if is_read else None

@@ -188,7 +188,6 @@ def _trace(series: str, **more: Any) -> Trace:
 
 
 def _metric_curve(architecture: str, points: Sequence[Mapping[str, Any]]) -> Trace:
-    points = sorted(points, key=lambda point: point["l0"])
     return _trace(
         series_of(architecture, points[0]["axes"]),
         x=[point["l0"] for point in points],

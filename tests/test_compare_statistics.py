@@ -12,9 +12,12 @@ from scipy import stats
 
 pytest.importorskip("sae_bench")
 
-from saelens_scaffold.compare.comparisons import compare_arms, curves  # noqa: E402
+from saelens_scaffold.compare.comparisons import (  # noqa: E402
+    MeasuredSAE,  # noqa: E402
+    compare_arms,
+    curves,
+)
 from saelens_scaffold.compare.grid import Arm, Run  # noqa: E402
-from saelens_scaffold.compare.matching import MeasuredSAE  # noqa: E402
 from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
 from saelens_scaffold.compare.statistics import (  # noqa: E402
     holm,

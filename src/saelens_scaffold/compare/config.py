@@ -5,18 +5,50 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, create_model
+from sae_lens import MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.util import str_to_dtype
 
 from saelens_scaffold._util.configs import config_fields, documented, make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
-from saelens_scaffold.compare.training_fields import TRAINING_FIELDS
 from saelens_scaffold.evals.metric_descriptions import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
+
+_TABLE = yaml.safe_load(
+    Path(__file__).with_name("training_fields.yaml").read_text("utf-8")
+)
+_TYPES = {
+    name: annotation
+    for name, annotation in get_type_hints(MultiSAETrainingRunnerConfig).items()
+    if name not in _TABLE["own"] and not name.startswith("_")
+}
+TRAINING_FIELDS = sorted(_TYPES)
+"""Fields of SAELens's `MultiSAETrainingRunnerConfig` that an experiment may set."""
+
+AXIS_FIELDS = sorted(set(TRAINING_FIELDS) - set(_TABLE["shared"]))
+"""Fields of the runner that can be axes of the grid."""
+
+
+def _dtype_name(name: str) -> str:
+    str_to_dtype(name)  # raises for an unknown one
+    return name
+
+
+_FIELDS: dict[str, Any] = {
+    name: (Annotated[annotation, Field(**_TABLE["allowed"].get(name, {}))], None)
+    for name, annotation in _TYPES.items()
+}
+_FIELDS["dtype"] = (Annotated[str, AfterValidator(_dtype_name)], None)
+_Training: Any = create_model(
+    "Training",
+    __config__=ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=()),
+    **_FIELDS,
+)
 
 # Fields that decide what is trained.
 _DECIDES_TRAINING = (
@@ -301,3 +333,13 @@ def _training_yaml(config: CompareConfig) -> str:
     # in order: SAEs are named and ordered by the axes
     values["grid"] = [{axis: of_axis} for axis, of_axis in config.grid.items()]
     return yaml.safe_dump(values, allow_unicode=True)
+
+
+def checked_training(values: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Check values of the runner's fields.
+
+    Raises:
+        UserError: A value has the wrong type, or is out of range.
+    """
+    return make_config(_Training, values).model_dump(exclude_unset=True)

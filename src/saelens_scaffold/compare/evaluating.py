@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -32,22 +32,6 @@ EVAL_RESULTS = "eval_results"
 SAES = "saes"
 
 NamedSAEs = list[tuple[str, SAE[Any]]]
-
-
-@dataclass
-class Evaluated:
-    """
-    Outcome of evaluating an experiment.
-
-    Attributes:
-        results: Results of each SAE, by evaluation. One that failed leaves none.
-        failures: A line for each SAE that diverged, and each evaluation that failed.
-        warnings: A line for each result that the user should not overlook.
-    """
-
-    results: dict[str, dict[str, Any]]
-    failures: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 class Evaluator:
@@ -115,10 +99,19 @@ class Evaluator:
             if job.evaluation.name in unfinished:
                 job.check(saes)
 
-    def evaluate(self) -> Evaluated:
-        """Evaluate all SAEs, as far as they have no current results."""
-        evaluated = Evaluated({run.name: {} for run in self.runs})
+    def evaluate(self) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+        """
+        Evaluate all SAEs, as far as they have no current results.
+
+        Returns:
+            Results of each SAE by evaluation, as far as there are any; a line for each SAE
+            that diverged, and each evaluation of a group that failed; a line for each
+            result that the user should not overlook.
+        """
+        results: dict[str, dict[str, Any]] = {run.name: {} for run in self.runs}
         diverged: list[str] = []
+        failures: list[str] = []
+        warnings: list[str] = []
         for group in self.groups:
             about = f"{len(group)} SAEs of seed {group[0].seed} at {group[0].hook_name}"
             print(f"evaluating {about}", file=sys.stderr)
@@ -130,26 +123,24 @@ class Evaluator:
                 evaluation = job.evaluation.name
                 if outcome.error is not None:
                     failure = f"{evaluation} failed: {runner.reason(outcome)}"
-                    evaluated.failures.append(
-                        f"{failure} (repeat the command to try again)"
-                    )
+                    failures.append(f"{failure} (repeat the command to try again)")
                     continue
                 for name in names:
                     result = outcome.results[f"{name}_{CUSTOM_SAE_ID}"]
                     if warning := job.implementation.warning(result):
-                        evaluated.warnings.append(warning)
+                        warnings.append(warning)
                     # plain JSON, which has no NaN
                     text = json.dumps(result, default=str)
-                    evaluated.results[name][evaluation] = json.loads(
+                    results[name][evaluation] = json.loads(
                         text, parse_constant=lambda _: None
                     )
-        if not evaluated.failures:  # which may go on from what is stored there
+        if not failures:  # which may go on from what is stored there
             shutil.rmtree(self.artifacts_path, ignore_errors=True)
-        evaluated.failures += [
+        failures += [
             f"{name}: its weights are not finite, since its training diverged"
             for name in diverged
         ]
-        return evaluated
+        return results, failures, warnings
 
     def _usable(self, group: Sequence[Run]) -> NamedSAEs:
         """The SAEs of a group whose weights are finite."""

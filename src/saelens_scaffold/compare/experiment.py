@@ -15,7 +15,7 @@ from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import hardware
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.config import CompareConfig
-from saelens_scaffold.compare.evaluating import SAES, Evaluated, Evaluator
+from saelens_scaffold.compare.evaluating import SAES, Evaluator
 from saelens_scaffold.compare.grid import check_training, runs_of
 from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.compare.reference import references
@@ -46,11 +46,8 @@ class EvaluationsFailed(UserError):
 
     exit_status = 1
 
-    def __init__(
-        self, evaluated: Evaluated, results: dict[str, Any], output_path: Path
-    ):
-        reasons = "; ".join(evaluated.failures)
-        super().__init__(f"{reasons}. The report in {output_path} is of the rest")
+    def __init__(self, failures: list[str], results: dict[str, Any], path: Path):
+        super().__init__(f"{'; '.join(failures)}. The report in {path} is of the rest")
         self.results = results
         self.text = comparison_text(results)
 
@@ -154,25 +151,25 @@ def compare(
     with alone:
         configs.keep_config(config, output_path / CONFIG_FILENAME)
         training = plan.trainer.train(plan.waves)
-        evaluated = plan.evaluator.evaluate()
+        measured, failures, said = plan.evaluator.evaluate()
         results = collect(
             config,
             plan.trainer.runs,
             metrics,
-            evaluated.results,
+            measured,
             output_path,
             command=command or shlex.join(sys.argv),
             hardware=hardware(plan.trainer.device),
             training=training,
         )
-        results["warnings"] = evaluated.warnings
+        results["warnings"] = said
         with new_file(output_path / RESULTS_FILENAME) as file:
             file.write_text(json.dumps(results, indent=1, allow_nan=False))
         with new_file(output_path / "results.csv") as file:
             file.write_text(results_csv(results), encoding="utf-8")
         write_page(results, output_path / "report.html")
-    if evaluated.failures:
-        raise EvaluationsFailed(evaluated, results, output_path)
+    if failures:
+        raise EvaluationsFailed(failures, results, output_path)
     return results
 
 

@@ -16,8 +16,8 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.compare.config import CompareConfig, check_known
-from saelens_scaffold.compare.training_fields import AXIS_FIELDS, checked_training
+from saelens_scaffold.compare import config as configs
+from saelens_scaffold.compare.config import AXIS_FIELDS, CompareConfig
 from saelens_scaffold.evals.language_model import known_model_name
 from saelens_scaffold.models.hook_points import model_config, width_at
 from saelens_scaffold.training.checks import check_steps
@@ -155,7 +155,7 @@ def runner_config(
             checkpoint_path=None,
             output_path=None,
             logger=LoggingConfig(log_to_wandb=False),
-            **checked_training(training),
+            **configs.checked_training(training),
         )
         check_steps(cfg)
     except (TypeError, ValueError) as error:
@@ -192,10 +192,10 @@ def _check_fields(config: CompareConfig) -> None:
     of_saes = set().union(*map(_fields_of, config.grid["architecture"]))
     of_saes -= {"device", "metadata"}
     for name in config.sae:
-        check_known("field of these architectures", name, of_saes)
+        configs.check_known("field of these architectures", name, of_saes)
     axes = {"architecture", "seed", "hook_name", "b_dec_init", *AXIS_FIELDS, *of_saes}
     for name in config.grid:
-        check_known("axis of the grid", name, axes)
+        configs.check_known("axis of the grid", name, axes)
 
 
 def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:

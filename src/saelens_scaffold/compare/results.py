@@ -14,11 +14,10 @@ import torch
 from sae_lens import SAE
 
 from saelens_scaffold._util.provenance import versions
-from saelens_scaffold.compare.comparisons import compare_arms, curves
+from saelens_scaffold.compare import comparisons
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.evaluating import EVAL_RESULTS, SAES
 from saelens_scaffold.compare.grid import Run, runner_config
-from saelens_scaffold.compare.matching import MeasuredSAE, l0_total
 from saelens_scaffold.compare.metrics import ComparisonMetric, Results
 from saelens_scaffold.compare.reference import references
 from saelens_scaffold.evals.selected_saes import result_file_name
@@ -57,7 +56,7 @@ def collect(
     """
     saes = [_sae(run, metrics, results[run.name], output_path) for run in runs]
     measured = [
-        MeasuredSAE(
+        comparisons.MeasuredSAE(
             run,
             {metric: cell["value"] for metric, cell in sae["metrics"].items()},
             sae["l0_total"],
@@ -92,8 +91,8 @@ def collect(
             for metric in metrics
         ],
         "saes": saes,
-        "curves": curves(measured, metrics, config.confidence),
-        "comparisons": compare_arms(
+        "curves": comparisons.curves(measured, metrics, config.confidence),
+        "comparisons": comparisons.compare_arms(
             measured, metrics, config.baselines, config.confidence, config.max_bracket
         ),
         "reference": references(config, saes, provenance["command"]),
@@ -128,6 +127,7 @@ def _sae(
     run: Run, metrics: Sequence[ComparisonMetric], results: Results, output_path: Path
 ) -> dict[str, Any]:
     path = f"{SAES}/{run.name}"
+    sae = SAE.load_from_disk(output_path / path)
     return {
         "name": run.name,
         "path": path,
@@ -135,13 +135,14 @@ def _sae(
         "seed": run.seed,
         "scaffold_rank": run.scaffold_rank,
         "l0_nominal": run.nominal_l0_total,
-        "l0_total": l0_total(run, results),
+        "l0_total": comparisons.l0_total(run, results),
         "metrics": {metric.id: _cell(metric, run, results) for metric in metrics},
         "evaluations": {
             name: result["eval_result_metrics"] for name, result in results.items()
         },
         "firing_histogram": results.get("dense_latents", {}).get("firing_histogram"),
-        **_of_weights(output_path / path),
+        "weights_sha256": weights_sha256(sae),
+        "scaffold": _scaffold(sae) if isinstance(sae, ScaffoldJumpReLUSAE) else None,
     }
 
 
@@ -161,14 +162,8 @@ def _cell(metric: ComparisonMetric, run: Run, results: Results) -> dict[str, Any
     return {**dict(zip(names, known, strict=True)), "file": file}
 
 
-def _of_weights(path: Path) -> dict[str, Any]:
-    """Hash of an SAE's weights; spectrum of its scaffold, and its latents' alignment."""
-    sae = SAE.load_from_disk(path)
-    scaffold = _scaffold(sae) if isinstance(sae, ScaffoldJumpReLUSAE) else None
-    return {"weights_sha256": weights_sha256(sae), "scaffold": scaffold}
-
-
 def _scaffold(sae: ScaffoldJumpReLUSAE) -> dict[str, Any] | None:
+    """Spectrum of an SAE's scaffold, and its latents' alignment; None if it has none."""
     rank = sae.cfg.scaffold_rank
     A, B = sae.W_enc[:, :rank].detach().double(), sae.W_dec[:rank].detach().double()
     if not (rank and A.isfinite().all() and B.isfinite().all()):

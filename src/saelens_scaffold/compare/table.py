@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from saelens_scaffold._util.tables import markdown
+from saelens_scaffold.compare.comparisons import MeasuredSAE, pairs_of
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Arm, Run
-from saelens_scaffold.compare.matching import MeasuredSAE, pairs_of
 from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.statistics import POWER
 

@@ -184,7 +184,22 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"{run.arm.label}: {error}") from error
-        _check_language_model(run, cfg)
+        dtype = (cfg.model_from_pretrained_kwargs or {}).get("dtype", "float32")
+        if dtype not in DTYPE_FROM_STRING:
+            allowed = ", ".join(DTYPE_FROM_STRING)
+            raise UserError(
+                f"model_from_pretrained_kwargs has the dtype {dtype!r}; allowed are {allowed}"
+            )
+        if re.match(r"blocks\.\d+\.", run.hook_name) is None:
+            raise UserError(
+                f"hook_name {run.hook_name!r} must be a hook point of a layer, blocks.N.NAME"
+            )
+        model = model_config(cfg.model_name)
+        if cfg.model_class_name == "HookedTransformer" and not cfg.hook_head_indices:
+            width = width_at(model, run.hook_name)
+            if width not in (None, run.config.d_in):
+                here = f"{cfg.model_name} has width {width} at {run.hook_name}"
+                raise UserError(f"d_in is {run.config.d_in}; {here}")
 
 
 def _check_fields(config: CompareConfig) -> None:
@@ -249,22 +264,3 @@ def _file_name(text: str) -> str:
     if len(name) > MAX_NAME:
         name = f"{name[:MAX_NAME]}-{sha256(text.encode()).hexdigest()[:8]}"
     return name
-
-
-def _check_language_model(run: Run, cfg: MultiSAETrainingRunnerConfig) -> None:
-    dtype = (cfg.model_from_pretrained_kwargs or {}).get("dtype", "float32")
-    if dtype not in DTYPE_FROM_STRING:
-        allowed = ", ".join(DTYPE_FROM_STRING)
-        raise UserError(
-            f"model_from_pretrained_kwargs has the dtype {dtype!r}; allowed are {allowed}"
-        )
-    if re.match(r"blocks\.\d+\.", run.hook_name) is None:
-        raise UserError(
-            f"hook_name {run.hook_name!r} must be a hook point of a layer, blocks.N.NAME"
-        )
-    model = model_config(cfg.model_name)
-    if cfg.model_class_name == "HookedTransformer" and not cfg.hook_head_indices:
-        width = width_at(model, run.hook_name)
-        if width not in (None, run.config.d_in):
-            here = f"{cfg.model_name} has width {width} at {run.hook_name}"
-            raise UserError(f"d_in is {run.config.d_in}; {here}")

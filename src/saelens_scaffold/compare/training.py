@@ -257,7 +257,13 @@ class WaveTrainer:
                 run.name: runner.initial_sae(run.config, run.seed) for run in wave
             },
         )
-        made.calibrated = [run.name for run in wave if self._calibrates(run)]
+        made.calibrated = [
+            run.name
+            for run in wave
+            if self.config.calibrate_thresholds
+            and isinstance(run.config, BatchTopKTrainingSAEConfig)
+            and getattr(run.config, "calibrate_threshold", True)
+        ]
         made.centred = [run.name for run in wave if run.centre_b_dec]
         made.scales = any(
             run.config.normalize_activations in ESTIMATED_SCALES for run in self.runs
@@ -266,13 +272,6 @@ class WaveTrainer:
         for hook_name in hook_names - set(made.model.hook_dict):
             raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")
         return made
-
-    def _calibrates(self, run: Run) -> bool:
-        return (
-            self.config.calibrate_thresholds
-            and isinstance(run.config, BatchTopKTrainingSAEConfig)
-            and getattr(run.config, "calibrate_threshold", True)
-        )
 
 
 def _note(text: str) -> None:

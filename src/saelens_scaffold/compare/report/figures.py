@@ -211,8 +211,11 @@ def _ablation_bars(seeds: Seeds) -> Trace:
     for field in dict.fromkeys(field for found in measured for field in found):
         values = known(field)
         if field.startswith("ce_ratio_") and "_ci_" not in field and values:
+            # a word a line
+            label = field.removeprefix("ce_ratio_").replace("pca", "PCA")
+            label = label.replace("_", "<br>")
             ends = values + known(f"{field}_ci_low") + known(f"{field}_ci_high")
-            estimates[_intervention(field)] = (fmean(values), min(ends), max(ends))
+            estimates[label] = (fmean(values), min(ends), max(ends))
     return {
         "type": "bar",
         "orientation": "h",
@@ -223,12 +226,6 @@ def _ablation_bars(seeds: Seeds) -> Trace:
         "error_x": _whiskers(list(estimates.values())),
         "customdata": list(estimates.values()),
     }
-
-
-def _intervention(field: str) -> str:
-    """Label of a bar, a word a line, for a field of the evaluation's output."""
-    name = field.removeprefix("ce_ratio_").replace("pca", "PCA")
-    return name.replace("_", "<br>")
 
 
 def _exceedance(

@@ -18,9 +18,8 @@ from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.evaluating import SAES, Evaluator
 from saelens_scaffold.compare.grid import check_training, runs_of
 from saelens_scaffold.compare.metrics import metrics_of
-from saelens_scaffold.compare.reference import references
 from saelens_scaffold.compare.report.page import write_page
-from saelens_scaffold.compare.results import collect, results_csv
+from saelens_scaffold.compare.results import collect, references, results_csv
 from saelens_scaffold.compare.table import comparison_text, plan_text, reference_text
 from saelens_scaffold.compare.training import (
     Wave,

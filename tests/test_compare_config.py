@@ -1,6 +1,7 @@
 """The configuration of `saelens-scaffold compare`, and the SAEs that it means."""
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from saelens_scaffold.compare.config import (  # noqa: E402
     CompareConfig,
     ConfigChanged,
     check_unchanged,
-    config_yaml,
     keep_config,
     read_config,
 )
-from saelens_scaffold.compare.grid import runs_of  # noqa: E402
-from saelens_scaffold.compare.pairs import pairs_text  # noqa: E402
-from saelens_scaffold.compare.runner_config import check_training  # noqa: E402
-from saelens_scaffold.compare.waves import plan_waves  # noqa: E402
+from saelens_scaffold.compare.grid import (
+    check_training,  # noqa: E402
+    runs_of,  # noqa: E402
+)
+from saelens_scaffold.compare.table import plan_text  # noqa: E402
+from saelens_scaffold.compare.training import plan_waves  # noqa: E402
 from saelens_scaffold.training.runner import initial_sae  # noqa: E402
 
 CONFIG: dict[str, Any] = {
@@ -296,7 +298,7 @@ def test_what_is_kept_is_read_as_the_same_and_a_change_is_refused(
         check_unchanged(changed, kept)
     assert "-  d_sae: 64" in str(raised.value)
     assert "+  d_sae: 128" in str(raised.value)
-    assert kept.read_text() == config_yaml(config())
+    assert yaml.safe_load(kept.read_text()) == asdict(config())
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,7 @@ def test_only_what_decides_the_training_is_held_fast(
 
 
 def test_what_will_be_compared_with_what() -> None:
-    said = pairs_text(config(), runs_of(config())).splitlines()
+    said = plan_text(config(), runs_of(config()), []).splitlines()
     k4 = (
         "batchtopk k=4 (same k), "
         "batchtopk (same l0_total, interpolated between k=4 and 8)"
@@ -333,13 +335,13 @@ def test_what_will_be_compared_with_what() -> None:
         "4.0 to 8.0: train batchtopk with k=10)"
     )
     assert f"  scaffold_batchtopk k=8 scaffold_rank=2 with {k8}" in said
-    narrow = pairs_text(config(max_bracket=1.5), runs_of(config()))
+    narrow = plan_text(config(max_bracket=1.5), runs_of(config()), [])
     assert "bracket too wide, k=4 (l0_total 4.0) and k=8 (l0_total 8.0)" in narrow
     matryoshka = "scaffold_matryoshka k=4 scaffold_rank=2"
     assert f"  {matryoshka} with nothing: it has no partner" in said
     alone = grid(architecture=["scaffold_matryoshka"])
-    assert "none, as the grid has no SAE together with its baseline" in pairs_text(
-        alone, runs_of(alone)
+    assert "none, as the grid has no SAE together with its baseline" in plan_text(
+        alone, runs_of(alone), []
     )
 
 

@@ -19,11 +19,9 @@ from chromium import launch
 
 pytest.importorskip("sae_bench")
 
-from saelens_scaffold.compare.report.axes import log_axis
+from saelens_scaffold.compare.report.figures import log_axis, styles
 from saelens_scaffold.compare.report.page import page, write_page
-from saelens_scaffold.compare.report.series import styles
-from saelens_scaffold.compare.table import comparison_text
-from saelens_scaffold.compare.wording import estimate, number, p_value
+from saelens_scaffold.compare.table import comparison_text, estimate, number, p_value
 
 HOSTILE = "<script>window.hacked = true</script>\"'&amp;"
 PAIRS = {
@@ -826,8 +824,8 @@ def test_rank_zero_of_a_scaffold_architecture_is_plain():
     looks = styles(results)
     plain = looks["scaffold_batchtopk scaffold_rank=0"]
     scaffold = looks[f"scaffold_batchtopk scaffold_rank={RANK}"]
-    assert plain.is_plain and not scaffold.is_plain
-    assert plain.colour == scaffold.colour
+    assert plain["is_plain"] and not scaffold["is_plain"]
+    assert plain["colour"] == scaffold["colour"]
 
 
 def test_ranks_of_one_architecture_differ_in_their_symbols():
@@ -838,10 +836,10 @@ def test_ranks_of_one_architecture_differ_in_their_symbols():
             results["saes"].append(sae)
     looks = styles(results)
     assert len(looks) == 6
-    assert len(set(looks.values())) == 6
+    assert len({tuple(look.values()) for look in looks.values()}) == 6
     small, large = (looks[f"scaffold_batchtopk scaffold_rank={r}"] for r in (RANK, 24))
-    assert small.colour == large.colour
-    assert small.symbol != large.symbol
+    assert small["colour"] == large["colour"]
+    assert small["symbol"] != large["symbol"]
 
 
 def test_numbers_of_terminal_and_page():
@@ -855,15 +853,9 @@ def test_numbers_of_terminal_and_page():
 
 
 @given(st.lists(st.floats(1e-8, 1e8), min_size=1, max_size=20))
-def test_logarithmic_axes_hold_their_values_and_have_ticks(values: list[float]):
-    axis = log_axis(values)
-    low, high = axis["range"]
+def test_logarithmic_axes_hold_their_values(values: list[float]):
+    low, high = log_axis(values)["range"]
     assert low < math.log10(min(values)) and math.log10(max(values)) < high
-    ticks = [math.log10(tick) for tick in axis["tickvals"]]
-    assert 2 <= len(ticks) <= 9
-    assert ticks == sorted(set(ticks))
-    assert low - 1e-9 <= ticks[0] and ticks[-1] <= high + 1e-9
-    assert len(set(axis["ticktext"])) == len(ticks)
 
 
 def test_page_is_one_file_that_a_failure_leaves_alone(

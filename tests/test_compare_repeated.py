@@ -58,7 +58,7 @@ def not_again(*args: Any, **kwargs: Any) -> None:
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saelens_scaffold.compare.training.initial_sae", not_again)
+    monkeypatch.setattr("saelens_scaffold.training.runner.initial_sae", not_again)
 
 
 def n_tokens(results: dict[str, Any]) -> set[int]:

@@ -13,12 +13,11 @@ from scipy import stats
 pytest.importorskip("sae_bench")
 
 from saelens_scaffold.compare.comparisons import (  # noqa: E402
-    Comparison,
+    MeasuredSAE,  # noqa: E402
     compare_arms,
+    curves,
 )
-from saelens_scaffold.compare.curves import curves  # noqa: E402
 from saelens_scaffold.compare.grid import Arm, Run  # noqa: E402
-from saelens_scaffold.compare.matching import MeasuredSAE  # noqa: E402
 from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
 from saelens_scaffold.compare.statistics import (  # noqa: E402
     holm,
@@ -56,9 +55,9 @@ def measured(
     )
 
 
-def compared(*saes: MeasuredSAE, **wanted: Any) -> list[Comparison]:
+def compared(*saes: MeasuredSAE, **wanted: Any) -> list[dict[str, Any]]:
     found = compare_arms(saes, [METRIC], {"scaffold": "plain"}, 0.95, 2.0)
-    return [c for c in found if all(getattr(c.pair, n) == v for n, v in wanted.items())]
+    return [c for c in found if wanted.items() <= c.items()]
 
 
 @pytest.mark.parametrize("n_seeds", [2, 3, 5, 8])
@@ -142,15 +141,14 @@ def test_each_matching_is_a_family_of_its_own_without_sparsity() -> None:
         for sae in [measured(name, k, seed, rng.normal(), rank=rank)]
     ]
     found = compare_arms(saes, [METRIC, l0], {"scaffold": "plain"}, 0.95, 2.0)
-    assert [(c.pair.matching, c.metric) for c in found] == [
+    assert [(c["matching"], c["metric"]) for c in found] == [
         (matching, metric)
         for matching in ("k", "l0_total")
         for metric in ("score", l0.id)
     ]
     for comparison in found:
-        judgement = comparison.judgement
-        of_one = judgement.p_value if comparison.metric == "score" else None
-        assert judgement.p_holm == of_one
+        of_one = comparison["p_value"] if comparison["metric"] == "score" else None
+        assert comparison["p_holm"] == of_one
 
 
 @given(
@@ -230,7 +228,7 @@ def test_shares_of_few_examples_without_a_difference_are_not_told_apart(
             *(measured("scaffold", 4, s, x, rank=2) for s, x in enumerate(scaffold)),
             matching="k",
         )
-        told_apart += found.judgement.verdict != "not distinguishable"
+        told_apart += found["verdict"] != "not distinguishable"
     assert told_apart <= 50 + 3 * 7  # three standard errors
 
 
@@ -271,12 +269,12 @@ def test_whether_a_metric_is_a_count_is_said_by_it_and_not_by_its_values() -> No
         for seed in range(3)
     ]
     (found, _) = compare_arms(saes, [METRIC], {"scaffold": "plain"}, 0.95, 2.0)
-    assert found.judgement.ci_low is None
-    assert curves(saes, [METRIC], 0.95)[0].points[0].ci_low is None
+    assert found["ci_low"] is None
+    assert curves(saes, [METRIC], 0.95)[0]["points"][0]["ci_low"] is None
     count = METRIC._replace(digits=0)
     (found, _) = compare_arms(saes, [count], {"scaffold": "plain"}, 0.95, 2.0)
     # t(0.975, 4) standard errors of two variances of 1/12
-    assert found.judgement.ci_low == pytest.approx(-2.776445 * math.sqrt(2 / 36))
+    assert found["ci_low"] == pytest.approx(-2.776445 * math.sqrt(2 / 36))
 
 
 def test_verdicts() -> None:
@@ -370,7 +368,7 @@ def test_interpolation_on_a_concave_curve_turns_no_verdict_around(
         for seed, e in enumerate(noise)
     ]
     (found,) = compared(*saes, matching="l0_total")
-    verdict = found.judgement.verdict
+    verdict = found["verdict"]
     assert verdict in (
         ("higher" if difference > 0 else "lower"),
         "not distinguishable",
@@ -401,10 +399,10 @@ def test_a_straight_line_between_far_sparsities_turned_verdicts_around() -> None
             *(measured("scaffold", 4, s, worse + 1e-4 * s, rank=8) for s in range(3)),
             matching="l0_total",
         )
-        assert found.judgement.verdict == verdict
-        assert found.judgement.mean is None
-        assert "train plain with k=12" in found.pair.note
-        assert [known.k for known in found.pair.known] == (
+        assert found["verdict"] == verdict
+        assert found["mean"] is None
+        assert "train plain with k=12" in found["note"]
+        assert [end["k"] for end in found["baseline"]["measured"]] == (
             [4, 32] if k_high == 32 else [8]
         )
 
@@ -416,12 +414,12 @@ def test_same_k_takes_all_seeds_of_both_sides() -> None:
         *(measured("scaffold", 4, seed, 3.5 + seed, rank=2) for seed in (0, 1, 5)),
         matching="k",
     )
-    assert dict(found.differences) == {0: 2.5, 1: 2.5}  # seed 5 has no twin
-    assert found.pair.baseline.axes == {"k": 4}
-    assert (found.treatment_mean, found.baseline_mean) == (5.5, 2.0)
-    assert (found.n_treatment, found.n_baseline) == (3, 3)
-    assert found.judgement.mean == 3.5
-    assert not found.pair.interpolated
+    assert found["differences"] == {"0": 2.5, "1": 2.5}  # seed 5 has no twin
+    assert found["baseline"]["axes"] == {"k": 4}
+    assert (found["treatment_mean"], found["baseline_mean"]) == (5.5, 2.0)
+    assert (found["n_treatment"], found["n_baseline"]) == (3, 3)
+    assert found["mean"] == 3.5
+    assert not found["interpolated"]
 
 
 def test_same_l0_total_where_the_grid_meets_it() -> None:
@@ -430,11 +428,12 @@ def test_same_l0_total_where_the_grid_meets_it() -> None:
         measured("scaffold", 4, 0, 5.0, rank=2, l0_total=6.3),
         matching="l0_total",
     )
-    assert found.pair.baseline.axes == {"k": 6}
-    assert dict(found.differences) == {0: -1.0}
-    assert not found.pair.interpolated
-    assert (found.pair.treatment_l0, found.pair.known[0].l0_total) == (6.3, 6)
-    assert found.pair.note == ""
+    assert found["baseline"]["axes"] == {"k": 6}
+    assert found["differences"] == {"0": -1.0}
+    assert not found["interpolated"]
+    (measured_l0,) = found["baseline"]["measured"]
+    assert (found["treatment"]["l0_total"], measured_l0["l0_total"]) == (6.3, 6)
+    assert found["note"] == ""
 
 
 def test_the_same_l0_total_by_k_is_not_the_same_if_it_is_measured_to_be_another() -> (
@@ -444,17 +443,17 @@ def test_the_same_l0_total_by_k_is_not_the_same_if_it_is_measured_to_be_another(
     saes = [measured("plain", 6, 0, 3.0, l0_total=7.2), scaffold]
     (alone,) = compared(*saes, matching="l0_total")
     note = "k=6 has the same l0_total by k, but +20% as measured (7.2, not 6.0)"
-    assert alone.judgement.verdict == "out of range"
-    assert alone.pair.note == (
+    assert alone["verdict"] == "out of range"
+    assert alone["note"] == (
         f"{note}; l0_total 6.0 is not within 7.2 to 7.2: train plain with k=5"
     )
     # with others on the curve, it is read off where it was measured
     saes.append(measured("plain", 5, 0, 2.0, l0_total=5.0))
     (found,) = compared(*saes, matching="l0_total")
-    assert found.pair.note == note
-    assert found.pair.interpolated
+    assert found["note"] == note
+    assert found["interpolated"]
     weight = math.log(6 / 5) / math.log(7.2 / 5)
-    assert found.baseline_mean == pytest.approx(2 + weight)
+    assert found["baseline_mean"] == pytest.approx(2 + weight)
 
 
 def test_same_l0_total_between_the_grids_points() -> None:
@@ -466,13 +465,16 @@ def test_same_l0_total_between_the_grids_points() -> None:
         *(measured("scaffold", 4, s, 18.0, 2, l0_total=32**0.5) for s in range(2)),
         matching="l0_total",
     )
-    assert found.pair.interpolated
-    assert found.pair.baseline.axes == {}
-    assert [(known.k, known.l0_total) for known in found.pair.known] == [(4, 4), (8, 8)]
-    assert found.baseline_mean == pytest.approx(15.75)
-    assert found.judgement.mean == pytest.approx(2.25)
-    assert dict(found.differences) == pytest.approx({0: 3.0, 1: 2.0})
-    assert (found.n_treatment, found.n_baseline) == (2, 2)
+    assert found["interpolated"]
+    assert found["baseline"]["axes"] == {}
+    assert [(end["k"], end["l0_total"]) for end in found["baseline"]["measured"]] == [
+        (4, 4),
+        (8, 8),
+    ]
+    assert found["baseline_mean"] == pytest.approx(15.75)
+    assert found["mean"] == pytest.approx(2.25)
+    assert found["differences"] == pytest.approx({"0": 3.0, "1": 2.0})
+    assert (found["n_treatment"], found["n_baseline"]) == (2, 2)
 
 
 def test_nothing_is_extrapolated() -> None:
@@ -481,8 +483,8 @@ def test_nothing_is_extrapolated() -> None:
         measured("scaffold", 8, 0, 1.0, rank=2),
         matching="l0_total",
     )
-    assert found.judgement.verdict == "out of range"
-    assert found.pair.note == (
+    assert found["verdict"] == "out of range"
+    assert found["note"] == (
         "l0_total 10.0 is not within 4.0 to 8.0: train plain with k=10"
     )
 
@@ -503,7 +505,7 @@ def test_only_saes_that_agree_elsewhere_are_compared() -> None:
         measured("unrelated", 4, 0, 5.0),
         matching="k",
     )
-    assert [c.pair.baseline.axes["lr"] for c in found] == [2.0]
+    assert [c["baseline"]["axes"]["lr"] for c in found] == [2.0]
 
 
 def test_a_metric_that_one_side_lacks_is_left_out() -> None:
@@ -516,19 +518,19 @@ def test_curves_are_of_saes_that_differ_in_k() -> None:
     saes = [
         measured("plain", k, seed, k + seed) for k in (8, 4) for seed in range(3)
     ] + [measured("scaffold", 4, 0, 1.0, rank=rank) for rank in (2, 3)]
-    found = {curve.arm.label: curve for curve in curves(saes, [METRIC], 0.95)}
+    found = {curve["label"]: curve for curve in curves(saes, [METRIC], 0.95)}
     assert set(found) == {
         "plain",
         "scaffold scaffold_rank=2",
         "scaffold scaffold_rank=3",
     }
-    first, second = found["plain"].points
-    assert (first.l0_total, first.mean, first.n_seeds) == (4, 5, 3)
-    assert second.l0_total == 8
-    assert first.ci_low is not None
+    first, second = found["plain"]["points"]
+    assert (first["l0"], first["mean"], first["n_seeds"]) == (4, 5, 3)
+    assert second["l0"] == 8
+    assert first["ci_low"] is not None
     # t(0.975, 2) / sqrt(3), the standard deviation being 1
-    assert first.mean - first.ci_low == pytest.approx(4.302653 / 3**0.5)
-    assert found["scaffold scaffold_rank=2"].points[0].ci_low is None
+    assert first["mean"] - first["ci_low"] == pytest.approx(4.302653 / 3**0.5)
+    assert found["scaffold scaffold_rank=2"]["points"][0]["ci_low"] is None
 
 
 def test_no_k_is_advised_where_there_is_none() -> None:
@@ -538,4 +540,4 @@ def test_no_k_is_advised_where_there_is_none() -> None:
         measured("scaffold", 4, 0, 1.0, rank=2),
         matching="l0_total",
     )
-    assert found.pair.note == "l0_total 6.0 is not within 3.0 to 3.0"
+    assert found["note"] == "l0_total 6.0 is not within 3.0 to 3.0"

@@ -318,7 +318,7 @@ class Compare(Command):
     def run(self) -> Output:
         from saelens_scaffold import compare
 
-        return Output(*compare.run(**self.arguments(), command=self._command_line()))
+        return Output(compare.run(**self.arguments(), command=self._command_line()))
 
     def _command_line(self) -> str:
         """The command, as far as results depend on it."""

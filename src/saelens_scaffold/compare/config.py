@@ -2,21 +2,53 @@
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, create_model
+from sae_lens import MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.util import str_to_dtype
 
 from saelens_scaffold._util.configs import config_fields, documented, make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
-from saelens_scaffold.compare.training_fields import TRAINING_FIELDS
 from saelens_scaffold.evals.json_schemas import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
+
+_TABLE = yaml.safe_load(
+    Path(__file__).with_name("training_fields.yaml").read_text("utf-8")
+)
+_TYPES = {
+    name: annotation
+    for name, annotation in get_type_hints(MultiSAETrainingRunnerConfig).items()
+    if name not in _TABLE["own"] and not name.startswith("_")
+}
+TRAINING_FIELDS = sorted(_TYPES)
+"""Fields of SAELens's `MultiSAETrainingRunnerConfig` that an experiment may set."""
+
+AXIS_FIELDS = sorted(set(TRAINING_FIELDS) - set(_TABLE["shared"]))
+"""Fields of the runner that can be axes of the grid."""
+
+
+def _dtype_name(name: str) -> str:
+    str_to_dtype(name)  # raises for an unknown one
+    return name
+
+
+_FIELDS: dict[str, Any] = {
+    name: (Annotated[annotation, Field(**_TABLE["allowed"].get(name, {}))], None)
+    for name, annotation in _TYPES.items()
+}
+_FIELDS["dtype"] = (Annotated[str, AfterValidator(_dtype_name)], None)
+_Training: Any = create_model(
+    "Training",
+    __config__=ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=()),
+    **_FIELDS,
+)
 
 # Fields that decide what is trained.
 _DECIDES_TRAINING = (
@@ -173,8 +205,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if "architecture" not in self.grid:
             raise UserError(
-                "grid must name at least one architecture, as in architecture: "
-                "[batchtopk, scaffold_batchtopk]"
+                "grid names no architecture, as in architecture: [batchtopk]"
             )
         for architecture in self.grid["architecture"]:
             _known_architecture(architecture)
@@ -182,21 +213,13 @@ class CompareConfig:
             check_known("field of training", name, TRAINING_FIELDS)
         twice = sorted((set(self.sae) | set(self.training)) & set(self.grid))
         if twice:
-            raise UserError(
-                f"{twice[0]} is in the grid and fixed as well; name it once"
-            )
+            raise UserError(f"{twice[0]} is in the grid and fixed as well")
         for judged, baseline in self.baselines.items():
             if judged == baseline:
-                raise UserError(
-                    f"baselines: {judged} cannot be its own baseline; its variants differ "
-                    "in axes of the grid, of which only seeds are paired"
-                )
+                raise UserError(f"baselines: {judged} cannot be its own baseline")
         for name in ("dense_latents", "scaffold_ablation"):
             if "baseline" in (self.evaluations.get(name) or {}):
-                raise UserError(
-                    f"evaluations: {name} must have no baseline here; SAEs are compared "
-                    "with those of `baselines`"
-                )
+                raise UserError(f"{name} must have no baseline but that of `baselines`")
         for figure in self.reference:
             _check_reference(figure, self)
 
@@ -220,8 +243,7 @@ def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:
     ):
         raise UserError(
             f"reference {figure.what!r}: against_baseline needs a metric, and an "
-            f"architecture that has a baseline: {', '.join(config.baselines)}; the "
-            f"architecture is {figure.architecture!r}, the metric {figure.metric!r}"
+            f"architecture of {', '.join(config.baselines)}"
         )
 
 
@@ -265,16 +287,16 @@ def read_config(path: str | Path) -> CompareConfig:
         raise UserError(f"{path}: {error}") from error
 
 
-def config_yaml(config: CompareConfig) -> str:
-    """The whole configuration, defaults included, as YAML."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """Values as YAML, in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
 def keep_config(config: CompareConfig, file: Path) -> None:
-    """Write the configuration of an experiment."""
+    """Write the configuration of an experiment, defaults included."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with new_file(file) as temporary:
-        temporary.write_text(config_yaml(config), encoding="utf-8")
+        temporary.write_text(yaml_text(asdict(config)), encoding="utf-8")
 
 
 class ConfigChanged(UserError):
@@ -311,3 +333,13 @@ def _training_yaml(config: CompareConfig) -> str:
     # in order: SAEs are named and ordered by the axes
     values["grid"] = [{axis: of_axis} for axis, of_axis in config.grid.items()]
     return yaml.safe_dump(values, allow_unicode=True)
+
+
+def checked_training(values: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Check values of the runner's fields.
+
+    Raises:
+        UserError: A value has the wrong type, or is out of range.
+    """
+    return make_config(_Training, values).model_dump(exclude_unset=True)

@@ -4,8 +4,6 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +12,21 @@ from filelock import FileLock, Timeout
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable, new_file
-from saelens_scaffold.compare.config import (
-    CompareConfig,
-    check_unchanged,
-    keep_config,
-    read_config,
-)
+from saelens_scaffold._util.provenance import hardware
+from saelens_scaffold.compare import config as configs
+from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.evaluating import SAES, Evaluator
-from saelens_scaffold.compare.grid import Run, runs_of
+from saelens_scaffold.compare.grid import check_training, runs_of
 from saelens_scaffold.compare.metrics import metrics_of
-from saelens_scaffold.compare.pairs import pairs_text
-from saelens_scaffold.compare.reference import reference_text, references
-from saelens_scaffold.compare.report import write_page
-from saelens_scaffold.compare.results import collect, provenance_of, results_csv
-from saelens_scaffold.compare.runner_config import check_training
-from saelens_scaffold.compare.table import comparison_text, plan_text
-from saelens_scaffold.compare.training import WaveTrainer, training_text
-from saelens_scaffold.compare.waves import Wave, plan_waves
+from saelens_scaffold.compare.report.page import write_page
+from saelens_scaffold.compare.results import collect, references, results_csv
+from saelens_scaffold.compare.table import comparison_text, plan_text, reference_text
+from saelens_scaffold.compare.training import (
+    Wave,
+    WaveTrainer,
+    plan_waves,
+    training_text,
+)
 from saelens_scaffold.evals.language_model import choose_device
 
 CONFIG_FILENAME = "compare.yaml"
@@ -45,32 +41,14 @@ class EvaluationsFailed(UserError):
     Attributes:
         results: The content of results.json.
         text: What `run` would have returned to print.
-        lines: Lines for the standard error: warnings, and the reason of each failure.
     """
 
     exit_status = 1
 
-    def __init__(
-        self,
-        diverged: list[str],
-        failures: list[str],
-        results: dict[str, Any],
-        output_path: Path,
-    ):
-        reasons = [
-            *(
-                f"{name}: its weights are not finite, since its training diverged; it "
-                "was left out of the evaluations"
-                for name in diverged
-            ),
-            *failures,
-        ]
-        again = "; repeat the command to try again what failed" * bool(failures)
-        rest = f"The report in {output_path} is of the rest{again}."
+    def __init__(self, failures: list[str], results: dict[str, Any], path: Path):
+        super().__init__(f"{'; '.join(failures)}. The report in {path} is of the rest")
         self.results = results
-        self.text = results_text(results)
-        self.lines = [*results["warnings"], *reasons, rest]
-        super().__init__("; ".join(reasons))
+        self.text = comparison_text(results)
 
 
 @dataclass
@@ -79,15 +57,13 @@ class Plan:
     An experiment that can be carried out.
 
     Attributes:
-        runs: Its SAEs.
-        device: Where it is run.
         waves: The SAEs to train, divided into those that are trained together.
+        trainer: Trains the SAEs.
         evaluator: Evaluates the SAEs.
     """
 
-    runs: list[Run]
-    device: str
     waves: list[Wave]
+    trainer: WaveTrainer
     evaluator: Evaluator
 
 
@@ -117,17 +93,17 @@ def make_plan(
     has_begun = any(saes_path.glob("*")) or any(training_path.glob("wave-*"))
     if config_file.exists() and has_begun:
         # before anything else is said of the changed one
-        check_unchanged(config, config_file)
-    saes_per_wave = saes_per_wave or config.saes_per_wave
+        configs.check_unchanged(config, config_file)
     device = choose_device(device)
     runs = runs_of(config, device)
     check_training(config, runs)
     training_text(config)
     evaluator = Evaluator(config, runs, device, output_path)
-    metrics_of([job.evaluation for job in evaluator.jobs])
     evaluator.check()
-    waves = plan_waves(training_path, saes_path, runs, saes_per_wave)
-    return Plan(runs, device, waves, evaluator)
+    per_wave = saes_per_wave or config.saes_per_wave
+    waves = plan_waves(training_path, saes_path, runs, per_wave)
+    trainer = WaveTrainer(config, runs, device, saes_path, training_path)
+    return Plan(waves, trainer, evaluator)
 
 
 def compare(
@@ -163,68 +139,37 @@ def compare(
     """
     output_path = Path(output_path)
     plan = make_plan(config, output_path, device, saes_per_wave)
+    metrics = metrics_of([job.evaluation for job in plan.evaluator.jobs])
     make_writable(output_path)
-    with _alone_in(output_path):
-        keep_config(config, output_path / CONFIG_FILENAME)
-        trainer = WaveTrainer(
-            config, plan.runs, plan.device, output_path / SAES, output_path / TRAINING
-        )
-        training = trainer.train(plan.waves)
-        evaluated = plan.evaluator.evaluate()
+    try:
+        alone = FileLock(output_path / "training.lock").acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another process is at work in {output_path}; wait for it"
+        ) from error
+    with alone:
+        configs.keep_config(config, output_path / CONFIG_FILENAME)
+        training = plan.trainer.train(plan.waves)
+        measured, failures, said = plan.evaluator.evaluate()
         results = collect(
             config,
-            plan.runs,
-            metrics_of([job.evaluation for job in plan.evaluator.jobs]),
-            evaluated.results,
+            plan.trainer.runs,
+            metrics,
+            measured,
             output_path,
-            provenance_of(
-                config, command or shlex.join(sys.argv), plan.device, training
-            ),
+            command=command or shlex.join(sys.argv),
+            hardware=hardware(plan.trainer.device),
+            training=training,
         )
-        results["warnings"] = evaluated.warnings
+        results["warnings"] = said
         with new_file(output_path / RESULTS_FILENAME) as file:
             file.write_text(json.dumps(results, indent=1, allow_nan=False))
         with new_file(output_path / "results.csv") as file:
             file.write_text(results_csv(results), encoding="utf-8")
         write_page(results, output_path / "report.html")
-    if evaluated.diverged or evaluated.failures:
-        raise EvaluationsFailed(
-            evaluated.diverged, evaluated.failures, results, output_path
-        )
+    if failures:
+        raise EvaluationsFailed(failures, results, output_path)
     return results
-
-
-def references_so_far(
-    config: CompareConfig, output_path: str | Path
-) -> list[dict[str, Any]]:
-    """
-    The published figures of an experiment beside the results of an earlier call.
-
-    Nothing is computed. The figures are those that the configuration names now.
-
-    Args:
-        config: The experiment.
-        output_path: Its folder.
-
-    Returns:
-        The content of results.json under "reference".
-
-    Raises:
-        UserError: The experiment names no figures, there are no results yet, or the SAEs
-            were trained with another configuration.
-    """
-    output_path = Path(output_path)
-    if not config.reference:
-        raise UserError("the experiment names no published figures (`reference`)")
-    file = output_path / RESULTS_FILENAME
-    if not file.is_file():
-        raise UserError(
-            f"there are no results in {output_path} yet: run `saelens-scaffold compare` "
-            "without --reference first, or name another --output_path"
-        )
-    check_unchanged(config, output_path / CONFIG_FILENAME)
-    results = json.loads(file.read_text(encoding="utf-8"))
-    return references(config, results["saes"], results["provenance"]["command"])
 
 
 def run(
@@ -236,7 +181,7 @@ def run(
     saes_per_wave: int | None = None,
     device: str | None = None,
     command: str | None = None,
-) -> tuple[str, list[str]]:
+) -> str:
     """
     Everything that `saelens-scaffold compare` does.
 
@@ -250,46 +195,34 @@ def run(
         command: Command to state in the report.
 
     Returns:
-        The text to print, and lines for the standard error.
+        The text to print.
 
     Raises:
         UserError: Something does not exist or makes no sense.
         EvaluationsFailed: The training of an SAE diverged, or an evaluation failed.
     """
-    experiment = read_config(config)
+    experiment = configs.read_config(config)
     if reference:
-        return reference_text(references_so_far(experiment, output_path)), []
+        return _reference_alone(experiment, Path(output_path))
     if plan:
         planned = make_plan(experiment, output_path, device, saes_per_wave)
-        training = plan_text(planned.runs, planned.waves)
-        return f"{training}\n{pairs_text(experiment, planned.runs)}", []
+        return plan_text(experiment, planned.trainer.runs, planned.waves)
     warnings.filterwarnings("ignore", message="All samples in the training dataset")
     results = compare(experiment, output_path, device, saes_per_wave, command)
-    written = (
-        f"Written to {output_path}: report.html, results.json, results.csv, saes/."
-    )
-    return f"{results_text(results)}\n{written}", results["warnings"]
+    written = "report.html, results.json, results.csv, saes/"
+    return f"{comparison_text(results)}\nWritten to {output_path}: {written}."
 
 
-def results_text(results: Mapping[str, Any]) -> str:
-    """The comparisons, and the published figures beside ours where there are any."""
-    parts = [comparison_text(results)]
-    if results["reference"]:
-        parts.append(reference_text(results["reference"]))
-    return "\n".join(parts)
-
-
-@contextmanager
-def _alone_in(output_path: Path) -> Iterator[None]:
-    """
-    Raises:
-        UserError: Another process is at work in this folder.
-    """
-    try:
-        with FileLock(output_path / "training.lock", timeout=0):
-            yield
-    except Timeout as error:
+def _reference_alone(config: CompareConfig, output_path: Path) -> str:
+    """The published figures that are named now, beside the results of an earlier call."""
+    if not config.reference:
+        raise UserError("the experiment names no published figures (`reference`)")
+    file = output_path / RESULTS_FILENAME
+    if not file.is_file():
         raise UserError(
-            f"another process is at work in {output_path}; wait for it, or choose "
-            "another --output_path"
-        ) from error
+            f"there are no results in {output_path} yet; try --reference later"
+        )
+    configs.check_unchanged(config, output_path / CONFIG_FILENAME)
+    results = json.loads(file.read_text(encoding="utf-8"))
+    command = results["provenance"]["command"]
+    return reference_text(references(config, results["saes"], command))

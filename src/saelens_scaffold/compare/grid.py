@@ -1,26 +1,29 @@
-"""The SAEs of an experiment: every combination of the grid's values."""
+"""The SAEs of an experiment: every combination of the grid's values, and its training."""
 
 import copy
 import itertools
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from sae_lens import TrainingSAE
+from sae_lens import LoggingConfig, MultiSAETrainingRunnerConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.compare.config import CompareConfig, check_known
-from saelens_scaffold.compare.training_fields import AXIS_FIELDS
+from saelens_scaffold.compare import config as configs
+from saelens_scaffold.compare.config import AXIS_FIELDS, CompareConfig
+from saelens_scaffold.evals.language_model import known_model_name
+from saelens_scaffold.models.hook_points import model_config, width_at
+from saelens_scaffold.training.checks import check_steps
 
 MAX_NAME = 150
 """Most characters of an SAE's name; file names that contain it may have 255."""
-
-_OWN_AXES = ("architecture", "seed", "hook_name", "b_dec_init")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class Arm:
         """Their name in tables."""
         values = [f"{axis}={_shown(value)}" for axis, value in self.axes.items()]
         return " ".join([self.architecture, *values])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The arm in results.json."""
+        axes = dict(self.axes)
+        return {"architecture": self.architecture, "arm": self.label, "axes": axes}
 
     def without(self, axis: str) -> "Arm":
         """The same arm without one of its axes."""
@@ -119,36 +128,104 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
     return sorted(runs.values(), key=lambda run: run.seed)
 
 
+def runner_config(
+    config: CompareConfig, wave: Sequence[Run], device: str = "cpu"
+) -> MultiSAETrainingRunnerConfig:
+    """
+    SAELens's configuration of a wave.
+
+    Raises:
+        UserError: A field of `training` has a value that makes no sense.
+    """
+    defaults = {
+        # a checkpoint drops the text in the buffer, an interruption the steps since the last
+        "n_checkpoints": 9,
+        # SAELens's 1,000 batches are gigabytes; the mean norm of 100 is as good
+        "n_batches_for_norm_estimate": 100,
+    }
+    training = {**defaults, **config.training, **wave[0].training}
+    try:
+        cfg = MultiSAETrainingRunnerConfig(
+            saes={run.name: run.config for run in wave},
+            hook_names={run.name: run.hook_name for run in wave},
+            model_name=known_model_name(config.model_name),
+            dataset_path=config.dataset_path,
+            device=device,
+            seed=config.data_seed,
+            checkpoint_path=None,
+            output_path=None,
+            logger=LoggingConfig(log_to_wandb=False),
+            **configs.checked_training(training),
+        )
+        check_steps(cfg)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"training: {error}") from error
+    return cfg
+
+
+def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
+    """
+    Check that every SAE can be trained, without text and without the weights of the
+    language model.
+
+    Raises:
+        UserError: One cannot be trained.
+    """
+    for run in runs:
+        cfg = runner_config(config, [run])
+        try:
+            # SAELens checks a schedule only when it makes a trainer
+            sae = TrainingSAE.from_dict({**run.config.to_dict(), "device": "meta"})
+            MultiSAETrainer(
+                replace(cfg.to_sae_trainer_config(), device="meta", autocast=False),
+                saes={run.name: sae},
+                hook_names={run.name: run.hook_name},
+                data_provider=iter(()),
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{run.arm.label}: {error}") from error
+        dtype = (cfg.model_from_pretrained_kwargs or {}).get("dtype", "float32")
+        if dtype not in DTYPE_FROM_STRING:
+            allowed = ", ".join(DTYPE_FROM_STRING)
+            raise UserError(
+                f"model_from_pretrained_kwargs has the dtype {dtype!r}; allowed are {allowed}"
+            )
+        if re.match(r"blocks\.\d+\.", run.hook_name) is None:
+            raise UserError(
+                f"hook_name {run.hook_name!r} must be a hook point of a layer, blocks.N.NAME"
+            )
+        model = model_config(cfg.model_name)
+        if cfg.model_class_name == "HookedTransformer" and not cfg.hook_head_indices:
+            width = width_at(model, run.hook_name)
+            if width not in (None, run.config.d_in):
+                here = f"{cfg.model_name} has width {width} at {run.hook_name}"
+                raise UserError(f"d_in is {run.config.d_in}; {here}")
+
+
 def _check_fields(config: CompareConfig) -> None:
     """Check that every field means something to some architecture."""
     of_saes = set().union(*map(_fields_of, config.grid["architecture"]))
     of_saes -= {"device", "metadata"}
     for name in config.sae:
-        check_known("field of these architectures", name, of_saes)
+        configs.check_known("field of these architectures", name, of_saes)
+    axes = {"architecture", "seed", "hook_name", "b_dec_init", *AXIS_FIELDS, *of_saes}
     for name in config.grid:
-        check_known("axis of the grid", name, {*_OWN_AXES, *AXIS_FIELDS, *of_saes})
+        configs.check_known("axis of the grid", name, axes)
 
 
 def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
     architecture, seed = values.pop("architecture"), values.pop("seed")
     fields = _fields_of(architecture)
-    sae = {
-        name: value
-        for name, value in {"device": device, **config.sae, **values}.items()
-        if name in fields
-    }
-
-    def of_sae(name: str) -> Any:
-        return sae.get(name, fields[name].default) if name in fields else None
-
-    centres_itself = of_sae("scaffold_init") == "pca" and bool(of_sae("scaffold_rank"))
-    axes = {
-        axis: value
-        for axis, value in values.items()
-        if axis in fields
-        or axis in ("hook_name", *AXIS_FIELDS)
-        or (axis == "b_dec_init" and not centres_itself)
-    }
+    sae = {"device": device, **config.sae, **values}
+    sae = {name: value for name, value in sae.items() if name in fields}
+    start = {name: sae.get(name, field.default) for name, field in fields.items()}
+    centres_itself = start.get("scaffold_init") == "pca" and bool(
+        start["scaffold_rank"]
+    )
+    own = {"hook_name", *AXIS_FIELDS, *fields}
+    if not centres_itself:
+        own.add("b_dec_init")
+    axes = {axis: value for axis, value in values.items() if axis in own}
     arm = Arm(architecture, axes)
     b_dec_init = values.get("b_dec_init", config.b_dec_init)
     try:

@@ -78,21 +78,14 @@ def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:
 
 def _headline(evaluation: Evaluation, metric: Metric) -> ComparisonMetric:
     name = evaluation.name
-
-    def value(results: Results) -> float | None:
-        return metric.value(results[name]) if name in results else None
-
-    def interval(results: Results) -> tuple[float, float] | None:
-        return metric.interval(results[name]) if name in results else None
-
     return ComparisonMetric(
         id=f"{name}.{metric.path}",
         title=metric.title,
-        value=value,
+        value=lambda results: metric.value(results.get(name, {})),
         digits=metric.digits,
         better=metric.better,
         evaluation=name,
-        interval=interval,
+        interval=lambda results: metric.interval(results.get(name, {})),
         bounds=metric.bounds,
         random=f"{name}.{metric.random}" if metric.random else None,
     )

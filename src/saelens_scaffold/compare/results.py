@@ -1,4 +1,4 @@
-"""The findings of an experiment, as results.json and results.csv have them."""
+"""The findings of an experiment, beside published ones: results.json and results.csv."""
 
 import csv
 import io
@@ -8,21 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from sae_lens import SAE
 
-from saelens_scaffold._util.provenance import hardware, versions
-from saelens_scaffold.compare.comparisons import Comparison, compare_arms
-from saelens_scaffold.compare.config import CompareConfig
-from saelens_scaffold.compare.curves import Curve, curves
+from saelens_scaffold._util.provenance import versions
+from saelens_scaffold.compare import comparisons
+from saelens_scaffold.compare.config import CompareConfig, ReferenceFigure
 from saelens_scaffold.compare.evaluating import EVAL_RESULTS, SAES
-from saelens_scaffold.compare.grid import Arm, Run
-from saelens_scaffold.compare.matching import MeasuredSAE, l0_total
+from saelens_scaffold.compare.grid import Arm, Run, runner_config
 from saelens_scaffold.compare.metrics import ComparisonMetric, Results
-from saelens_scaffold.compare.reference import references
-from saelens_scaffold.compare.runner_config import runner_config
+from saelens_scaffold.evals.base import Metric
+from saelens_scaffold.evals.json_schemas import metric_descriptions
+from saelens_scaffold.evals.registry import known_evaluations
 from saelens_scaffold.evals.selected_saes import result_file_name
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE
 from saelens_scaffold.saes.facts import weights_sha256
@@ -32,6 +32,17 @@ logger = logging.getLogger(__name__)
 
 N_ALIGNMENT_BINS = 100
 
+Found = Mapping[str, Any]
+"""An SAE of results.json."""
+
+_FORMATS = {None: ".3g", "ratio": "+.0%", "difference": "+.3f"}
+_CHANGES = {
+    None: "",
+    "ratio": "; the change against the plain SAE of the same k and seed, as a share of its value",
+    "difference": "; minus that of the plain SAE of the same k and seed",
+}
+_METRIC_FIELDS = ("id", "evaluation", "title", "digits", "better", "random", "bounds")
+
 
 def collect(
     config: CompareConfig,
@@ -39,7 +50,7 @@ def collect(
     metrics: Sequence[ComparisonMetric],
     results: Mapping[str, Results],
     output_path: Path,
-    provenance: Mapping[str, Any],
+    **provenance: Any,
 ) -> dict[str, Any]:
     """
     Collect the findings of an experiment.
@@ -50,23 +61,20 @@ def collect(
         metrics: The metrics by which they are compared.
         results: Results of each SAE, by evaluation.
         output_path: Folder of the experiment.
-        provenance: The experiment's provenance, as `provenance_of` states it.
+        provenance: The command, the hardware, and the facts of each wave (`training`).
 
     Returns:
         The content of results.json, in plain JSON values.
     """
     saes = [_sae(run, metrics, results[run.name], output_path) for run in runs]
     measured = [
-        MeasuredSAE(
+        comparisons.MeasuredSAE(
             run,
             {metric: cell["value"] for metric, cell in sae["metrics"].items()},
             sae["l0_total"],
         )
         for run, sae in zip(runs, saes, strict=True)
     ]
-    comparisons = compare_arms(
-        measured, metrics, config.baselines, config.confidence, config.max_bracket
-    )
     hook_name = _common([run.hook_name for run in runs])
     at = f"at {hook_name} of" if hook_name else "of"
     return {
@@ -82,37 +90,24 @@ def collect(
             "n_saes": len(runs),
         },
         "config": asdict(config),
-        "provenance": provenance,
-        "metrics": [_metric(metric) for metric in metrics],
+        "provenance": {
+            "command": provenance["command"],
+            "versions": versions(),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "hardware": provenance["hardware"],
+            "evaluation_seeds": config.evaluation_seeds,
+            "training": provenance["training"],
+        },
+        "metrics": [
+            {name: getattr(metric, name) for name in _METRIC_FIELDS}
+            for metric in metrics
+        ],
         "saes": saes,
-        "curves": [_curve(c) for c in curves(measured, metrics, config.confidence)],
-        "comparisons": [_comparison(c, config.confidence) for c in comparisons],
+        "curves": comparisons.curves(measured, metrics, config.confidence),
+        "comparisons": comparisons.compare_arms(
+            measured, metrics, config.baselines, config.confidence, config.max_bracket
+        ),
         "reference": references(config, saes, provenance["command"]),
-    }
-
-
-def provenance_of(
-    config: CompareConfig,
-    command: str,
-    device: str,
-    training: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """
-    Where results come from.
-
-    Args:
-        config: The experiment.
-        command: The command that produced them.
-        device: Where it was run.
-        training: Facts of each wave.
-    """
-    return {
-        "command": command,
-        "versions": versions(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware(device),
-        "evaluation_seeds": config.evaluation_seeds,
-        "training": list(training),
     }
 
 
@@ -140,65 +135,50 @@ def _common(values: Sequence[Any]) -> Any:
     return values[0] if len(set(values)) == 1 else None
 
 
-def _metric(metric: ComparisonMetric) -> dict[str, Any]:
-    names = ("id", "evaluation", "title", "digits", "better", "random")
-    fields = {name: getattr(metric, name) for name in names}
-    return {**fields, "bounds": list(metric.bounds)}
-
-
 def _sae(
     run: Run, metrics: Sequence[ComparisonMetric], results: Results, output_path: Path
 ) -> dict[str, Any]:
     path = f"{SAES}/{run.name}"
+    sae = SAE.load_from_disk(output_path / path)
     return {
         "name": run.name,
         "path": path,
-        **_arm(run.arm),
+        **run.arm.facts,
         "seed": run.seed,
         "scaffold_rank": run.scaffold_rank,
         "l0_nominal": run.nominal_l0_total,
-        "l0_total": l0_total(run, results),
+        "l0_total": comparisons.l0_total(run, results),
         "metrics": {metric.id: _cell(metric, run, results) for metric in metrics},
         "evaluations": {
             name: result["eval_result_metrics"] for name, result in results.items()
         },
         "firing_histogram": results.get("dense_latents", {}).get("firing_histogram"),
-        **_of_weights(output_path / path),
+        "weights_sha256": weights_sha256(sae),
+        "scaffold": _scaffold(sae) if isinstance(sae, ScaffoldJumpReLUSAE) else None,
     }
 
 
 def _cell(metric: ComparisonMetric, run: Run, results: Results) -> dict[str, Any]:
-    value, low, high = _numbers(metric, results)
-    file = None
-    if metric.evaluation in results:
-        file = f"{EVAL_RESULTS}/{metric.evaluation}/{result_file_name(run.name)}"
-    return {"value": value, "ci_low": low, "ci_high": high, "file": file}
-
-
-def _numbers(metric: ComparisonMetric, results: Results) -> list[float | None]:
     """An SAE's value, and the ends of its interval; None for what is missing."""
     try:
         found = [metric.value(results), *(metric.interval(results) or (None, None))]
-        numbers = [None if number is None else float(number) for number in found]
+        numbers = [math.nan if number is None else float(number) for number in found]
     except Exception as error:  # a plugin's; the rest is worth a report without it
         logger.warning("metric %s: %s: %s", metric.id, type(error).__name__, error)
-        return [None, None, None]
-    return [n if n is not None and math.isfinite(n) else None for n in numbers]
-
-
-def _of_weights(path: Path) -> dict[str, Any]:
-    """Hash of an SAE's weights; spectrum of its scaffold, and its latents' alignment."""
-    sae = SAE.load_from_disk(path)
-    scaffold = None
-    if isinstance(sae, ScaffoldJumpReLUSAE) and sae.cfg.scaffold_rank:
-        scaffold = _scaffold(sae)
-    return {"weights_sha256": weights_sha256(sae), "scaffold": scaffold}
+        numbers = [math.nan] * 3
+    names = ("value", "ci_low", "ci_high")
+    known = (number if math.isfinite(number) else None for number in numbers)
+    file = None
+    if metric.evaluation in results:
+        file = f"{EVAL_RESULTS}/{metric.evaluation}/{result_file_name(run.name)}"
+    return {**dict(zip(names, known, strict=True)), "file": file}
 
 
 def _scaffold(sae: ScaffoldJumpReLUSAE) -> dict[str, Any] | None:
+    """Spectrum of an SAE's scaffold, and its latents' alignment; None if it has none."""
     rank = sae.cfg.scaffold_rank
     A, B = sae.W_enc[:, :rank].detach().double(), sae.W_dec[:rank].detach().double()
-    if not (A.isfinite().all() and B.isfinite().all()):
+    if not (rank and A.isfinite().all() and B.isfinite().all()):
         return None
     # the singular values of A B, without the large product
     left, right = torch.linalg.qr(A)[1], torch.linalg.qr(B.T)[1]
@@ -211,51 +191,122 @@ def _scaffold(sae: ScaffoldJumpReLUSAE) -> dict[str, Any] | None:
     }
 
 
-def _curve(curve: Curve) -> dict[str, Any]:
+def references(
+    config: CompareConfig, saes: Sequence[Found], command: str
+) -> list[dict[str, Any]]:
+    """
+    The published figures of an experiment beside ours.
+
+    Args:
+        config: The experiment.
+        saes: Its SAEs, as in results.json.
+        command: The command that measured them.
+
+    Returns:
+        For each figure its words, both definitions, their relation (`mark`), and our
+        values (`ours`): one entry for each kind of SAE, none if it was not measured.
+    """
+    return [
+        {
+            "what": figure.what,
+            "value": figure.value,
+            "source": figure.source,
+            "definition": figure.definition,
+            "metric": figure.metric,
+            "our_definition": _our_definition(figure),
+            "mark": _mark(figure),
+            "ours": _ours(figure, config, saes),
+            "command": command,
+        }
+        for figure in config.reference
+    ]
+
+
+def _our_definition(figure: ReferenceFigure) -> str:
+    """Definition of our figure, in the words of its evaluation."""
+    if figure.metric is None:
+        return ""
+    name, _, path = figure.metric.partition(".")
+    described = metric_descriptions(known_evaluations()[name]).get(path, "")
+    return described + _CHANGES[figure.against_baseline]
+
+
+def _mark(figure: ReferenceFigure) -> str:
+    """Relation of the two definitions, as far as the source states its own."""
+    parts = {"differs": figure.differs, "not stated": figure.not_stated}
+    said = [f"{state}: {reason}" for state, reason in parts.items() if reason]
+    return "; ".join(said) or "same definition"
+
+
+def _ours(
+    figure: ReferenceFigure, config: CompareConfig, saes: Sequence[Found]
+) -> list[dict[str, Any]]:
+    """Our values, for each kind of SAE that the figure is about."""
+    by_arm: dict[str, list[float | None]] = {}
+    for sae in saes:
+        if _is_about(figure, config, sae):
+            by_arm.setdefault(sae["arm"], []).extend(_values(figure, config, sae, saes))
+    form = _FORMATS[figure.against_baseline]
+    return [_of_arm(arm, values, form) for arm, values in by_arm.items() if values]
+
+
+def _is_about(figure: ReferenceFigure, config: CompareConfig, sae: Found) -> bool:
+    about = {**sae["axes"], "seed": sae["seed"]}
+    has_meaning = (
+        figure.against_baseline is None or sae["architecture"] in config.baselines
+    )
+    is_meant = figure.architecture in (None, sae["architecture"])
+    return has_meaning and is_meant and figure.where.items() <= about.items()
+
+
+def _values(
+    figure: ReferenceFigure, config: CompareConfig, sae: Found, saes: Sequence[Found]
+) -> list[float | None]:
+    """An SAE's values, one for each baseline; None where a ratio's baseline is 0."""
+    value = _value(figure, sae)
+    if value is None or figure.against_baseline is None:
+        return [] if value is None else [value]
+    twins = [_value(figure, other) for other in saes if _are_twins(config, sae, other)]
+    known = [theirs for theirs in twins if theirs is not None]
+    if figure.against_baseline == "difference":
+        return [value - theirs for theirs in known]
+    return [value / theirs - 1 if theirs else None for theirs in known]
+
+
+def _value(figure: ReferenceFigure, sae: Found) -> float | None:
+    evaluation, _, path = (figure.metric or "").partition(".")
+    found = sae["evaluations"].get(evaluation) or {}
+    return Metric("", path).value({"eval_result_metrics": found})
+
+
+def _are_twins(config: CompareConfig, sae: Found, other: Found) -> bool:
+    """Whether the other is the baseline of an SAE, of the same seed and axes."""
+    return (
+        other["architecture"] == config.baselines.get(sae["architecture"])
+        and other["seed"] == sae["seed"]
+        and Arm(sae["architecture"], sae["axes"]).agrees_with(
+            Arm(other["architecture"], other["axes"])
+        )
+    )
+
+
+def _of_arm(arm: str, values: Sequence[float | None], form: str) -> dict[str, Any]:
+    """Mean and range of an arm's values."""
+    known = [value for value in values if value is not None]
+    left_out = len(values) - len(known)
+    mean = fmean(known) if known else None
+    shown = "-" if mean is None else f"{mean:{form}}"
+    if len(known) > 1:
+        ends = f"{min(known):{form}} to {max(known):{form}}"
+        shown += f" ({ends}, {len(known)} SAEs)"
+    if left_out:
+        shown += f"; {left_out} with a baseline of 0 left out"
     return {
-        "architecture": curve.arm.architecture,
-        "label": curve.arm.label,
-        "metric": curve.metric,
-        "points": [
-            {
-                "axes": dict(point.arm.axes),
-                "l0": point.l0_total,
-                "mean": point.mean,
-                "ci_low": point.ci_low,
-                "ci_high": point.ci_high,
-                "n_seeds": point.n_seeds,
-            }
-            for point in curve.points
-        ],
+        "arm": arm,
+        "shown": shown,
+        "mean": mean,
+        "min": min(known, default=None),
+        "max": max(known, default=None),
+        "n_saes": len(known),
+        "n_without_baseline": left_out,
     }
-
-
-def _comparison(comparison: Comparison, confidence: float) -> dict[str, Any]:
-    pair = comparison.pair
-    return {
-        "matching": pair.matching,
-        "treatment": {**_arm(pair.treatment), "l0_total": pair.treatment_l0},
-        "baseline": {
-            **_arm(pair.baseline),
-            # the baseline itself, or the two ends of its bracket
-            "measured": [
-                {"arm": known.arm.label, "k": known.k, "l0_total": known.l0_total}
-                for known in pair.known
-            ],
-        },
-        "interpolated": pair.interpolated,
-        "metric": comparison.metric,
-        "treatment_mean": comparison.treatment_mean,
-        "baseline_mean": comparison.baseline_mean,
-        "n_treatment": comparison.n_treatment,
-        "n_baseline": comparison.n_baseline,
-        "differences": {str(seed): d for seed, d in comparison.differences.items()},
-        **asdict(comparison.judgement),
-        "confidence": confidence,
-        "note": pair.note,
-    }
-
-
-def _arm(arm: Arm) -> dict[str, Any]:
-    axes = dict(arm.axes)
-    return {"architecture": arm.architecture, "arm": arm.label, "axes": axes}

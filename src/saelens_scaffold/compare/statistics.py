@@ -5,25 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
-from typing import Literal
 
 import numpy as np
 
 from saelens_scaffold.evals.base import UNBOUNDED, Bounds, within
 from saelens_scaffold.evals.bootstrap import Interval, student_interval
 
-Verdict = Literal[
-    "higher",
-    "lower",
-    "not distinguishable",
-    "one seed",
-    "out of range",
-    "bracket too wide",
-    "not measured",
-]
-"""Outcome of comparing the judged SAEs with their baseline. "one seed": a side has no
-second seed, so its spread is unknown. "out of range": the baseline was trained at no
-comparable sparsity. "bracket too wide": it was, but the nearest ones are too far apart."""
+Verdict = str
+"""Outcome of comparing the judged SAEs with their baseline: "higher", "lower", "not
+distinguishable", "not measured"; "one seed": a side has no second seed, so its spread is
+unknown; "out of range": the baseline was trained at no comparable sparsity; "bracket too
+wide": it was, but the nearest ones are too far apart."""
 
 N_RESAMPLES = 9_999
 
@@ -114,9 +106,7 @@ def judge(
     if not any(errors):
         p = 2 / math.comb(sum(sizes), sizes[0]) if abs(difference) > tolerance else 1.0
         verdict = _verdict(difference, p, confidence)
-        return Judgement(
-            difference, method="permutation test", verdict=verdict, p_value=p
-        )
+        return Judgement(difference, None, None, "permutation test", verdict, p)
     # imported here, since scipy takes its time to load
     from scipy import stats
 
@@ -166,28 +156,26 @@ def judge_interpolated(
     if len(found) == 1:
         return found[0]
     differences = [end.mean for end in found if end.mean is not None]
+    p_values = [end.p_value for end in found if end.p_value is not None]
     if len(differences) < len(found):
         return Judgement()
     mean = sum(w * of_end for w, of_end in zip(weights, differences, strict=True))
-    p_values = [end.p_value for end in found if end.p_value is not None]
     if len(p_values) < len(found):
         return Judgement(mean, verdict="one seed")
     p = max(p_values) if min(differences) * max(differences) > 0 else 1.0
-    low = high = detectable = None
+    methods = " and ".join(dict.fromkeys(end.method for end in found))
+    verdict = _verdict(mean, p, confidence)
+    judgement = Judgement(mean, None, None, f"{methods}, both ends", verdict, p)
     lows = [end.ci_low for end in found if end.ci_low is not None]
     highs = [end.ci_high for end in found if end.ci_high is not None]
     if len(lows) == len(highs) == len(found):
-        low, high = min(lows), max(highs)
+        judgement.ci_low, judgement.ci_high = min(lows), max(highs)
         # beyond the end that is nearer to it, either way
-        detectable = max(
+        judgement.detectable = max(
             abs(of_end - mean) + (end.detectable or 0.0)
             for of_end, end in zip(differences, found, strict=True)
         )
-    methods = " and ".join(dict.fromkeys(end.method for end in found))
-    verdict = _verdict(mean, p, confidence)
-    return Judgement(
-        mean, low, high, f"{methods}, both ends", verdict, p, detectable=detectable
-    )
+    return judgement
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

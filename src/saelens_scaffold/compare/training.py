@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens import constants
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
@@ -21,22 +22,101 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold.compare.config import CompareConfig
-from saelens_scaffold.compare.grid import Run
-from saelens_scaffold.compare.runner_config import runner_config
-from saelens_scaffold.compare.waves import Wave, WaveFolder, halves, keep_waves
+from saelens_scaffold.compare.grid import Run, runner_config
 from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME, open_dataset
 from saelens_scaffold.saes.scaffold_start import principal_subspace
-from saelens_scaffold.training.runner import (
-    RepeatableMultiSAETrainingRunner,
-    initial_sae,
-    last_checkpoint,
-)
+from saelens_scaffold.training import runner
+
+Wave = list[Run]
+"""SAEs that are trained together, on one pass of the language model."""
+
+WAVES_FILENAME = "waves.json"
 
 ESTIMATED_SCALES = ("expected_average_only_in", "covariance_whitening")
 """Values of `normalize_activations` for which SAELens reads text before it trains."""
 
 
-class _WaveRunner(RepeatableMultiSAETrainingRunner):
+class WaveFolder:
+    """
+    Folder of a wave: its checkpoints, and its SAEs until they are moved to their places.
+
+    Args:
+        training_path: Folder of all waves.
+        number: Number of the wave.
+    """
+
+    def __init__(self, training_path: Path, number: int):
+        self.path = training_path / f"wave-{number}"
+        self.saes = self.path / "saes"
+        self.checkpoints = self.path / "checkpoints"
+        # the facts of the wave, written when all its SAEs are trained
+        self.about = self.path / "wave.json"
+
+
+def plan_waves(
+    training_path: Path,
+    saes_path: Path,
+    runs: Sequence[Run],
+    saes_per_wave: int | None = None,
+) -> list[Wave]:
+    """
+    Divide the SAEs of an experiment into waves.
+
+    Args:
+        training_path: Folder of the waves. Those that are trained stay, and so do those
+            that have a checkpoint, since that is one of a whole wave.
+        saes_path: Folder of the trained SAEs, which are left out of new waves.
+        runs: The SAEs.
+        saes_per_wave: Most SAEs of a wave; None for all that can share a runner.
+    """
+    by_name = {run.name: run for run in runs}
+    waves: list[Wave] = []
+    busy: set[str] = set()
+    for number, names in enumerate(_read_waves(training_path)):
+        folder = WaveFolder(training_path, number)
+        if folder.about.is_file():
+            busy.update(name for name in names if (folder.saes / name).is_dir())
+        elif runner.last_checkpoint(folder.checkpoints) and not (
+            saes_per_wave and len(names) > saes_per_wave
+        ):
+            busy.update(names)
+        else:  # waves are trained in order
+            break
+        waves.append([by_name[name] for name in names])
+    by_runner: dict[str, Wave] = {}
+    for run in runs:
+        if run.name not in busy and not is_trained(saes_path / run.name):
+            settings = repr(sorted(run.training.items()))
+            by_runner.setdefault(settings, []).append(run)
+    for same in by_runner.values():
+        size = saes_per_wave or len(same)
+        waves += [same[i : i + size] for i in range(0, len(same), size)]
+    return waves
+
+
+def keep_waves(training_path: Path, waves: Sequence[Wave]) -> None:
+    """Write the division into waves, and drop checkpoints of waves that are no more."""
+    now = [[run.name for run in wave] for wave in waves]
+    for number, names in enumerate(_read_waves(training_path)):
+        if now[number : number + 1] != [names]:
+            shutil.rmtree(WaveFolder(training_path, number).path, ignore_errors=True)
+    training_path.mkdir(parents=True, exist_ok=True)
+    with new_file(training_path / WAVES_FILENAME) as file:
+        file.write_text(json.dumps(now, indent=1))
+
+
+def is_trained(directory: Path) -> bool:
+    """Whether a directory holds a trained SAE."""
+    names = (constants.SAE_CFG_FILENAME, constants.SAE_WEIGHTS_FILENAME)
+    return all((directory / name).is_file() for name in names)
+
+
+def _read_waves(training_path: Path) -> list[list[str]]:
+    file = training_path / WAVES_FILENAME
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
+class _WaveRunner(runner.RepeatableMultiSAETrainingRunner):
     """
     Trains all waves of an experiment on the same activations, and initialises b_dec of
     plain SAEs at their mean, as scaffold SAEs do.
@@ -100,15 +180,14 @@ class WaveTrainer:
             KeyboardInterrupt: Ctrl-C. The last checkpoint stays.
         """
         waves = [*waves]
-        number = 0
-        while number < len(waves):
+        folders: list[WaveFolder] = []
+        while len(folders) < len(waves):
+            number = len(folders)
             wave = waves[number]
             keep_waves(self.training_path, waves)
-            print(
-                f"wave {number + 1} of {len(waves)}: {len(wave)} SAEs", file=sys.stderr
-            )
+            _note(f"wave {number + 1} of {len(waves)}: {len(wave)} SAEs")
             if self.train_wave(number, wave):
-                number += 1
+                folders.append(WaveFolder(self.training_path, number))
             elif len(wave) == 1:
                 raise UserError(
                     f"there is not enough memory to train {wave[0].name}; make d_sae, "
@@ -116,22 +195,28 @@ class WaveTrainer:
                     "store_batch_size_prompts smaller"
                 )
             else:
-                waves[number : number + 1] = halves(wave)
-                print(
-                    f"there is not enough memory to train {len(wave)} SAEs together; "
-                    "they are trained in halves",
-                    file=sys.stderr,
+                middle = (len(wave) + 1) // 2
+                waves[number : number + 1] = [wave[:middle], wave[middle:]]
+                _note(
+                    f"not enough memory to train {len(wave)} SAEs together: in halves"
                 )
-        folders = [WaveFolder(self.training_path, number) for number in range(number)]
         return [json.loads(folder.about.read_text()) for folder in folders]
 
     def train_wave(self, number: int, wave: Wave) -> bool:
         """Train a wave unless it is trained; False if memory runs out."""
         folder = WaveFolder(self.training_path, number)
-        if not folder.is_trained:
+        if not folder.about.is_file():
             started = time.monotonic()
-            if not self._fits_memory(wave, folder):
+            try:
+                self._runner(wave, folder).run()
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 return False
+            finally:
+                # runners are in reference cycles, which Python frees at some later time
+                gc.collect()
+                torch.cuda.empty_cache()
             about = {
                 "wave": number,
                 "saes": [run.name for run in wave],
@@ -146,69 +231,57 @@ class WaveTrainer:
         for run in wave:
             trained, place = folder.saes / run.name, self.saes_path / run.name
             if trained.is_dir():
-                shutil.copy(folder.saes / RUNNER_CFG_FILENAME, trained)
+                shutil.copy(folder.saes / constants.RUNNER_CFG_FILENAME, trained)
                 shutil.rmtree(place, ignore_errors=True)  # an SAE that lost a file
                 os.replace(trained, place)
         for leftover in (folder.saes, folder.checkpoints):
             shutil.rmtree(leftover, ignore_errors=True)
         return True
 
-    def _fits_memory(self, wave: Wave, folder: WaveFolder) -> bool:
-        """Run a training to its end; False if memory runs out."""
-        fits = True
-        try:
-            self._runner(wave, folder).run()
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            fits = False
-        # Runners are in reference cycles, which Python frees at some later time.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return fits
-
     def _runner(self, wave: Wave, folder: WaveFolder) -> _WaveRunner:
         cfg = runner_config(self.config, wave, self.device)
         cfg.output_path = str(folder.saes)
         # here and not in the constructor, which appends a random name
         cfg.checkpoint_path = str(folder.checkpoints)
-        checkpoint = last_checkpoint(folder.checkpoints)
+        checkpoint = runner.last_checkpoint(folder.checkpoints)
         if checkpoint is not None:
             cfg.resume_from_checkpoint = str(checkpoint)
-            print(f"resuming from {checkpoint}", file=sys.stderr)
+            _note(f"resuming from {checkpoint}")
         hook_names = {run.hook_name for run in wave}
-        runner = _WaveRunner(
+        made = _WaveRunner(
             cfg,
             override_dataset=training_text(self.config),
             # a model may be loaded only up to its hook points
             override_model=self._model if hook_names == self._hook_names else None,
-            override_saes={run.name: initial_sae(run.config, run.seed) for run in wave},
+            override_saes={
+                run.name: runner.initial_sae(run.config, run.seed) for run in wave
+            },
         )
-        runner.calibrated = [run.name for run in wave if self._calibrates(run)]
-        runner.centred = [run.name for run in wave if run.centre_b_dec]
-        runner.scales = any(
-            run.config.normalize_activations in ESTIMATED_SCALES for run in self.runs
-        )
-        self._model, self._hook_names = runner.model, hook_names
-        for hook_name in hook_names - set(runner.model.hook_dict):
-            raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")
-        return runner
-
-    def _calibrates(self, run: Run) -> bool:
-        return (
-            self.config.calibrate_thresholds
+        made.calibrated = [
+            run.name
+            for run in wave
+            if self.config.calibrate_thresholds
             and isinstance(run.config, BatchTopKTrainingSAEConfig)
             and getattr(run.config, "calibrate_threshold", True)
+        ]
+        made.centred = [run.name for run in wave if run.centre_b_dec]
+        made.scales = any(
+            run.config.normalize_activations in ESTIMATED_SCALES for run in self.runs
         )
+        self._model, self._hook_names = made.model, hook_names
+        for hook_name in hook_names - set(made.model.hook_dict):
+            raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")
+        return made
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     # PyTorch's CPU allocator has no exception of its own.
-    of_cpu = ("not enough memory", "can't allocate memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        words in str(error) for words in of_cpu
-    )
+    of_cpu = re.search("not enough memory|can't allocate memory", str(error))
+    return bool(of_cpu) or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def training_text(config: CompareConfig) -> Any:
@@ -219,8 +292,6 @@ def training_text(config: CompareConfig) -> Any:
         UserError: There is no such text.
     """
     name = config.dataset_path
-    path = Path(name)
-    looks_local = path.exists() or path.is_absolute() or name.startswith(".")
-    if name == EMBEDDED_DATASET_NAME or looks_local:
-        return open_dataset(name, "train")
-    return None
+    is_local = name.startswith((".", "/")) or Path(name).exists()
+    is_read = is_local or name == EMBEDDED_DATASET_NAME
+    return open_dataset(name, "train") if is_read else None

@@ -10,8 +10,8 @@ from sae_lens.saes.sae import SAE
 from safetensors.torch import load_file, save_file
 
 from saelens_scaffold.hub.local_paths import without_directories
-from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.hub.sources import Upload, UploadedSAE
+from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.sae_ids import PLAIN_FORM, RESULTS_FOLDER
 from saelens_scaffold.training.measurement import Measurement

@@ -1,16 +1,16 @@
 """Data of the report's plots; page.html says what they show, page.js how they look."""
 
 import html
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from saelens_scaffold.compare.grid import Arm
 from saelens_scaffold.compare.metrics import metric_name
-from saelens_scaffold.compare.report.axes import log_axis
-from saelens_scaffold.compare.report.series import series_of
 
 Results = Mapping[str, Any]
 Seeds = Sequence[Mapping[str, Any]]
@@ -19,20 +19,71 @@ Seeds = Sequence[Mapping[str, Any]]
 Trace = dict[str, Any]
 """plotly's description of a curve or of bars."""
 
+Plot = dict[str, Any]
+"""
+A plot of the report: its `title` (empty if that of its section suffices), a trace for each
+series, whose `legendgroup` is the series, and plotly's `xaxis` and `yaxis` as `axes`.
+"""
 
-class Plot(NamedTuple):
+# Distinct from each other on a white and on a black page.
+COLOURS = ("#3b7dd8", "#d9742b", "#2f9e77", "#b65fc4", "#b8931f", "#d1495b", "#7d8794")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star")
+BAR_PATTERNS = ("", "/", "x", "-", "|", ".")
+
+
+def series_of(architecture: str, axes: Mapping[str, Any]) -> str:
+    """Name of a series: the architecture and all axes but k."""
+    return Arm(architecture, axes).without("k").label
+
+
+def styles(results: Results) -> dict[str, dict[str, Any]]:
     """
-    A plot of the report.
+    The look of each series, in the order of the SAEs.
 
-    Attributes:
-        title: Heading; empty if that of its section suffices.
-        traces: A trace for each series, whose `legendgroup` is the series.
-        axes: plotly's `xaxis` and `yaxis`, without titles.
+    A scaffold SAE shares the colour of its plain baseline, which is dashed and hollow
+    (`is_plain`); the marker's symbol and the bars' pattern, by plotly's names, tell series
+    of one colour apart.
     """
+    twins = _twins(results)
+    families: list[str] = []
+    found: dict[str, dict[str, Any]] = {}
+    for sae in results["saes"]:
+        architecture: str = sae["architecture"]
+        series = series_of(architecture, sae["axes"])
+        if series in found:
+            continue
+        family = twins.get(architecture, architecture)
+        if family not in families:
+            families.append(family)
+        kind = {
+            "colour": COLOURS[families.index(family) % len(COLOURS)],
+            "is_plain": sae["scaffold_rank"] == 0,
+        }
+        alike = sum(kind.items() <= style.items() for style in found.values())
+        found[series] = {
+            **kind,
+            "symbol": SYMBOLS[alike % len(SYMBOLS)],
+            "bar_pattern": BAR_PATTERNS[alike % len(BAR_PATTERNS)],
+        }
+    return found
 
-    title: str
-    traces: list[Trace]
-    axes: dict[str, dict[str, Any]]
+
+def _twins(results: Results) -> dict[str, str]:
+    """
+    The plain architecture whose colour a scaffold architecture shares.
+
+    It is the baseline, unless another architecture has its colour already: solid and
+    dashed lines cannot tell three apart.
+    """
+    has_scaffold = {s["architecture"] for s in results["saes"] if s["scaffold_rank"]}
+    twins: dict[str, str] = {}
+    for comparison in results["comparisons"]:
+        treatment = comparison["treatment"]["architecture"]
+        baseline = comparison["baseline"]["architecture"]
+        is_taken = baseline in has_scaffold or baseline in twins.values()
+        if treatment in has_scaffold and not is_taken:
+            twins.setdefault(treatment, baseline)
+    return twins
 
 
 def metric_curves(results: Results) -> list[Plot]:
@@ -44,7 +95,7 @@ def metric_curves(results: Results) -> list[Plot]:
             trace = _metric_curve(curve["architecture"], curve["points"])
             curves.setdefault(curve["metric"], []).append(trace)
     plots = [
-        Plot(metric_name(metric), curves.get(metric["id"], []), {})
+        {"title": metric_name(metric), "traces": curves.get(metric["id"], [])}
         for metric in results["metrics"]
     ]
     return _with_axes(plots, log_axis(l0s), {})
@@ -59,7 +110,7 @@ def firing_frequencies(results: Results) -> list[Plot]:
         return {"x": [10**edge for edge in log_x], "y": y}
 
     plots = _facets(results, curve)
-    x_axis = log_axis([*_values(plots, "x"), 1.0], "%")
+    x_axis = log_axis([*_values(plots, "x"), 1.0], ".3~%")
     return _with_axes(plots, x_axis, log_axis(_values(plots, "y")))
 
 
@@ -118,7 +169,7 @@ def _facets(results: Results, draw: Callable[[Seeds], Trace]) -> list[Plot]:
     for k, by_series in by_k.items():
         traces = [_trace(series, **draw(seeds)) for series, seeds in by_series.items()]
         title = "" if k is None else f"k = {k}"
-        plots.append(Plot(title, [trace for trace in traces if trace["x"]], {}))
+        plots.append({"title": title, "traces": [t for t in traces if t["x"]]})
     return plots
 
 
@@ -127,7 +178,7 @@ def _with_axes(
 ) -> list[Plot]:
     """The plots that have traces, with the same axes, so that they compare by eye."""
     axes = {"xaxis": x_axis, "yaxis": y_axis}
-    return [plot._replace(axes=axes) for plot in plots if plot.traces]
+    return [{**plot, "axes": axes} for plot in plots if plot["traces"]]
 
 
 def _trace(series: str, **more: Any) -> Trace:
@@ -137,7 +188,6 @@ def _trace(series: str, **more: Any) -> Trace:
 
 
 def _metric_curve(architecture: str, points: Sequence[Mapping[str, Any]]) -> Trace:
-    points = sorted(points, key=lambda point: point["l0"])
     return _trace(
         series_of(architecture, points[0]["axes"]),
         x=[point["l0"] for point in points],
@@ -161,8 +211,11 @@ def _ablation_bars(seeds: Seeds) -> Trace:
     for field in dict.fromkeys(field for found in measured for field in found):
         values = known(field)
         if field.startswith("ce_ratio_") and "_ci_" not in field and values:
+            # a word a line
+            label = field.removeprefix("ce_ratio_").replace("pca", "PCA")
+            label = label.replace("_", "<br>")
             ends = values + known(f"{field}_ci_low") + known(f"{field}_ci_high")
-            estimates[_intervention(field)] = (fmean(values), min(ends), max(ends))
+            estimates[label] = (fmean(values), min(ends), max(ends))
     return {
         "type": "bar",
         "orientation": "h",
@@ -173,12 +226,6 @@ def _ablation_bars(seeds: Seeds) -> Trace:
         "error_x": _whiskers(list(estimates.values())),
         "customdata": list(estimates.values()),
     }
-
-
-def _intervention(field: str) -> str:
-    """Label of a bar, a word a line, for a field of the evaluation's output."""
-    name = field.removeprefix("ce_ratio_").replace("pca", "PCA")
-    return name.replace("_", "<br>")
 
 
 def _exceedance(
@@ -209,4 +256,20 @@ def _whiskers(
 
 
 def _values(plots: Sequence[Plot], coordinate: str) -> list[Any]:
-    return [value for plot in plots for t in plot.traces for value in t[coordinate]]
+    return [value for plot in plots for t in plot["traces"] for value in t[coordinate]]
+
+
+def log_axis(values: Sequence[float], tick_format: str = "~g") -> dict[str, Any]:
+    """
+    A logarithmic axis with room around the values.
+
+    Args:
+        values: Values to show; only positive ones have a place on the axis.
+        tick_format: d3's format of the ticks. Without any, plotly labels some of them with
+            their digit only (2 and 5 for 20 and 50), in smaller letters.
+    """
+    logarithms = [math.log10(value) for value in values if value > 0] or [0.0]
+    low, high = min(logarithms), max(logarithms)
+    margin = max(0.05 * (high - low), 0.04)
+    ends = [low - margin, high + margin]
+    return {"type": "log", "range": ends, "tickformat": tick_format, "nticks": 6}

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from saelens_scaffold._util.files import new_file
-from saelens_scaffold.compare import wording
+from saelens_scaffold.compare import table
+from saelens_scaffold.compare.config import yaml_text
 from saelens_scaffold.compare.report import figures
-from saelens_scaffold.compare.report.series import styles
 
 
 def write_page(results: Mapping[str, Any], path: Path) -> None:
@@ -48,55 +46,32 @@ def page(results: Mapping[str, Any]) -> str:
         "spectrum": figures.scaffold_spectra(results),
         "alignment": figures.alignments(results),
     }
-    series = styles(results)
+    series = figures.styles(results)
     drawn = {
-        f"{section}-{i}": plot._asdict()
+        f"{section}-{i}": plot
         for section, of_section in plots.items()
         for i, plot in enumerate(of_section, start=1)
     }
-    looks = {name: style._asdict() for name, style in series.items()}
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            results=results,
-            comparisons=wording.rows_by_pair(results),
-            one_sided=wording.one_sided(results),
-            measured_metrics=_measured_metrics(results),
-            plots=plots,
-            styles=series,
-            figures={"plots": drawn, "styles": looks},
-            plotly=get_plotlyjs(),
-        )
+    made = table.environment()
+    made.filters.update(
+        sha256=_csp_hash, minus=_minus, yaml=yaml_text, breakable=_breakable
     )
-
-
-def _measured_metrics(results: Mapping[str, Any]) -> set[str]:
-    """Ids of the metrics that any SAE has a value for."""
-    return {
-        metric
-        for sae in results["saes"]
-        for metric, found in sae["metrics"].items()
-        if found["value"] is not None
-    }
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("saelens_scaffold", "compare/report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
+    return made.get_template("page.html").render(
+        results=results,
+        wording=table,
+        comparisons=table.rows_by_pair(results),
+        one_sided=table.one_sided(results),
+        measured_metrics={
+            metric
+            for sae in results["saes"]
+            for metric, found in sae["metrics"].items()
+            if found["value"] is not None
+        },
+        plots=plots,
+        styles=series,
+        figures={"plots": drawn, "styles": series},
+        plotly=get_plotlyjs(),
     )
-    environment.filters.update(
-        sha256=_csp_hash,
-        minus=_minus,
-        yaml=_yaml,
-        breakable=_breakable,
-    )
-    environment.globals["wording"] = wording
-    return environment
 
 
 def _csp_hash(script: str) -> str:
@@ -108,10 +83,6 @@ def _csp_hash(script: str) -> str:
 def _minus(numbers: str) -> str:
     """Numbers with true minus signs."""
     return re.sub(r"-(?=\d)", "−", numbers)
-
-
-def _yaml(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
 def _breakable(name: str) -> Markup:

@@ -291,7 +291,7 @@ def test_missing_result_without_an_error(
 def test_an_interruption_leaves_what_is_finished(
     run: Any, saes: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
     module: Any = sys.modules["fake_eval"]

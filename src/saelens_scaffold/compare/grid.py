@@ -19,7 +19,7 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.config import AXIS_FIELDS, CompareConfig
 from saelens_scaffold.evals.language_model import known_model_name
-from saelens_scaffold.models.hook_points import model_config, width_at
+from saelens_scaffold.models.hook_points import check_activations, model_config
 from saelens_scaffold.training.checks import check_steps
 
 MAX_NAME = 150
@@ -196,10 +196,7 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
             )
         model = model_config(cfg.model_name)
         if cfg.model_class_name == "HookedTransformer" and not cfg.hook_head_indices:
-            width = width_at(model, run.hook_name)
-            if width not in (None, run.config.d_in):
-                here = f"{cfg.model_name} has width {width} at {run.hook_name}"
-                raise UserError(f"d_in is {run.config.d_in}; {here}")
+            check_activations(model, run.hook_name, run.config.d_in)
 
 
 def _check_fields(config: CompareConfig) -> None:

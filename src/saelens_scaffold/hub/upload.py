@@ -84,16 +84,7 @@ def upload_scaffold_saes(
         api=HfApi(token=token),
         show_progress=show_progress,
     )
-    with TemporaryDirectory() as folder, ExitStack() as stack:
-        if not show_progress and not utils.are_progress_bars_disabled():
-            utils.disable_progress_bars()  # huggingface_hub's, for each file
-            stack.callback(utils.enable_progress_bars)
-        upload.gather(saes, eval_results, Path(folder, "saes"))
-        add_figure(upload, Path(folder))
-        if dry_run:
-            look(upload)
-        else:
-            HubUpload(upload).run()
+    _carry_out(upload, saes, eval_results, dry_run)
     return upload
 
 
@@ -125,6 +116,19 @@ def run(
         notes.append("The card names no licence; --license mit, say, would.")
     text = TEMPLATES.get_template("report.txt.jinja").render(upload=upload)
     return text.rstrip(), notes
+
+
+def _carry_out(upload: Upload, saes: Any, eval_results: Any, dry_run: bool) -> None:
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        if not upload.show_progress and not utils.are_progress_bars_disabled():
+            utils.disable_progress_bars()  # huggingface_hub's, for each file
+            stack.callback(utils.enable_progress_bars)
+        upload.gather(saes, eval_results, Path(folder, "saes"))
+        add_figure(upload, Path(folder))
+        if dry_run:
+            look(upload)
+        else:
+            HubUpload(upload).run()
 
 
 def _check_repo_id(repo_id: str) -> None:

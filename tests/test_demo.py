@@ -36,8 +36,8 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_evaluations() -> Iterator[None]:
-    """Makes `demo` evaluate the language model's SAEs on few tokens."""
+def fewer_tokens() -> Iterator[None]:
+    """Makes `demo --quick` train and evaluate the language model's SAEs on fewer tokens."""
     config = read_config(language_model.CONFIG_PATH)
     config.evaluations["dense_latents"].update(n_tokens=8000, n_bootstrap=20)
     config.evaluations["scaffold_ablation"].update(
@@ -45,6 +45,7 @@ def short_evaluations() -> Iterator[None]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language_model, "read_config", lambda _: config)
+        patch.setitem(language_model.QUICK, "training_tokens", 30_720)
         yield
 
 

@@ -27,11 +27,11 @@ from sae_lens import SAE
 
 import saelens_scaffold  # noqa: F401  (registers the architectures)
 from saelens_scaffold.evals.dense_latents import DenseLatentsEvalConfig
-from saelens_scaffold.evals.language_model import HookedModel
+from saelens_scaffold.evals.model import HookedModel
 from saelens_scaffold.evals.runner import run_eval
+from saelens_scaffold.evals.saes import load_saes
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation import main as scaffold_ablation
-from saelens_scaffold.evals.selected_saes import load_saes
 
 TEXT: dict[str, Any] = {
     "model_name": "py-neox",

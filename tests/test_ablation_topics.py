@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from transformer_lens import HookedTransformer
 
 from eval_helpers import HOOK, eval_sae
-from saelens_scaffold.evals import text_data
+from saelens_scaffold.evals import data as text_data
 from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.topics import (

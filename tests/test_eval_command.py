@@ -34,7 +34,7 @@ from saelens_scaffold.evals.base import (  # noqa: E402
     Implementation,
     Metric,
 )
-from saelens_scaffold.evals.selected_saes import load_saes  # noqa: E402
+from saelens_scaffold.evals.saes import load_saes  # noqa: E402
 
 QUICK_CORE = [
     "--dataset=python-stdlib",

@@ -49,7 +49,7 @@ from saelens_scaffold.evals.saebench.sae_probes import (
     SparseProbingSaeProbesEvalConfig,
     one_vs_rest_tasks,
 )
-from saelens_scaffold.evals.selected_saes import View, resolve_saes
+from saelens_scaffold.evals.saes import View, resolve_saes
 from saelens_scaffold.models import load_embedded_model, register_embedded_model
 
 HOOK, D_IN, D_SAE = "blocks.2.hook_resid_post", 256, 48
@@ -454,7 +454,7 @@ def test_text_from_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch):
         opened.append((args, kwargs))
         return IterableDatasetDict({"train": dataset, "test": unseen.take(60)})
 
-    monkeypatch.setattr("saelens_scaffold.evals.text_data.load_dataset", load_dataset)
+    monkeypatch.setattr("saelens_scaffold.evals.data.load_dataset", load_dataset)
     monkeypatch.setattr("saelens_scaffold.evals.labelled_data.MAX_STREAMED_ROWS", 200)
     text = read_labelled_text("user/name", "text", "label", subset="en")
     assert sum(map(len, text.train.values())) == 200
@@ -537,7 +537,7 @@ def test_unusable_text_is_refused_before_anything_is_run(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(
-        "saelens_scaffold.evals.language_model.load_language_model",
+        "saelens_scaffold.evals.model.load_language_model",
         lambda *_: pytest.fail("the model was loaded"),
     )
     results = tmp_path / "results"

@@ -33,7 +33,7 @@ from saelens_scaffold.evals.base import EvaluationError
 from saelens_scaffold.evals.jobs import Job
 from saelens_scaffold.evals.registry import EVALUATIONS
 from saelens_scaffold.evals.saebench.replacements import replaced
-from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models import embedded_model_path, load_embedded_model
 
 WORDS = ["open", "read", "write", "path", "close", "seek", "buffer", "stream", "for"]

@@ -21,7 +21,7 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from transformer_lens import HookedTransformer
 
 from eval_helpers import D_MODEL, HOOK, eval_sae
-from saelens_scaffold.evals.language_model import HookedModel
+from saelens_scaffold.evals.model import HookedModel
 from saelens_scaffold.evals.registry import EVALUATIONS
 from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import (

@@ -26,7 +26,7 @@ from saelens_scaffold.compare.training import is_trained
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.jobs import Job, plan
 from saelens_scaffold.evals.registry import evaluations_named
-from saelens_scaffold.evals.selected_saes import CUSTOM_SAE_ID, SelectedSAE, load_saes
+from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE, load_saes
 
 EVAL_RESULTS = "eval_results"
 SAES = "saes"

@@ -27,7 +27,7 @@ from saelens_scaffold.compare.training import (
     plan_waves,
     training_text,
 )
-from saelens_scaffold.evals.language_model import choose_device
+from saelens_scaffold.evals.model import choose_device
 
 CONFIG_FILENAME = "compare.yaml"
 TRAINING = "training"

@@ -23,7 +23,7 @@ from saelens_scaffold.compare.metrics import ComparisonMetric, Results
 from saelens_scaffold.evals.base import Metric
 from saelens_scaffold.evals.json_schemas import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
-from saelens_scaffold.evals.selected_saes import result_file_name
+from saelens_scaffold.evals.saes import result_file_name
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE
 from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.subspaces import orthonormal_basis, share_in_subspace

@@ -23,7 +23,7 @@ from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run, runner_config
-from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME, open_dataset
+from saelens_scaffold.evals.data import EMBEDDED_DATASET_NAME, open_dataset
 from saelens_scaffold.saes.scaffold_start import principal_subspace
 from saelens_scaffold.training import runner
 

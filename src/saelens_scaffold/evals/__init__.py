@@ -1,12 +1,8 @@
-"""Evaluations in SAEBench's shape, and what runs them.
+"""Evaluations of SAEs in SAEBench's shape, and the pipeline that runs them.
 
-A package each, with `eval_config`, `eval_output` and `main`, whose `run_eval` is called as
-those of SAEBench are: `dense_latents` and `scaffold_ablation`, and SAEBench's own
-`sparse_probing`, `tpp` and `sparse_probing_sae_probes` over several seeds.
-
-They share `run` (skip what is there, write what is new), `selected_saes` (the SAEs and what
-is judged of them), `language_model`, `text_data`, `labelled_data`, `bootstrap` and
-`over_seeds`. The command `saelens-scaffold eval` is in `command`, `plan` and `table`, with
-`registry` for all evaluations by name; `command_line` is that of a single evaluation.
-`graphing` and `json_schemas` are for those who read the results.
+`evaluations.yaml` is the table of all evaluations by name, which `registry` reads into the
+data of `base`. `jobs` turns options into jobs, `runner` runs them, and `store` alone knows
+which results exist and are current. `saes`, `model`, `data` and `labelled_data` provide what
+they read. The evaluations of this package are `dense_latents` and `scaffold_ablation`;
+`saebench` is the adapter to SAEBench's; `rank` suggests a scaffold's rank.
 """

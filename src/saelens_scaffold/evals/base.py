@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 # Whoever only asks for names and metrics needs no SAEBench.
 if TYPE_CHECKING:
-    from saelens_scaffold.evals.selected_saes import SelectedSAE
+    from saelens_scaffold.evals.saes import SelectedSAE
 
 View = Literal["whole", "sparse"]
 """The form of a scaffold SAE that is judged: all of it, or its dictionary alone."""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.text_data import (
+from saelens_scaffold.evals.data import (
     EMBEDDED_DATASET_NAME,
     open_dataset,
     rows_with,
 )
+from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models.stdlib import CHUNK_CHARS, Passages
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def text_seen_in_training(
 
     Args:
         saes: Their metadata say what they were trained on (`dataset_path`).
-        dataset: The text of the evaluation, as for `text_data.open_dataset`.
+        dataset: The text of the evaluation, as for `data.open_dataset`.
         split: Its split.
         text_column: Its column.
 

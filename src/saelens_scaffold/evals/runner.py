@@ -7,7 +7,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from saelens_scaffold._util.interruption import raise_if_interrupted
 from saelens_scaffold.evals.base import Call, Evaluation, EvaluationError, Result
 from saelens_scaffold.evals.jobs import Job, plan
 from saelens_scaffold.evals.registry import evaluations_named, known_evaluations
-from saelens_scaffold.evals.selected_saes import (
+from saelens_scaffold.evals.saes import (
     SelectedSAE,
     SelectedSAEs,
     resolve_saes,
@@ -217,11 +217,10 @@ def _measure(
         "sae_lens_version": get_sae_lens_version(),
     }
     output_class = job.implementation.output_class
-    job.artifacts_path.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=job.artifacts_path) as artifacts:
+    with _artifacts_in(job.artifacts_path) as artifacts:
         call = Call(
             device=job.device,
-            artifacts=Path(artifacts),
+            artifacts=artifacts,
             store_path=job.store_path,
             dataset_split=job.dataset_split,
             text_column=job.text_column,
@@ -241,8 +240,18 @@ def _measure(
                 )
                 result = asdict(output)
             yield sae, result
-    with suppress(OSError):  # which is not empty, if partial results are kept
-        job.artifacts_path.rmdir()
+
+
+@contextmanager
+def _artifacts_in(folder: Path) -> Iterator[Path]:
+    """An empty folder of one call's own, removed afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(dir=folder) as artifacts:
+            yield Path(artifacts)
+    finally:
+        with suppress(OSError):  # not empty: partial results are kept there
+            folder.rmdir()
 
 
 def _parse_settings(

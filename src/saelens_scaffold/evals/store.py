@@ -20,9 +20,9 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import versions
-from saelens_scaffold.evals.language_model import known_model_name
-from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.text_data import EMBEDDED_DATASET_NAME
+from saelens_scaffold.evals.data import EMBEDDED_DATASET_NAME
+from saelens_scaffold.evals.model import known_model_name
+from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models.stdlib import read_stdlib
 
 Key = dict[str, dict[str, Any]]
@@ -255,7 +255,7 @@ def dataset_fingerprint(name: str) -> str | None:
     Hash of a dataset's content, or its revision on the Hub.
 
     Args:
-        name: As for `text_data.open_dataset`.
+        name: As for `data.open_dataset`.
 
     Returns:
         None where it cannot be known: a dataset on the Hub without a connection, or one
@@ -273,7 +273,7 @@ def model_fingerprint(model_name: str) -> str | None:
     Hash of a local model's files, or the revision of a downloaded one.
 
     Args:
-        model_name: As for `language_model.load_language_model`.
+        model_name: As for `model.load_language_model`.
 
     Returns:
         None for a model of the Hub that has not been downloaded.

@@ -11,7 +11,7 @@ from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.evals.base import Evaluation, Metric
 
 if TYPE_CHECKING:
-    from saelens_scaffold.evals.selected_saes import SelectedSAE
+    from saelens_scaffold.evals.saes import SelectedSAE
 
 FAILED = "failed"
 

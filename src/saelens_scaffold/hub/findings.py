@@ -94,7 +94,7 @@ def facts_of(
 
 
 def _evaluated(result: "StoredResult", reduction: Reduction | None) -> Facts:
-    from saelens_scaffold.evals.selected_saes import label_of
+    from saelens_scaffold.evals.saes import label_of
 
     content, config = result.content, config_of(result)
     release = str(content.get("sae_lens_release_id"))

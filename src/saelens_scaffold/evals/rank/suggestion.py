@@ -15,8 +15,9 @@ from saelens_scaffold._util.configs import make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable, new_file
 from saelens_scaffold._util.tables import markdown
-from saelens_scaffold.evals import language_model as lm
-from saelens_scaffold.evals import selected_saes, text_data
+from saelens_scaffold.evals import data as text_data
+from saelens_scaffold.evals import model as lm
+from saelens_scaffold.evals import saes as selected_saes
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
 from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.rank import analysis as ranks

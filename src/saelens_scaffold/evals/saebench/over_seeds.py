@@ -15,13 +15,14 @@ from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals import labelled_data, language_model
+from saelens_scaffold.evals import labelled_data
+from saelens_scaffold.evals import model as language_model
 from saelens_scaffold.evals.base import SHARE, Bounds, Call, Implementation, Result
 from saelens_scaffold.evals.bootstrap import student_interval
 from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.saebench import read_result
 from saelens_scaffold.evals.saebench.replacements import rows_per_class
-from saelens_scaffold.evals.selected_saes import SelectedSAE, result_file_name
+from saelens_scaffold.evals.saes import SelectedSAE, result_file_name
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
 
 _DEFAULT_SEED = 42  # SAEBench's

@@ -21,12 +21,12 @@ import torch
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals import text_data
+from saelens_scaffold.evals import data as text_data
 from saelens_scaffold.evals.base import Call, EvaluationError, Implementation, Result
-from saelens_scaffold.evals.language_model import known_model_name
+from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.saebench import read_result, replacements
-from saelens_scaffold.evals.selected_saes import CUSTOM_SAE_ID, SelectedSAE
+from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
 
 _RESULTS = Path("results")
 """Folder for SAEBench's results, in the folder of the call."""

@@ -21,7 +21,7 @@ from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.eval_configs import LlmConfig
 from saelens_scaffold.evals.saebench import over_seeds, replacements
-from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.saes import SelectedSAE
 
 CAVEAT = (
     "TPP is noisy: at its canonical settings it fails several of the reliability checks of "

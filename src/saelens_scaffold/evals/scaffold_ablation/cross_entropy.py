@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from saelens_scaffold.evals.bootstrap import SequenceBootstrap
-from saelens_scaffold.evals.language_model import HookedBatch, HookedModel
+from saelens_scaffold.evals.data import TokenStream
+from saelens_scaffold.evals.model import HookedBatch, HookedModel
 from saelens_scaffold.evals.output_fields import estimates
+from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (
     ScaffoldAblationResultDetail,
@@ -18,8 +20,6 @@ from saelens_scaffold.evals.scaffold_ablation.interventions import (
     Intervention,
     distinct,
 )
-from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.text_data import TokenStream
 
 
 @torch.no_grad()

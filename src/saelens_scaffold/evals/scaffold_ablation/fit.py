@@ -6,10 +6,10 @@ from functools import cached_property
 
 import torch
 
-from saelens_scaffold.evals.language_model import HookedModel, check_finite
+from saelens_scaffold.evals.data import TokenStream
+from saelens_scaffold.evals.model import HookedModel, check_finite
+from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
-from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.saes import subspaces
 from saelens_scaffold.saes.firing import FiringStatistics
 from saelens_scaffold.saes.scaffold import ScaffoldMixin

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Call, Implementation, Result
+from saelens_scaffold.evals.data import TokenStream
 from saelens_scaffold.evals.eval_configs import check_baseline
-from saelens_scaffold.evals.language_model import by_hook_point, load_language_model
+from saelens_scaffold.evals.model import by_hook_point, load_language_model
 from saelens_scaffold.evals.overlap import text_seen_in_training
+from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig, metrics
 from saelens_scaffold.evals.scaffold_ablation import eval_output as output
 from saelens_scaffold.evals.scaffold_ablation.cross_entropy import (
@@ -16,8 +18,6 @@ from saelens_scaffold.evals.scaffold_ablation.cross_entropy import (
 from saelens_scaffold.evals.scaffold_ablation.fit import fit
 from saelens_scaffold.evals.scaffold_ablation.interventions import interventions
 from saelens_scaffold.evals.scaffold_ablation.topics import TopicProbes, read_topics
-from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.text_data import TokenStream
 
 
 def measure(

@@ -15,13 +15,15 @@ from tqdm.auto import tqdm
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.bootstrap import SequenceBootstrap
+from saelens_scaffold.evals.data import TokenStream
 from saelens_scaffold.evals.labelled_data import TextsByLabel, read_labelled_text
-from saelens_scaffold.evals.language_model import (
+from saelens_scaffold.evals.model import (
     HookedBatch,
     HookedModel,
     special_token_ids,
 )
 from saelens_scaffold.evals.output_fields import estimates
+from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import TopicAccuracy
 from saelens_scaffold.evals.scaffold_ablation.fit import Fit
@@ -33,8 +35,6 @@ from saelens_scaffold.evals.scaffold_ablation.interventions import (
     distinct,
     without_latents,
 )
-from saelens_scaffold.evals.selected_saes import SelectedSAE
-from saelens_scaffold.evals.text_data import TokenStream
 from saelens_scaffold.saes.subspaces import orthonormal_basis
 
 MMLU = "cais/mmlu"

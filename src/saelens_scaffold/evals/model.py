@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models import EMBEDDED_MODEL_NAME, register_embedded_model
 from saelens_scaffold.models.local import official_name, register_local_model
 

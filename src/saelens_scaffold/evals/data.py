@@ -21,8 +21,8 @@ from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
-from saelens_scaffold.evals.language_model import common_setting, special_token_ids
-from saelens_scaffold.evals.selected_saes import SelectedSAE
+from saelens_scaffold.evals.model import common_setting, special_token_ids
+from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models import load_stdlib_chunks, load_stdlib_text
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from saelens_scaffold.compare.statistics import judge, seed_interval
-from saelens_scaffold.evals.bootstrap import student_interval
+from saelens_scaffold.evals.intervals import student_interval
 
 COUNTS = "counts (Poisson, mean 2)"
 MEANS: dict[str, tuple[Callable[..., np.ndarray], float]] = {

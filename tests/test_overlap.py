@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("sae_bench")
 
 from eval_helpers import eval_sae, write_texts
-from saelens_scaffold.evals import overlap
-from saelens_scaffold.evals.overlap import TextSeenInTraining, text_seen_in_training
+from saelens_scaffold.evals import data as overlap
+from saelens_scaffold.evals.data import TextSeenInTraining, text_seen_in_training
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models import load_stdlib_text
 from saelens_scaffold_cli import main

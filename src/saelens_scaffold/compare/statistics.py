@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 
 from saelens_scaffold.evals.base import UNBOUNDED, Bounds, within
-from saelens_scaffold.evals.bootstrap import Interval, student_interval
+from saelens_scaffold.evals.intervals import Interval, student_interval
 
 Verdict = str
 """Outcome of comparing the judged SAEs with their baseline: "higher", "lower", "not

@@ -1,5 +1,6 @@
 """The SAEs that an evaluation is run on: where they come from, and what is judged."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -20,11 +21,7 @@ from saelens_scaffold.evals.base import View
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
 from saelens_scaffold.saes.facts import note_trained_k, scaffold_rank, weights_sha256
 from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
-from saelens_scaffold.saes.validation import (
-    MAX_CFG_BYTES,
-    check_sae_directory,
-    read_json_object,
-)
+from saelens_scaffold.saes.validation import check_sae_directory
 
 PAPER_RANK = 24
 """Rank of the scaffold in arXiv 2606.14040, for Gemma-2-2B layer 12."""
@@ -181,8 +178,13 @@ def _released_saes(release: str, sae_id: str) -> list[tuple[str, Any]]:
 
 
 def _has_scaffold(directory: Path) -> bool:
-    cfg = read_json_object(directory / "cfg.json", MAX_CFG_BYTES)
-    return cfg.get("architecture") == ScaffoldJumpReLUSAEConfig.architecture()
+    file = directory / SAE_CFG_FILENAME
+    try:
+        return json.loads(file.read_bytes())["architecture"] == "scaffold_jumprelu"
+    except KeyError:  # of an older SAELens
+        return False
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is no configuration of an SAE: {error}") from error
 
 
 def resolve_saes(

@@ -16,8 +16,7 @@ from saelens_scaffold.evals.base import Metric
 from saelens_scaffold.evals.registry import EVALUATIONS, known_evaluations
 from saelens_scaffold.evals.table import metric_cell
 from saelens_scaffold.hub.local_paths import without_directories
-from saelens_scaffold.saes.facts import weights_sha256
-from saelens_scaffold.saes.firing import DENSE_THRESHOLD
+from saelens_scaffold.saes.facts import DENSE_THRESHOLD, weights_sha256
 from saelens_scaffold.saes.sae_ids import sae_id_of_path
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.training.measurement import Measurement

@@ -5,7 +5,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from saelens_scaffold.plugins.hookspecs import hookimpl
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE, subspaces
-from saelens_scaffold.saes.firing import DENSE_THRESHOLD
+from saelens_scaffold.saes.facts import DENSE_THRESHOLD
 
 
 class LiveMetrics:

@@ -1,6 +1,7 @@
-"""What can be told of any SAELens SAE, with or without a scaffold."""
+"""What can be told of any SAELens SAE: rank, weights, k, and how its latents fire."""
 
 import json
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME
+
+from saelens_scaffold.saes.subspaces import ActivationMoments
 
 L0_TOLERANCE = 0.1
 """Relative difference between measured L0 and k up to which there is no warning."""
@@ -95,3 +98,172 @@ def l0_warning(name: str, l0_sparse: float, n_tokens: int, metadata: Any) -> str
         f"{n_tokens:,} tokens, but k was {k:g} in training ({l0_sparse / k - 1:+.0%}). "
         f"State and compare it at the measured l0_sparse, not at k. {remedy}"
     )
+
+
+DENSE_THRESHOLD = 0.1
+"""Share of the tokens above which a latent is dense (arXiv 2506.15679)."""
+
+# Activations at once: few enough to stay in a CPU's cache, and to be small relative to the
+# weights on a GPU.
+_ACTIVATIONS_AT_ONCE = {"cpu": 2**21, "other": 2**26}
+# Share of active latents below which a sparse product is faster.
+_SPARSE_BELOW = 0.05
+_SPARSE_DTYPES = (torch.float32, torch.float64)
+
+
+class ActiveLatents:
+    """
+    The nonzero activations of a batch.
+
+    Args:
+        acts: Activations, shape (n_tokens, d_sae).
+
+    Attributes:
+        token: Index of each one's token, shape (n_active,).
+        latent: Index of each one's latent, shape (n_active,).
+        values: The activations, shape (n_active,).
+    """
+
+    def __init__(self, acts: torch.Tensor):
+        self._acts = acts
+        self.token, self.latent = acts.nonzero(as_tuple=True)
+        self.values = acts[self.token, self.latent]
+
+    def decode(self, sae: SAE[Any], kept: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The SAE's `decode`, with a sparse product where that is faster.
+
+        Args:
+            sae: The SAE of these activations.
+            kept: Mask of the latents to decode, shape (d_sae,). By default all.
+
+        Returns:
+            Shape (n_tokens, d_in).
+        """
+        acts = self._acts
+        # sparse products do not exist on MPS, nor everywhere in half precision
+        may_be_sparse = acts.device.type != "mps" and acts.dtype in _SPARSE_DTYPES
+        if may_be_sparse and len(self.values) < _SPARSE_BELOW * acts.numel():
+            indices, values = torch.stack([self.token, self.latent]), self.values
+            if kept is not None:
+                of_kept = kept[self.latent]
+                indices, values = indices[:, of_kept], values[of_kept]
+            acts = torch.sparse_coo_tensor(
+                indices, values, acts.shape, is_coalesced=True, check_invariants=False
+            )
+        elif kept is not None:
+            acts = acts * kept
+        return sae.decode(acts)
+
+
+class FiringStatistics:
+    """
+    Firing frequencies of the sparse latents of one SAE, and its reconstruction error.
+
+    The memory does not depend on the number of tokens.
+
+    Attributes:
+        fired: Tokens on which each sparse latent fired, shape (n_sparse,), int64.
+        activation_sums: Sum of each one's activations, shape (n_sparse,), float64.
+        replicate_fired: `fired` in every bootstrap replicate, shape
+            (1 + n_replicates, n_sparse), the sample itself first.
+        squared_errors: Sum of |x - x̂|² in every replicate, shape (1 + n_replicates,).
+    """
+
+    def __init__(self, sae: SAE[Any], n_replicates: int):
+        self.sae = sae
+        self.rank = scaffold_rank(sae)
+        device = sae.W_dec.device
+        n_sparse = sae.cfg.d_sae - self.rank
+        # MPS has no float64
+        double = torch.float32 if device.type == "mps" else torch.float64
+        self.fired = torch.zeros(n_sparse, dtype=torch.int64, device=device)
+        self.activation_sums = torch.zeros(n_sparse, dtype=double, device=device)
+        self.replicate_fired = torch.zeros(1 + n_replicates, n_sparse, device=device)
+        self.squared_errors = torch.zeros(1 + n_replicates, dtype=double, device=device)
+
+    @torch.no_grad()
+    def update(
+        self, x: torch.Tensor, sequence: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """
+        Args:
+            x: Activations of the tokens that count, shape (n_tokens, d_in).
+            sequence: Index of each token's sequence in the batch, shape (n_tokens,).
+            weights: Weight of each sequence in each replicate, shape
+                (1 + n_replicates, n_sequences).
+        """
+        n_sequences, n_sparse = weights.shape[1], len(self.fired)
+        counts = torch.zeros(n_sequences * n_sparse, device=x.device)
+        errors = torch.zeros(n_sequences, device=x.device)
+        at_once = _ACTIVATIONS_AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
+        n_tokens = max(1, at_once // self.sae.cfg.d_sae)
+        parts = zip(x.split(n_tokens), sequence.split(n_tokens), strict=True)
+        for part, of in parts:
+            active = ActiveLatents(self.sae.encode(part))
+            error = (part - active.decode(self.sae)).float().pow(2).sum(dim=1)
+            errors.index_add_(0, of, error)
+
+            in_dictionary = active.latent >= self.rank
+            token = active.token[in_dictionary]
+            latent = active.latent[in_dictionary] - self.rank
+            values = active.values[in_dictionary].to(self.activation_sums.dtype)
+            places = of[token] * n_sparse + latent
+            counts += torch.bincount(places, minlength=len(counts))
+            self.fired += torch.bincount(latent, minlength=n_sparse)
+            self.activation_sums.index_add_(0, latent, values)
+        weights = weights.to(x.device)
+        self.replicate_fired += weights @ counts.view(n_sequences, n_sparse)
+        self.squared_errors += (weights @ errors).to(self.squared_errors.dtype)
+
+    def update_unsampled(self, x: torch.Tensor) -> None:
+        """`update` without replicates."""
+        one_sequence = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        self.update(x, one_sequence, torch.ones(1, 1))
+
+
+class TextStatistics:
+    """
+    Sums over the tokens that all SAEs of a hook point share.
+
+    Attributes:
+        moments: Mean and covariance of the activations.
+        n_sequences: Number of sequences.
+        replicate_tokens: Number of tokens in every replicate, shape (1 + n_replicates,),
+            the sample itself first.
+    """
+
+    def __init__(self, d_in: int, n_replicates: int, device: torch.device | str):
+        self.moments = ActivationMoments(d_in, device)
+        self.n_sequences = 0
+        self.replicate_tokens = torch.zeros(1 + n_replicates, dtype=torch.float64)
+        self._sums = torch.zeros(1 + n_replicates, d_in, dtype=torch.float64)
+        self._squares = torch.zeros(1 + n_replicates, dtype=torch.float64)
+
+    def update(
+        self, x: torch.Tensor, sequence: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """See `FiringStatistics.update`."""
+        self.moments.update(x)
+        shifted = x.float() - self.moments.shift.to(x.device)
+        n_sequences = weights.shape[1]
+        sums = torch.zeros(n_sequences, x.shape[1], device=x.device)
+        sums.index_add_(0, sequence, shifted)
+        squares = torch.zeros(n_sequences, device=x.device)
+        squares.index_add_(0, sequence, shifted.pow(2).sum(dim=1))
+        tokens = torch.bincount(sequence, minlength=n_sequences)
+        self.n_sequences += n_sequences
+        double = weights.double()
+        self.replicate_tokens += double @ tokens.cpu().double()
+        self._sums += double @ sums.cpu().double()
+        self._squares += double @ squares.cpu().double()
+
+    @cached_property
+    def principal_directions(self) -> torch.Tensor:
+        """Orthonormal rows, largest variance first, shape (d_in, d_in); after all updates."""
+        return self.moments.principal_directions()[1].cpu()
+
+    @property
+    def replicate_variances(self) -> torch.Tensor:
+        """Sum of |x - E[x]|² in every replicate, shape (1 + n_replicates,)."""
+        return self._squares - self._sums.pow(2).sum(dim=1) / self.replicate_tokens

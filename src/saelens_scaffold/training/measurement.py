@@ -9,8 +9,11 @@ import torch
 from sae_lens import SAE
 from typing_extensions import Self
 
-from saelens_scaffold.saes.facts import weights_sha256
-from saelens_scaffold.saes.firing import DENSE_THRESHOLD, FiringStatistics
+from saelens_scaffold.saes.facts import (
+    DENSE_THRESHOLD,
+    FiringStatistics,
+    weights_sha256,
+)
 from saelens_scaffold.saes.subspaces import ActivationMoments
 
 

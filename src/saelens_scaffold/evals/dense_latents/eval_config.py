@@ -11,7 +11,7 @@ class DenseLatentsEvalConfig(TextEvalConfig):
     """Configuration of the dense-latent count."""
 
     thresholds: Annotated[list[OpenShare], Field(min_length=1), DISTINCT] = Field(
-        default_factory=lambda: [0.1, 0.2, 0.5]
+        default_factory=[0.1, 0.2, 0.5].copy
     )
     """Firing frequencies above which a latent counts as dense. The first is the headline."""
     baseline: str | None = None

@@ -2,9 +2,9 @@ from pydantic import Field
 from sae_bench.evals import base_eval_output as base
 
 from saelens_scaffold._util.configs import documented
+from saelens_scaffold.evals.data import TextSeenInTraining
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
-from saelens_scaffold.evals.output_fields import Shown, WithInterval, with_intervals
-from saelens_scaffold.evals.overlap import TextSeenInTraining
+from saelens_scaffold.evals.intervals import Shown, WithInterval, with_intervals
 
 EVAL_TYPE_ID_DENSE_LATENTS = "dense_latents"
 

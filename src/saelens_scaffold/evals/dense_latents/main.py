@@ -8,16 +8,20 @@ import torch.nn.functional as F
 
 from saelens_scaffold.evals import model as lm
 from saelens_scaffold.evals.base import Call, Implementation, Result
-from saelens_scaffold.evals.bootstrap import Interval, SequenceBootstrap, interval
-from saelens_scaffold.evals.data import TokenStream
+from saelens_scaffold.evals.data import TokenStream, text_seen_in_training
 from saelens_scaffold.evals.dense_latents import eval_output as output
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
 from saelens_scaffold.evals.eval_configs import check_baseline
-from saelens_scaffold.evals.output_fields import estimates, interval_fields, repeated
-from saelens_scaffold.evals.overlap import text_seen_in_training
+from saelens_scaffold.evals.intervals import (
+    Interval,
+    SequenceBootstrap,
+    estimates,
+    interval,
+    interval_fields,
+    repeated,
+)
 from saelens_scaffold.evals.saes import SelectedSAE, label_of
-from saelens_scaffold.saes.facts import l0_warning
-from saelens_scaffold.saes.firing import FiringStatistics, TextStatistics
+from saelens_scaffold.saes.facts import FiringStatistics, TextStatistics, l0_warning
 from saelens_scaffold.saes.subspaces import orthonormal_basis, share_in_subspace
 
 HISTOGRAM_LOG10_EDGES = [-7 + i / 4 for i in range(29)]

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import yaml
 
-from saelens_scaffold.evals.overlap import TextSeenInTraining
-from saelens_scaffold.saes.firing import DENSE_THRESHOLD
+from saelens_scaffold.evals.data import TextSeenInTraining
+from saelens_scaffold.saes.facts import DENSE_THRESHOLD
 from saelens_scaffold.saes.subspaces import share_in_subspace
 
 OUTLIER_Z = 3.5

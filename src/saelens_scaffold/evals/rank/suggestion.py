@@ -18,11 +18,11 @@ from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.evals import data as text_data
 from saelens_scaffold.evals import model as lm
 from saelens_scaffold.evals import saes as selected_saes
+from saelens_scaffold.evals.data import text_seen_in_training
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
-from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.rank import analysis as ranks
 from saelens_scaffold.models.hook_points import check_activations, model_config
-from saelens_scaffold.saes.firing import DENSE_THRESHOLD, FiringStatistics
+from saelens_scaffold.saes.facts import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.saes.subspaces import ActivationMoments
 
 

@@ -18,8 +18,8 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import labelled_data
 from saelens_scaffold.evals import model as language_model
 from saelens_scaffold.evals.base import SHARE, Bounds, Call, Implementation, Result
-from saelens_scaffold.evals.bootstrap import student_interval
 from saelens_scaffold.evals.eval_configs import ModelConfig
+from saelens_scaffold.evals.intervals import student_interval
 from saelens_scaffold.evals.saebench import read_result
 from saelens_scaffold.evals.saebench.replacements import rows_per_class
 from saelens_scaffold.evals.saes import SelectedSAE, result_file_name

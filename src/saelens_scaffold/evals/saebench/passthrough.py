@@ -23,8 +23,8 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import data as text_data
 from saelens_scaffold.evals.base import Call, EvaluationError, Implementation, Result
+from saelens_scaffold.evals.data import text_seen_in_training
 from saelens_scaffold.evals.model import known_model_name
-from saelens_scaffold.evals.overlap import text_seen_in_training
 from saelens_scaffold.evals.saebench import read_result, replacements
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
 

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from saelens_scaffold.evals.bootstrap import SequenceBootstrap
 from saelens_scaffold.evals.data import TokenStream
+from saelens_scaffold.evals.intervals import SequenceBootstrap, estimates
 from saelens_scaffold.evals.model import HookedBatch, HookedModel
-from saelens_scaffold.evals.output_fields import estimates
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import (

@@ -5,13 +5,13 @@ from pydantic import Field
 from sae_bench.evals import base_eval_output as base
 
 from saelens_scaffold._util.configs import documented
-from saelens_scaffold.evals.output_fields import (
+from saelens_scaffold.evals.data import TextSeenInTraining
+from saelens_scaffold.evals.intervals import (
     OptionalEstimate,
     Shown,
     WithInterval,
     with_intervals,
 )
-from saelens_scaffold.evals.overlap import TextSeenInTraining
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )

@@ -11,7 +11,7 @@ from saelens_scaffold.evals.model import HookedModel, check_finite
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.saes import subspaces
-from saelens_scaffold.saes.firing import FiringStatistics
+from saelens_scaffold.saes.facts import FiringStatistics
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 
 

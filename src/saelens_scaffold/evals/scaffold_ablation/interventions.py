@@ -14,7 +14,7 @@ from saelens_scaffold.evals.model import HookedBatch
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit, matched_frequency
-from saelens_scaffold.saes.firing import ActiveLatents
+from saelens_scaffold.saes.facts import ActiveLatents
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.saes.subspaces import orthonormal_basis
 

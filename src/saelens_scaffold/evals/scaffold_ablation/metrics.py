@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from saelens_scaffold.evals.output_fields import headlines, repeated
+from saelens_scaffold.evals.intervals import headlines, repeated
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation import eval_output as output
 from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit

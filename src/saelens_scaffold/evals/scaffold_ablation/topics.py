@@ -14,15 +14,14 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.bootstrap import SequenceBootstrap
 from saelens_scaffold.evals.data import TokenStream
+from saelens_scaffold.evals.intervals import SequenceBootstrap, estimates
 from saelens_scaffold.evals.labelled_data import TextsByLabel, read_labelled_text
 from saelens_scaffold.evals.model import (
     HookedBatch,
     HookedModel,
     special_token_ids,
 )
-from saelens_scaffold.evals.output_fields import estimates
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import TopicAccuracy

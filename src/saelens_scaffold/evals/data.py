@@ -36,12 +36,7 @@ EMBEDDED_DATASET_NAME = "python-stdlib"
 _EMBEDDED_SPLITS = ("train", "test")
 
 # Builders of the datasets library by file suffix.
-_BUILDERS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-}
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 AnyDataset = Dataset | IterableDataset
 

@@ -15,16 +15,8 @@ from sae_bench.sae_bench_utils.activation_collection import (
 from saelens_scaffold._util.configs import config_fields, make_config, validating
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Evaluation, Implementation, Result
-from saelens_scaffold.evals.data import (
-    EMBEDDED_DATASET_NAME,
-    open_dataset,
-    rows_with,
-)
-from saelens_scaffold.evals.model import (
-    check_model_name,
-    choose_device,
-    common_setting,
-)
+from saelens_scaffold.evals.data import EMBEDDED_DATASET_NAME, open_dataset, rows_with
+from saelens_scaffold.evals.model import check_model_name, choose_device, common_setting
 from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import (
     SelectedSAE,

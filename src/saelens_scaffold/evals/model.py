@@ -152,10 +152,7 @@ class HookedModel:
 
     @torch.no_grad()
     def above(
-        self,
-        start: torch.Tensor,
-        x: torch.Tensor,
-        stop_at_layer: int | None = None,
+        self, start: torch.Tensor, x: torch.Tensor, stop_at_layer: int | None = None
     ) -> torch.Tensor:
         """
         Run the layers above the hook point from other activations there.
@@ -177,9 +174,7 @@ class HookedModel:
             start,
             start_at_layer=self._start_layer,
             stop_at_layer=stop_at_layer,
-            fwd_hooks=[
-                (self.hook_name, partial(_replace, replacement=x)),
-            ],
+            fwd_hooks=[(self.hook_name, partial(_replace, replacement=x))],
         )
 
 

@@ -66,11 +66,7 @@ def result_key(
         baseline = others[fields["baseline"]]
         weights["baseline"] = baseline.sae.cfg.metadata.weights_sha256
     return {
-        "evaluation": {
-            "name": evaluation,
-            "hook_name": sae.hook_name,
-            **more,
-        },
+        "evaluation": {"name": evaluation, "hook_name": sae.hook_name, **more},
         "eval_config": {k: v for k, v in fields.items() if k not in _SPEED_ONLY},
         "weights": weights,
         "fingerprints": fingerprints(fields),

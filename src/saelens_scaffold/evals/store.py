@@ -37,8 +37,6 @@ _SPEED_ONLY = ("llm_batch_size", "sae_batch_size")
 _DATASET_FIELDS = ("dataset", "dataset_name", "dataset_names", "topic_dataset")
 _VERSIONS = ("saelens-scaffold", "sae-lens", "sae-bench", "transformer-lens", "torch")
 
-_REVISION_TIMEOUT = 5.0  # seconds
-
 
 def result_key(
     evaluation: str,
@@ -200,12 +198,11 @@ def differences(stored: Key, wanted: Key) -> list[str]:
         then_fields = stored.get(kind, {})
         for name in dict.fromkeys([*fields, *then_fields]):
             then, now = then_fields.get(name), fields.get(name)
-            is_hash = kind in ("weights", "fingerprints")
             if then == now or (kind == "fingerprints" and None in (then, now)):
                 continue
             if kind == "weights":
                 found.append(f"other weights of the {name.replace('sae', 'SAE')}")
-            elif is_hash:
+            elif kind == "fingerprints":
                 found.append(f"another {name} of the same name")
             else:
                 found.append(f"{name} {then!r} (now {now!r})")
@@ -314,6 +311,6 @@ def _stdlib_fingerprint() -> str:
 @cache
 def _hub_revision(name: str) -> str | None:
     try:
-        return HfApi().dataset_info(name, timeout=_REVISION_TIMEOUT).sha
+        return HfApi().dataset_info(name, timeout=5.0).sha
     except Exception:  # no such name, no connection: either way it is not known
         return None

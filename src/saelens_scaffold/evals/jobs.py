@@ -147,7 +147,13 @@ def plan(
         offered = _offered(evaluation, config_class, options, saes)
         used |= {option for option, _, _ in offered}
         values = {field: value for _, field, value in offered}
-        values |= _known(evaluation, config_class, evaluations[evaluation.name])
+        values |= evaluations[evaluation.name]
+        known = list(config_fields(config_class))
+        for field in evaluations[evaluation.name]:
+            if field not in known:
+                raise UserError(
+                    f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
+                )
         _add_language_model(values, evaluation, config_class, selected_saes)
         try:
             config = make_config(config_class, {**evaluation.defaults, **values})
@@ -201,19 +207,6 @@ def _offered(
     return [of for of in offered if of[1] in fields and of[2] is not None]
 
 
-def _known(
-    evaluation: Evaluation, config_class: type, values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Fields that were given by name, which the configuration must have."""
-    known = list(config_fields(config_class))
-    for field in values:
-        if field not in known:
-            raise UserError(
-                f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
-            )
-    return dict(values)
-
-
 def _add_language_model(
     values: dict[str, Any],
     evaluation: Evaluation,
@@ -236,10 +229,8 @@ def _add_language_model(
     batch_size = activation_collection.LLM_NAME_TO_BATCH_SIZE.get(short_name)
     dtype = activation_collection.LLM_NAME_TO_DTYPE.get(short_name)
     batch_size = batch_size and max(1, batch_size // evaluation.batch_divisor)
-    for name, of_model, fallback in (
-        ("llm_batch_size", batch_size, 32),
-        ("llm_dtype", dtype, "float32"),
-    ):
+    found = (("llm_batch_size", batch_size, 32), ("llm_dtype", dtype, "float32"))
+    for name, of_model, fallback in found:
         if name in fields and values.get(name) is None:
             values[name] = of_model or fields[name].default or fallback
 

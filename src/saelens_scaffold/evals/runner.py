@@ -147,9 +147,8 @@ def evaluate(
         UserError: Something is missing, or makes no sense; nothing has been run.
     """
     evaluations = _parse_settings(settings, evaluations_named(names))
-    selected = select_saes(
-        sae_path, sae_regex_pattern, sae_block_pattern, options.get("model_name")
-    )
+    patterns = (sae_regex_pattern, sae_block_pattern)
+    selected = select_saes(sae_path, *patterns, options.get("model_name"))
     jobs = plan(evaluations, selected, **options)
     for job in jobs:
         saes = job.resolve(copy.deepcopy(selected))

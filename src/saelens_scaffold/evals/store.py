@@ -126,7 +126,8 @@ class ResultStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / file_name
         # A model has a fingerprint once it has been downloaded.
-        key = {**key, "fingerprints": _now_known(key)}
+        known = {name: v for name, v in key.get("fingerprints", {}).items() if v}
+        key = {**key, "fingerprints": {**fingerprints(key["eval_config"]), **known}}
         # A crash in between leaves a result without a key, which is none.
         _key_file(file).unlink(missing_ok=True)
         _write(file, content)
@@ -207,11 +208,6 @@ def differences(stored: Key, wanted: Key) -> list[str]:
             else:
                 found.append(f"{name} {then!r} (now {now!r})")
     return found
-
-
-def _now_known(key: Key) -> dict[str, Any]:
-    known = {name: v for name, v in key.get("fingerprints", {}).items() if v}
-    return {**fingerprints(key["eval_config"]), **known}
 
 
 def _reason(stored: Key | None, wanted: Key) -> str | None:

@@ -189,9 +189,8 @@ class ProbingEvaluation:
         lm.by_hook_point(model, saes)  # checks that they fit the model
         by_seed: list[dict[str, Any]] = []
         for seed in tqdm(config.random_seeds, desc="Seeds"):
-            of_seed = replace(
-                config, random_seed=seed, random_seeds=[seed], confidence=0.95
-            )
+            seeds = {"random_seed": seed, "random_seeds": [seed]}
+            of_seed = replace(config, **seeds, confidence=0.95)
             run = SeedRun(of_seed, call, texts, model, call.artifacts / f"seed-{seed}")
             by_seed.append(self._measure_seed(run, saes))
         for sae in saes:

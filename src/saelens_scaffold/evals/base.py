@@ -22,12 +22,6 @@ Bounds = tuple[float | None, float | None]
 """The least and the largest value of a metric; None where there is no bound."""
 
 UNBOUNDED: Bounds = (None, None)
-SHARE: Bounds = (0.0, 1.0)
-"""Accuracies, and other parts of a whole."""
-NOT_NEGATIVE: Bounds = (0.0, None)
-"""Counts, and ratios of quantities that are not negative."""
-AT_MOST_ONE: Bounds = (None, 1.0)
-"""Shares explained, which are negative where the reconstruction is worse than the mean."""
 
 
 def within(bounds: Bounds, low: float, high: float) -> tuple[float, float]:

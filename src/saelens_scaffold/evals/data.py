@@ -3,19 +3,14 @@
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from datasets import (
-    Dataset,
-    DatasetDict,
-    IterableDataset,
-    IterableDatasetDict,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import load_dataset
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
@@ -36,14 +31,10 @@ EMBEDDED_DATASET_NAME = "python-stdlib"
 _EMBEDDED_SPLITS = ("train", "test")
 
 # Builders of the datasets library by file suffix.
-_BUILDERS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-}
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset = datasets.Dataset | datasets.IterableDataset
+_SPLIT_DATASETS = (datasets.DatasetDict, datasets.IterableDatasetDict)
 
 
 def open_dataset(
@@ -68,7 +59,7 @@ def open_dataset(
             raise UserError(f"{name} has the splits 'train' and 'test', not {split!r}")
         return (load_stdlib_chunks if chunked else load_stdlib_text)(split)  # type: ignore[arg-type]
     loaded = _load(name, subset)
-    if not isinstance(loaded, (DatasetDict, IterableDatasetDict)):
+    if not isinstance(loaded, _SPLIT_DATASETS):
         return loaded
     if split not in loaded:
         raise UserError(
@@ -87,8 +78,7 @@ def split_names(name: str, subset: str | None = None) -> list[str]:
     if name == EMBEDDED_DATASET_NAME:
         return [*_EMBEDDED_SPLITS]
     loaded = _load(name, subset)
-    is_split = isinstance(loaded, (DatasetDict, IterableDatasetDict))
-    return [str(split) for split in loaded] if is_split else []
+    return [*map(str, loaded)] if isinstance(loaded, _SPLIT_DATASETS) else []
 
 
 def _load(name: str, subset: str | None) -> Any:
@@ -112,7 +102,7 @@ def _load(name: str, subset: str | None) -> Any:
         saved_by_datasets = any(
             (path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict")
         )
-        return (load_from_disk if saved_by_datasets else load_dataset)(name)
+        return (datasets.load_from_disk if saved_by_datasets else load_dataset)(name)
     except Exception as error:  # the datasets library's own, and those of the network
         raise UserError(
             f"dataset {name!r} cannot be read: {type(error).__name__}: {error} "
@@ -143,58 +133,6 @@ def rows_with(
     return (tuple(row[column] for column in columns) for row in chain([first], rows))
 
 
-def token_sequences(
-    dataset: str,
-    split: str,
-    text_column: str,
-    model: HookedTransformer,
-    context_size: int,
-    prepend_bos: bool,
-) -> Iterator[torch.Tensor]:
-    """
-    Text as the language model reads it while an SAE is trained: texts are joined, with
-    BOS between them, and cut into sequences of equal length.
-
-    Args:
-        dataset: As for `open_dataset`.
-        split: Its split.
-        text_column: The column with the text.
-        model: The language model, for its tokenizer.
-        context_size: Tokens per sequence, BOS included.
-        prepend_bos: Whether each sequence begins with BOS.
-
-    Returns:
-        An iterator over tensors of shape (context_size,), on the CPU. It ends when the
-        text does; the last, incomplete sequence is left out.
-
-    Raises:
-        UserError: The text cannot be read, or is shorter than one sequence. Raised when
-            called, not later.
-    """
-    rows = rows_with(open_dataset(dataset, split), dataset, text_column)
-    tokenizer: Any = model.tokenizer
-    bos_token_id = tokenizer.bos_token_id
-    sequences = concat_and_batch_sequences(
-        (
-            model.to_tokens(
-                text, prepend_bos=False, truncate=False, move_to_device=False
-            ).squeeze(0)
-            for (text,) in rows
-            if text
-        ),
-        context_size=context_size,
-        begin_batch_token_id=bos_token_id if prepend_bos else None,
-        sequence_separator_token_id=bos_token_id,
-    )
-    first = next(sequences, None)
-    if first is None:
-        raise UserError(
-            f"dataset {dataset!r} ({split}) has no text of {context_size} tokens; "
-            "give a longer text, or a smaller context_size"
-        )
-    return chain([first], sequences)
-
-
 class TokenStream:
     """
     The text of an evaluation, in batches of whole sequences.
@@ -216,11 +154,9 @@ class TokenStream:
         saes: Sequence[SelectedSAE],
     ):
         context_size = config.context_size or common_setting(saes, "context_size", 128)
-        prepend_bos = (
-            common_setting(saes, "prepend_bos", True)
-            if config.prepend_bos is None
-            else config.prepend_bos
-        )
+        prepend_bos = config.prepend_bos
+        if prepend_bos is None:
+            prepend_bos = common_setting(saes, "prepend_bos", True)
         if context_size > model.cfg.n_ctx:
             raise UserError(
                 f"context_size is {context_size}; {model.cfg.model_name} has room for "
@@ -231,14 +167,42 @@ class TokenStream:
         self._config = config
         self._device = model.cfg.device
         self._special = torch.tensor(special_token_ids(model), device=self._device)
-        self._sequences = token_sequences(
-            config.dataset,
-            config.dataset_split,
-            config.text_column,
-            model,
-            self.context_size,
-            self.prepend_bos,
+        self._sequences = self._joined_and_cut(model)
+
+    def _joined_and_cut(self, model: HookedTransformer) -> Iterator[torch.Tensor]:
+        """
+        Text as the language model reads it while an SAE is trained: texts are joined, with
+        BOS between them, and cut into sequences of equal length.
+
+        Returns:
+            An iterator over tensors of shape (context_size,), on the CPU. It ends when the
+            text does; the last, incomplete sequence is left out.
+
+        Raises:
+            UserError: The text cannot be read, or is shorter than one sequence. Raised
+                when called, not later.
+        """
+        config = self._config
+        dataset, split = config.dataset, config.dataset_split
+        rows = rows_with(open_dataset(dataset, split), dataset, config.text_column)
+        to_tokens = partial(
+            model.to_tokens, prepend_bos=False, truncate=False, move_to_device=False
         )
+        tokenizer: Any = model.tokenizer
+        bos_token_id = tokenizer.bos_token_id
+        sequences = concat_and_batch_sequences(
+            (to_tokens(text).squeeze(0) for (text,) in rows if text),
+            context_size=self.context_size,
+            begin_batch_token_id=bos_token_id if self.prepend_bos else None,
+            sequence_separator_token_id=bos_token_id,
+        )
+        first = next(sequences, None)
+        if first is None:
+            raise UserError(
+                f"dataset {dataset!r} ({split}) has no text of {self.context_size} tokens; "
+                "give a longer text, or a smaller context_size"
+            )
+        return chain([first], sequences)
 
     def batches(
         self, n_tokens: int, desc: str
@@ -280,13 +244,8 @@ class TokenStream:
                 "longer text, or evaluate on fewer tokens"
             )
         if counted < n_tokens:
-            logger.warning(
-                "%s: dataset %r ended after %s of %s tokens",
-                desc,
-                self._config.dataset,
-                f"{counted:,}",
-                f"{n_tokens:,}",
-            )
+            ended = (desc, self._config.dataset, f"{counted:,}", f"{n_tokens:,}")
+            logger.warning("%s: dataset %r ended after %s of %s tokens", *ended)
 
 
 TRAINING_SPLIT = "train"

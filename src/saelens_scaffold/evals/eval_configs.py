@@ -10,8 +10,7 @@ from saelens_scaffold._util.errors import UserError
 
 
 def _ascending(values: list[float]) -> list[float]:
-    _check_distinct(values)
-    return sorted(values)
+    return sorted(_check_distinct(values))
 
 
 def _check_distinct(values: list[float]) -> list[float]:

@@ -66,9 +66,8 @@ def interval(statistics: torch.Tensor, confidence: float) -> Interval:
     if len(replicates) == 0:
         return Interval(float(statistics[0]), float("nan"), float("nan"))
     tail = (1 - confidence) / 2
-    low, high = replicates.quantile(
-        torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    ).tolist()
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = replicates.quantile(ends).tolist()
     return Interval(float(statistics[0]), low, high)
 
 
@@ -139,11 +138,8 @@ def with_intervals(cls: type[Class]) -> type[Class]:
 
 def interval_fields(name: str, value: Interval) -> dict[str, Any]:
     """The values of a field and of the ends of its interval, by the fields' names."""
-    return {
-        name: value.estimate,
-        f"{name}_ci_low": value.low,
-        f"{name}_ci_high": value.high,
-    }
+    fields = (name, f"{name}_ci_low", f"{name}_ci_high")
+    return dict(zip(fields, value, strict=True))
 
 
 def estimates(confidence: float, **statistics: torch.Tensor) -> dict[str, Any]:

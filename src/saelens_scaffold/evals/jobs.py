@@ -2,29 +2,18 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_bench.sae_bench_utils.activation_collection import (
-    LLM_NAME_TO_BATCH_SIZE,
-    LLM_NAME_TO_DTYPE,
-)
+from sae_bench.sae_bench_utils import activation_collection
 
 from saelens_scaffold._util.configs import config_fields, make_config, validating
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Evaluation, Implementation, Result
-from saelens_scaffold.evals.data import (
-    EMBEDDED_DATASET_NAME,
-    open_dataset,
-    rows_with,
-)
-from saelens_scaffold.evals.model import (
-    check_model_name,
-    choose_device,
-    common_setting,
-)
+from saelens_scaffold.evals.data import EMBEDDED_DATASET_NAME, open_dataset, rows_with
+from saelens_scaffold.evals.model import check_model_name, choose_device, common_setting
 from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import (
     SelectedSAE,
@@ -33,19 +22,6 @@ from saelens_scaffold.evals.saes import (
     resolve_saes,
 )
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
-
-# Options that are fields of configurations under the same name.
-_FIELDS = (
-    "model_name",
-    "dataset_split",
-    "text_column",
-    "label_column",
-    "random_seeds",
-    "llm_batch_size",
-    "llm_dtype",
-    "sae_batch_size",
-    "baseline",
-)
 
 
 @dataclass(frozen=True)
@@ -163,32 +139,29 @@ def plan(
     api_key = _api_key(api_key_file) if "autointerp" in evaluations else None
     device = choose_device(device)
     used = {"dataset_split", "text_column"} if reads_text else set()
+    text = (_dataset_split(options) or "train", options.get("text_column", "text"))
     jobs: list[Job] = []
     for evaluation in named:
         implementation = evaluation.load()
         config_class = validating(implementation.config_class)
-        offered = [*_offered(evaluation, config_class, options, saes)]
+        offered = _offered(evaluation, config_class, options, saes)
         used |= {option for option, _, _ in offered}
         values = {field: value for _, field, value in offered}
-        values |= _known(evaluation, config_class, evaluations[evaluation.name])
+        values |= evaluations[evaluation.name]
+        known = list(config_fields(config_class))
+        for field in evaluations[evaluation.name]:
+            if field not in known:
+                raise UserError(
+                    f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
+                )
         _add_language_model(values, evaluation, config_class, selected_saes)
         try:
             config = make_config(config_class, {**evaluation.defaults, **values})
         except UserError as error:
             raise UserError(f"{evaluation.name}: {error}") from error
-        jobs.append(
-            Job(
-                evaluation,
-                implementation,
-                config,
-                device,
-                Path(output_path, evaluation.name),
-                Path(artifacts_path),
-                _dataset_split(options) or "train",
-                options.get("text_column", "text"),
-                api_key,
-            )
-        )
+        where = (device, Path(output_path, evaluation.name), Path(artifacts_path))
+        job = Job(evaluation, implementation, config, *where, *text, api_key)
+        jobs.append(job)
     unused = [name for name in options if name not in used | {"model_name"}]
     if api_key_file is not None and api_key is None:
         unused.append("api_key_file")
@@ -202,15 +175,14 @@ def _offered(
     config_class: type,
     options: Mapping[str, Any],
     saes: Sequence[SelectedSAE],
-) -> Iterator[tuple[str, str, Any]]:
+) -> list[tuple[str, str, Any]]:
     """Options that a configuration takes: name, the configuration's field, and value."""
     fields = config_fields(config_class)
     labelled = options.get("labelled_dataset")
-    offered = [(option, option, options.get(option)) for option in _FIELDS]
-    # core's name
-    offered.append(
-        ("llm_batch_size", "batch_size_prompts", options.get("llm_batch_size"))
-    )
+    # most have the name of the field that they are for
+    offered = [(name, name, options[name]) for name in options if name != "dataset"]
+    batch_size = options.get("llm_batch_size")
+    offered.append(("llm_batch_size", "batch_size_prompts", batch_size))  # core's name
     if "random_seeds" not in fields:
         first = options.get("random_seeds", [None])[0]
         offered.append(("random_seeds", "random_seed", first))
@@ -232,22 +204,7 @@ def _offered(
     if "context_size" in fields and fields["context_size"].default is not None:
         context_size = common_setting(saes, "context_size", 128)
         offered.append(("context_size", "context_size", context_size))
-    for option, field, value in offered:
-        if value is not None and field in fields:
-            yield option, field, value
-
-
-def _known(
-    evaluation: Evaluation, config_class: type, values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Fields that were given by name, which the configuration must have."""
-    known = list(config_fields(config_class))
-    for field in values:
-        if field not in known:
-            raise UserError(
-                f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
-            )
-    return dict(values)
+    return [of for of in offered if of[1] in fields and of[2] is not None]
 
 
 def _add_language_model(
@@ -269,12 +226,11 @@ def _add_language_model(
     values["model_name"] = values.get("model_name") or common_model_name(selected_saes)
     check_model_name(values["model_name"])
     short_name = values["model_name"].rpartition("/")[2]
-    batch_size = LLM_NAME_TO_BATCH_SIZE.get(short_name)
+    batch_size = activation_collection.LLM_NAME_TO_BATCH_SIZE.get(short_name)
+    dtype = activation_collection.LLM_NAME_TO_DTYPE.get(short_name)
     batch_size = batch_size and max(1, batch_size // evaluation.batch_divisor)
-    for name, of_model, fallback in (
-        ("llm_batch_size", batch_size, 32),
-        ("llm_dtype", LLM_NAME_TO_DTYPE.get(short_name), "float32"),
-    ):
+    found = (("llm_batch_size", batch_size, 32), ("llm_dtype", dtype, "float32"))
+    for name, of_model, fallback in found:
         if name in fields and values.get(name) is None:
             values[name] = of_model or fields[name].default or fallback
 

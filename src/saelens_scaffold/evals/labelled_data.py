@@ -60,10 +60,8 @@ class LabelledText(NamedTuple):
             UserError: A class has fewer.
         """
         if min(train_size, test_size) < 1:
-            raise UserError(
-                f"train_size is {train_size} and test_size {test_size}; each must be at "
-                "least 1"
-            )
+            sizes = f"train_size is {train_size} and test_size {test_size}"
+            raise UserError(f"{sizes}; each must be at least 1")
         if self.test is None:
             self._check_rows("rows", self.train, train_size + test_size)
         else:

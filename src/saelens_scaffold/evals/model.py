@@ -36,10 +36,9 @@ def load_language_model(
         UserError: TransformerLens knows no such model.
         UserError: A local model lacks a file.
     """
-    name = known_model_name(model_name)
-    return HookedTransformer.from_pretrained_no_processing(
-        name, device=device, dtype=general_utils.str_to_dtype(dtype)
-    )
+    name, torch_dtype = known_model_name(model_name), general_utils.str_to_dtype(dtype)
+    load = HookedTransformer.from_pretrained_no_processing
+    return load(name, device=device, dtype=torch_dtype)
 
 
 def known_model_name(model_name: str) -> str:
@@ -125,7 +124,7 @@ class HookedModel:
         self.is_residual_post = hook_name.endswith(".hook_resid_post")
         # What the rerun of a batch starts with: the output of a layer is the next one's
         # input, any other hook point is met on the way through its own layer.
-        self._start_layer = int(layer[1]) + self.is_residual_post
+        self._layer = int(layer[1]) + self.is_residual_post
 
     @torch.no_grad()
     def below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,22 +139,15 @@ class HookedModel:
             the residual stream that `above` goes on from, shape (batch, seq, d_model).
         """
         if self.is_residual_post:
-            x = self.model(tokens, stop_at_layer=self._start_layer)
+            x = self.model(tokens, stop_at_layer=self._layer)
             return x, x
-        start = f"blocks.{self._start_layer}.hook_resid_pre"
-        _, cache = self.model.run_with_cache(
-            tokens,
-            stop_at_layer=self._start_layer + 1,
-            names_filter=[self.hook_name, start],
-        )
-        return cache[self.hook_name].flatten(2), cache[start]
+        start = f"blocks.{self._layer}.hook_resid_pre"
+        found = activations_at(self.model, tokens, [self.hook_name, start])
+        return found[self.hook_name], found[start]
 
     @torch.no_grad()
     def above(
-        self,
-        start: torch.Tensor,
-        x: torch.Tensor,
-        stop_at_layer: int | None = None,
+        self, start: torch.Tensor, x: torch.Tensor, stop_at_layer: int | None = None
     ) -> torch.Tensor:
         """
         Run the layers above the hook point from other activations there.
@@ -169,18 +161,11 @@ class HookedModel:
         Returns:
             Logits, shape (batch, seq, d_vocab), or the residual stream.
         """
+        layers: Any = {"start_at_layer": self._layer, "stop_at_layer": stop_at_layer}
         if self.is_residual_post:
-            return self.model(
-                x, start_at_layer=self._start_layer, stop_at_layer=stop_at_layer
-            )
-        return self.model.run_with_hooks(
-            start,
-            start_at_layer=self._start_layer,
-            stop_at_layer=stop_at_layer,
-            fwd_hooks=[
-                (self.hook_name, partial(_replace, replacement=x)),
-            ],
-        )
+            return self.model(x, **layers)
+        replace = (self.hook_name, partial(_replace, replacement=x))
+        return self.model.run_with_hooks(start, fwd_hooks=[replace], **layers)
 
 
 class HookedBatch:
@@ -283,9 +268,8 @@ def by_hook_point(
         except ValueError as error:
             raise UserError(f"SAE {group[0].label!r}: {error}") from error
         # any token does: this is about shapes
-        width = at.below(torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device))[
-            0
-        ].shape[-1]
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device)
+        width = at.below(tokens)[0].shape[-1]
         for sae in group:
             if sae.sae.cfg.d_in != width:
                 raise UserError(
@@ -324,15 +308,13 @@ def common_setting(saes: Sequence[SelectedSAE], field: str, default: int | bool)
     Raises:
         UserError: They do not agree.
     """
-    if not saes:
-        return default
     values = {sae.label: getattr(sae.sae.cfg.metadata, field) for sae in saes}
     values = {k: default if v is None else v for k, v in values.items()}
     if len(set(values.values())) > 1:
         raise UserError(
             f"the SAEs were trained with different {field}: {values}; set {field}"
         )
-    return next(iter(values.values()))
+    return next(iter(values.values()), default)
 
 
 def _replace(x: torch.Tensor, hook: Any, replacement: torch.Tensor) -> torch.Tensor:  # noqa: ARG001

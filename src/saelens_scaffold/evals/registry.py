@@ -1,23 +1,13 @@
 """Every evaluation that can be run by name: this package's own, SAEBench's, and plugins'."""
 
-from collections.abc import Sequence
-from importlib.resources import files
-from typing import Any
+from pathlib import Path
 
 import yaml
+from pydantic import TypeAdapter
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.base import (
-    AT_MOST_ONE,
-    NOT_NEGATIVE,
-    SHARE,
-    Bounds,
-    Evaluation,
-    Metric,
-)
+from saelens_scaffold.evals.base import Evaluation
 from saelens_scaffold.plugins.manager import evaluation_plugins
-
-_BOUNDS = {"share": SHARE, "not_negative": NOT_NEGATIVE, "at_most_one": AT_MOST_ONE}
 
 
 def evaluations_named(names: str) -> list[Evaluation]:
@@ -61,35 +51,10 @@ def known_evaluations() -> dict[str, Evaluation]:
 
 
 def _read_evaluations() -> dict[str, Evaluation]:
-    text = (
-        files("saelens_scaffold.evals")
-        .joinpath("evaluations.yaml")
-        .read_text(encoding="utf-8")
-    )
-    return {name: _evaluation(name, **d) for name, d in yaml.safe_load(text).items()}
-
-
-def _evaluation(
-    name: str,
-    implementation: str,
-    metrics: Sequence[dict[str, Any]] = (),
-    **fields: Any,
-) -> Evaluation:
-    return Evaluation(
-        name,
-        implementation=f"saelens_scaffold.evals.{implementation}",
-        metrics=tuple(_metric(**metric) for metric in metrics),
-        **fields,
-    )
-
-
-def _metric(bounds: str | list[float] | None = None, **fields: Any) -> Metric:
-    found: Bounds = (None, None)
-    if isinstance(bounds, str):
-        found = _BOUNDS[bounds]
-    elif bounds is not None:
-        found = (bounds[0], bounds[1])
-    return Metric(**fields, bounds=found)
+    text = Path(__file__).with_name("evaluations.yaml").read_text(encoding="utf-8")
+    of_fields = TypeAdapter(Evaluation).validate_python
+    read = yaml.safe_load(text).items()
+    return {name: of_fields({"name": name, **fields}) for name, fields in read}
 
 
 EVALUATIONS: dict[str, Evaluation] = _read_evaluations()

@@ -8,18 +8,14 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from sae_bench.sae_bench_utils import (
-    get_eval_uuid,
-    get_sae_bench_version,
-    get_sae_lens_version,
-)
+from sae_bench import sae_bench_utils
 
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.files import make_writable
@@ -110,8 +106,7 @@ def run_eval(
     return outcome.results
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """
     What `saelens-scaffold eval` has to say.
 
@@ -152,9 +147,8 @@ def evaluate(
         UserError: Something is missing, or makes no sense; nothing has been run.
     """
     evaluations = _parse_settings(settings, evaluations_named(names))
-    selected = select_saes(
-        sae_path, sae_regex_pattern, sae_block_pattern, options.get("model_name")
-    )
+    patterns = (sae_regex_pattern, sae_block_pattern)
+    selected = select_saes(sae_path, *patterns, options.get("model_name"))
     jobs = plan(evaluations, selected, **options)
     for job in jobs:
         saes = job.resolve(copy.deepcopy(selected))
@@ -175,12 +169,8 @@ def reason(outcome: Outcome) -> str:
     """Why an evaluation failed, in one line."""
     error = outcome.error
     assert error is not None
-    kind = (
-        ""
-        if isinstance(error, (UserError, EvaluationError))
-        else f"{type(error).__name__}: "
-    )
-    return kind + one_line(error)
+    is_told = isinstance(error, (UserError, EvaluationError))
+    return ("" if is_told else f"{type(error).__name__}: ") + one_line(error)
 
 
 def _results(
@@ -212,21 +202,15 @@ def _measure(
 ) -> Iterator[tuple[SelectedSAE, Result]]:
     """The complete results of SAEs, measured."""
     about_this_run = {
-        "eval_id": get_eval_uuid(),
-        "sae_bench_commit_hash": get_sae_bench_version(),
-        "sae_lens_version": get_sae_lens_version(),
+        "eval_id": sae_bench_utils.get_eval_uuid(),
+        "sae_bench_commit_hash": sae_bench_utils.get_sae_bench_version(),
+        "sae_lens_version": sae_bench_utils.get_sae_lens_version(),
     }
     output_class = job.implementation.output_class
     with _artifacts_in(job.artifacts_path) as artifacts:
-        call = Call(
-            device=job.device,
-            artifacts=artifacts,
-            store_path=job.store_path,
-            dataset_split=job.dataset_split,
-            text_column=job.text_column,
-            api_key=job.api_key,
-            companions=companions,
-        )
+        text = (job.dataset_split, job.text_column)
+        folders = (artifacts, job.store_path)
+        call = Call(job.device, *folders, *text, job.api_key, companions)
         for sae, result in job.implementation.measure(job.config, missing, call):
             if output_class is not None:
                 output = output_class(
@@ -258,9 +242,7 @@ def _parse_settings(
     settings: Sequence[str], evaluations: Sequence[Evaluation]
 ) -> dict[str, dict[str, Any]]:
     """Values of fields, for each evaluation, from NAME.FIELD=VALUE."""
-    parsed: dict[str, dict[str, Any]] = {
-        evaluation.name: {} for evaluation in evaluations
-    }
+    parsed: dict[str, dict[str, Any]] = {named.name: {} for named in evaluations}
     for setting in settings:
         target, equals, text = setting.partition("=")
         name, dot, field = target.partition(".")

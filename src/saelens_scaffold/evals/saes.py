@@ -243,21 +243,16 @@ def _formatted(
         loaded = general_utils.load_and_format_sae(release, sae_or_id, device)
         assert loaded is not None
         sae_id, sae, _ = loaded
-    judged = _inference_form(sae)
+    judged, metadata = sae, sae.cfg.metadata
+    if isinstance(sae, ScaffoldMixin):
+        judged = sae.to_inference()
+    elif isinstance(sae, JumpReLUSAE) and metadata.scaffold_view == "whole":
+        judged = _scaffold_of_plain_form(sae, int(metadata.scaffold_rank))
     if view == "sparse" and isinstance(judged, ScaffoldMixin):
         judged = judged.sparse_sae()
     if judged is not sae or not isinstance(sae_or_id, str):
         general_utils.load_and_format_sae(release, judged, device)
     return sae_id, judged
-
-
-def _inference_form(sae: SAE[Any]) -> SAE[Any]:
-    if isinstance(sae, ScaffoldMixin):
-        return sae.to_inference()
-    metadata = sae.cfg.metadata
-    if isinstance(sae, JumpReLUSAE) and metadata.scaffold_view == "whole":
-        return _scaffold_of_plain_form(sae, int(metadata.scaffold_rank))
-    return sae
 
 
 def _scaffold_of_plain_form(sae: JumpReLUSAE, rank: int) -> ScaffoldJumpReLUSAE:

@@ -37,8 +37,6 @@ _SPEED_ONLY = ("llm_batch_size", "sae_batch_size")
 _DATASET_FIELDS = ("dataset", "dataset_name", "dataset_names", "topic_dataset")
 _VERSIONS = ("saelens-scaffold", "sae-lens", "sae-bench", "transformer-lens", "torch")
 
-_REVISION_TIMEOUT = 5.0  # seconds
-
 
 def result_key(
     evaluation: str,
@@ -66,11 +64,7 @@ def result_key(
         baseline = others[fields["baseline"]]
         weights["baseline"] = baseline.sae.cfg.metadata.weights_sha256
     return {
-        "evaluation": {
-            "name": evaluation,
-            "hook_name": sae.hook_name,
-            **more,
-        },
+        "evaluation": {"name": evaluation, "hook_name": sae.hook_name, **more},
         "eval_config": {k: v for k, v in fields.items() if k not in _SPEED_ONLY},
         "weights": weights,
         "fingerprints": fingerprints(fields),
@@ -132,7 +126,8 @@ class ResultStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / file_name
         # A model has a fingerprint once it has been downloaded.
-        key = {**key, "fingerprints": _now_known(key)}
+        known = {name: v for name, v in key.get("fingerprints", {}).items() if v}
+        key = {**key, "fingerprints": {**fingerprints(key["eval_config"]), **known}}
         # A crash in between leaves a result without a key, which is none.
         _key_file(file).unlink(missing_ok=True)
         _write(file, content)
@@ -204,21 +199,15 @@ def differences(stored: Key, wanted: Key) -> list[str]:
         then_fields = stored.get(kind, {})
         for name in dict.fromkeys([*fields, *then_fields]):
             then, now = then_fields.get(name), fields.get(name)
-            is_hash = kind in ("weights", "fingerprints")
             if then == now or (kind == "fingerprints" and None in (then, now)):
                 continue
             if kind == "weights":
                 found.append(f"other weights of the {name.replace('sae', 'SAE')}")
-            elif is_hash:
+            elif kind == "fingerprints":
                 found.append(f"another {name} of the same name")
             else:
                 found.append(f"{name} {then!r} (now {now!r})")
     return found
-
-
-def _now_known(key: Key) -> dict[str, Any]:
-    known = {name: v for name, v in key.get("fingerprints", {}).items() if v}
-    return {**fingerprints(key["eval_config"]), **known}
 
 
 def _reason(stored: Key | None, wanted: Key) -> str | None:
@@ -318,6 +307,6 @@ def _stdlib_fingerprint() -> str:
 @cache
 def _hub_revision(name: str) -> str | None:
     try:
-        return HfApi().dataset_info(name, timeout=_REVISION_TIMEOUT).sha
+        return HfApi().dataset_info(name, timeout=5.0).sha
     except Exception:  # no such name, no connection: either way it is not known
         return None

@@ -1,6 +1,6 @@
 """The table of `saelens-scaffold eval`, in Markdown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import MARKDOWN
@@ -12,8 +12,6 @@ from saelens_scaffold.evals.base import Evaluation, Metric
 
 if TYPE_CHECKING:
     from saelens_scaffold.evals.saes import SelectedSAE
-
-FAILED = "failed"
 
 
 class Outcome(NamedTuple):
@@ -35,7 +33,7 @@ def results_table(saes: Sequence["SelectedSAE"], outcomes: Sequence[Outcome]) ->
     """The headline metrics: SAEs as rows, with the intervals where there are any."""
     table = Table(box=MARKDOWN)
     table.add_column("SAE", no_wrap=True)
-    columns: list[Callable[[SelectedSAE], str]] = []
+    columns: list[tuple[Outcome, Metric]] = []
     for outcome in outcomes:
         name = outcome.evaluation.name
         # which stand beside what they are to be compared with
@@ -55,20 +53,17 @@ def results_table(saes: Sequence["SelectedSAE"], outcomes: Sequence[Outcome]) ->
             # the name stands before the first of its columns, which makes many narrower
             title = f"{name}: {metric.title}" if i == 0 else metric.title
             table.add_column(escape(title), justify="right", no_wrap=True)
-            columns.append(_column(outcome, metric))
+            columns.append((outcome, metric))
     for sae in saes:
-        table.add_row(escape(sae.label), *(cell(sae) for cell in columns))
+        table.add_row(escape(sae.label), *(_cell(sae, *column) for column in columns))
     return markdown(table)
 
 
-def _column(outcome: Outcome, metric: Metric) -> Callable[["SelectedSAE"], str]:
-    def cell(sae: "SelectedSAE") -> str:
-        result = outcome.results.get(sae.key)
-        if result is None:
-            return FAILED
-        return escape(metric_cell(result, metric)) if metric.path else "yes"
-
-    return cell
+def _cell(sae: "SelectedSAE", outcome: Outcome, metric: Metric) -> str:
+    result = outcome.results.get(sae.key)
+    if result is None:
+        return "failed"
+    return escape(metric_cell(result, metric)) if metric.path else "yes"
 
 
 def metric_cell(result: dict[str, Any], metric: Metric) -> str:

@@ -6,8 +6,6 @@ from saelens_scaffold.evals.data import TextSeenInTraining
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
 from saelens_scaffold.evals.intervals import Shown, WithInterval, with_intervals
 
-EVAL_TYPE_ID_DENSE_LATENTS = "dense_latents"
-
 
 @documented
 @with_intervals
@@ -131,4 +129,4 @@ class DenseLatentsEvalOutput(
     judged_view: str = "sparse"
     """Counts are of the sparse dictionary (`sparse_sae()`); explained variance and l0_total
     are of the whole SAE."""
-    eval_type_id: str = EVAL_TYPE_ID_DENSE_LATENTS
+    eval_type_id: str = "dense_latents"

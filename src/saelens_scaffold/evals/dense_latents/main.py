@@ -6,20 +6,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from saelens_scaffold.evals import intervals
 from saelens_scaffold.evals import model as lm
 from saelens_scaffold.evals.base import Call, Implementation, Result
 from saelens_scaffold.evals.data import TokenStream, text_seen_in_training
 from saelens_scaffold.evals.dense_latents import eval_output as output
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
 from saelens_scaffold.evals.eval_configs import check_baseline
-from saelens_scaffold.evals.intervals import (
-    Interval,
-    SequenceBootstrap,
-    estimates,
-    interval,
-    interval_fields,
-    repeated,
-)
 from saelens_scaffold.evals.saes import SelectedSAE, label_of
 from saelens_scaffold.saes.facts import FiringStatistics, TextStatistics, l0_warning
 from saelens_scaffold.saes.subspaces import orthonormal_basis, share_in_subspace
@@ -85,7 +78,7 @@ def _sums_over_tokens(
         for hook_name, group in groups.items()
     }
     firing = {sae.key: FiringStatistics(sae.sae, config.n_bootstrap) for sae in saes}
-    bootstrap = SequenceBootstrap(config.n_bootstrap, config.random_seed)
+    bootstrap = intervals.SequenceBootstrap(config.n_bootstrap, config.random_seed)
     stream = TokenStream(config, model, saes)
     for tokens, counts in stream.batches(config.n_tokens, "Counting dense latents"):
         weights = bootstrap.draw(len(tokens))
@@ -121,7 +114,7 @@ def _result(
             # a replicate in which the baseline has no dense latent has no ratio
             ratio = counts[i] / baseline[i].where(baseline[i] > 0, torch.nan)
             statistics["reduction"] = 1 - ratio
-        figures = estimates(config.confidence, **statistics)
+        figures = intervals.estimates(config.confidence, **statistics)
         details.append(output.DenseLatentsResultDetail(threshold, **figures))
     headline, n_tokens = output.DenseLatentMetrics, of.text.moments.n
     errors = of.firing.squared_errors.cpu().double()
@@ -130,12 +123,12 @@ def _result(
     return {
         "eval_result_metrics": output.DenseLatentsMetricCategories(
             dense_latents=headline(
-                **repeated(headline, "dense_latents", details[0], "count"),
-                **repeated(headline, "reduction", details[0], "reduction"),
+                **intervals.repeated(headline, "dense_latents", details[0], "count"),
+                **intervals.repeated(headline, "reduction", details[0], "reduction"),
             ),
             sparsity=_sparsity(of, config.confidence),
             reconstruction_quality=output.ReconstructionQualityMetrics(
-                **estimates(config.confidence, explained_variance=explained)
+                **intervals.estimates(config.confidence, explained_variance=explained)
             ),
             token_stats=output.TokenMetrics(n_tokens, of.text.n_sequences),
         ),
@@ -155,14 +148,14 @@ def _sparsity(of: _Sums, confidence: float) -> output.SparsityMetrics:
     rank, n_sparse = of.sae.rank, len(of.firing.fired)
     l0_sparse = float(of.firing.fired.sum()) / of.text.moments.n
     n_alive = (of.firing.replicate_fired > 0).sum(dim=1).cpu().double()
-    estimate, low, high = interval(n_alive, confidence)
-    dead = Interval(n_sparse - estimate, n_sparse - high, n_sparse - low)
+    estimate, low, high = intervals.interval(n_alive, confidence)
+    dead = intervals.Interval(n_sparse - estimate, n_sparse - high, n_sparse - low)
     return output.SparsityMetrics(
         l0_sparse=l0_sparse,
         l0_total=l0_sparse + rank,
         scaffold_rank=rank,
-        **estimates(confidence, alive_latents=n_alive),
-        **interval_fields("dead_latents", dead),
+        **intervals.estimates(confidence, alive_latents=n_alive),
+        **intervals.interval_fields("dead_latents", dead),
     )
 
 

@@ -16,8 +16,8 @@ from transformer_lens import HookedTransformer
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import labelled_data
-from saelens_scaffold.evals import model as language_model
-from saelens_scaffold.evals.base import SHARE, Bounds, Call, Implementation, Result
+from saelens_scaffold.evals import model as lm
+from saelens_scaffold.evals.base import Bounds, Call, Implementation, Result
 from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.intervals import student_interval
 from saelens_scaffold.evals.saebench import read_result
@@ -162,7 +162,7 @@ class ProbingEvaluation:
     check_text: Callable[[Any, labelled_data.LabelledText], None]
     run: Callable[[SeedRun, NamedSAEs], None]
     check_sae: Callable[[Any, SelectedSAE], None] = lambda *_: None
-    bounds: Bounds = SHARE
+    bounds: Bounds = (0.0, 1.0)
     averaged: tuple[str, ...] = ("eval_result_metrics", "eval_result_details")
     probes_follow_activations: bool = True
 
@@ -185,15 +185,12 @@ class ProbingEvaluation:
         """Run SAEBench with each seed, and yield means and intervals of each SAE."""
         texts = self._checked_texts(config, saes)
         dtype = getattr(config, "llm_dtype", "float32")
-        model = language_model.load_language_model(
-            config.model_name, call.device, dtype
-        )
-        language_model.by_hook_point(model, saes)  # checks that they fit the model
+        model = lm.load_language_model(config.model_name, call.device, dtype)
+        lm.by_hook_point(model, saes)  # checks that they fit the model
         by_seed: list[dict[str, Any]] = []
         for seed in tqdm(config.random_seeds, desc="Seeds"):
-            of_seed = replace(
-                config, random_seed=seed, random_seeds=[seed], confidence=0.95
-            )
+            seeds = {"random_seed": seed, "random_seeds": [seed]}
+            of_seed = replace(config, **seeds, confidence=0.95)
             run = SeedRun(of_seed, call, texts, model, call.artifacts / f"seed-{seed}")
             by_seed.append(self._measure_seed(run, saes))
         for sae in saes:
@@ -259,7 +256,7 @@ class ProbingEvaluation:
         probes are drawn from as well. Left to the first SAE of each hook point, it would
         give this one other draws than those after it. So a stand-in does it first.
         """
-        model_name = language_model.known_model_name(run.config.model_name)
+        model_name = lm.known_model_name(run.config.model_name)
         run = run._replace(config=replace(run.config, model_name=model_name))
         if self.probes_follow_activations:
             first_of_hook = {sae.hook_name: sae.sae for sae in reversed(saes)}

@@ -295,8 +295,7 @@ def _implementation(
     text_field: str | None = None,
 ) -> Implementation:
     evaluation = _Passthrough(package, run, text_field)
-    of_package = f"sae_bench.evals.{package}.eval_config:{config_class}"
-    config: type[Any] = resolve_name(of_package)
+    config = resolve_name(f"sae_bench.evals.{package}.eval_config:{config_class}")
     return Implementation(config, evaluation.measure, check=evaluation.check)
 
 

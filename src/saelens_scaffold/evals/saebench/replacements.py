@@ -142,21 +142,18 @@ def absorption_folders(main: ModuleType, folder: Path) -> Replacement:
     By default they are in the folder of the installed sae_bench, found again by the names
     of model and SAE alone.
     """
-    probing = {
-        "probes_dir": folder / "probes",
-        "experiment_dir": folder / "k_sparse_probing",
-    }
-    absorption = {
-        "probes_dir": folder / "probes",
-        "sparse_probing_experiment_dir": folder / "k_sparse_probing",
+    probes, probing = folder / "probes", folder / "k_sparse_probing"
+    of_probing = {"probes_dir": probes, "experiment_dir": probing}
+    of_absorption = {
+        "probes_dir": probes,
+        "sparse_probing_experiment_dir": probing,
         "experiment_dir": folder / "feature_absorption",
     }
-    experiments = {
-        "run_k_sparse_probing_experiment": probing,
-        "run_feature_absortion_experiment": absorption,
-    }
+    run_probing = partial(main.run_k_sparse_probing_experiment, **of_probing)
+    run_absorption = partial(main.run_feature_absortion_experiment, **of_absorption)
     bound = {
-        name: partial(vars(main)[name], **experiments[name]) for name in experiments
+        "run_k_sparse_probing_experiment": run_probing,
+        "run_feature_absortion_experiment": run_absorption,
     }
     return replaced((vars(main), bound))
 

@@ -157,9 +157,7 @@ class CleanPredictions:
         return torch.cat(surprises), torch.cat(expectations)
 
 
-def _log_softmax_in_parts(
-    logits: torch.Tensor,
-) -> Iterator[tuple[slice, torch.Tensor]]:
+def _log_softmax_in_parts(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Log probabilities in float32, in parts small enough for a CPU's cache."""
     flat = logits.flatten(0, 1)
     step = max(1, (2**20 if flat.device.type == "cpu" else 2**26) // flat.shape[1])

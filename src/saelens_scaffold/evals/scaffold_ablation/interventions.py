@@ -239,7 +239,7 @@ def _of_dictionary(
             continue
         yield removal("aligned", n, aligned[:n])
         draws = [
-            matched_frequency(of.fired, aligned[:n], generator)
+            matched_frequency(of.firing.fired, aligned[:n], generator)
             for _ in range(config.n_random_draws)
         ]
         matched = [draw for draw in draws if draw is not None]

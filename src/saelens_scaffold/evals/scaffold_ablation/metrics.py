@@ -69,7 +69,7 @@ def topic_metrics(
         chance=probes.chance,
         n_topics=probes.n_topics,
         n_topic_latents=size["topic_latents_ablated"],
-        n_topic_latents_alive=int((fit.fired > 0).sum()),
+        n_topic_latents_alive=int((fit.firing.fired > 0).sum()),
         **headlines(output.TopicMetrics, accuracies, "accuracy"),
         **headlines(output.TopicMetrics, accuracies, "accuracy", "_retrained"),
     )

@@ -17,11 +17,7 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.data import TokenStream
 from saelens_scaffold.evals.intervals import SequenceBootstrap, estimates
 from saelens_scaffold.evals.labelled_data import TextsByLabel, read_labelled_text
-from saelens_scaffold.evals.model import (
-    HookedBatch,
-    HookedModel,
-    special_token_ids,
-)
+from saelens_scaffold.evals.model import HookedBatch, HookedModel, special_token_ids
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.eval_output import TopicAccuracy
@@ -125,9 +121,7 @@ class TopicProbes:
             for text in of_topic
         ]
         to_tokens = partial(
-            hooked.model.to_tokens,
-            prepend_bos=stream.prepend_bos,
-            move_to_device=False,
+            hooked.model.to_tokens, prepend_bos=stream.prepend_bos, move_to_device=False
         )
         self._tokens = [to_tokens(text)[0, : stream.context_size] for text, _ in texts]
         # texts of similar length share a batch, since padding is computed and dropped

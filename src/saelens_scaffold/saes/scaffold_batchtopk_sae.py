@@ -18,7 +18,6 @@ from saelens_scaffold.kernels.selection import TopSelection
 from saelens_scaffold.plugins import manager as plugins
 from saelens_scaffold.saes import calibration, scaffold, sparse_step
 from saelens_scaffold.saes import scaffold_jumprelu_sae as scaffold_jumprelu
-from saelens_scaffold.saes.fused_adam import fuse_adam_of
 from saelens_scaffold.saes.scaffold_start import scaffold_start
 from saelens_scaffold.saes.sparse_step import Revival, SparseStep
 
@@ -166,14 +165,10 @@ class ScaffoldBatchTopKTrainingSAE(
         self._awaits_start = cfg.scaffold_rank > 0 and (
             cfg.scaffold_init == "pca" or self.has_plugins
         )
-        device = self.W_dec.device
-        self.register_buffer(
-            "scaffold_is_initialized",
-            torch.tensor(not self._awaits_start, device=device),
-        )
-        self.register_buffer(
-            "calibrated_threshold", torch.full_like(self.topk_threshold, -1.0)
-        )
+        is_initialized = torch.tensor(not self._awaits_start, device=self.W_dec.device)
+        self.register_buffer("scaffold_is_initialized", is_initialized)
+        not_calibrated = torch.full_like(self.topk_threshold, -1.0)
+        self.register_buffer("calibrated_threshold", not_calibrated)
         self.register_load_state_dict_post_hook(_read_scaffold_is_initialized)
 
     @override
@@ -260,10 +255,9 @@ class ScaffoldBatchTopKTrainingSAE(
     ) -> TrainStepOutput:
         for_sparse_latents = self._for_sparse_latents(step_input)
         if kernels is not None:
-            fuse_adam_of(self)
-            self._sparse_step = SparseStep(
-                kernels, self, for_sparse_latents.dead_neuron_mask
-            )
+            sparse_step.fuse_adam_of(self)
+            dead = for_sparse_latents.dead_neuron_mask
+            self._sparse_step = SparseStep(kernels, self, dead)
         try:
             output = super().training_forward_pass(for_sparse_latents)
         finally:
@@ -412,9 +406,9 @@ class ScaffoldBatchTopKTrainingSAE(
         rank = self.cfg.scaffold_rank
         state_dict["threshold"][:rank] = -torch.inf
         if self.cfg.sparse_encoder_input == "residual":
-            weights = (state_dict["W_enc"], state_dict["b_enc"], state_dict["W_dec"])
+            names = ("W_enc", "b_enc", "W_dec")
             dtype = torch.promote_types(self.dtype, torch.float32)
-            W_enc, b_enc, W_dec = (weight.to(dtype) for weight in weights)
+            W_enc, b_enc, W_dec = (state_dict[name].to(dtype) for name in names)
             W_enc, b_enc = _fold_residual_input(W_enc, b_enc, W_dec[:rank])
             # new tensors, since those of a state dict share memory with the parameters
             state_dict["W_enc"] = W_enc.to(self.dtype)
@@ -444,10 +438,7 @@ def _l0_sparse(feature_acts: torch.Tensor, rank: int) -> torch.Tensor:
     return feature_acts[..., rank:].bool().float().sum(-1).mean()
 
 
-def _read_scaffold_is_initialized(
-    sae: ScaffoldBatchTopKTrainingSAE,
-    incompatible_keys: Any,  # noqa: ARG001
-) -> None:
+def _read_scaffold_is_initialized(sae: ScaffoldBatchTopKTrainingSAE, _: Any) -> None:
     # A Python bool, because reading the buffer in each step would wait for the GPU.
     sae._awaits_start = not bool(sae.scaffold_is_initialized)
 

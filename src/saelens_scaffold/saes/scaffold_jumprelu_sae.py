@@ -97,13 +97,9 @@ class ScaffoldJumpReLUSAE(scaffold.ScaffoldMixin, JumpReLUSAE):
         sae_in = self.process_sae_in(x)
         # relu(h) > threshold means h > max(threshold, 0)
         cuts = torch.cat([self.threshold[:rank], self.threshold[rank:].clamp_min(0)])
-        acts = jumprelu_encode(
-            sae_in.reshape(-1, self.cfg.d_in),
-            self.W_enc,
-            self.b_enc,
-            cuts,
-            kernels.block_elements(x.device),
-        )
+        block = kernels.block_elements(x.device)
+        flat = sae_in.reshape(-1, self.cfg.d_in)
+        acts = jumprelu_encode(flat, self.W_enc, self.b_enc, cuts, block)
         return self.hook_sae_acts_post(acts.view(*sae_in.shape[:-1], self.cfg.d_sae))
 
     @override

@@ -77,6 +77,5 @@ def make_config(config_class: type, values: Mapping[str, Any]) -> Any:
         ]
         raise UserError("; ".join(problems)) from error
     except AssertionError as error:
-        raise UserError(
-            f"{config_class.__name__} cannot be {dict(values)}: {error}"
-        ) from error
+        said = f"{config_class.__name__} cannot be {dict(values)}: {error}"
+        raise UserError(said) from error

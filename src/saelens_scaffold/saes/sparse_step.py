@@ -36,12 +36,9 @@ def kernels_for(sae: "ScaffoldSAE", sae_in: torch.Tensor) -> ModuleType | None:
     ):
         return None
     rank = sae.cfg.scaffold_rank
-    return choose_kernels(
-        sae.cfg.kernels,
-        sae.W_enc.device,
-        # rank 0 is SAELens's architecture to the last bit
-        worthwhile=rank > 0 and 8 * sae.cfg.k <= sae.cfg.d_sae - rank,
-    )
+    # rank 0 is SAELens's architecture to the last bit
+    worthwhile = rank > 0 and 8 * sae.cfg.k <= sae.cfg.d_sae - rank
+    return choose_kernels(sae.cfg.kernels, sae.W_enc.device, worthwhile=worthwhile)
 
 
 class Revival(NamedTuple):
@@ -148,9 +145,8 @@ class SparseStep:
         active = values[:n_active]
         if norms is not None:
             z, active = z * norms[:rank], active * norms[rank + latents]
-        self.feature_acts = SparseActivations(
-            z, active, tokens, latents, entries.n_latents
-        )
+        n_latents = entries.n_latents
+        self.feature_acts = SparseActivations(z, active, tokens, latents, n_latents)
         return self.feature_acts, self._hidden_pre(x)
 
     def _select(self, encoder: Encoder, n_active: int) -> tuple[Entries, torch.Tensor]:

@@ -47,9 +47,10 @@ def train(args: Sequence[str]) -> str:
         runner.run()
     except (KeyboardInterrupt, InterruptedException):
         checkpoint = runner.interruption_checkpoint
-        hint = "repeat the command with --resume_from_checkpoint"
-        text = "" if checkpoint is None else f"To go on, {hint} {checkpoint}"
-        raise KeyboardInterrupt(text) from None
+        hint = (
+            f"To go on, repeat the command with --resume_from_checkpoint {checkpoint}"
+        )
+        raise KeyboardInterrupt("" if checkpoint is None else hint) from None
     except UsageError as error:
         raise UserError(f"{one_line(error)} (or --log_to_wandb=False)") from error
     if runner.measurement is not None:

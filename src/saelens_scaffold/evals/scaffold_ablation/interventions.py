@@ -107,8 +107,7 @@ class Intervention:
         """The same, on special tokens as well if it was fitted on them."""
         if not special_tokens:
             return self
-        name = f"{self.name}{WITH_SPECIAL_TOKENS}"
-        return replace(self, name=name, special_tokens=True)
+        return replace(self, name=self.name + WITH_SPECIAL_TOKENS, special_tokens=True)
 
     def identity(self, sae_key: str = "") -> Identity:
         """What tells it from others. SAEs share an intervention that is of the model."""

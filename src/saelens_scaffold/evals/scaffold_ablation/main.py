@@ -32,9 +32,8 @@ def measure(
     baselines = _baselines(config, saes, [*saes, *call.companions])
     needed = {sae.key: sae for sae in [*saes, *baselines.values()]}
     model = load_language_model(config.model_name, call.device, config.llm_dtype)
-    seen = text_seen_in_training(
-        saes, config.dataset, config.dataset_split, config.text_column
-    )
+    text = (config.dataset, config.dataset_split, config.text_column)
+    seen = text_seen_in_training(saes, *text)
     for hooked, at_hook in by_hook_point(model, list(needed.values())):
         stream = TokenStream(config, model, at_hook)
         # texts are read before the long work, so that errors in them are reported now

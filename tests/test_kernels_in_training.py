@@ -28,7 +28,7 @@ from saelens_scaffold.kernels import choice, torch_ops
 from saelens_scaffold.kernels.lazy import SparseActivations
 from saelens_scaffold.plugins import manager as plugins
 from saelens_scaffold.plugins.hookspecs import hookimpl
-from saelens_scaffold.saes.fused_adam import _before_step
+from saelens_scaffold.saes.sparse_step import _before_step
 
 ARCHITECTURES = ["scaffold_batchtopk", "scaffold_matryoshka"]
 

@@ -76,9 +76,8 @@ def make_writable(directory: Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise UserError(
-            f"output_path {directory} cannot be written: {reason}"
-        ) from error
+        said = f"output_path {directory} cannot be written: {reason}"
+        raise UserError(said) from error
 
 
 def _beside(path: Path) -> Path:

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -14,10 +15,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on, if installed."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # SAEBench, which is an extra
             found[package] = version(package)
-        except PackageNotFoundError:  # SAEBench, which is an extra
-            continue
     return found
 
 

@@ -143,7 +143,8 @@ class _WaveRunner(runner.RepeatableMultiSAETrainingRunner):
             x = first[self.cfg.hook_names_per_sae[name]]
             scaled = trainer.trainers[name].activation_scaler.scale(x)
             sae: Any = self.saes[name]
-            sae.b_dec.data.copy_(principal_subspace(scaled, rank=0).mean)
+            mean, *_ = principal_subspace(scaled, rank=0)
+            sae.b_dec.data.copy_(mean)
 
 
 @dataclass

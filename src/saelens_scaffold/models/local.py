@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +260,7 @@ def _views_root() -> Path:
 
 def embedded_model_path() -> Path:
     """The model's Hugging Face directory inside the installed package."""
-    return Path(str(files("saelens_scaffold.models") / EMBEDDED_MODEL_NAME))
+    return Path(__file__).with_name(EMBEDDED_MODEL_NAME)
 
 
 def register_embedded_model() -> str:
@@ -286,6 +285,5 @@ def load_embedded_model(device: str | torch.device = "cpu") -> HookedTransformer
         The model: 4 layers, d_model 256, context 512 (trained at 256), 4,096 tokens;
         `<|endoftext|>` (id 0) is BOS, EOS and padding.
     """
-    return HookedTransformer.from_pretrained_no_processing(
-        register_embedded_model(), device=device
-    )
+    name = register_embedded_model()
+    return HookedTransformer.from_pretrained_no_processing(name, device=device)

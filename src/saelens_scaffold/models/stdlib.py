@@ -189,9 +189,8 @@ def load_stdlib_text(split: Split, seed: int = 0) -> Dataset:
         UserError: The standard library contains too little text, or there is no such
             split.
     """
-    sources = _split(
-        read_stdlib(), split, TEXT_TEST_FRACTION, CHUNK_CHARS, MIN_FILE_CHARS
-    )
+    files = read_stdlib()
+    sources = _split(files, split, TEXT_TEST_FRACTION, CHUNK_CHARS, MIN_FILE_CHARS)
     random.Random(seed).shuffle(sources)
     columns = ("text", "path", "label")
     return Dataset.from_dict({c: [getattr(s, c) for s in sources] for c in columns})
@@ -236,10 +235,8 @@ def load_stdlib_chunks(
     for source in splits[split]:
         for start in range(0, len(source.text) - chars + 1, chars):
             label_of_chunk.setdefault(source.text[start : start + chars], source.label)
-    pieces: dict[str, list[str]] = {label: [] for label in labels}
-    for text, label in label_of_chunk.items():
-        if label in pieces:
-            pieces[label].append(text)
+    chunks = label_of_chunk.items()
+    pieces = {label: [text for text, of in chunks if of == label] for label in labels}
 
     needed = per_label or 1
     if short := {l: len(texts) for l, texts in pieces.items() if len(texts) < needed}:

@@ -4,7 +4,7 @@ import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from saelens_scaffold.plugins.hookspecs import hookimpl
-from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
+from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
 
 
 class Decorrelation:
@@ -27,10 +27,7 @@ class Decorrelation:
 
     @hookimpl
     def training_losses(
-        self,
-        sae: ScaffoldBatchTopKTrainingSAE,
-        step_input: TrainStepInput,
-        output: TrainStepOutput,
+        self, sae: ScaffoldSAE, step_input: TrainStepInput, output: TrainStepOutput
     ) -> dict[str, torch.Tensor]:
         with torch.autocast(output.sae_out.device.type, enabled=False):
             scaffold = sae.scaffold(step_input.sae_in).flatten(0, -2).float()

@@ -4,7 +4,8 @@ import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from saelens_scaffold.plugins.hookspecs import hookimpl
-from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE, subspaces
+from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
+from saelens_scaffold.saes import subspaces
 from saelens_scaffold.saes.facts import DENSE_THRESHOLD
 
 
@@ -32,10 +33,7 @@ class LiveMetrics:
 
     @hookimpl
     def training_metrics(
-        self,
-        sae: ScaffoldBatchTopKTrainingSAE,
-        step_input: TrainStepInput,
-        output: TrainStepOutput,
+        self, sae: ScaffoldSAE, step_input: TrainStepInput, output: TrainStepOutput
     ) -> dict[str, float]:
         rank = sae.cfg.scaffold_rank
         frequencies = self._count(output.feature_acts.detach(), rank)
@@ -47,8 +45,9 @@ class LiveMetrics:
                 s = sae.scaffold(step_input.sae_in).flatten(0, -2).float()
                 basis = subspaces.orthonormal_basis(sae.W_dec[:rank].cpu())
             x = step_input.sae_in.detach().flatten(0, -2).float()
+            explained = 1 - (x - s).var(dim=0).sum() / x.var(dim=0).sum()
             metrics |= {
-                "scaffold_explained_variance": _explained_variance(x, s),
+                "scaffold_explained_variance": float(explained),
                 "scaffold_pca_overlap": _pca_overlap(x, basis),
                 "scaffold_effective_rank": _effective_rank(s, basis),
             }
@@ -67,10 +66,6 @@ class LiveMetrics:
         # a plain mean until the window is full
         self._frequencies.lerp_(frequencies, 1 / min(self._n_steps, self.window))
         return self._frequencies
-
-
-def _explained_variance(x: torch.Tensor, s: torch.Tensor) -> float:
-    return float(1 - (x - s).var(dim=0).sum() / x.var(dim=0).sum())
 
 
 def _pca_overlap(x: torch.Tensor, basis: torch.Tensor) -> float:

@@ -105,7 +105,7 @@ DENSE_THRESHOLD = 0.1
 
 # Activations at once: few enough to stay in a CPU's cache, and to be small relative to the
 # weights on a GPU.
-_ACTIVATIONS_AT_ONCE = {"cpu": 2**21, "other": 2**26}
+_ACTIVATIONS_ON_CPU, _ACTIVATIONS_ON_GPU = 2**21, 2**26
 # Share of active latents below which a sparse product is faster.
 _SPARSE_BELOW = 0.05
 _SPARSE_DTYPES = (torch.float32, torch.float64)
@@ -196,10 +196,10 @@ class FiringStatistics:
         n_sequences, n_sparse = weights.shape[1], len(self.fired)
         counts = torch.zeros(n_sequences * n_sparse, device=x.device)
         errors = torch.zeros(n_sequences, device=x.device)
-        at_once = _ACTIVATIONS_AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
+        on_cpu = x.device.type == "cpu"
+        at_once = _ACTIVATIONS_ON_CPU if on_cpu else _ACTIVATIONS_ON_GPU
         n_tokens = max(1, at_once // self.sae.cfg.d_sae)
-        parts = zip(x.split(n_tokens), sequence.split(n_tokens), strict=True)
-        for part, of in parts:
+        for part, of in zip(x.split(n_tokens), sequence.split(n_tokens), strict=True):
             active = ActiveLatents(self.sae.encode(part))
             error = (part - active.decode(self.sae)).float().pow(2).sum(dim=1)
             errors.index_add_(0, of, error)

@@ -2,6 +2,7 @@
 
 import copy
 from abc import abstractmethod
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
@@ -82,25 +83,20 @@ class ScaffoldMixin(_SAE):
             s, of the shape and scale of x.
         """
         rank = self.cfg.scaffold_rank
-        coordinates = self._scaffold_coordinates(self.process_sae_in(x))
-        s = coordinates @ self.W_dec[:rank]
+        # b_dec makes an encoder bias of the scaffold redundant, so it is not trained. It
+        # is zero unless whitening is folded with apply_b_dec_to_input=False.
+        b_enc = self.b_enc[:rank].detach()
+        z = self.process_sae_in(x) @ self.W_enc[:, :rank] + b_enc
+        s = z @ self.W_dec[:rank]
         if fix_gauge:
             # on the CPU, since MPS has no double precision
             basis = orthonormal_basis(self.W_dec[:rank].cpu()).to(s)
             s = s + (self.b_dec @ basis.T) @ basis
         # An affine map undoes run-time normalisation. To s, one summand of the
         # reconstruction, only its linear part applies.
-        s, offset = self.run_time_activation_norm_fn_out(
-            torch.stack([s, torch.zeros_like(s)])
-        )
+        s_and_zero = torch.stack([s, torch.zeros_like(s)])
+        s, offset = self.run_time_activation_norm_fn_out(s_and_zero)
         return self.reshape_fn_out(s - offset, self.d_head)
-
-    def _scaffold_coordinates(self, sae_in: torch.Tensor) -> torch.Tensor:
-        """z, shape (..., r), from processed input of shape (..., d_in)."""
-        rank = self.cfg.scaffold_rank
-        # b_dec makes an encoder bias of the scaffold redundant, so it is not trained. It
-        # is zero unless whitening is folded with apply_b_dec_to_input=False.
-        return sae_in @ self.W_enc[:, :rank] + self.b_enc[:rank].detach()
 
     def _finish_decode(self, written: torch.Tensor) -> torch.Tensor:
         """The reconstruction from the sum of the latents' contributions, shape (..., d_in)."""
@@ -142,15 +138,13 @@ class ScaffoldMixin(_SAE):
         def with_opposites(latents: torch.Tensor) -> torch.Tensor:
             return torch.cat([latents[:rank], -latents[:rank], latents[rank:]])
 
-        sparse_threshold = sae.threshold[rank:]
+        threshold = sae.threshold[rank:]
         return _plain_jumprelu(
             sae,
             view="whole",
             W_enc=with_opposites(sae.W_enc.T).T,
             b_enc=with_opposites(sae.b_enc),
-            threshold=torch.cat(
-                [sparse_threshold.new_zeros(2 * rank), sparse_threshold]
-            ),
+            threshold=torch.cat([threshold.new_zeros(2 * rank), threshold]),
             W_dec=with_opposites(sae.W_dec),
         )
 
@@ -208,16 +202,9 @@ def build_sae(
 def _plain_jumprelu(
     sae: "ScaffoldJumpReLUSAE", view: str, **weights: torch.Tensor
 ) -> JumpReLUSAE:
-    cfg = JumpReLUSAEConfig(
-        d_in=sae.cfg.d_in,
-        d_sae=weights["W_dec"].shape[0],
-        dtype=sae.cfg.dtype,
-        device=sae.cfg.device,
-        apply_b_dec_to_input=sae.cfg.apply_b_dec_to_input,
-        normalize_activations=sae.cfg.normalize_activations,
-        reshape_activations=sae.cfg.reshape_activations,
-        metadata=copy.deepcopy(sae.cfg.metadata),
-    )
+    scaffold_cfg = copy.deepcopy(sae.cfg)
+    values = {f.name: getattr(scaffold_cfg, f.name) for f in fields(JumpReLUSAEConfig)}
+    cfg = JumpReLUSAEConfig(**{**values, "d_sae": len(weights["W_dec"])})
     cfg.metadata.scaffold_view = view
     cfg.metadata.scaffold_rank = sae.cfg.scaffold_rank
     return build_sae(JumpReLUSAE, cfg, {**weights, "b_dec": sae.b_dec})

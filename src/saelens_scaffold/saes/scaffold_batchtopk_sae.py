@@ -8,11 +8,7 @@ from typing import Any, Literal
 
 import torch
 from sae_lens.config import dict_field
-from sae_lens.saes.batchtopk_sae import (
-    BatchTopK,
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-)
+from sae_lens.saes import batchtopk_sae as batchtopk
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
@@ -20,24 +16,14 @@ from saelens_scaffold.kernels.choice import Kernels
 from saelens_scaffold.kernels.lazy import SparseActivations
 from saelens_scaffold.kernels.selection import TopSelection
 from saelens_scaffold.plugins import manager as plugins
-from saelens_scaffold.saes import calibration, sparse_step
-from saelens_scaffold.saes.fused_adam import fuse_adam_of
-from saelens_scaffold.saes.scaffold import (
-    ScaffoldActivation,
-    ScaffoldMixin,
-    build_sae,
-    check_scaffold_config,
-)
-from saelens_scaffold.saes.scaffold_jumprelu_sae import (
-    ScaffoldJumpReLUSAE,
-    ScaffoldJumpReLUSAEConfig,
-)
+from saelens_scaffold.saes import calibration, scaffold, sparse_step
+from saelens_scaffold.saes import scaffold_jumprelu_sae as scaffold_jumprelu
 from saelens_scaffold.saes.scaffold_start import scaffold_start
 from saelens_scaffold.saes.sparse_step import Revival, SparseStep
 
 
 @dataclass
-class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
+class ScaffoldBatchTopKTrainingSAEConfig(batchtopk.BatchTopKTrainingSAEConfig):
     """
     Configuration class for training a ScaffoldBatchTopKTrainingSAE.
 
@@ -100,7 +86,7 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
-        return ScaffoldJumpReLUSAEConfig
+        return scaffold_jumprelu.ScaffoldJumpReLUSAEConfig
 
     @override
     def __post_init__(self) -> None:
@@ -112,7 +98,9 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         Raises:
             ValueError: A scaffold SAE cannot be trained with the value of a field.
         """
-        check_scaffold_config(self, "sparse_encoder_input", "scaffold_init", "kernels")
+        scaffold.check_scaffold_config(
+            self, "sparse_encoder_input", "scaffold_init", "kernels"
+        )
         n_sparse = self.d_sae - self.scaffold_rank
         if not 0 < self.k <= n_sparse:
             raise ValueError(
@@ -132,7 +120,9 @@ class ScaffoldBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             plugins.make_plugins(self.scaffold_plugins)
 
 
-class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
+class ScaffoldBatchTopKTrainingSAE(
+    scaffold.ScaffoldMixin, batchtopk.BatchTopKTrainingSAE
+):
     """
     BatchTopK Training SAE with a computational scaffold (arXiv 2606.14040).
 
@@ -175,14 +165,10 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         self._awaits_start = cfg.scaffold_rank > 0 and (
             cfg.scaffold_init == "pca" or self.has_plugins
         )
-        device = self.W_dec.device
-        self.register_buffer(
-            "scaffold_is_initialized",
-            torch.tensor(not self._awaits_start, device=device),
-        )
-        self.register_buffer(
-            "calibrated_threshold", torch.full_like(self.topk_threshold, -1.0)
-        )
+        is_initialized = torch.tensor(not self._awaits_start, device=self.W_dec.device)
+        self.register_buffer("scaffold_is_initialized", is_initialized)
+        not_calibrated = torch.full_like(self.topk_threshold, -1.0)
+        self.register_buffer("calibrated_threshold", not_calibrated)
         self.register_load_state_dict_post_hook(_read_scaffold_is_initialized)
 
     @override
@@ -194,7 +180,8 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     @override
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return ScaffoldActivation(self.cfg.scaffold_rank, BatchTopK(self.cfg.k))
+        top_k = batchtopk.BatchTopK(self.cfg.k)
+        return scaffold.ScaffoldActivation(self.cfg.scaffold_rank, top_k)
 
     @override
     def encode_with_hidden_pre(
@@ -268,10 +255,9 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
     ) -> TrainStepOutput:
         for_sparse_latents = self._for_sparse_latents(step_input)
         if kernels is not None:
-            fuse_adam_of(self)
-            self._sparse_step = SparseStep(
-                kernels, self, for_sparse_latents.dead_neuron_mask
-            )
+            sparse_step.fuse_adam_of(self)
+            dead = for_sparse_latents.dead_neuron_mask
+            self._sparse_step = SparseStep(kernels, self, dead)
         try:
             output = super().training_forward_pass(for_sparse_latents)
         finally:
@@ -420,9 +406,9 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         rank = self.cfg.scaffold_rank
         state_dict["threshold"][:rank] = -torch.inf
         if self.cfg.sparse_encoder_input == "residual":
-            weights = (state_dict["W_enc"], state_dict["b_enc"], state_dict["W_dec"])
+            names = ("W_enc", "b_enc", "W_dec")
             dtype = torch.promote_types(self.dtype, torch.float32)
-            W_enc, b_enc, W_dec = (weight.to(dtype) for weight in weights)
+            W_enc, b_enc, W_dec = (state_dict[name].to(dtype) for name in names)
             W_enc, b_enc = _fold_residual_input(W_enc, b_enc, W_dec[:rank])
             # new tensors, since those of a state dict share memory with the parameters
             state_dict["W_enc"] = W_enc.to(self.dtype)
@@ -430,7 +416,7 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
 
     @override
     @torch.no_grad()
-    def to_inference(self) -> ScaffoldJumpReLUSAE:
+    def to_inference(self) -> scaffold_jumprelu.ScaffoldJumpReLUSAE:
         """
         The inference form that `save_inference_model` saves.
 
@@ -438,8 +424,11 @@ class ScaffoldBatchTopKTrainingSAE(ScaffoldMixin, BatchTopKTrainingSAE):
         """
         state_dict = self.state_dict()
         self.process_state_dict_for_saving_inference(state_dict)
-        cfg = ScaffoldJumpReLUSAEConfig.from_dict(self.cfg.get_inference_sae_cfg_dict())
-        return build_sae(ScaffoldJumpReLUSAE, cfg, state_dict)
+        cfg_dict = self.cfg.get_inference_sae_cfg_dict()
+        cfg = scaffold_jumprelu.ScaffoldJumpReLUSAEConfig.from_dict(cfg_dict)
+        return scaffold.build_sae(
+            scaffold_jumprelu.ScaffoldJumpReLUSAE, cfg, state_dict
+        )
 
 
 def _l0_sparse(feature_acts: torch.Tensor, rank: int) -> torch.Tensor:
@@ -449,10 +438,7 @@ def _l0_sparse(feature_acts: torch.Tensor, rank: int) -> torch.Tensor:
     return feature_acts[..., rank:].bool().float().sum(-1).mean()
 
 
-def _read_scaffold_is_initialized(
-    sae: ScaffoldBatchTopKTrainingSAE,
-    incompatible_keys: Any,  # noqa: ARG001
-) -> None:
+def _read_scaffold_is_initialized(sae: ScaffoldBatchTopKTrainingSAE, _: Any) -> None:
     # A Python bool, because reading the buffer in each step would wait for the GPU.
     sae._awaits_start = not bool(sae.scaffold_is_initialized)
 

@@ -12,12 +12,7 @@ from typing_extensions import override
 
 from saelens_scaffold.kernels.choice import Kernels, choose_kernels
 from saelens_scaffold.kernels.inference import decode_few, jumprelu_encode
-from saelens_scaffold.saes.scaffold import (
-    ScaffoldActivation,
-    ScaffoldMixin,
-    check_scaffold_config,
-    is_hooked,
-)
+from saelens_scaffold.saes import scaffold
 
 
 @dataclass
@@ -49,12 +44,12 @@ class ScaffoldJumpReLUSAEConfig(JumpReLUSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_scaffold_config(self, "kernels")
+        scaffold.check_scaffold_config(self, "kernels")
         if self.kernels == "triton":
             self.kernels = "auto"
 
 
-class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
+class ScaffoldJumpReLUSAE(scaffold.ScaffoldMixin, JumpReLUSAE):
     """
     A JumpReLU SAE whose first `scaffold_rank` latents are linear (arXiv 2606.14040).
 
@@ -73,7 +68,7 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
 
     @override
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return ScaffoldActivation(self.cfg.scaffold_rank, nn.ReLU())
+        return scaffold.ScaffoldActivation(self.cfg.scaffold_rank, nn.ReLU())
 
     @override
     def initialize_weights(self) -> None:
@@ -94,7 +89,7 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
         kernels = self._kernels()
         if (
             kernels is None
-            or is_hooked(self.hook_sae_acts_pre)
+            or scaffold.is_hooked(self.hook_sae_acts_pre)
             or torch.is_autocast_enabled(x.device.type)
         ):
             return super().encode(x)
@@ -102,13 +97,9 @@ class ScaffoldJumpReLUSAE(ScaffoldMixin, JumpReLUSAE):
         sae_in = self.process_sae_in(x)
         # relu(h) > threshold means h > max(threshold, 0)
         cuts = torch.cat([self.threshold[:rank], self.threshold[rank:].clamp_min(0)])
-        acts = jumprelu_encode(
-            sae_in.reshape(-1, self.cfg.d_in),
-            self.W_enc,
-            self.b_enc,
-            cuts,
-            kernels.block_elements(x.device),
-        )
+        block = kernels.block_elements(x.device)
+        flat = sae_in.reshape(-1, self.cfg.d_in)
+        acts = jumprelu_encode(flat, self.W_enc, self.b_enc, cuts, block)
         return self.hook_sae_acts_post(acts.view(*sae_in.shape[:-1], self.cfg.d_sae))
 
     @override

@@ -4,22 +4,17 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
-from sae_lens.saes.matryoshka_batchtopk_sae import (
-    MatryoshkaBatchTopKTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-)
+from sae_lens.saes import matryoshka_batchtopk_sae as matryoshka
 from typing_extensions import override
 
-from saelens_scaffold.saes.scaffold_batchtopk_sae import (
-    ScaffoldBatchTopKTrainingSAE,
-    ScaffoldBatchTopKTrainingSAEConfig,
-)
+from saelens_scaffold.saes import scaffold_batchtopk_sae as scaffold_batchtopk
 from saelens_scaffold.saes.sparse_step import Revival, revival_of_level
 
 
 @dataclass
 class ScaffoldMatryoshkaTrainingSAEConfig(
-    ScaffoldBatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig
+    scaffold_batchtopk.ScaffoldBatchTopKTrainingSAEConfig,
+    matryoshka.MatryoshkaBatchTopKTrainingSAEConfig,
 ):
     """
     Configuration class for training a ScaffoldMatryoshkaTrainingSAE.
@@ -70,7 +65,8 @@ class ScaffoldMatryoshkaTrainingSAEConfig(
 
 
 class ScaffoldMatryoshkaTrainingSAE(
-    ScaffoldBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE
+    scaffold_batchtopk.ScaffoldBatchTopKTrainingSAE,
+    matryoshka.MatryoshkaBatchTopKTrainingSAE,
 ):
     """
     Matryoshka BatchTopK Training SAE with a computational scaffold (arXiv 2606.14040).

@@ -1,7 +1,7 @@
 """Start of a scaffold on the first training batch: its principal subspace."""
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,8 +41,8 @@ def scaffold_start(sae: "ScaffoldSAE", sae_in: torch.Tensor) -> ScaffoldStart | 
 
 def _check(start: ScaffoldStart, d_in: int, rank: int) -> None:
     shapes = {"A": (d_in, rank), "B": (rank, d_in), "b_dec": (d_in,)}
-    for name, value in start._asdict().items():
-        shape = shapes[name]
+    for name, shape in shapes.items():
+        value: torch.Tensor | None = getattr(start, name)
         if value is None:  # b_dec, which then stays as it is
             continue
         if tuple(value.shape) != shape or not value.isfinite().all():
@@ -74,26 +74,10 @@ def _principal_start(sae: "ScaffoldSAE", sae_in: torch.Tensor) -> ScaffoldStart:
     return ScaffoldStart(A=directions.T, B=directions, b_dec=mean)
 
 
-class PrincipalSubspace(NamedTuple):
-    """
-    The leading principal directions of a batch of activations.
-
-    Attributes:
-        mean: Mean activation, shape (d_in,), float64.
-        directions: Orthonormal rows, largest variance first, shape (rank, d_in), float64.
-        n_determined: Number of rows with variance in the batch. The others are an
-            arbitrary orthonormal completion.
-        n_tokens: Number of tokens used.
-    """
-
-    mean: torch.Tensor
-    directions: torch.Tensor
-    n_determined: int
-    n_tokens: int
-
-
 @torch.no_grad()
-def principal_subspace(x: torch.Tensor, rank: int) -> PrincipalSubspace:
+def principal_subspace(
+    x: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """
     Mean and top-`rank` principal directions of the usable tokens of a batch.
 
@@ -105,6 +89,12 @@ def principal_subspace(x: torch.Tensor, rank: int) -> PrincipalSubspace:
     Args:
         x: Activations, shape (..., d_in).
         rank: Number of directions, at most d_in.
+
+    Returns:
+        The mean, shape (d_in,), float64; the directions, orthonormal rows with the largest
+        variance first, shape (rank, d_in), float64; the number of rows with variance in the
+        batch, the others being an arbitrary orthonormal completion; and the number of
+        tokens used.
 
     Raises:
         ValueError: No token is finite.
@@ -122,12 +112,8 @@ def principal_subspace(x: torch.Tensor, rank: int) -> PrincipalSubspace:
         tolerance = torch.finfo(x.dtype).eps * x.shape[-1] * eigenvalues[-1].abs()
         largest = directions.abs().argmax(dim=1, keepdim=True)
         directions = directions * directions.gather(1, largest).sign()
-        return PrincipalSubspace(
-            mean=mean,
-            directions=directions.contiguous(),
-            n_determined=int((variances > tolerance).sum()),
-            n_tokens=len(usable),
-        )
+        n_determined = int((variances > tolerance).sum())
+        return mean, directions.contiguous(), n_determined, len(usable)
 
 
 def _is_usable(x: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,15 @@
-"""A training step in sparse kernels, on the active latents alone."""
+"""A training step in sparse kernels, on the active latents alone, and its fused Adam."""
 
 import itertools
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopK
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from saelens_scaffold.kernels.choice import choose_kernels
 from saelens_scaffold.kernels.entries import Entries, sorted_entries
@@ -33,12 +36,9 @@ def kernels_for(sae: "ScaffoldSAE", sae_in: torch.Tensor) -> ModuleType | None:
     ):
         return None
     rank = sae.cfg.scaffold_rank
-    return choose_kernels(
-        sae.cfg.kernels,
-        sae.W_enc.device,
-        # rank 0 is SAELens's architecture to the last bit
-        worthwhile=rank > 0 and 8 * sae.cfg.k <= sae.cfg.d_sae - rank,
-    )
+    # rank 0 is SAELens's architecture to the last bit
+    worthwhile = rank > 0 and 8 * sae.cfg.k <= sae.cfg.d_sae - rank
+    return choose_kernels(sae.cfg.kernels, sae.W_enc.device, worthwhile=worthwhile)
 
 
 class Revival(NamedTuple):
@@ -127,17 +127,11 @@ class SparseStep:
             return self._select(encoder._replace(scale=scale), int(k * len(x)))
 
         found: list[Entries] = []
+        subtracted = sae.b_dec if cfg.apply_b_dec_to_input else None
+        weights = (sae.W_enc, sae.b_enc, sae.W_dec, subtracted)
+        of_residual = cfg.sparse_encoder_input == "residual"
         z, values, written = SparseForward.apply(  # type: ignore[misc]
-            x.detach(),
-            sae.W_enc,
-            sae.b_enc,
-            sae.W_dec,
-            sae.b_dec if cfg.apply_b_dec_to_input else None,
-            rank,
-            cfg.sparse_encoder_input == "residual",
-            select,
-            self._ops,
-            found,
+            x.detach(), *weights, rank, of_residual, select, self._ops, found
         )
         (entries,) = found
         n_levels = len(self._widths)
@@ -151,9 +145,8 @@ class SparseStep:
         active = values[:n_active]
         if norms is not None:
             z, active = z * norms[:rank], active * norms[rank + latents]
-        self.feature_acts = SparseActivations(
-            z, active, tokens, latents, entries.n_latents
-        )
+        n_latents = entries.n_latents
+        self.feature_acts = SparseActivations(z, active, tokens, latents, n_latents)
         return self.feature_acts, self._hidden_pre(x)
 
     def _select(self, encoder: Encoder, n_active: int) -> tuple[Entries, torch.Tensor]:
@@ -164,9 +157,8 @@ class SparseStep:
             largest_of_each_token(encoder, revival.latents, revival.k, block)
             for revival in self._revivals
         ]
-        all_selected = [active, *dead]
-        places = torch.cat([selected.places for selected in all_selected])
-        values = torch.cat([selected.values for selected in all_selected])
+        places = torch.cat([selected.places for selected in (active, *dead)])
+        values = torch.cat([selected.values for selected in (active, *dead)])
         tokens = places // n_latents
         latents = places - tokens * n_latents
         if encoder.scale is not None:
@@ -175,11 +167,8 @@ class SparseStep:
         ends = torch.tensor(self._widths[:-1], device=places.device)
         n_levels, n_active = len(self._widths), len(active.values)
         levels = torch.bucketize(latents[:n_active], ends, right=True)
-        parts = [levels] + [
-            torch.full_like(selected.places, n_levels + i)
-            for i, selected in enumerate(dead)
-        ]
-        rows = tokens.add_(torch.cat(parts), alpha=n_tokens)
+        parts = (torch.full_like(d.places, n_levels + i) for i, d in enumerate(dead))
+        rows = tokens.add_(torch.cat([levels, *parts]), alpha=n_tokens)
         n_rows = n_tokens * (n_levels + len(dead))
         return sorted_entries(rows, latents, values, n_tokens, n_rows, n_latents)
 
@@ -215,3 +204,45 @@ def _some_weights(sae: "ScaffoldSAE") -> torch.Tensor:
     """A sample of weights of every kind and latent, to detect changes."""
     # PyTorch's own change counters miss the steps of fused optimizers
     return torch.cat([sae.W_enc[0], sae.W_dec[:, 0], sae.b_enc, sae.b_dec])
+
+
+# ---- PyTorch's fused Adam
+#
+# With sparse products, the optimizer takes much of a training step. SAELens's trainer
+# creates Adam with PyTorch's defaults, which on a CPU is a dozen passes over the weights.
+# Fused Adam is the same in one pass, chosen by a flag that Adam reads in each step.
+
+_SAES: "WeakSet[ScaffoldSAE]" = WeakSet()
+_watch_optimizers = cache(register_optimizer_step_pre_hook)
+
+
+@torch.compiler.disable()
+def fuse_adam_of(sae: "ScaffoldSAE") -> None:
+    """
+    Make the Adam that trains an SAE's weights PyTorch's fused one.
+
+    Other optimizers, and an Adam with `fused` or `foreach` set, stay as they are.
+    """
+    _watch_optimizers(_before_step)  # before each step of every optimizer
+    _SAES.add(sae)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        if group.get("fused") is None and group.get("foreach") is None:
+            parameters = group["params"]
+            ours = any(p is sae.W_dec for sae in _SAES for p in parameters)
+            if ours and all(_can_be_fused(p, optimizer) for p in parameters):
+                group["fused"] = True
+
+
+def _can_be_fused(p: torch.Tensor, optimizer: torch.optim.Optimizer) -> bool:
+    step = optimizer.state[p].get("step") if p in optimizer.state else None
+    return (
+        p.device.type in ("cpu", "cuda")
+        and p.dtype in (torch.float32, torch.float64)
+        # the step of a resumed run may be on the CPU
+        and (step is None or step.device == p.device)
+    )

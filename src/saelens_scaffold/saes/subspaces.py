@@ -82,9 +82,7 @@ class ActivationMoments:
         self._device = torch.device("cpu") if "mps" in str(device) else device
         self.n = 0
         self._sum = torch.zeros(d_in, dtype=torch.float64, device=self._device)
-        self._products = torch.zeros(
-            d_in, d_in, dtype=torch.float64, device=self._device
-        )
+        self._products = self._sum.new_zeros(d_in, d_in)
 
     def update(self, x: torch.Tensor) -> None:
         """
@@ -104,18 +102,14 @@ class ActivationMoments:
         self._products += x.T @ x
 
     @property
-    def _mean_shifted(self) -> torch.Tensor:
-        return self._sum / self.n
-
-    @property
     def mean(self) -> torch.Tensor:
         """Shape (d_in,)."""
-        return self._mean_shifted + self.shift
+        return self._sum / self.n + self.shift
 
     @property
     def covariance(self) -> torch.Tensor:
         """Shape (d_in, d_in)."""
-        mean = self._mean_shifted
+        mean = self._sum / self.n
         return self._products / self.n - torch.outer(mean, mean)
 
     def principal_directions(self) -> tuple[torch.Tensor, torch.Tensor]:

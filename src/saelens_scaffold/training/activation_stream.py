@@ -47,7 +47,11 @@ class ActivationStream(Iterator[dict[str, torch.Tensor]]):
         """
         if n_llm_batches:
             for _ in tqdm(range(n_llm_batches), desc="Skipping text read before"):
-                self._skip_llm_batch()
+                # as SAELens reads: an incomplete batch at the end of the text is dropped
+                try:
+                    self._store.get_batch_tokens(raise_at_epoch_end=True)
+                except StopIteration:
+                    self._store.get_batch_tokens()
         self._n_llm_batches, self._n_begun = n_llm_batches, n_begun
         self._begin_here()
 
@@ -61,13 +65,6 @@ class ActivationStream(Iterator[dict[str, torch.Tensor]]):
         self._n_begun += 1
         self._begin_here()
         return {"n_llm_batches": self._n_llm_batches, "n_begun": self._n_begun}
-
-    def _skip_llm_batch(self) -> None:
-        # As SAELens reads text: an incomplete batch at the end of the dataset is dropped.
-        try:
-            self._store.get_batch_tokens(raise_at_epoch_end=True)
-        except StopIteration:
-            self._store.get_batch_tokens()
 
     def _begin_here(self) -> None:
         # far apart, so that runs with neighbouring seeds share no random numbers

@@ -118,12 +118,9 @@ def _check_language_model(cfg: RunnerConfig) -> None:
         return
     keywords = cfg.model_from_pretrained_kwargs or {}
     changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
+    config = model_config(cfg.model_name, **changes)
     check_activations(
-        model_config(cfg.model_name, **changes),
-        cfg.hook_name,
-        cfg.sae.d_in,
-        cfg.context_size,
-        cfg.hook_head_index,
+        config, cfg.hook_name, cfg.sae.d_in, cfg.context_size, cfg.hook_head_index
     )
 
 

@@ -15,10 +15,7 @@ from sae_lens.training._interruption import InterruptedException
 from wandb.errors import UsageError
 
 from saelens_scaffold._util.errors import UserError, one_line
-from saelens_scaffold.models.local import (
-    register_embedded_model,
-    register_local_models_in,
-)
+from saelens_scaffold.models import local as local_models
 from saelens_scaffold.training.checks import check_runner_config
 from saelens_scaffold.training.runner import ResumableTrainingRunner
 
@@ -41,8 +38,8 @@ def train(args: Sequence[str]) -> str:
         KeyboardInterrupt: There was an interruption; the message says how to resume.
         SystemExit: Help has been printed.
     """
-    register_embedded_model()
-    register_local_models_in(args)
+    local_models.register_embedded_model()
+    local_models.register_local_models_in(args)
     cfg = _parse(args)
     check_runner_config(cfg)
     runner = ResumableTrainingRunner(cfg)
@@ -50,9 +47,10 @@ def train(args: Sequence[str]) -> str:
         runner.run()
     except (KeyboardInterrupt, InterruptedException):
         checkpoint = runner.interruption_checkpoint
-        hint = "repeat the command with --resume_from_checkpoint"
-        text = "" if checkpoint is None else f"To go on, {hint} {checkpoint}"
-        raise KeyboardInterrupt(text) from None
+        hint = (
+            f"To go on, repeat the command with --resume_from_checkpoint {checkpoint}"
+        )
+        raise KeyboardInterrupt("" if checkpoint is None else hint) from None
     except UsageError as error:
         raise UserError(f"{one_line(error)} (or --log_to_wandb=False)") from error
     if runner.measurement is not None:
@@ -106,7 +104,7 @@ def run_module(module: str, args: Sequence[str]) -> None:
         runpy._get_module_details(module, UserError)  # type: ignore[attr-defined]
     except UserError as error:
         raise UserError(f"module {module!r}: {error}") from None
-    register_embedded_model()
-    register_local_models_in(args)
+    local_models.register_embedded_model()
+    local_models.register_local_models_in(args)
     sys.argv = [module, *args]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

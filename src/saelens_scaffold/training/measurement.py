@@ -9,11 +9,7 @@ import torch
 from sae_lens import SAE
 from typing_extensions import Self
 
-from saelens_scaffold.saes.facts import (
-    DENSE_THRESHOLD,
-    FiringStatistics,
-    weights_sha256,
-)
+from saelens_scaffold.saes import facts
 from saelens_scaffold.saes.subspaces import ActivationMoments
 
 
@@ -79,7 +75,7 @@ class Measurement:
             found = cls(**{f.name: f.type(values[f.name]) for f in fields(cls)})  # type: ignore[operator]
         except (TypeError, KeyError, ValueError):
             return None
-        return found if found.weights_sha256 == weights_sha256(sae) else None
+        return found if found.weights_sha256 == facts.weights_sha256(sae) else None
 
 
 def measure(
@@ -101,7 +97,7 @@ def measure(
         NotMeasuredError: There are no tokens, or the SAE or the activations are not
             finite.
     """
-    firing = FiringStatistics(sae, n_replicates=0)
+    firing = facts.FiringStatistics(sae, n_replicates=0)
     moments = ActivationMoments(sae.cfg.d_in, sae.device)
     for batch in batches:
         x = batch[: n_tokens - moments.n].to(sae.device)
@@ -123,7 +119,7 @@ def measure(
         l0_sparse=l0_sparse,
         l0_total=l0_sparse + firing.rank,
         explained_variance=explained,
-        dense_latents=int((firing.fired / moments.n > DENSE_THRESHOLD).sum()),
-        threshold=DENSE_THRESHOLD,
-        weights_sha256=weights_sha256(sae),
+        dense_latents=int((firing.fired / moments.n > facts.DENSE_THRESHOLD).sum()),
+        threshold=facts.DENSE_THRESHOLD,
+        weights_sha256=facts.weights_sha256(sae),
     )

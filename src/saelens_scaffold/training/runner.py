@@ -104,11 +104,10 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
             self.not_measured = str(error)
         cfg_path = Path(output_path) / SAE_CFG_FILENAME
         cfg = json.loads(cfg_path.read_text())
-        cfg["metadata"]["measured"] = (
-            self.measurement.to_metadata()
-            if self.measurement is not None
-            else {"n_tokens": 0, "reason": self.not_measured}
-        )
+        measured: dict[str, Any] = {"n_tokens": 0, "reason": self.not_measured}
+        if self.measurement is not None:
+            measured = self.measurement.to_metadata()
+        cfg["metadata"]["measured"] = measured
         with new_file(cfg_path) as file:
             file.write_text(json.dumps(cfg))
 

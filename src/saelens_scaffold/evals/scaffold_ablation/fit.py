@@ -22,6 +22,7 @@ class SAEFit:
     Attributes:
         sae: The SAE.
         pca_rank: Number of principal directions that it is compared with.
+        firing: How its sparse latents fired.
         baseline: The same of its baseline, if it has one.
     """
 
@@ -29,7 +30,7 @@ class SAEFit:
         self.sae = sae
         self.pca_rank = pca_rank
         self.baseline: SAEFit | None = None
-        self._firing = FiringStatistics(sae.sae, n_replicates=0)
+        self.firing = FiringStatistics(sae.sae, n_replicates=0)
         self._scaffold_sum = torch.zeros(sae.sae.cfg.d_in, dtype=torch.float64)
         self._n = 0
 
@@ -39,16 +40,11 @@ class SAEFit:
         Args:
             x: Activations of the tokens that count, shape (n_tokens, d_in).
         """
-        self._firing.update_unsampled(x)
+        self.firing.update_unsampled(x)
         self._n += len(x)
         if isinstance(self.sae.sae, ScaffoldMixin):
             s = self.sae.sae.scaffold(x, fix_gauge=True)
             self._scaffold_sum += s.sum(dim=0, dtype=torch.float32).cpu().double()
-
-    @property
-    def fired(self) -> torch.Tensor:
-        """Tokens on which each sparse latent fired, shape (n_sparse,)."""
-        return self._firing.fired
 
     @property
     def scaffold_mean(self) -> torch.Tensor:
@@ -69,7 +65,7 @@ class SAEFit:
     def most_aligned(self, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Its alive sparse latents, most aligned with a subspace first, and the cosines."""
         decoder = self.sae.sae.W_dec[self.sae.rank :].detach()
-        return most_aligned(decoder, self.fired > 0, basis)
+        return most_aligned(decoder, self.firing.fired > 0, basis)
 
 
 @dataclass

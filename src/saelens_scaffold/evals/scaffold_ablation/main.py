@@ -10,12 +10,12 @@ from saelens_scaffold.evals.model import by_hook_point, load_language_model
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig, metrics
 from saelens_scaffold.evals.scaffold_ablation import eval_output as output
-from saelens_scaffold.evals.scaffold_ablation.cross_entropy import (
+from saelens_scaffold.evals.scaffold_ablation.fit import fit
+from saelens_scaffold.evals.scaffold_ablation.interventions import (
+    interventions,
     measure_losses,
     result_details,
 )
-from saelens_scaffold.evals.scaffold_ablation.fit import fit
-from saelens_scaffold.evals.scaffold_ablation.interventions import interventions
 from saelens_scaffold.evals.scaffold_ablation.topics import TopicProbes, read_topics
 
 
@@ -32,9 +32,8 @@ def measure(
     baselines = _baselines(config, saes, [*saes, *call.companions])
     needed = {sae.key: sae for sae in [*saes, *baselines.values()]}
     model = load_language_model(config.model_name, call.device, config.llm_dtype)
-    seen = text_seen_in_training(
-        saes, config.dataset, config.dataset_split, config.text_column
-    )
+    text = (config.dataset, config.dataset_split, config.text_column)
+    seen = text_seen_in_training(saes, *text)
     for hooked, at_hook in by_hook_point(model, list(needed.values())):
         stream = TokenStream(config, model, at_hook)
         # texts are read before the long work, so that errors in them are reported now
@@ -46,10 +45,12 @@ def measure(
         topics = probes.accuracies(fits, changes) if probes else {}
         for sae in group:
             of = fits[False].saes[sae.key]
-            details = result_details(losses, sae, changes[sae.key], config.confidence)
+            details = [
+                *result_details(losses, sae, changes[sae.key], config.confidence)
+            ]
             accuracies = topics.get(sae.key, [])
             last = [a for a in accuracies if a.read_at == "last_layer"]
-            alignments = metrics.dictionary_alignments(config, of)
+            alignments = [*metrics.dictionary_alignments(config, of)]
             geometry, angles = metrics.geometry_metrics(fits[False], of)
             categories = output.ScaffoldAblationMetricCategories(
                 metrics.cross_entropy_metrics(config, details, alignments),

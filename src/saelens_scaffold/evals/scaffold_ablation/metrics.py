@@ -1,6 +1,6 @@
 """Metrics of one SAE: headline figures, and where the scaffold's subspace lies."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,8 @@ def cross_entropy_metrics(
         alignments: Of the dictionaries whose latents were ablated.
     """
     of = {detail.intervention: detail for detail in details}
-    clean, zero, reconstruction = (
-        of[name] for name in ("clean", "zero_ablation", "sae_reconstruction")
-    )
+    clean, zero = of["clean"], of["zero_ablation"]
+    reconstruction = of["sae_reconstruction"]
     metrics = headlines(output.CrossEntropyMetrics, details, "ce_ratio")
     numbers = config.n_aligned_latents
     n = PAPER_ALIGNED_LATENTS if PAPER_ALIGNED_LATENTS in numbers else max(numbers)
@@ -69,7 +68,7 @@ def topic_metrics(
         chance=probes.chance,
         n_topics=probes.n_topics,
         n_topic_latents=size["topic_latents_ablated"],
-        n_topic_latents_alive=int((fit.fired > 0).sum()),
+        n_topic_latents_alive=int((fit.firing.fired > 0).sum()),
         **headlines(output.TopicMetrics, accuracies, "accuracy"),
         **headlines(output.TopicMetrics, accuracies, "accuracy", "_retrained"),
     )
@@ -148,16 +147,15 @@ def geometry_metrics(
 
 def dictionary_alignments(
     config: ScaffoldAblationEvalConfig, of: SAEFit
-) -> list[output.DictionaryAlignment]:
+) -> Iterator[output.DictionaryAlignment]:
     """How many sparse latents of an SAE, and of its baseline, are how well aligned with its
     scaffold's subspace. None for a plain SAE."""
     basis, numbers = of.scaffold_basis, config.n_aligned_latents
-    found: list[output.DictionaryAlignment] = []
     for dictionary, owner in {"own": of, "baseline": of.baseline}.items():
         if basis is None or owner is None:
             continue
         _, cosines = owner.most_aligned(basis)
-        alignment = output.DictionaryAlignment(
+        yield output.DictionaryAlignment(
             dictionary=dictionary,
             sae=owner.sae.label,
             n_alive=len(cosines),
@@ -168,5 +166,3 @@ def dictionary_alignments(
                 float(cosines[n - 1]) if n <= len(cosines) else None for n in numbers
             ],
         )
-        found.append(alignment)
-    return found

@@ -17,23 +17,12 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.data import TokenStream
 from saelens_scaffold.evals.intervals import SequenceBootstrap, estimates
 from saelens_scaffold.evals.labelled_data import TextsByLabel, read_labelled_text
-from saelens_scaffold.evals.model import (
-    HookedBatch,
-    HookedModel,
-    special_token_ids,
-)
+from saelens_scaffold.evals.model import HookedBatch, HookedModel, special_token_ids
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
+from saelens_scaffold.evals.scaffold_ablation import interventions as ablations
 from saelens_scaffold.evals.scaffold_ablation.eval_output import TopicAccuracy
 from saelens_scaffold.evals.scaffold_ablation.fit import Fit
-from saelens_scaffold.evals.scaffold_ablation.interventions import (
-    CLEAN,
-    WITH_SPECIAL_TOKENS,
-    Identity,
-    Intervention,
-    distinct,
-    without_latents,
-)
 from saelens_scaffold.saes.subspaces import orthonormal_basis
 
 MMLU = "cais/mmlu"
@@ -125,9 +114,7 @@ class TopicProbes:
             for text in of_topic
         ]
         to_tokens = partial(
-            hooked.model.to_tokens,
-            prepend_bos=stream.prepend_bos,
-            move_to_device=False,
+            hooked.model.to_tokens, prepend_bos=stream.prepend_bos, move_to_device=False
         )
         self._tokens = [to_tokens(text)[0, : stream.context_size] for text, _ in texts]
         # texts of similar length share a batch, since padding is computed and dropped
@@ -143,7 +130,9 @@ class TopicProbes:
         self.chance = float(self._test_labels.bincount().max() / len(self._test_labels))
 
     def accuracies(
-        self, fits: Mapping[bool, Fit], interventions: Mapping[str, list[Intervention]]
+        self,
+        fits: Mapping[bool, Fit],
+        interventions: Mapping[str, list[ablations.Intervention]],
     ) -> dict[str, list[TopicAccuracy]]:
         """
         Args:
@@ -156,15 +145,15 @@ class TopicProbes:
             is read, clean first.
         """
         group = [fits[False].saes[key].sae for key in interventions]
-        clean = replace(CLEAN, description="nothing taken away")
-        (of_clean,) = self._features(
-            "Topics", group[:1], {key: [clean] for key in interventions}
-        ).values()
+        clean = replace(ablations.CLEAN, description="nothing taken away")
+        unchanged = {key: [clean] for key in interventions}
+        (of_clean,) = self._features("Topics", group[:1], unchanged).values()
         self._probes = {place: self._probe(of_clean[place]) for place in _PLACES}
         basis = self._topic_basis(of_clean["hook_point"])
+        suffix = ablations.WITH_SPECIAL_TOKENS
         changes = {
             key: [
-                *(i for i in of if _base_name(i) in INTERVENTIONS),
+                *(i for i in of if i.name.removesuffix(suffix) in INTERVENTIONS),
                 *self._topic_latents_ablated(fits, key, basis),
             ]
             for key, of in interventions.items()
@@ -173,25 +162,22 @@ class TopicProbes:
         features[clean.identity()] = of_clean
         every = {i.identity(key): i for key, of in changes.items() for i in of}
         every[clean.identity()] = clean
-        read = {
-            identity: self._read(every[identity], features[identity])
-            for identity in every
-        }
+        read = {i: [*self._read(change, features[i])] for i, change in every.items()}
         return {
             key: [a for i in [clean, *of] for a in read[i.identity(key)]]
             for key, of in changes.items()
         }
 
-    def _read(self, change: Intervention, features: _Features) -> list[TopicAccuracy]:
-        found: list[TopicAccuracy] = []
+    def _read(
+        self, change: ablations.Intervention, features: _Features
+    ) -> Iterator[TopicAccuracy]:
         for place, x in features.items():
             figures = {
                 "accuracy": self._accuracy(self._probes[place], x),
                 "accuracy_retrained": self._accuracy(self._probe(x), x),
             }
             figures = estimates(self._config.confidence, **figures)
-            found.append(TopicAccuracy(read_at=place, **change.fields(), **figures))
-        return found
+            yield TopicAccuracy(read_at=place, **change.fields(), **figures)
 
     def _probe(self, features: torch.Tensor) -> Pipeline:
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
@@ -213,13 +199,13 @@ class TopicProbes:
 
     def _topic_latents_ablated(
         self, fits: Mapping[bool, Fit], sae_key: str, basis: torch.Tensor
-    ) -> Iterator[Intervention]:
+    ) -> Iterator[ablations.Intervention]:
         """Without the alive latents that lie most in the span of the topics' means."""
         for special, fit in fits.items():
             of = fit.saes[sae_key]
             latents = of.most_aligned(basis)[0][: self._config.n_topic_latents]
-            removal = without_latents(of, latents)
-            change = Intervention(
+            removal = ablations.without_latents(of, latents)
+            change = ablations.Intervention(
                 "topic_latents_ablated", [removal], "dictionary", len(latents)
             )
             yield change.fitted_with(special)
@@ -229,15 +215,15 @@ class TopicProbes:
         self,
         desc: str,
         group: Sequence[SelectedSAE],
-        changes: Mapping[str, list[Intervention]],
-    ) -> dict[Identity, _Features]:
+        changes: Mapping[str, list[ablations.Intervention]],
+    ) -> dict[ablations.Identity, _Features]:
         """Features of all texts after each distinct intervention."""
-        parts: defaultdict[Identity, list[_Features]] = defaultdict(list)
+        parts: defaultdict[ablations.Identity, list[_Features]] = defaultdict(list)
         size = self._config.llm_batch_size
         for start in tqdm(range(0, len(self._order), size), desc=desc, unit="batch"):
             texts = [self._tokens[i] for i in self._order[start : start + size]]
             batch = _TextBatch(self._config, self._hooked, texts)
-            for identity, change, of in distinct(group, changes, batch.runs):
+            for identity, change, of in ablations.distinct(group, changes, batch.runs):
                 x = change.changes[0](of)
                 parts[identity].append(batch.features(x, change.special_tokens))
         rank_of_text = torch.tensor(self._order).argsort()
@@ -300,10 +286,6 @@ def _pooling_weights(is_text: torch.Tensor, pooling: str) -> torch.Tensor:
         from_here_on = weights.flip(1).cumsum(dim=1).flip(1)
         weights *= from_here_on == 1
     return weights / weights.sum(dim=1, keepdim=True).clamp_min(1)
-
-
-def _base_name(change: Intervention) -> str:
-    return change.name.removesuffix(WITH_SPECIAL_TOKENS)
 
 
 def _category_of(subject: str) -> str:

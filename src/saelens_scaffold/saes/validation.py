@@ -143,10 +143,9 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         _schema(cfg_class).model_validate(values)
     except ValidationError as error:
         wrong = error.errors()[0]
-        name, reason = str(wrong["loc"][0]), wrong["msg"]
-        raise InvalidSAEError(
-            f"{name}: {reason}, got {cfg.get(name)!r:.100}"
-        ) from error
+        name = str(wrong["loc"][0])
+        message = f"{name}: {wrong['msg']}, got {cfg.get(name)!r:.100}"
+        raise InvalidSAEError(message) from error
     metadata = values.pop("metadata")
     # SAELens makes attributes of them, and some would replace methods.
     methods = sorted(name for name in metadata if hasattr(SAEMetadata, name))
@@ -275,9 +274,8 @@ def _schema(cfg_class: type[SAEConfig]) -> type[BaseModel]:
     # kernels: how it is computed, not what
     optional = {field.name for field in fields(SAEConfig)} | {"kernels"}
     optional -= {"d_in", "d_sae", "dtype", "metadata"}
-    types: Any = {
-        name: (hint, None if name in optional else ...) for name, hint in hints.items()
-    }
+    defaults: Any = {name: None if name in optional else ... for name in hints}
+    types: Any = {name: (hint, defaults[name]) for name, hint in hints.items()}
     return create_model("Config", __config__={"strict": True}, **types)
 
 
@@ -327,10 +325,7 @@ def _shapes_in(file: Any) -> TensorShapes:
 
 
 def _check_shapes(found: TensorShapes, expected: TensorShapes) -> None:
-    missing, extra = (
-        sorted(set(expected) - set(found)),
-        sorted(set(found) - set(expected)),
-    )
+    missing, extra = sorted(expected.keys() - found), sorted(found.keys() - expected)
     if missing or extra:
         raise InvalidSAEError(f"tensors missing: {missing}, unknown: [{_shown(extra)}]")
     for name, (shape, dtype) in expected.items():

@@ -88,7 +88,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         InvalidSAEError: It cannot be read, or makes no SAE.
     """
     cfg = read_json_object(path, MAX_CFG_BYTES)
-    with _named(path):
+    with named(path):
         check_config(cfg)
     return cfg
 
@@ -199,7 +199,7 @@ def check_weights_file(path: str | Path, cfg: Mapping[str, Any]) -> None:
             f"{path} has {size} bytes, which cannot be for d_in={cfg['d_in']} and "
             f"d_sae={cfg['d_sae']}; download it again if it was cut off"
         )
-    with _opened(path) as file, _named(path):
+    with _opened(path) as file, named(path):
         _check_shapes(_shapes_in(file), expected_tensors(cfg))
         for name in file.keys():  # noqa: SIM118
             for start, rows in _chunks(file.get_slice(name)):
@@ -217,7 +217,7 @@ def check_sparsity_file(path: str | Path, d_sae: int) -> None:
     Raises:
         InvalidSAEError: It does not.
     """
-    with _opened(path) as file, _named(path):
+    with _opened(path) as file, named(path):
         found = _shapes_in(file)
         dtype = found.get("sparsity", ((), None))[1] or torch.float32
         _check_shapes(found, {"sparsity": ((d_sae,), dtype)})
@@ -304,12 +304,12 @@ def _opened(path: str | Path) -> Any:
 
 
 @contextmanager
-def _named(path: str | Path) -> Iterator[None]:
-    """Let errors name the file."""
+def named(name: object) -> Iterator[None]:
+    """Let errors name the file or the SAE that they are of."""
     try:
         yield
     except InvalidSAEError as error:
-        raise InvalidSAEError(f"{path}: {error}") from error
+        raise InvalidSAEError(f"{name}: {error}") from error
 
 
 def _shapes_of(state_dict: Mapping[str, torch.Tensor]) -> TensorShapes:

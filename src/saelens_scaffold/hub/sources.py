@@ -15,7 +15,6 @@ from tqdm.autonotebook import tqdm
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub import findings
-from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.saes import sae_ids, validation
 from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.loading import load_scaffold_sae
@@ -294,14 +293,14 @@ def write_files(upload: Upload, uploaded: UploadedSAE, folder: Path) -> dict[str
     runner_cfg = uploaded.directory / constants.RUNNER_CFG_FILENAME
     if runner_cfg.exists():
         content = json.loads(runner_cfg.read_text(encoding="utf-8"))
-        _write_json(without_directories(content), folder / runner_cfg.name)
+        _write_json(findings.without_directories(content), folder / runner_cfg.name)
     for result in uploaded.results:
         about = {k: v for k, v in result.content.items() if k in _CONFIGURATIONS}
         file, number = folder / sae_ids.RESULTS_FOLDER / f"{result.evaluation}.json", 1
         while file.exists():
             number += 1
             file = file.with_name(f"{result.evaluation}-{number}.json")
-        _write_json({**result.content, **without_directories(about)}, file)
+        _write_json({**result.content, **findings.without_directories(about)}, file)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {f"{sae_id}/{path.relative_to(folder).as_posix()}": path for path in files}
 
@@ -314,7 +313,7 @@ def _save(
     file = folder / constants.SAE_CFG_FILENAME
     cfg = json.loads(file.read_text(encoding="utf-8"))
     metadata = {**cfg["metadata"], **about, "weights_sha256": weights_sha256(sae)}
-    cfg["metadata"] = without_directories(metadata)
+    cfg["metadata"] = findings.without_directories(metadata)
     file.write_text(json.dumps(cfg), encoding="utf-8")
     if sparsity is not None:
         tensors = {"sparsity": sparsity.contiguous()}

@@ -37,8 +37,8 @@ from saelens_scaffold import (
     upload_scaffold_saes,
 )
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.hub.hub_errors import HubUploadError
-from saelens_scaffold.hub.local_paths import without_directories
+from saelens_scaffold.hub.commits import HubUploadError
+from saelens_scaffold.hub.findings import without_directories
 from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.validation import InvalidSAEError
 from saelens_scaffold.training.measurement import measure

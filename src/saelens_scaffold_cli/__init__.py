@@ -65,13 +65,7 @@ def _run(command: Command) -> Output:
 
     if command.forwards:
         return command.run()
-    _silence_libraries()
-    with interruptible(), redirect_stdout(sys.stderr):
-        return command.run()
-
-
-def _silence_libraries() -> None:
-    """Silence notices that no user of a command can act upon."""
+    # notices that no user of a command can act upon
     for message in (
         # many SAEs have them, and neither SAEBench nor this package reads them
         r"\s*This SAE has non-empty",
@@ -83,6 +77,8 @@ def _silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("sae_lens", "transformer_lens"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    with interruptible(), redirect_stdout(sys.stderr):
+        return command.run()
 
 
 def _show(output: Output) -> None:

@@ -66,16 +66,21 @@ class Command:
 
 
 @dataclass
-class Train(Command):
-    """
-    Train an SAE: SAELens's training command line, with the scaffold architectures.
-    """
+class Forwarding(Command):
+    """What runs another command line, whose output and interruption are its own."""
 
     args: list[str]
 
     needs_sae_bench = False
     forwards = True
     if_interrupted = ""
+
+
+@dataclass
+class Train(Forwarding):
+    """
+    Train an SAE: SAELens's training command line, with the scaffold architectures.
+    """
 
     @classmethod
     def parse(cls, argv: list[str]) -> "Train":
@@ -90,7 +95,7 @@ class Train(Command):
 
 
 @dataclass
-class Run(Command):
+class Run(Forwarding):
     """
     Run any module with the scaffold architectures registered.
 
@@ -102,13 +107,8 @@ class Run(Command):
       saelens-scaffold run -m sae_lens.evals --help
     """
 
-    args: list[str]
     module: str = option(MISSING, "-m", kw_only=True)
     """The module."""
-
-    needs_sae_bench = False
-    forwards = True
-    if_interrupted = ""
 
     @classmethod
     def parse(cls, argv: list[str]) -> "Run":

@@ -51,7 +51,7 @@ def option(
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
-    def __init__(self, prog: str, text: str, **keywords: Any):
+    def __init__(self, prog: str, text: str):
         """
         Args:
             prog: The command.
@@ -59,13 +59,8 @@ class CommandParser(argparse.ArgumentParser):
                 "example" and goes below the options.
         """
         description, example, commands = inspect.cleandoc(text).partition("\nexample")
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=example.lstrip() + commands,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **keywords,
-        )
+        super().__init__(prog, None, description, example.lstrip() + commands)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
@@ -128,11 +123,8 @@ def _attribute_docstrings(cls: type) -> dict[str, str]:
     for base in reversed(cls.__mro__[:-1]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         body = definition.body  # type: ignore[attr-defined]
-        for attribute, text in zip(body, body[1:], strict=False):
-            match attribute, text:
-                case (
-                    ast.AnnAssign(target=ast.Name(id=name)),
-                    ast.Expr(value=ast.Constant(value=str(docstring))),
-                ):
-                    found[name] = " ".join(docstring.split())
+        for pair in zip(body, body[1:], strict=False):
+            match pair:
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    found[name] = " ".join(text.split())
     return found

@@ -2,20 +2,18 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub as hf
 from huggingface_hub import errors
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.hub import hub_errors
-from saelens_scaffold.hub.hub_errors import HubUploadError, retry
-from saelens_scaffold.hub.model_card import model_card
-from saelens_scaffold.hub.sources import README, Upload
-from saelens_scaffold.hub.staging import write_files
+from saelens_scaffold.hub.model_card import TEMPLATES, model_card
+from saelens_scaffold.hub.sources import README, Upload, write_files
 from saelens_scaffold.saes.loading import HTTP_ERROR
 
 _SAE_FILES = (
@@ -23,6 +21,27 @@ _SAE_FILES = (
     r"|eval_results/.*"
 )
 """Files of an SAE in its folder, where other SAEs may have theirs."""
+
+TRANSIENT = frozenset({409, 429, 500, 502, 503, 504})
+"""Statuses of failures that may pass: a concurrent commit, a rate limit, server trouble."""
+
+NOT_APPLIED = frozenset({409, 429, 503})
+"""Transient statuses after which the request has certainly changed nothing."""
+
+TOKENS_URL = "https://huggingface.co/settings/tokens"
+
+HUB_FAILURES = (HTTP_ERROR, OSError, RuntimeError, ValueError)
+"""What huggingface_hub raises when a request fails."""
+
+_MAX_WAIT = 60.0  # seconds
+
+Result = TypeVar("Result")
+
+
+class HubUploadError(UserError):
+    """The Hub refused an upload or could not be reached, with advice on what to do."""
+
+    exit_status = 1
 
 
 class HubUpload:
@@ -64,9 +83,8 @@ class HubUpload:
             self._write_card()
         except UserError:
             raise
-        except hub_errors.HUB_FAILURES as error:
-            reason = hub_errors.advice(error, self.repo_id)
-            raise HubUploadError(f"{self.doing}: {reason} {self._state()}") from error
+        except HUB_FAILURES as error:
+            raise failure(error, self.upload, self.doing) from error
 
     def _open_repository(self) -> None:
         """Find the repository, its branch and its files; create what is missing."""
@@ -85,8 +103,7 @@ class HubUpload:
         try:
             retry(self._read_branch)
         except errors.RevisionNotFoundError:
-            branch = self.upload.revision
-            if branch.startswith("refs/"):
+            if (branch := self.upload.revision).startswith("refs/"):
                 raise
             self.api.create_branch(self.repo_id, branch=branch, exist_ok=True)
             retry(self._read_branch)
@@ -94,10 +111,9 @@ class HubUpload:
     def _read_branch(self) -> None:
         info = self.api.repo_info(self.repo_id, revision=self.upload.revision)
         if self.upload.private and not info.private:
-            raise HubUploadError(
-                f"{self.repo_id} exists and is public; make it private in its settings on "
-                "the Hub, choose another, or leave out --private (private=True)"
-            )
+            advice = "make it private in its settings on the Hub, choose another"
+            advice += ", or leave out --private (private=True)"
+            raise HubUploadError(f"{self.repo_id} exists and is public; {advice}")
         self.head = info.sha
         self.remote_files = self._list_files()
 
@@ -110,8 +126,8 @@ class HubUpload:
     ) -> str | None:
         """Add files and delete old ones; returns the commit's URL, None if none was due."""
         additions = [hf.CommitOperationAdd(path, file) for path, file in files.items()]
-        revision, create_pr = self.upload.revision, self.upload.create_pr
-        where: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+        create_pr = self.upload.create_pr
+        where: Any = {"revision": self.upload.revision, "create_pr": create_pr}
         # Large files go first, which huggingface_hub retries by itself. Nobody sees them
         # before a commit refers to them.
         self.api.preupload_lfs_files(self.repo_id, additions, **where)
@@ -130,7 +146,7 @@ class HubUpload:
                 return commit(still_there)
 
         # Repeating a commit changes nothing; repeating a pull request opens a second one.
-        statuses = hub_errors.NOT_APPLIED if create_pr else hub_errors.TRANSIENT
+        statuses = NOT_APPLIED if create_pr else TRANSIENT
         made = retry(lambda: commit(old), statuses)
         self.remote_files = (self.remote_files | set(files)) - old
         if made.oid == self.head:
@@ -152,22 +168,6 @@ class HubUpload:
         if self._commit(files, set(), "Write the model card") is None:
             upload.readme_outcome = "unchanged"
 
-    def _state(self) -> str:
-        """What is done, and how to continue."""
-        done, revision = len(self.upload.commits), self.upload.revision
-        state = "Nothing in the repository has changed."
-        if done:
-            state = (
-                f"{done} of {len(self.upload.saes)} SAEs are complete in {self.repo_id} "
-                f"({revision}), and nothing of the others is visible."
-            )
-        if self.upload.pull_request is None:
-            return f"{state} Then repeat the command: what is there is not sent again."
-        return (
-            f"{state} Then repeat the command with --revision {revision} instead of "
-            "--create_pr, to continue in the same pull request."
-        )
-
 
 def _check_permission(account: Mapping[str, Any], upload: Upload) -> None:
     """Check that the token may write, as far as the Hub tells before it is asked to."""
@@ -176,7 +176,7 @@ def _check_permission(account: Mapping[str, Any], upload: Upload) -> None:
     if role == "read":
         raise HubUploadError(
             f"the token of {user} may only read; log in with one that may write, or set "
-            f"HF_TOKEN to it ({hub_errors.TOKENS_URL})"
+            f"HF_TOKEN to it ({TOKENS_URL})"
         )
     scopes = (token.get("fineGrained") or {}).get("scoped")
     if role != "fineGrained" or upload.create_pr or scopes is None:
@@ -189,7 +189,7 @@ def _check_permission(account: Mapping[str, Any], upload: Upload) -> None:
     if not may_write & {upload.repo_id, upload.repo_id.partition("/")[0]}:
         raise HubUploadError(
             f"the fine-grained token of {user} has no permission repo.write for "
-            f"{upload.repo_id}; add it at {hub_errors.TOKENS_URL}"
+            f"{upload.repo_id}; add it at {TOKENS_URL}"
         )
 
 
@@ -231,8 +231,8 @@ def look(upload: Upload) -> None:
         elif existing and not upload.overwrite_readme:
             upload.readme_outcome = "kept"
     if upload.readme_outcome == "written":
-        for name, file in upload.extra_files.items():
-            upload.files[name] = file.stat().st_size
+        sizes = {name: path.stat().st_size for name, path in upload.extra_files.items()}
+        upload.files |= sizes
         upload.files[README] = len(upload.readme.encode())
 
 
@@ -262,3 +262,44 @@ def _known_of_repository(upload: Upload) -> tuple[str | None, list[str]]:
     if not isinstance(path, str):
         return None, []
     return Path(path).read_text(encoding="utf-8"), files
+
+
+def retry(action: Callable[[], Result], statuses: frozenset[int] = TRANSIENT) -> Result:
+    """
+    Do something, and repeat it while the Hub answers with one of these statuses.
+
+    huggingface_hub retries file transfers, but neither commits nor queries.
+    """
+    for wait in (1, 2, 4, 8):
+        try:
+            return action()
+        except errors.HfHubHTTPError as error:
+            if error.response is None or error.response.status_code not in statuses:
+                raise
+            asked_for = error.response.headers.get("Retry-After", "")
+            asked = float(asked_for) if asked_for.isdigit() else wait
+            time.sleep(min(asked, _MAX_WAIT))
+    return action()
+
+
+def failure(error: BaseException, upload: Upload, doing: str) -> HubUploadError:
+    """What went wrong in a request to the Hub, what is done, and how to continue."""
+    causes = [error]
+    while following := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(following)
+    kind, status, said = "unknown", 0, None
+    if any(isinstance(cause, HTTP_ERROR) for cause in causes):
+        kind = "broken"
+    for cause in reversed(causes):
+        if isinstance(cause, errors.LocalTokenNotFoundError):
+            kind = "no token"
+        elif isinstance(cause, errors.OfflineModeIsEnabled):
+            kind = "offline"
+        elif isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
+            kind, said = "refused", cause.server_message
+            status = cause.response.status_code
+    context: dict[str, Any] = {"kind": kind, "status": status, "said": said}
+    context |= {"error": error, "name": type(error).__name__, "root": causes[-1]}
+    context |= {"upload": upload, "doing": doing, "tokens_url": TOKENS_URL}
+    text = TEMPLATES.get_template("failure.txt.jinja").render(context)
+    return HubUploadError(" ".join(text.split()))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from sae_lens.constants import DTYPE_MAP
@@ -15,7 +15,6 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Metric
 from saelens_scaffold.evals.registry import EVALUATIONS, known_evaluations
 from saelens_scaffold.evals.table import metric_cell
-from saelens_scaffold.hub.local_paths import without_directories
 from saelens_scaffold.saes.facts import DENSE_THRESHOLD, weights_sha256
 from saelens_scaffold.saes.sae_ids import sae_id_of_path
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
@@ -31,6 +30,9 @@ _RUN_FILES = ("compare.yaml", "results.json", "report.html")
 _DENSE_LATENTS = "dense_latents.dense_latents.dense_latents"
 _METRICS = {metric.path: metric for metric in EVALUATIONS["dense_latents"].metrics}
 _N_TOKENS = Metric("", "token_stats.n_tokens")
+
+Headline = tuple[Metric, float, tuple[float, float] | None]
+"""A metric, its value, and the value's interval."""
 
 Reduction = tuple[float, str]
 """1 minus the ratio of an SAE's dense latents to its baseline's; the baseline's name."""
@@ -173,9 +175,7 @@ def dataset_of(result: "StoredResult") -> str:
     return ", ".join(without_directories(str(name)) for name in names)
 
 
-def headline_metrics(
-    result: "StoredResult",
-) -> Iterator[tuple[Metric, float, tuple[float, float] | None]]:
+def headline_metrics(result: "StoredResult") -> Iterator[Headline]:
     """The headline metrics that the result has, with their values and intervals."""
     evaluation = known_evaluations().get(result.evaluation)
     for metric in evaluation.metrics if evaluation else ():
@@ -220,3 +220,28 @@ def reductions_in(path: Path) -> dict[str, Reduction]:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{file} is no result of `compare` ({reason})") from error
     return found
+
+
+def without_directories(value: Any) -> Any:
+    """
+    A value as it may be published: without the directories of the user's disk.
+
+    Args:
+        value: A string, or JSON data of any depth.
+
+    Returns:
+        The same with only the last part of each local path. Hub ids such as "user/model"
+        stay as they are.
+    """
+    if isinstance(value, dict):
+        return {key: without_directories(content) for key, content in value.items()}
+    if isinstance(value, list):
+        return [without_directories(content) for content in value]
+    if not isinstance(value, str):
+        return value
+    windows = PureWindowsPath(value)
+    if windows.drive and windows.root:
+        return windows.name or value
+    if value.startswith(("/", "./", "../", "~")):
+        return PurePosixPath(value).name or value
+    return value

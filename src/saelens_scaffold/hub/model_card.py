@@ -12,8 +12,7 @@ from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_scaffold._util.plots import finish_firing_axes
-from saelens_scaffold.hub.findings import config_of, dataset_of, headline_metrics
-from saelens_scaffold.hub.local_paths import without_directories
+from saelens_scaffold.hub import findings
 from saelens_scaffold.hub.sources import Upload, UploadedSAE
 from saelens_scaffold.saes.sae_ids import PLAIN_FORM
 
@@ -43,10 +42,10 @@ def model_card(upload: Upload, remote_files: Iterable[str] = ()) -> str:
         measured=measured,
         others=_other_saes(upload, remote_files),
         results=[
-            (sae.sae_id, result.evaluation, dataset_of(result), *headline)
+            (sae.sae_id, result.evaluation, findings.dataset_of(result), *headline)
             for sae in upload.saes
             for result in sae.results
-            for headline in headline_metrics(result)
+            for headline in findings.headline_metrics(result)
         ],
     )
 
@@ -79,9 +78,9 @@ def _model_index(sae: UploadedSAE) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=result.evaluation,
-            dataset_type=dataset_of(result),
-            dataset_name=dataset_of(result),
-            dataset_split=config_of(result).get("dataset_split"),
+            dataset_type=findings.dataset_of(result),
+            dataset_name=findings.dataset_of(result),
+            dataset_split=findings.config_of(result).get("dataset_split"),
             metric_type=metric.path,
             metric_name=f"{sae.sae_id}: {metric.title}",
             metric_value=value,
@@ -91,7 +90,7 @@ def _model_index(sae: UploadedSAE) -> list[EvalResult]:
             },
         )
         for result in sae.results
-        for metric, value, interval in headline_metrics(result)
+        for metric, value, interval in findings.headline_metrics(result)
     ]
 
 
@@ -130,17 +129,15 @@ def _code(values: Any) -> str:
 
 def _plain(value: object) -> str:
     """A value in one line, without Markdown and without the directories of a local path."""
-    text = "" if value is None else str(without_directories(value))
+    text = "" if value is None else str(findings.without_directories(value))
     return re.sub(r"[`|<>\[\]\\\s]+", " ", text).strip()[:200] or "-"
 
 
+# nothing is escaped: this is Markdown, whose special characters `plain` removes
 TEMPLATES = Environment(
-    loader=PackageLoader("saelens_scaffold", "hub"),
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=StrictUndefined,
-    autoescape=False,  # Markdown, whose special characters `plain` removes
+    trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False
 )
+TEMPLATES.loader = PackageLoader("saelens_scaffold", "hub")
 TEMPLATES.filters |= {"code": _code, "plain": _plain}
 
 

@@ -1,18 +1,22 @@
-"""An upload: its SAEs, where they are, and what is known of them."""
+"""An upload: its SAEs, what is known of them, and their files in the repository."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
+import torch
 from huggingface_hub import HfApi
 from sae_lens import constants
 from sae_lens.saes.sae import SAE, TrainingSAE
+from safetensors.torch import load_file, save_file
 from tqdm.autonotebook import tqdm
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub import findings
 from saelens_scaffold.saes import sae_ids, validation
+from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.training.measurement import Measurement
@@ -22,9 +26,15 @@ if TYPE_CHECKING:
 
 README = "README.md"
 _MAX_RUNNER_CFG_BYTES = 1 << 24
+_CONFIGURATIONS = ("eval_config", "sae_cfg_dict")
+"""Parts of an evaluation result that may name local paths. The rest may quote text that
+only looks like a path."""
 
 SAESource: TypeAlias = SAE[Any] | Path | str
 """An SAE, or a directory of SAEs."""
+
+Directories: TypeAlias = Path | str | Sequence[Path | str]
+SAESources: TypeAlias = Mapping[str, SAESource] | Directories
 
 Item = TypeVar("Item")
 
@@ -72,7 +82,9 @@ class Upload:
 
     Attributes:
         repo_id: The repository.
+        api: The Hub, with the user's token.
         revision: The branch; the pull request, once it is open.
+        show_progress: Whether to show progress bars.
         jumprelu: Whether scaffold SAEs are uploaded in their plain form, too.
         private: Whether the repository must be private.
         create_pr: Whether a pull request is still to be opened.
@@ -80,8 +92,6 @@ class Upload:
         license: License id of the Hub, as in "mit"; None leaves it out.
         base_model: The language model's id on the Hub; None infers it from the SAEs.
         datasets: Hub ids of the training data; None infers them from the SAEs.
-        api: The Hub, with the user's token.
-        show_progress: Whether to show progress bars.
         saes: The SAEs.
         extra_files: Files beside the card, by path in the repository.
         left_out: Evaluation results that are not uploaded, with the reason.
@@ -95,16 +105,16 @@ class Upload:
     """
 
     repo_id: str
-    revision: str
-    jumprelu: bool
-    private: bool
-    create_pr: bool
-    overwrite_readme: bool
-    license: str | None
-    base_model: str | None
-    datasets: Sequence[str] | None
     api: HfApi
+    revision: str
     show_progress: bool
+    jumprelu: bool = True
+    private: bool = False
+    create_pr: bool = False
+    overwrite_readme: bool = False
+    license: str | None = None
+    base_model: str | None = None
+    datasets: Sequence[str] | None = None
     saes: list[UploadedSAE] = field(default_factory=list)
     extra_files: dict[str, Path] = field(default_factory=dict)
     left_out: dict[Path, str] = field(default_factory=dict)
@@ -120,10 +130,7 @@ class Upload:
         return tqdm(items, desc=description, disable=not self.show_progress)
 
     def gather(
-        self,
-        saes: Mapping[str, SAESource] | Path | str | Sequence[Path | str],
-        eval_results: Path | str | Sequence[Path | str] | None,
-        folder: Path,
+        self, saes: SAESources, eval_results: Directories | None, folder: Path
     ) -> None:
         """
         Check that SAEs can be uploaded, and gather what is known of them.
@@ -153,25 +160,19 @@ class Upload:
         reasons = {result.file: result.why_stale() for result in stored}
         current = [result for result in stored if reasons[result.file] is None]
         for sae_id, source in self.progress(by_id.items(), "Checking SAEs"):
-            try:
+            with validation.named(f"SAE {sae_id!r}"):
                 path, sae = _checked(source, folder / sae_id)
-            except validation.InvalidSAEError as error:
-                raise validation.InvalidSAEError(f"SAE {sae_id!r}: {error}") from error
             own = findings.results_of(sae, current)
             reduction = reductions.get(sae_id)
             facts = findings.facts_of(own, Measurement.of(sae), reduction)
             self.saes.append(UploadedSAE(sae_id, path, sae.cfg, own, facts))
-        for result in (result for sae in self.saes for result in sae.results):
-            reasons.pop(result.file, None)
-        self.left_out = {
-            file: reason or "is of none of these SAEs"
-            for file, reason in reasons.items()
-        }
+        sent = {result.file for sae in self.saes for result in sae.results}
+        for file, reason in reasons.items():
+            if file not in sent:
+                self.left_out[file] = reason or "is of none of these SAEs"
 
 
-def _given(
-    saes: Mapping[str, SAESource] | Path | str | Sequence[Path | str],
-) -> list[tuple[str | None, SAESource]]:
+def _given(saes: SAESources) -> list[tuple[str | None, SAESource]]:
     """SAEs and directories as they are given, with the ids that are."""
     if isinstance(saes, Mapping):
         return [(sae_ids.check_sae_id(sae_id), sae) for sae_id, sae in saes.items()]
@@ -185,9 +186,7 @@ def _given(
     return given
 
 
-def _found(
-    given: Sequence[tuple[str | None, SAESource]],
-) -> list[tuple[str, SAESource]]:
+def _found(given: list[tuple[str | None, SAESource]]) -> list[tuple[str, SAESource]]:
     """
     The SAEs themselves, each with an id of its own.
 
@@ -199,11 +198,9 @@ def _found(
         if isinstance(source, SAE) or (given_id and not Path(source).is_dir()):
             found.append((str(given_id), source))  # whose check says what is missing
             continue
-        for sae_id, directory in _saes_in(Path(source)):
+        for sae_id, directory in _saes_in(path := Path(source)):
             if given_id:
-                sae_id = (
-                    given_id if directory == Path(source) else f"{given_id}/{sae_id}"
-                )
+                sae_id = given_id if directory == path else f"{given_id}/{sae_id}"
             found.append((sae_id, directory))
     if not found:
         raise UserError("no SAEs to upload")
@@ -255,3 +252,74 @@ def _checked(source: SAESource, folder: Path) -> tuple[Path, SAE[Any]]:
     if runner_cfg.exists():
         validation.read_json_object(runner_cfg, _MAX_RUNNER_CFG_BYTES)
     return Path(source), sae
+
+
+def write_files(upload: Upload, uploaded: UploadedSAE, folder: Path) -> dict[str, Path]:
+    """
+    Write all files of an SAE, in both forms.
+
+    Args:
+        upload: The upload.
+        uploaded: The SAE.
+        folder: Where to write them.
+
+    Returns:
+        The files by path in the repository.
+    """
+    sae: Any = load_scaffold_sae(uploaded.directory)
+    sae_id, measurement = uploaded.sae_id, Measurement.of(sae)
+    # null: nothing was measured of these weights
+    measured = measurement.to_metadata() if measurement else None
+    file = uploaded.sparsity_file
+    sparsity = load_file(file)["sparsity"] if file else None
+    hint = f'SAE.from_pretrained("{upload.repo_id}", "{sae_id}")'
+    if uploaded.in_scaffold_form:
+        hint = f"pip install saelens-scaffold; then import saelens_scaffold, and {hint}"
+    if uploaded.in_scaffold_form and upload.jumprelu:
+        plain_hint = (
+            f'SAE.from_pretrained("{upload.repo_id}", "{sae_id}/{sae_ids.PLAIN_FORM}")'
+        )
+        hint += f". Or without that package, as a plain SAE with the same outputs: {plain_hint}"
+        plain_sparsity = None
+        if sparsity is not None:
+            # Together, the two halves of a linear latent fire as often as it does; how
+            # often each of them does was not counted.
+            linear, sparse = sparsity.tensor_split([uploaded.rank])
+            plain_sparsity = torch.cat([linear, linear, sparse])
+        plain = folder / sae_ids.PLAIN_FORM
+        about = {"how_to_load": plain_hint, "measured": measured}
+        _save(sae.to_jumprelu(), plain_sparsity, plain, about)
+    _save(sae, sparsity, folder, {"how_to_load": hint, "measured": measured})
+    runner_cfg = uploaded.directory / constants.RUNNER_CFG_FILENAME
+    if runner_cfg.exists():
+        content = json.loads(runner_cfg.read_text(encoding="utf-8"))
+        _write_json(findings.without_directories(content), folder / runner_cfg.name)
+    for result in uploaded.results:
+        about = {k: v for k, v in result.content.items() if k in _CONFIGURATIONS}
+        file, number = folder / sae_ids.RESULTS_FOLDER / f"{result.evaluation}.json", 1
+        while file.exists():
+            number += 1
+            file = file.with_name(f"{result.evaluation}-{number}.json")
+        _write_json({**result.content, **findings.without_directories(about)}, file)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{sae_id}/{path.relative_to(folder).as_posix()}": path for path in files}
+
+
+def _save(
+    sae: SAE[Any], sparsity: torch.Tensor | None, folder: Path, about: dict[str, Any]
+) -> None:
+    """Save an SAE with further metadata, and without local paths in them."""
+    sae.save_model(folder)
+    file = folder / constants.SAE_CFG_FILENAME
+    cfg = json.loads(file.read_text(encoding="utf-8"))
+    metadata = {**cfg["metadata"], **about, "weights_sha256": weights_sha256(sae)}
+    cfg["metadata"] = findings.without_directories(metadata)
+    file.write_text(json.dumps(cfg), encoding="utf-8")
+    if sparsity is not None:
+        tensors = {"sparsity": sparsity.contiguous()}
+        save_file(tensors, folder / constants.SPARSITY_FILENAME)
+
+
+def _write_json(content: Any, file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -70,31 +70,16 @@ def upload_scaffold_saes(
         UserError: An argument cannot be used, or a directory is missing or holds no SAE.
         HubUploadError: The Hub refuses or cannot be reached, and what to do.
     """
-    _check_repo_id(hf_repo_id)
-    upload = Upload(
-        repo_id=hf_repo_id,
-        revision=hf_revision,
-        jumprelu=jumprelu,
-        private=private,
-        create_pr=create_pr,
-        overwrite_readme=overwrite_readme,
-        license=license,
-        base_model=base_model,
-        datasets=datasets,
-        api=HfApi(token=token),
-        show_progress=show_progress,
-    )
+    upload = Upload(hf_repo_id, HfApi(token=token), hf_revision, show_progress)
+    upload.jumprelu, upload.private, upload.create_pr = jumprelu, private, create_pr
+    upload.license, upload.base_model, upload.datasets = license, base_model, datasets
+    upload.overwrite_readme = overwrite_readme
     _carry_out(upload, saes, eval_results, dry_run)
     return upload
 
 
 def run(
-    saes: Sequence[str],
-    repo_id: str,
-    *,
-    revision: str = "main",
-    no_jumprelu: bool = False,
-    **options: Any,
+    saes: Sequence[str], repo_id: str, revision: str, no_jumprelu: bool, **options: Any
 ) -> tuple[str, list[str]]:
     """
     The command `saelens-scaffold upload`.
@@ -119,6 +104,13 @@ def run(
 
 
 def _carry_out(upload: Upload, saes: Any, eval_results: Any, dry_run: bool) -> None:
+    repo_id = upload.repo_id
+    try:
+        utils.validate_repo_id(repo_id)
+    except errors.HFValidationError as error:
+        raise UserError(f"{repo_id!r:.200} is no repository's id: {error}") from error
+    if "/" not in repo_id:
+        raise UserError(f"{repo_id!r} lacks the owner; write USER/{repo_id}")
     with TemporaryDirectory() as folder, ExitStack() as stack:
         if not upload.show_progress and not utils.are_progress_bars_disabled():
             utils.disable_progress_bars()  # huggingface_hub's, for each file
@@ -129,12 +121,3 @@ def _carry_out(upload: Upload, saes: Any, eval_results: Any, dry_run: bool) -> N
             look(upload)
         else:
             HubUpload(upload).run()
-
-
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        utils.validate_repo_id(repo_id)
-    except errors.HFValidationError as error:
-        raise UserError(f"{repo_id!r:.200} is no repository's id: {error}") from error
-    if "/" not in repo_id:
-        raise UserError(f"{repo_id!r} lacks the owner; write USER/{repo_id}")

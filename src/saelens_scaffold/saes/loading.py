@@ -69,9 +69,7 @@ def load_scaffold_sae(
 
 
 def checked_disk_loader(
-    path: str | Path,
-    device: str = "cpu",
-    cfg_overrides: dict[str, Any] | None = None,
+    path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], Weights]:
     """
     A converter for `SAE.load_from_disk` that checks the files first.
@@ -119,31 +117,28 @@ def checked_huggingface_loader(
     """
     folder = check_sae_path(folder_name)
 
-    def download(name: str, max_bytes: int, revision: str | None = None) -> Path:
+    def download(name: str, max_bytes: int, revision: str | None = None) -> str:
         path = f"{folder}/{name}"
         try:
-            metadata = hf.get_hf_file_metadata(
-                hf.hf_hub_url(repo_id, path, revision=revision)
-            )
+            url = hf.hf_hub_url(repo_id, path, revision=revision)
+            metadata = hf.get_hf_file_metadata(url)
         except errors.EntryNotFoundError:
             raise
         except (HTTP_ERROR, OSError):
             cached = hf.try_to_load_from_cache(repo_id, path, revision=revision)
             if not isinstance(cached, str):
                 raise
-            return Path(cached)
+            return cached
         if metadata.size is not None and metadata.size > max_bytes:
             raise validation.InvalidSAEError(
                 f"{repo_id}: {path} has {metadata.size} bytes, over the {max_bytes} allowed"
             )
         commit = metadata.commit_hash or revision
-        return Path(
-            hf.hf_hub_download(
-                repo_id, path, revision=commit, force_download=force_download
-            )
+        return hf.hf_hub_download(
+            repo_id, path, revision=commit, force_download=force_download
         )
 
-    cfg_path = download(constants.SAE_CFG_FILENAME, validation.MAX_CFG_BYTES)
+    cfg_path = Path(download(constants.SAE_CFG_FILENAME, validation.MAX_CFG_BYTES))
     cfg = validation.read_config(cfg_path)
     # All files are of one commit, whatever is pushed in the meantime.
     commit = cfg_path.parents[folder.count("/") + 1].name
@@ -154,7 +149,5 @@ def checked_huggingface_loader(
         max_bytes = validation.MAX_HEADER_BYTES + 8 * cfg["d_sae"]
         sparsity_path = download(constants.SPARSITY_FILENAME, max_bytes, commit)
     cfg, weights = checked_disk_loader(cfg_path.parent, device, cfg_overrides)
-    log_sparsity = (
-        load_file(sparsity_path, device)["sparsity"] if sparsity_path else None
-    )
-    return cfg, weights, log_sparsity
+    sparsity = load_file(sparsity_path, device)["sparsity"] if sparsity_path else None
+    return cfg, weights, sparsity

@@ -88,7 +88,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         InvalidSAEError: It cannot be read, or makes no SAE.
     """
     cfg = read_json_object(path, MAX_CFG_BYTES)
-    with _named(path):
+    with named(path):
         check_config(cfg)
     return cfg
 
@@ -143,10 +143,9 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         _schema(cfg_class).model_validate(values)
     except ValidationError as error:
         wrong = error.errors()[0]
-        name, reason = str(wrong["loc"][0]), wrong["msg"]
-        raise InvalidSAEError(
-            f"{name}: {reason}, got {cfg.get(name)!r:.100}"
-        ) from error
+        name = str(wrong["loc"][0])
+        message = f"{name}: {wrong['msg']}, got {cfg.get(name)!r:.100}"
+        raise InvalidSAEError(message) from error
     metadata = values.pop("metadata")
     # SAELens makes attributes of them, and some would replace methods.
     methods = sorted(name for name in metadata if hasattr(SAEMetadata, name))
@@ -200,7 +199,7 @@ def check_weights_file(path: str | Path, cfg: Mapping[str, Any]) -> None:
             f"{path} has {size} bytes, which cannot be for d_in={cfg['d_in']} and "
             f"d_sae={cfg['d_sae']}; download it again if it was cut off"
         )
-    with _opened(path) as file, _named(path):
+    with _opened(path) as file, named(path):
         _check_shapes(_shapes_in(file), expected_tensors(cfg))
         for name in file.keys():  # noqa: SIM118
             for start, rows in _chunks(file.get_slice(name)):
@@ -218,7 +217,7 @@ def check_sparsity_file(path: str | Path, d_sae: int) -> None:
     Raises:
         InvalidSAEError: It does not.
     """
-    with _opened(path) as file, _named(path):
+    with _opened(path) as file, named(path):
         found = _shapes_in(file)
         dtype = found.get("sparsity", ((), None))[1] or torch.float32
         _check_shapes(found, {"sparsity": ((d_sae,), dtype)})
@@ -275,9 +274,8 @@ def _schema(cfg_class: type[SAEConfig]) -> type[BaseModel]:
     # kernels: how it is computed, not what
     optional = {field.name for field in fields(SAEConfig)} | {"kernels"}
     optional -= {"d_in", "d_sae", "dtype", "metadata"}
-    types: Any = {
-        name: (hint, None if name in optional else ...) for name, hint in hints.items()
-    }
+    defaults: Any = {name: None if name in optional else ... for name in hints}
+    types: Any = {name: (hint, defaults[name]) for name, hint in hints.items()}
     return create_model("Config", __config__={"strict": True}, **types)
 
 
@@ -306,12 +304,12 @@ def _opened(path: str | Path) -> Any:
 
 
 @contextmanager
-def _named(path: str | Path) -> Iterator[None]:
-    """Let errors name the file."""
+def named(name: object) -> Iterator[None]:
+    """Let errors name the file or the SAE that they are of."""
     try:
         yield
     except InvalidSAEError as error:
-        raise InvalidSAEError(f"{path}: {error}") from error
+        raise InvalidSAEError(f"{name}: {error}") from error
 
 
 def _shapes_of(state_dict: Mapping[str, torch.Tensor]) -> TensorShapes:
@@ -327,10 +325,7 @@ def _shapes_in(file: Any) -> TensorShapes:
 
 
 def _check_shapes(found: TensorShapes, expected: TensorShapes) -> None:
-    missing, extra = (
-        sorted(set(expected) - set(found)),
-        sorted(set(found) - set(expected)),
-    )
+    missing, extra = sorted(expected.keys() - found), sorted(found.keys() - expected)
     if missing or extra:
         raise InvalidSAEError(f"tensors missing: {missing}, unknown: [{_shown(extra)}]")
     for name, (shape, dtype) in expected.items():

@@ -31,9 +31,7 @@ COVERED = 0.8
 MAX_NAMED = 12
 """How many outlier dimensions a reason names; rank.json has all."""
 
-REASONS: dict[str, str] = yaml.safe_load(
-    Path(__file__).with_name("reasons.yaml").read_text(encoding="utf-8")
-)
+REASONS = yaml.safe_load(Path(__file__).with_name("reasons.yaml").read_text("utf-8"))
 """Templates of reasons, by the candidate's name."""
 
 
@@ -107,12 +105,10 @@ def analyse_covariance(
     covariance = covariance.double().cpu()
     of_dimensions = covariance.diagonal()
     outliers = outlier_dimensions(of_dimensions)
-    beyond, eigenvalues, null = parallel_analysis(
-        without_dimensions(covariance, outliers),
-        # each outlier dimension takes a degree of freedom
-        n_tokens - len(outliers),
-        np.random.default_rng(seed),
-    )
+    others, n_outliers = without_dimensions(covariance, outliers), len(outliers)
+    # each outlier dimension takes a degree of freedom
+    n_free, rng = n_tokens - n_outliers, np.random.default_rng(seed)
+    beyond, eigenvalues, null = parallel_analysis(others, n_free, rng)
     variances = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
     shares = variances / variances.sum()
     total, median = of_dimensions.sum(), of_dimensions.median()
@@ -125,29 +121,16 @@ def analyse_covariance(
         for i in outliers
     ]
     named = ", ".join(str(int(i)) for i in outliers[:MAX_NAMED])
-    if len(outliers) > MAX_NAMED:
-        named += f" and {len(outliers) - MAX_NAMED} more"
-    knee, participation = knee_of(variances), float(1 / shares.pow(2).sum())
+    if n_outliers > MAX_NAMED:
+        named += f" and {n_outliers - MAX_NAMED} more"
+    template = "outlier dimensions" if found else "no outlier dimensions"
+    held = sum(outlier["variance_share"] for outlier in found)
+    knee, equal = knee_of(variances), float(1 / shares.pow(2).sum())
     candidates = [
-        _candidate(
-            "outlier dimensions",
-            len(outliers),
-            template="outlier dimensions" if found else "no outlier dimensions",
-            named=named,
-            held=sum(outlier["variance_share"] for outlier in found),
-            ratio=OUTLIER_RATIO,
-            z=OUTLIER_Z,
-        ),
+        _candidate("outlier dimensions", n_outliers, template, named=named, held=held),
         _candidate("knee", knee, held=float(shares[:knee].sum())),
-        _candidate(
-            "participation ratio", max(1, round(participation)), ratio=participation
-        ),
-        _candidate(
-            "parallel analysis",
-            len(outliers) + beyond,
-            beyond=beyond,
-            quantile=NULL_QUANTILE,
-        ),
+        _candidate("participation ratio", max(1, round(equal)), equal=equal),
+        _candidate("parallel analysis", n_outliers + beyond, beyond=beyond),
     ]
     return RankAnalysis(
         candidates=candidates,
@@ -178,16 +161,10 @@ def dense_latent_candidates(
     span = int((weights < SPANNED).sum()) + 1
     inside = (unit @ directions.T).pow(2).cumsum(dim=1).mean(dim=0)
     covered = int((inside < COVERED).sum()) + 1
+    held = float(share_in_subspace(unit, directions[:span]).mean())
     return [
-        _candidate(
-            "dense latents",
-            span,
-            n_dense=n_dense,
-            threshold=DENSE_THRESHOLD,
-            spanned=SPANNED,
-            held=float(share_in_subspace(unit, directions[:span]).mean()),
-        ),
-        _candidate("dense latents in PCA", covered, covered=COVERED),
+        _candidate("dense latents", span, n_dense=n_dense, held=held),
+        _candidate("dense latents in PCA", covered),
     ]
 
 
@@ -209,6 +186,8 @@ def suggested(candidates: list[RankCandidate]) -> RankCandidate | None:
 def _candidate(
     name: str, rank: int, template: str | None = None, **figures: object
 ) -> RankCandidate:
+    figures |= {"ratio": OUTLIER_RATIO, "z": OUTLIER_Z, "quantile": NULL_QUANTILE}
+    figures |= {"threshold": DENSE_THRESHOLD, "spanned": SPANNED, "covered": COVERED}
     reason = REASONS[template or name].format(rank=rank, **figures)
     return RankCandidate(name, rank, reason)
 
@@ -233,11 +212,10 @@ def outlier_dimensions(variances: torch.Tensor) -> torch.Tensor:
     deviations = logs - logs.median()
     # 0.6745: the median absolute deviation of a standard normal variable
     spread = deviations.abs().median() / 0.6745
-    is_outlier = (deviations > OUTLIER_Z * spread) & (
-        variances > OUTLIER_RATIO * variances.median()
-    )
+    is_far = deviations > OUTLIER_Z * spread
+    is_large = variances > OUTLIER_RATIO * variances.median()
     order = variances.argsort(descending=True)
-    return order[is_outlier[order]]
+    return order[(is_far & is_large)[order]]
 
 
 def without_dimensions(

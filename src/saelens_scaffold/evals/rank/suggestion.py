@@ -1,7 +1,6 @@
 """Suggesting a rank: from options to a table, numbers and a picture."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.evals import data as text_data
 from saelens_scaffold.evals import model as lm
 from saelens_scaffold.evals import saes as selected_saes
-from saelens_scaffold.evals.data import text_seen_in_training
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
 from saelens_scaffold.evals.rank import analysis as ranks
 from saelens_scaffold.models.hook_points import check_activations, model_config
@@ -28,7 +26,7 @@ from saelens_scaffold.saes.subspaces import ActivationMoments
 
 def suggest_rank(
     *,
-    output_path: str | os.PathLike[str],
+    output_path: str | Path,
     hook_name: str | None = None,
     sae_path: str | None = None,
     device: str | None = None,
@@ -78,8 +76,8 @@ def suggest_rank(
         file.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
     with new_file(folder / "rank.png") as file:
         picture(analysis).savefig(file, dpi=150, format="png")
-    said = f"The spectrum is in {folder / 'rank.png'}, all numbers in rank.json."
-    return f"{analysis_text(analysis)}\n{said}"
+    where = f"The spectrum is in {folder / 'rank.png'}, all numbers in rank.json."
+    return f"{analysis_text(analysis)}\n{where}"
 
 
 def analyse_rank(
@@ -102,16 +100,22 @@ def analyse_rank(
     """
     saes = [] if sae is None else [sae]
     for plain in saes:
-        _check_plain(plain, hook_name)
+        if plain.rank:
+            raise UserError(
+                f"SAE {plain.label!r} has a scaffold (of rank {plain.rank}), which has taken "
+                "over dense latents already; name a plain SAE of this hook point, or none"
+            )
+        if plain.hook_name != hook_name:
+            at = f"was trained at {plain.hook_name}, not at {hook_name}"
+            raise UserError(f"SAE {plain.label!r} {at}")
     model = lm.load_language_model(config.model_name, device, config.llm_dtype)
     hooked = lm.HookedModel(model, hook_name)
     lm.by_hook_point(model, saes)  # sees that it fits
     any_tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
     d_in = hooked.below(any_tokens)[0].shape[-1]
     _check_enough(config.n_tokens, d_in, hook_name)
-    seen = text_seen_in_training(
-        saes, config.dataset, config.dataset_split, config.text_column
-    )
+    text = (config.dataset, config.dataset_split, config.text_column)
+    seen = text_data.text_seen_in_training(saes, *text)
     firing = [FiringStatistics(plain.sae, n_replicates=0) for plain in saes]
     moments = ActivationMoments(d_in, device)
     stream = text_data.TokenStream(config, model, saes)
@@ -122,9 +126,8 @@ def analyse_rank(
         for of in firing:
             of.update_unsampled(x)
     _check_enough(moments.n, d_in, hook_name)
-    analysis = ranks.analyse_covariance(
-        moments.covariance, moments.n, config.random_seed
-    )
+    seed = config.random_seed
+    analysis = ranks.analyse_covariance(moments.covariance, moments.n, seed)
     for plain, of in zip(saes, firing, strict=True):
         dense = (of.fired / moments.n > DENSE_THRESHOLD).cpu()
         directions = moments.principal_directions()[1].cpu()
@@ -133,18 +136,6 @@ def analyse_rank(
         analysis.n_dense_latents = int(dense.sum())
         analysis.text_seen_in_training = seen[plain.key]
     return analysis
-
-
-def _check_plain(sae: selected_saes.SelectedSAE, hook_name: str) -> None:
-    if sae.rank:
-        raise UserError(
-            f"SAE {sae.label!r} has a scaffold (of rank {sae.rank}), which has taken over "
-            "dense latents already; name a plain SAE of this hook point, or none"
-        )
-    if sae.hook_name != hook_name:
-        raise UserError(
-            f"SAE {sae.label!r} was trained at {sae.hook_name}, not at {hook_name}"
-        )
 
 
 def _check_enough(n_tokens: int, d_in: int, hook_name: str) -> None:

@@ -19,9 +19,7 @@ from saelens_scaffold._util.files import new_file
 from saelens_scaffold.evals.json_schemas import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
 
-_TABLE = yaml.safe_load(
-    Path(__file__).with_name("training_fields.yaml").read_text("utf-8")
-)
+_TABLE = yaml.safe_load(Path(__file__).with_name("training_fields.yaml").read_text())
 _TYPES = {
     name: annotation
     for name, annotation in get_type_hints(MultiSAETrainingRunnerConfig).items()
@@ -32,6 +30,9 @@ TRAINING_FIELDS = sorted(_TYPES)
 
 AXIS_FIELDS = sorted(set(TRAINING_FIELDS) - set(_TABLE["shared"]))
 """Fields of the runner that can be axes of the grid."""
+
+TRAINING_DEFAULTS: dict[str, Any] = _TABLE["defaults"]
+"""Defaults of an experiment that SAELens has others of."""
 
 
 def _dtype_name(name: str) -> str:
@@ -44,24 +45,8 @@ _FIELDS: dict[str, Any] = {
     for name, annotation in _TYPES.items()
 }
 _FIELDS["dtype"] = (Annotated[str, AfterValidator(_dtype_name)], None)
-_Training: Any = create_model(
-    "Training",
-    __config__=ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=()),
-    **_FIELDS,
-)
-
-# Fields that decide what is trained.
-_DECIDES_TRAINING = (
-    "model_name",
-    "hook_name",
-    "dataset_path",
-    "sae",
-    "grid",
-    "training",
-    "data_seed",
-    "b_dec_init",
-    "calibrate_thresholds",
-)
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+_Training: Any = create_model("Training", __config__=_STRICT, **_FIELDS)
 
 
 def check_known(kind: str, name: Any, known: Collection[str]) -> None:
@@ -191,9 +176,7 @@ class CompareConfig:
     """For each architecture that is judged, the one it is compared with"""
     evaluation_data: EvaluationData = Field(default_factory=EvaluationData)
     """Data of the evaluations"""
-    evaluation_seeds: Annotated[list[int], Field(min_length=1)] = Field(
-        default_factory=lambda: [42, 43, 44]
-    )
+    evaluation_seeds: Annotated[list[int], Field(min_length=1)] = Field([42, 43, 44])
     """Seeds of evaluations that take several; the others take the first"""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Confidence of the intervals over seeds"""
@@ -204,9 +187,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if "architecture" not in self.grid:
-            raise UserError(
-                "grid names no architecture, as in architecture: [batchtopk]"
-            )
+            raise UserError("grid names no architecture (architecture: [batchtopk])")
         for architecture in self.grid["architecture"]:
             _known_architecture(architecture)
         for name in self.training:
@@ -329,7 +310,7 @@ def check_unchanged(config: CompareConfig, file: Path) -> None:
 
 def _training_yaml(config: CompareConfig) -> str:
     """The part of a configuration that decides what is trained, in a normal form."""
-    values = {name: getattr(config, name) for name in _DECIDES_TRAINING}
+    values = {name: getattr(config, name) for name in _TABLE["decides_training"]}
     # in order: SAEs are named and ordered by the axes
     values["grid"] = [{axis: of_axis} for axis, of_axis in config.grid.items()]
     return yaml.safe_dump(values, allow_unicode=True)

@@ -31,8 +31,6 @@ from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE, load_saes
 EVAL_RESULTS = "eval_results"
 SAES = "saes"
 
-NamedSAEs = list[tuple[str, SAE[Any]]]
-
 
 class Evaluator:
     """
@@ -89,11 +87,7 @@ class Evaluator:
         path = str(self.artifacts_path.resolve())
         if has_magic(path):  # to the datasets library, a pattern
             raise UserError(f"--output_path must have none of [ * ?, but it is {path}")
-        unfinished = {
-            job.evaluation.name
-            for group in self.groups
-            for job in self._unfinished(group)
-        }
+        unfinished = set().union(*map(self._unfinished, self.groups))
         saes = [SelectedSAE(name, CUSTOM_SAE_ID, sae) for name, sae in self.stand_ins]
         for job in self.jobs:
             if job.evaluation.name in unfinished:
@@ -142,18 +136,18 @@ class Evaluator:
         ]
         return results, failures, warnings
 
-    def _usable(self, group: Sequence[Run]) -> NamedSAEs:
+    def _usable(self, group: Sequence[Run]) -> list[tuple[str, SAE[Any]]]:
         """The SAEs of a group whose weights are finite."""
         directories = [self.saes_path / run.name for run in group]
         return load_saes([path for path in directories if _has_finite_weights(path)])
 
-    def _unfinished(self, group: Sequence[Run]) -> list[Job]:
-        """The evaluations of which a group lacks current results."""
+    def _unfinished(self, group: Sequence[Run]) -> list[str]:
+        """Names of the evaluations of which a group lacks current results."""
         if not all(is_trained(self.saes_path / run.name) for run in group):
-            return self.jobs
+            return [job.evaluation.name for job in self.jobs]
         usable = self._usable(group)
         return [
-            job
+            job.evaluation.name
             for job in self._jobs([name for name, _ in usable])
             if usable and len(job.current(job.resolve(deepcopy(usable)))) < len(usable)
         ]

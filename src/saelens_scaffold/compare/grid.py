@@ -137,13 +137,7 @@ def runner_config(
     Raises:
         UserError: A field of `training` has a value that makes no sense.
     """
-    defaults = {
-        # a checkpoint drops the text in the buffer, an interruption the steps since the last
-        "n_checkpoints": 9,
-        # SAELens's 1,000 batches are gigabytes; the mean norm of 100 is as good
-        "n_batches_for_norm_estimate": 100,
-    }
-    training = {**defaults, **config.training, **wave[0].training}
+    training = {**configs.TRAINING_DEFAULTS, **config.training, **wave[0].training}
     try:
         cfg = MultiSAETrainingRunnerConfig(
             saes={run.name: run.config for run in wave},
@@ -186,10 +180,8 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
             raise UserError(f"{run.arm.label}: {error}") from error
         dtype = (cfg.model_from_pretrained_kwargs or {}).get("dtype", "float32")
         if dtype not in DTYPE_FROM_STRING:
-            allowed = ", ".join(DTYPE_FROM_STRING)
-            raise UserError(
-                f"model_from_pretrained_kwargs has the dtype {dtype!r}; allowed are {allowed}"
-            )
+            problem = f"model_from_pretrained_kwargs has the dtype {dtype!r}"
+            raise UserError(f"{problem}; allowed are {', '.join(DTYPE_FROM_STRING)}")
         if re.match(r"blocks\.\d+\.", run.hook_name) is None:
             raise UserError(
                 f"hook_name {run.hook_name!r} must be a hook point of a layer, blocks.N.NAME"
@@ -216,11 +208,9 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
     sae = {"device": device, **config.sae, **values}
     sae = {name: value for name, value in sae.items() if name in fields}
     start = {name: sae.get(name, field.default) for name, field in fields.items()}
-    centres_itself = start.get("scaffold_init") == "pca" and bool(
-        start["scaffold_rank"]
-    )
+    is_centred = start.get("scaffold_init") == "pca" and bool(start["scaffold_rank"])
     own = {"hook_name", *AXIS_FIELDS, *fields}
-    if not centres_itself:
+    if not is_centred:
         own.add("b_dec_init")
     axes = {axis: value for axis, value in values.items() if axis in own}
     arm = Arm(architecture, axes)
@@ -242,7 +232,7 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
         config=sae_config,
         hook_name=str(axes.get("hook_name", config.hook_name)),
         training={name: axes[name] for name in axes if name in AXIS_FIELDS},
-        centre_b_dec=b_dec_init == "mean" and not centres_itself,
+        centre_b_dec=b_dec_init == "mean" and not is_centred,
     )
 
 

@@ -60,9 +60,8 @@ def check_known(kind: str, name: Any, known: Collection[str]) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UserError(
-            f"there is no {kind} {name!r}{hint}; there are {', '.join(sorted(known))}"
-        )
+        names = ", ".join(sorted(known))
+        raise UserError(f"there is no {kind} {name!r}{hint}; there are {names}")
 
 
 def _known_architecture(name: str) -> str:
@@ -222,10 +221,8 @@ def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:
     if figure.against_baseline and (
         figure.metric is None or figure.architecture not in (None, *config.baselines)
     ):
-        raise UserError(
-            f"reference {figure.what!r}: against_baseline needs a metric, and an "
-            f"architecture of {', '.join(config.baselines)}"
-        )
+        needed = f"a metric, and an architecture of {', '.join(config.baselines)}"
+        raise UserError(f"reference {figure.what!r}: against_baseline needs {needed}")
 
 
 class _Loader(yaml.SafeLoader):

@@ -130,10 +130,8 @@ class Evaluator:
                     )
         if not failures:  # which may go on from what is stored there
             shutil.rmtree(self.artifacts_path, ignore_errors=True)
-        failures += [
-            f"{name}: its weights are not finite, since its training diverged"
-            for name in diverged
-        ]
+        reason = "its weights are not finite, since its training diverged"
+        failures += [f"{name}: {reason}" for name in diverged]
         return results, failures, warnings
 
     def _usable(self, group: Sequence[Run]) -> list[tuple[str, SAE[Any]]]:

@@ -144,16 +144,10 @@ def compare(
         configs.keep_config(config, output_path / CONFIG_FILENAME)
         training = plan.trainer.train(plan.waves)
         measured, failures, said = plan.evaluator.evaluate()
-        results = collect(
-            config,
-            plan.trainer.runs,
-            metrics,
-            measured,
-            output_path,
-            command=command or shlex.join(sys.argv),
-            hardware=hardware(plan.trainer.device),
-            training=training,
-        )
+        about = {"command": command or shlex.join(sys.argv), "training": training}
+        about["hardware"] = hardware(plan.trainer.device)
+        runs = plan.trainer.runs
+        results = collect(config, runs, metrics, measured, output_path, **about)
         results["warnings"] = said
         with new_file(output_path / RESULTS_FILENAME) as file:
             file.write_text(json.dumps(results, indent=1, allow_nan=False))

@@ -121,10 +121,8 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
     for values in itertools.product(*axes.values()):
         run = _run(config, dict(zip(axes, values, strict=True)), device)
         if runs.setdefault(run.name, run).arm.label != run.arm.label:
-            raise UserError(
-                f"grid: {run.arm.label} and {runs[run.name].arm.label} would both be "
-                f"called {run.name}"
-            )
+            labels = f"{run.arm.label} and {runs[run.name].arm.label}"
+            raise UserError(f"grid: {labels} would both be called {run.name}")
     return sorted(runs.values(), key=lambda run: run.seed)
 
 
@@ -183,9 +181,8 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
             problem = f"model_from_pretrained_kwargs has the dtype {dtype!r}"
             raise UserError(f"{problem}; allowed are {', '.join(DTYPE_FROM_STRING)}")
         if re.match(r"blocks\.\d+\.", run.hook_name) is None:
-            raise UserError(
-                f"hook_name {run.hook_name!r} must be a hook point of a layer, blocks.N.NAME"
-            )
+            problem = "must be a hook point of a layer, blocks.N.NAME"
+            raise UserError(f"hook_name {run.hook_name!r} {problem}")
         model = model_config(cfg.model_name)
         if cfg.model_class_name == "HookedTransformer" and not cfg.hook_head_indices:
             check_activations(model, run.hook_name, run.config.d_in)

@@ -68,14 +68,11 @@ def collect(
         The content of results.json, in plain JSON values.
     """
     saes = [_sae(run, metrics, results[run.name], output_path) for run in runs]
-    measured = [
-        comparisons.MeasuredSAE(
-            run,
-            {metric: cell["value"] for metric, cell in sae["metrics"].items()},
-            sae["l0_total"],
-        )
-        for run, sae in zip(runs, saes, strict=True)
-    ]
+    measured: list[comparisons.MeasuredSAE] = []
+    for run, sae in zip(runs, saes, strict=True):
+        values = {metric: cell["value"] for metric, cell in sae["metrics"].items()}
+        measured.append(comparisons.MeasuredSAE(run, values, sae["l0_total"]))
+    about = [{name: getattr(each, name) for name in _METRIC_FIELDS} for each in metrics]
     tokens = [runner_config(config, [run]).training_tokens for run in runs]
     hook_name = _common([run.hook_name for run in runs])
     at = f"at {hook_name} of" if hook_name else "of"
@@ -96,10 +93,7 @@ def collect(
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "evaluation_seeds": config.evaluation_seeds,
         },
-        "metrics": [
-            {name: getattr(metric, name) for name in _METRIC_FIELDS}
-            for metric in metrics
-        ],
+        "metrics": about,
         "saes": saes,
         "curves": comparisons.curves(measured, metrics, config.confidence),
         "comparisons": comparisons.compare_arms(
@@ -119,8 +113,7 @@ def results_csv(results: Mapping[str, Any]) -> str:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["sae", "architecture", *axes, *of_sae, "metric", "title", *of_cell])
     for sae in results["saes"]:
-        about = [sae["name"], sae["architecture"]]
-        about += [sae["axes"].get(axis) for axis in axes]
+        about = [sae["name"], sae["architecture"], *map(sae["axes"].get, axes)]
         about += [sae[field] for field in of_sae]
         for metric, cell in sae["metrics"].items():
             numbers = [cell[field] for field in of_cell]
@@ -138,6 +131,7 @@ def _sae(
 ) -> dict[str, Any]:
     path = f"{SAES}/{run.name}"
     sae = SAE.load_from_disk(output_path / path)
+    found = {name: result["eval_result_metrics"] for name, result in results.items()}
     return {
         "name": run.name,
         "path": path,
@@ -147,9 +141,7 @@ def _sae(
         "l0_nominal": run.nominal_l0_total,
         "l0_total": comparisons.l0_total(run, results),
         "metrics": {metric.id: _cell(metric, run, results) for metric in metrics},
-        "evaluations": {
-            name: result["eval_result_metrics"] for name, result in results.items()
-        },
+        "evaluations": found,
         "firing_histogram": results.get("dense_latents", {}).get("firing_histogram"),
         "weights_sha256": weights_sha256(sae),
         "scaffold": _scaffold(sae) if isinstance(sae, ScaffoldJumpReLUSAE) else None,

@@ -122,11 +122,10 @@ def one_sided(results: Mapping[str, Any]) -> list[dict[str, str]]:
     metrics = {metric["id"]: metric for metric in results["metrics"]}
     at_random = {metric["random"] for metric in results["metrics"]}
     shown = {
-        (metric, Arm(curve["architecture"], point["axes"]).label): estimate(
-            point, "mean", digits_of_means(metrics[metric])
+        (curve["metric"], Arm(curve["architecture"], point["axes"]).label): estimate(
+            point, "mean", digits_of_means(metrics[curve["metric"]])
         )
         for curve in results["curves"]
-        for metric in [curve["metric"]]
         for point in curve["points"]
     }
     arms = dict.fromkeys(sae["arm"] for sae in results["saes"])

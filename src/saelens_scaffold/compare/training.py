@@ -261,9 +261,8 @@ class WaveTrainer:
             and getattr(run.config, "calibrate_threshold", True)
         ]
         made.centred = [run.name for run in wave if run.centre_b_dec]
-        made.scales = any(
-            run.config.normalize_activations in ESTIMATED_SCALES for run in self.runs
-        )
+        scales = {run.config.normalize_activations for run in self.runs}
+        made.scales = not scales.isdisjoint(ESTIMATED_SCALES)
         self._model, self._hook_names = made.model, hook_names
         for hook_name in hook_names - set(made.model.hook_dict):
             raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")

@@ -45,7 +45,7 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
     of one colour apart.
     """
     twins = _twins(results)
-    families: list[str] = []
+    families: dict[str, int] = {}
     found: dict[str, dict[str, Any]] = {}
     for sae in results["saes"]:
         architecture: str = sae["architecture"]
@@ -53,10 +53,9 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
         if series in found:
             continue
         family = twins.get(architecture, architecture)
-        if family not in families:
-            families.append(family)
+        number = families.setdefault(family, len(families))
         kind = {
-            "colour": COLOURS[families.index(family) % len(COLOURS)],
+            "colour": COLOURS[number % len(COLOURS)],
             "is_plain": sae["scaffold_rank"] == 0,
         }
         alike = sum(kind.items() <= style.items() for style in found.values())
@@ -106,8 +105,8 @@ def firing_frequencies(results: Results) -> list[Plot]:
 
     def curve(seeds: Seeds) -> Trace:
         histograms = [sae["firing_histogram"] for sae in seeds]
-        log_x, y = _exceedance(histograms, "log10_edges")
-        return {"x": [10**edge for edge in log_x], "y": y}
+        trace = _exceedance(histograms, "log10_edges")
+        return {**trace, "x": [10**edge for edge in trace["x"]]}
 
     plots = _facets(results, curve)
     x_axis = log_axis([*_values(plots, "x"), 1.0], ".3~%")
@@ -145,8 +144,7 @@ def alignments(results: Results) -> list[Plot]:
     def curve(seeds: Seeds) -> Trace:
         scaffolds = [sae["scaffold"] for sae in seeds if sae["scaffold"]]
         histograms = [scaffold["alignment_histogram"] for scaffold in scaffolds]
-        x, y = _exceedance(histograms, "edges")
-        return {"x": x, "y": y}
+        return _exceedance(histograms, "edges")
 
     plots = _facets(results, curve)
     x_axis = {"tickformat": ".0%", "nticks": 6}
@@ -228,21 +226,20 @@ def _ablation_bars(seeds: Seeds) -> Trace:
     }
 
 
-def _exceedance(
-    histograms: Sequence[Mapping[str, Any] | None], edges: str
-) -> tuple[list[float], list[float]]:
+def _exceedance(histograms: Sequence[Mapping[str, Any] | None], edges: str) -> Trace:
     """
-    Lower edges of the bins and the mean count above each, as long as there is any.
+    Lower edges of the bins (x) and the mean count above each (y), while there is any.
 
     They start where the count starts to fall. Both are empty without a histogram.
     """
     known = [histogram for histogram in histograms if histogram is not None]
     if not known:
-        return [], []
+        return {"x": [], "y": []}
     counts = np.mean([histogram["counts"] for histogram in known], axis=0)
     above = np.cumsum(counts[::-1])[::-1]
     is_shown = (above > 0) & (np.append(above[1:], 0.0) < above[0])
-    return np.array(known[0][edges])[:-1][is_shown].tolist(), above[is_shown].tolist()
+    x = np.array(known[0][edges])[:-1][is_shown]
+    return {"x": x.tolist(), "y": above[is_shown].tolist()}
 
 
 def _whiskers(

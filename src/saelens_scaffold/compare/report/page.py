@@ -52,21 +52,16 @@ def page(results: Mapping[str, Any]) -> str:
         for section, of_section in plots.items()
         for i, plot in enumerate(of_section, start=1)
     }
+    cells = [cell for sae in results["saes"] for cell in sae["metrics"].items()]
     made = table.environment()
-    made.filters.update(
-        sha256=_csp_hash, minus=_minus, yaml=yaml_text, breakable=_breakable
-    )
+    made.filters |= {"sha256": _csp_hash, "minus": _minus, "breakable": _breakable}
+    made.filters["yaml"] = yaml_text
     return made.get_template("page.html").render(
         results=results,
         wording=table,
         comparisons=table.rows_by_pair(results),
         one_sided=table.one_sided(results),
-        measured_metrics={
-            metric
-            for sae in results["saes"]
-            for metric, found in sae["metrics"].items()
-            if found["value"] is not None
-        },
+        measured_metrics={name for name, found in cells if found["value"] is not None},
         plots=plots,
         styles=series,
         figures={"plots": drawn, "styles": series},

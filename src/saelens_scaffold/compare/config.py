@@ -80,6 +80,11 @@ Architecture = Annotated[str, AfterValidator(_known_architecture)]
 Axis = Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]
 Text = Annotated[str, Field(min_length=1)]
 
+BASELINES = {
+    "scaffold_batchtopk": "batchtopk",
+    "scaffold_matryoshka": "matryoshka_batchtopk",
+}
+
 
 @documented(extra="forbid")
 class EvaluationData:
@@ -166,12 +171,7 @@ class CompareConfig:
     """Initial b_dec of SAEs that do not initialise it themselves, as a scaffold with scaffold_init="pca" does: the activations' mean, as there, or zero, as in SAELens"""
     calibrate_thresholds: bool = True
     """Whether all BatchTopK SAEs, plain ones too, get the threshold at which k sparse latents fire per token; otherwise SAELens's running average, which is too low after a short training"""
-    baselines: dict[Architecture, Architecture] = Field(
-        default_factory=lambda: {
-            "scaffold_batchtopk": "batchtopk",
-            "scaffold_matryoshka": "matryoshka_batchtopk",
-        }
-    )
+    baselines: dict[Architecture, Architecture] = Field(BASELINES)
     """For each architecture that is judged, the one it is compared with"""
     evaluation_data: EvaluationData = Field(default_factory=EvaluationData)
     """Data of the evaluations"""

@@ -1,6 +1,5 @@
 """Evaluating the SAEs of an experiment."""
 
-import itertools
 import json
 import shutil
 import sys
@@ -52,11 +51,10 @@ class Evaluator:
     def __init__(
         self, config: CompareConfig, runs: Sequence[Run], device: str, output_path: Path
     ):
-        def key(run: Run) -> tuple[int, str]:
-            return run.seed, run.hook_name
-
-        groups = itertools.groupby(sorted(runs, key=key), key)
-        self.groups = [[*group] for _, group in groups]
+        groups: dict[tuple[int, str], list[Run]] = {}
+        for run in runs:
+            groups.setdefault((run.seed, run.hook_name), []).append(run)
+        self.groups = [groups[key] for key in sorted(groups)]
         self.config = config
         self.runs = runs
         self.saes_path = output_path / SAES

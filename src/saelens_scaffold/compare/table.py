@@ -17,7 +17,8 @@ from saelens_scaffold.compare.grid import Arm, Run
 from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.statistics import POWER
 
-Row = dict[str, Any]
+Rows = dict[tuple[str, str], list[dict[str, Any]]]
+"""Comparisons by the judged SAEs and their baseline."""
 
 
 def environment() -> Environment:
@@ -85,17 +86,15 @@ def plan_text(
     return _text("plan.txt", **about, baselines=config.baselines)
 
 
-def rows_by_pair(
-    results: Mapping[str, Any],
-) -> dict[str, dict[tuple[str, str], list[Row]]]:
+def rows_by_pair(results: Mapping[str, Any]) -> dict[str, Rows]:
     """
-    The comparisons of each matching, by the judged SAEs and their baseline.
+    The comparisons of each matching.
 
     A row is a comparison, its metric, and the cells of a table by column header.
     """
     metrics = {metric["id"]: metric for metric in results["metrics"]}
     n_seeds = len(results["summary"]["seeds"])
-    found: dict[str, dict[tuple[str, str], list[Row]]] = {}
+    found: dict[str, Rows] = {}
     for comparison in results["comparisons"]:
         treatment = comparison["treatment"]
         judged = _at_l0(treatment["arm"], treatment["l0_total"])

@@ -14,7 +14,6 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable, new_file
 from saelens_scaffold._util.provenance import hardware
 from saelens_scaffold.compare import config as configs
-from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.evaluating import SAES, Evaluator
 from saelens_scaffold.compare.grid import Run, check_training, runs_of
 from saelens_scaffold.compare.metrics import metrics_of
@@ -62,7 +61,7 @@ class Plan:
 
 
 def make_plan(
-    config: CompareConfig,
+    config: configs.CompareConfig,
     output_path: str | Path,
     device: str | None = None,
     saes_per_wave: int | None = None,
@@ -101,7 +100,7 @@ def make_plan(
 
 
 def compare(
-    config: CompareConfig,
+    config: configs.CompareConfig,
     output_path: str | Path,
     device: str | None = None,
     saes_per_wave: int | None = None,
@@ -200,7 +199,7 @@ def run(
     return f"{comparison_text(results)}\nWritten to {output_path}: {written}."
 
 
-def _reference_alone(config: CompareConfig, output_path: Path) -> str:
+def _reference_alone(config: configs.CompareConfig, output_path: Path) -> str:
     """The published figures that are named now, beside the results of an earlier call."""
     if not config.reference:
         raise UserError("the experiment names no published figures (`reference`)")

@@ -41,12 +41,9 @@ def comparison_text(results: Mapping[str, Any]) -> str:
     A table for each pair of kinds of SAEs: every metric with interval and verdict; and the
     published figures beside ours, where there are any.
     """
-    text = _text(
-        "comparisons.txt",
-        n_seeds=len(results["summary"]["seeds"]),
-        comparisons=rows_by_pair(results),
-        one_sided=one_sided(results),
-    )
+    n_seeds = len(results["summary"]["seeds"])
+    pairs, rows = rows_by_pair(results), one_sided(results)
+    text = _text("comparisons.txt", n_seeds=n_seeds, comparisons=pairs, one_sided=rows)
     if results["reference"]:
         text += "\n\n" + reference_text(results["reference"]).rstrip()
     return text + "\n"

@@ -246,8 +246,8 @@ class WaveTrainer:
             cfg.resume_from_checkpoint = str(checkpoint)
             _note(f"resuming from {checkpoint}")
         hook_names = {run.hook_name for run in wave}
-        saes = {run.name: runner.initial_sae(run.config, run.seed) for run in wave}
         text = training_text(self.config)
+        saes = {run.name: runner.initial_sae(run.config, run.seed) for run in wave}
         # a model may be loaded only up to its hook points
         model = self._model if hook_names == self._hook_names else None
         made = _WaveRunner(

@@ -19,8 +19,7 @@ from chromium import launch
 
 pytest.importorskip("sae_bench")
 
-from saelens_scaffold.compare.report.figures import log_axis, styles
-from saelens_scaffold.compare.report.page import page, write_page
+from saelens_scaffold.compare.report.page import log_axis, page, styles, write_page
 from saelens_scaffold.compare.table import comparison_text, estimate, number, p_value
 
 HOSTILE = "<script>window.hacked = true</script>\"'&amp;"

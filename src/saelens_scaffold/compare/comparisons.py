@@ -34,10 +34,6 @@ class MeasuredSAE(NamedTuple):
     l0_total: float | None
 
 
-Arms = Mapping[Arm, Mapping[int, MeasuredSAE]]
-"""Kinds of SAEs, each by its seeds."""
-
-
 class Known(NamedTuple):
     """
     SAEs that a baseline's values are taken from.
@@ -78,22 +74,6 @@ class Pair:
     treatment_l0: float | None
     refusal: str | None = None
     note: str = ""
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The pair in results.json."""
-        return {
-            "matching": self.matching,
-            "treatment": {**self.treatment.facts, "l0_total": self.treatment_l0},
-            "baseline": {
-                **self.baseline.facts,
-                "measured": [
-                    {"arm": end.arm.label, "k": end.k, "l0_total": end.l0_total}
-                    for end in self.known
-                ],
-            },
-            "interpolated": self.interpolated,
-        }
 
     @property
     def interpolated(self) -> bool:
@@ -266,14 +246,10 @@ def compare_arms(
         and (comparison := _comparison(pair, arms, metric, confidence)) is not None
     ]
     sparsity = {metric.id for metric in metrics if metric.is_sparsity}
+    tested = [each for each in found if each["metric"] not in sparsity]
+    tested = [each for each in tested if each["p_value"] is not None]
     for way in get_args(Matching):
-        family = [
-            comparison
-            for comparison in found
-            if comparison["matching"] == way
-            and comparison["metric"] not in sparsity
-            and comparison["p_value"] is not None
-        ]
+        family = [each for each in tested if each["matching"] == way]
         corrected = statistics.holm([comparison["p_value"] for comparison in family])
         for comparison, p_holm in zip(family, corrected, strict=True):
             comparison["p_holm"] = p_holm
@@ -281,9 +257,7 @@ def compare_arms(
 
 
 def curves(
-    saes: Sequence[MeasuredSAE],
-    metrics: Sequence[ComparisonMetric],
-    confidence: float,
+    saes: Sequence[MeasuredSAE], metrics: Sequence[ComparisonMetric], confidence: float
 ) -> list[dict[str, Any]]:
     """
     The curves of results.json: each metric but sparsity itself against l0_total.
@@ -328,56 +302,53 @@ def curves(
 
 def _comparison(
     pair: Pair,
-    arms: Arms,
+    arms: Mapping[Arm, Mapping[int, MeasuredSAE]],
     metric: ComparisonMetric,
     confidence: float,
 ) -> dict[str, Any] | None:
     """Comparison of a pair by a metric; None if a side does not have it."""
-    treatment = _values(arms, pair.treatment, metric.id)
-    baselines = [_values(arms, known.arm, metric.id) for known in pair.known]
+    treatment = _values(arms[pair.treatment], metric.id)
+    baselines = [_values(arms[known.arm], metric.id) for known in pair.known]
     if not treatment or not all(baselines):
         return None
 
     def at_l0(values: Sequence[float]) -> float:
         return math.fsum(w * v for w, v in zip(pair.weights, values, strict=True))
 
-    judgement = statistics.Judgement(verdict=pair.refusal or "not measured")
-    numbers: dict[str, Any] = {
-        "treatment_mean": None,
-        "baseline_mean": None,
-        "n_treatment": 0,
-        "n_baseline": 0,
-        "differences": {},
-    }
-    if not pair.refusal:
+    if pair.refusal:
+        treatment, baselines = {}, []
+        judgement = statistics.Judgement(verdict=pair.refusal)
+    else:
         judged, *known = ([*values.values()] for values in (treatment, *baselines))
         judgement = statistics.judge_interpolated(
             judged, known, pair.weights, confidence, metric.is_count, metric.bounds
         )
-        numbers = {
-            "treatment_mean": fmean(judged),
-            "baseline_mean": at_l0([fmean(sample) for sample in known]),
-            "n_treatment": len(treatment),
-            "n_baseline": min(map(len, baselines)),
-            "differences": {
-                str(seed): value - at_l0([values[seed] for values in baselines])
-                for seed, value in treatment.items()
-                if all(seed in values for values in baselines)
-            },
-        }
+    means = [fmean(values.values()) for values in baselines]
+    measured = [
+        {"arm": end.arm.label, "k": end.k, "l0_total": end.l0_total}
+        for end in pair.known
+    ]
     return {
-        **pair.facts,
+        "matching": pair.matching,
+        "treatment": {**pair.treatment.facts, "l0_total": pair.treatment_l0},
+        "baseline": {**pair.baseline.facts, "measured": measured},
+        "interpolated": pair.interpolated,
         "metric": metric.id,
-        **numbers,
+        "treatment_mean": fmean(treatment.values()) if treatment else None,
+        "baseline_mean": at_l0(means) if means else None,
+        "n_treatment": len(treatment),
+        "n_baseline": min(map(len, baselines), default=0),
+        "differences": {
+            str(seed): value - at_l0([values[seed] for values in baselines])
+            for seed, value in treatment.items()
+            if all(seed in values for values in baselines)
+        },
         **asdict(judgement),
         "confidence": confidence,
         "note": pair.note,
     }
 
 
-def _values(arms: Arms, arm: Arm, metric: str) -> dict[int, float]:
-    return {
-        seed: value
-        for seed, sae in sorted(arms[arm].items())
-        if (value := sae.values.get(metric)) is not None
-    }
+def _values(by_seed: Mapping[int, MeasuredSAE], metric: str) -> dict[int, float]:
+    values = {seed: sae.values.get(metric) for seed, sae in sorted(by_seed.items())}
+    return {seed: value for seed, value in values.items() if value is not None}

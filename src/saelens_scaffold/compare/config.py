@@ -19,9 +19,7 @@ from saelens_scaffold._util.files import new_file
 from saelens_scaffold.evals.json_schemas import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
 
-_TABLE = yaml.safe_load(
-    Path(__file__).with_name("training_fields.yaml").read_text("utf-8")
-)
+_TABLE = yaml.safe_load(Path(__file__).with_name("training_fields.yaml").read_text())
 _TYPES = {
     name: annotation
     for name, annotation in get_type_hints(MultiSAETrainingRunnerConfig).items()
@@ -32,6 +30,9 @@ TRAINING_FIELDS = sorted(_TYPES)
 
 AXIS_FIELDS = sorted(set(TRAINING_FIELDS) - set(_TABLE["shared"]))
 """Fields of the runner that can be axes of the grid."""
+
+TRAINING_DEFAULTS: dict[str, Any] = _TABLE["defaults"]
+"""Defaults of an experiment that SAELens has others of."""
 
 
 def _dtype_name(name: str) -> str:
@@ -44,24 +45,8 @@ _FIELDS: dict[str, Any] = {
     for name, annotation in _TYPES.items()
 }
 _FIELDS["dtype"] = (Annotated[str, AfterValidator(_dtype_name)], None)
-_Training: Any = create_model(
-    "Training",
-    __config__=ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=()),
-    **_FIELDS,
-)
-
-# Fields that decide what is trained.
-_DECIDES_TRAINING = (
-    "model_name",
-    "hook_name",
-    "dataset_path",
-    "sae",
-    "grid",
-    "training",
-    "data_seed",
-    "b_dec_init",
-    "calibrate_thresholds",
-)
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+_Training: Any = create_model("Training", __config__=_STRICT, **_FIELDS)
 
 
 def check_known(kind: str, name: Any, known: Collection[str]) -> None:
@@ -75,9 +60,8 @@ def check_known(kind: str, name: Any, known: Collection[str]) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UserError(
-            f"there is no {kind} {name!r}{hint}; there are {', '.join(sorted(known))}"
-        )
+        names = ", ".join(sorted(known))
+        raise UserError(f"there is no {kind} {name!r}{hint}; there are {names}")
 
 
 def _known_architecture(name: str) -> str:
@@ -95,6 +79,11 @@ def _distinct(values: list[Any]) -> list[Any]:
 Architecture = Annotated[str, AfterValidator(_known_architecture)]
 Axis = Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]
 Text = Annotated[str, Field(min_length=1)]
+
+BASELINES = {
+    "scaffold_batchtopk": "batchtopk",
+    "scaffold_matryoshka": "matryoshka_batchtopk",
+}
 
 
 @documented(extra="forbid")
@@ -182,18 +171,11 @@ class CompareConfig:
     """Initial b_dec of SAEs that do not initialise it themselves, as a scaffold with scaffold_init="pca" does: the activations' mean, as there, or zero, as in SAELens"""
     calibrate_thresholds: bool = True
     """Whether all BatchTopK SAEs, plain ones too, get the threshold at which k sparse latents fire per token; otherwise SAELens's running average, which is too low after a short training"""
-    baselines: dict[Architecture, Architecture] = Field(
-        default_factory=lambda: {
-            "scaffold_batchtopk": "batchtopk",
-            "scaffold_matryoshka": "matryoshka_batchtopk",
-        }
-    )
+    baselines: dict[Architecture, Architecture] = Field(BASELINES)
     """For each architecture that is judged, the one it is compared with"""
     evaluation_data: EvaluationData = Field(default_factory=EvaluationData)
     """Data of the evaluations"""
-    evaluation_seeds: Annotated[list[int], Field(min_length=1)] = Field(
-        default_factory=lambda: [42, 43, 44]
-    )
+    evaluation_seeds: Annotated[list[int], Field(min_length=1)] = Field([42, 43, 44])
     """Seeds of evaluations that take several; the others take the first"""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Confidence of the intervals over seeds"""
@@ -204,9 +186,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if "architecture" not in self.grid:
-            raise UserError(
-                "grid names no architecture, as in architecture: [batchtopk]"
-            )
+            raise UserError("grid names no architecture (architecture: [batchtopk])")
         for architecture in self.grid["architecture"]:
             _known_architecture(architecture)
         for name in self.training:
@@ -241,10 +221,8 @@ def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:
     if figure.against_baseline and (
         figure.metric is None or figure.architecture not in (None, *config.baselines)
     ):
-        raise UserError(
-            f"reference {figure.what!r}: against_baseline needs a metric, and an "
-            f"architecture of {', '.join(config.baselines)}"
-        )
+        needed = f"a metric, and an architecture of {', '.join(config.baselines)}"
+        raise UserError(f"reference {figure.what!r}: against_baseline needs {needed}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -329,7 +307,7 @@ def check_unchanged(config: CompareConfig, file: Path) -> None:
 
 def _training_yaml(config: CompareConfig) -> str:
     """The part of a configuration that decides what is trained, in a normal form."""
-    values = {name: getattr(config, name) for name in _DECIDES_TRAINING}
+    values = {name: getattr(config, name) for name in _TABLE["decides_training"]}
     # in order: SAEs are named and ordered by the axes
     values["grid"] = [{axis: of_axis} for axis, of_axis in config.grid.items()]
     return yaml.safe_dump(values, allow_unicode=True)

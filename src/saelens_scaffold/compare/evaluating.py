@@ -1,6 +1,5 @@
 """Evaluating the SAEs of an experiment."""
 
-import itertools
 import json
 import shutil
 import sys
@@ -31,8 +30,6 @@ from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE, load_saes
 EVAL_RESULTS = "eval_results"
 SAES = "saes"
 
-NamedSAEs = list[tuple[str, SAE[Any]]]
-
 
 class Evaluator:
     """
@@ -54,11 +51,10 @@ class Evaluator:
     def __init__(
         self, config: CompareConfig, runs: Sequence[Run], device: str, output_path: Path
     ):
-        def key(run: Run) -> tuple[int, str]:
-            return run.seed, run.hook_name
-
-        groups = itertools.groupby(sorted(runs, key=key), key)
-        self.groups = [[*group] for _, group in groups]
+        groups: dict[tuple[int, str], list[Run]] = {}
+        for run in runs:
+            groups.setdefault((run.seed, run.hook_name), []).append(run)
+        self.groups = [groups[key] for key in sorted(groups)]
         self.config = config
         self.runs = runs
         self.saes_path = output_path / SAES
@@ -89,11 +85,7 @@ class Evaluator:
         path = str(self.artifacts_path.resolve())
         if has_magic(path):  # to the datasets library, a pattern
             raise UserError(f"--output_path must have none of [ * ?, but it is {path}")
-        unfinished = {
-            job.evaluation.name
-            for group in self.groups
-            for job in self._unfinished(group)
-        }
+        unfinished = set().union(*map(self._unfinished, self.groups))
         saes = [SelectedSAE(name, CUSTOM_SAE_ID, sae) for name, sae in self.stand_ins]
         for job in self.jobs:
             if job.evaluation.name in unfinished:
@@ -136,24 +128,22 @@ class Evaluator:
                     )
         if not failures:  # which may go on from what is stored there
             shutil.rmtree(self.artifacts_path, ignore_errors=True)
-        failures += [
-            f"{name}: its weights are not finite, since its training diverged"
-            for name in diverged
-        ]
+        reason = "its weights are not finite, since its training diverged"
+        failures += [f"{name}: {reason}" for name in diverged]
         return results, failures, warnings
 
-    def _usable(self, group: Sequence[Run]) -> NamedSAEs:
+    def _usable(self, group: Sequence[Run]) -> list[tuple[str, SAE[Any]]]:
         """The SAEs of a group whose weights are finite."""
         directories = [self.saes_path / run.name for run in group]
         return load_saes([path for path in directories if _has_finite_weights(path)])
 
-    def _unfinished(self, group: Sequence[Run]) -> list[Job]:
-        """The evaluations of which a group lacks current results."""
+    def _unfinished(self, group: Sequence[Run]) -> list[str]:
+        """Names of the evaluations of which a group lacks current results."""
         if not all(is_trained(self.saes_path / run.name) for run in group):
-            return self.jobs
+            return [job.evaluation.name for job in self.jobs]
         usable = self._usable(group)
         return [
-            job
+            job.evaluation.name
             for job in self._jobs([name for name, _ in usable])
             if usable and len(job.current(job.resolve(deepcopy(usable)))) < len(usable)
         ]

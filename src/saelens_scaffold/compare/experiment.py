@@ -14,23 +14,16 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable, new_file
 from saelens_scaffold._util.provenance import hardware
 from saelens_scaffold.compare import config as configs
-from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.evaluating import SAES, Evaluator
-from saelens_scaffold.compare.grid import check_training, runs_of
+from saelens_scaffold.compare.grid import Run, check_training, runs_of
 from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.compare.report.page import write_page
 from saelens_scaffold.compare.results import collect, references, results_csv
 from saelens_scaffold.compare.table import comparison_text, plan_text, reference_text
-from saelens_scaffold.compare.training import (
-    Wave,
-    WaveTrainer,
-    plan_waves,
-    training_text,
-)
+from saelens_scaffold.compare.training import WaveTrainer, plan_waves, training_text
 from saelens_scaffold.evals.model import choose_device
 
 CONFIG_FILENAME = "compare.yaml"
-TRAINING = "training"
 RESULTS_FILENAME = "results.json"
 
 
@@ -62,13 +55,13 @@ class Plan:
         evaluator: Evaluates the SAEs.
     """
 
-    waves: list[Wave]
+    waves: list[list[Run]]
     trainer: WaveTrainer
     evaluator: Evaluator
 
 
 def make_plan(
-    config: CompareConfig,
+    config: configs.CompareConfig,
     output_path: str | Path,
     device: str | None = None,
     saes_per_wave: int | None = None,
@@ -88,7 +81,7 @@ def make_plan(
             that were trained with another configuration.
     """
     output_path = Path(output_path)
-    saes_path, training_path = output_path / SAES, output_path / TRAINING
+    saes_path, training_path = output_path / SAES, output_path / "training"
     config_file = output_path / CONFIG_FILENAME
     has_begun = any(saes_path.glob("*")) or any(training_path.glob("wave-*"))
     if config_file.exists() and has_begun:
@@ -107,7 +100,7 @@ def make_plan(
 
 
 def compare(
-    config: CompareConfig,
+    config: configs.CompareConfig,
     output_path: str | Path,
     device: str | None = None,
     saes_per_wave: int | None = None,
@@ -144,23 +137,16 @@ def compare(
     try:
         alone = FileLock(output_path / "training.lock").acquire(timeout=0)
     except Timeout as error:
-        raise UserError(
-            f"another process is at work in {output_path}; wait for it"
-        ) from error
+        problem = f"another process is at work in {output_path}; wait for it"
+        raise UserError(problem) from error
     with alone:
         configs.keep_config(config, output_path / CONFIG_FILENAME)
         training = plan.trainer.train(plan.waves)
         measured, failures, said = plan.evaluator.evaluate()
-        results = collect(
-            config,
-            plan.trainer.runs,
-            metrics,
-            measured,
-            output_path,
-            command=command or shlex.join(sys.argv),
-            hardware=hardware(plan.trainer.device),
-            training=training,
-        )
+        about = {"command": command or shlex.join(sys.argv), "training": training}
+        about["hardware"] = hardware(plan.trainer.device)
+        runs = plan.trainer.runs
+        results = collect(config, runs, metrics, measured, output_path, **about)
         results["warnings"] = said
         with new_file(output_path / RESULTS_FILENAME) as file:
             file.write_text(json.dumps(results, indent=1, allow_nan=False))
@@ -213,15 +199,13 @@ def run(
     return f"{comparison_text(results)}\nWritten to {output_path}: {written}."
 
 
-def _reference_alone(config: CompareConfig, output_path: Path) -> str:
+def _reference_alone(config: configs.CompareConfig, output_path: Path) -> str:
     """The published figures that are named now, beside the results of an earlier call."""
     if not config.reference:
         raise UserError("the experiment names no published figures (`reference`)")
     file = output_path / RESULTS_FILENAME
     if not file.is_file():
-        raise UserError(
-            f"there are no results in {output_path} yet; try --reference later"
-        )
+        raise UserError(f"there are no results in {output_path} yet for --reference")
     configs.check_unchanged(config, output_path / CONFIG_FILENAME)
     results = json.loads(file.read_text(encoding="utf-8"))
     command = results["provenance"]["command"]

@@ -121,10 +121,8 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
     for values in itertools.product(*axes.values()):
         run = _run(config, dict(zip(axes, values, strict=True)), device)
         if runs.setdefault(run.name, run).arm.label != run.arm.label:
-            raise UserError(
-                f"grid: {run.arm.label} and {runs[run.name].arm.label} would both be "
-                f"called {run.name}"
-            )
+            labels = f"{run.arm.label} and {runs[run.name].arm.label}"
+            raise UserError(f"grid: {labels} would both be called {run.name}")
     return sorted(runs.values(), key=lambda run: run.seed)
 
 
@@ -137,13 +135,7 @@ def runner_config(
     Raises:
         UserError: A field of `training` has a value that makes no sense.
     """
-    defaults = {
-        # a checkpoint drops the text in the buffer, an interruption the steps since the last
-        "n_checkpoints": 9,
-        # SAELens's 1,000 batches are gigabytes; the mean norm of 100 is as good
-        "n_batches_for_norm_estimate": 100,
-    }
-    training = {**defaults, **config.training, **wave[0].training}
+    training = {**configs.TRAINING_DEFAULTS, **config.training, **wave[0].training}
     try:
         cfg = MultiSAETrainingRunnerConfig(
             saes={run.name: run.config for run in wave},
@@ -186,14 +178,11 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
             raise UserError(f"{run.arm.label}: {error}") from error
         dtype = (cfg.model_from_pretrained_kwargs or {}).get("dtype", "float32")
         if dtype not in DTYPE_FROM_STRING:
-            allowed = ", ".join(DTYPE_FROM_STRING)
-            raise UserError(
-                f"model_from_pretrained_kwargs has the dtype {dtype!r}; allowed are {allowed}"
-            )
+            problem = f"model_from_pretrained_kwargs has the dtype {dtype!r}"
+            raise UserError(f"{problem}; allowed are {', '.join(DTYPE_FROM_STRING)}")
         if re.match(r"blocks\.\d+\.", run.hook_name) is None:
-            raise UserError(
-                f"hook_name {run.hook_name!r} must be a hook point of a layer, blocks.N.NAME"
-            )
+            problem = "must be a hook point of a layer, blocks.N.NAME"
+            raise UserError(f"hook_name {run.hook_name!r} {problem}")
         model = model_config(cfg.model_name)
         if cfg.model_class_name == "HookedTransformer" and not cfg.hook_head_indices:
             check_activations(model, run.hook_name, run.config.d_in)
@@ -216,11 +205,9 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
     sae = {"device": device, **config.sae, **values}
     sae = {name: value for name, value in sae.items() if name in fields}
     start = {name: sae.get(name, field.default) for name, field in fields.items()}
-    centres_itself = start.get("scaffold_init") == "pca" and bool(
-        start["scaffold_rank"]
-    )
+    is_centred = start.get("scaffold_init") == "pca" and bool(start["scaffold_rank"])
     own = {"hook_name", *AXIS_FIELDS, *fields}
-    if not centres_itself:
+    if not is_centred:
         own.add("b_dec_init")
     axes = {axis: value for axis, value in values.items() if axis in own}
     arm = Arm(architecture, axes)
@@ -242,7 +229,7 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
         config=sae_config,
         hook_name=str(axes.get("hook_name", config.hook_name)),
         training={name: axes[name] for name in axes if name in AXIS_FIELDS},
-        centre_b_dec=b_dec_init == "mean" and not centres_itself,
+        centre_b_dec=b_dec_init == "mean" and not is_centred,
     )
 
 

@@ -42,6 +42,7 @@ _CHANGES = {
     "difference": "; minus that of the plain SAE of the same k and seed",
 }
 _METRIC_FIELDS = ("id", "evaluation", "title", "digits", "better", "random", "bounds")
+_PUBLISHED_FIELDS = ("what", "value", "source", "definition", "metric")
 
 
 def collect(
@@ -67,14 +68,12 @@ def collect(
         The content of results.json, in plain JSON values.
     """
     saes = [_sae(run, metrics, results[run.name], output_path) for run in runs]
-    measured = [
-        comparisons.MeasuredSAE(
-            run,
-            {metric: cell["value"] for metric, cell in sae["metrics"].items()},
-            sae["l0_total"],
-        )
-        for run, sae in zip(runs, saes, strict=True)
-    ]
+    measured: list[comparisons.MeasuredSAE] = []
+    for run, sae in zip(runs, saes, strict=True):
+        values = {metric: cell["value"] for metric, cell in sae["metrics"].items()}
+        measured.append(comparisons.MeasuredSAE(run, values, sae["l0_total"]))
+    about = [{name: getattr(each, name) for name in _METRIC_FIELDS} for each in metrics]
+    tokens = [runner_config(config, [run]).training_tokens for run in runs]
     hook_name = _common([run.hook_name for run in runs])
     at = f"at {hook_name} of" if hook_name else "of"
     return {
@@ -83,25 +82,18 @@ def collect(
             "model_name": config.model_name,
             # None where the grid has several
             "hook_name": hook_name,
-            "training_tokens": _common(
-                [runner_config(config, [run]).training_tokens for run in runs]
-            ),
+            "training_tokens": _common(tokens),
             "seeds": sorted({run.seed for run in runs}),
             "n_saes": len(runs),
         },
         "config": asdict(config),
         "provenance": {
-            "command": provenance["command"],
+            **provenance,
             "versions": versions(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "hardware": provenance["hardware"],
             "evaluation_seeds": config.evaluation_seeds,
-            "training": provenance["training"],
         },
-        "metrics": [
-            {name: getattr(metric, name) for name in _METRIC_FIELDS}
-            for metric in metrics
-        ],
+        "metrics": about,
         "saes": saes,
         "curves": comparisons.curves(measured, metrics, config.confidence),
         "comparisons": comparisons.compare_arms(
@@ -121,8 +113,7 @@ def results_csv(results: Mapping[str, Any]) -> str:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["sae", "architecture", *axes, *of_sae, "metric", "title", *of_cell])
     for sae in results["saes"]:
-        about = [sae["name"], sae["architecture"]]
-        about += [sae["axes"].get(axis) for axis in axes]
+        about = [sae["name"], sae["architecture"], *map(sae["axes"].get, axes)]
         about += [sae[field] for field in of_sae]
         for metric, cell in sae["metrics"].items():
             numbers = [cell[field] for field in of_cell]
@@ -140,6 +131,7 @@ def _sae(
 ) -> dict[str, Any]:
     path = f"{SAES}/{run.name}"
     sae = SAE.load_from_disk(output_path / path)
+    found = {name: result["eval_result_metrics"] for name, result in results.items()}
     return {
         "name": run.name,
         "path": path,
@@ -149,9 +141,7 @@ def _sae(
         "l0_nominal": run.nominal_l0_total,
         "l0_total": comparisons.l0_total(run, results),
         "metrics": {metric.id: _cell(metric, run, results) for metric in metrics},
-        "evaluations": {
-            name: result["eval_result_metrics"] for name, result in results.items()
-        },
+        "evaluations": found,
         "firing_histogram": results.get("dense_latents", {}).get("firing_histogram"),
         "weights_sha256": weights_sha256(sae),
         "scaffold": _scaffold(sae) if isinstance(sae, ScaffoldJumpReLUSAE) else None,
@@ -166,12 +156,11 @@ def _cell(metric: ComparisonMetric, run: Run, results: Results) -> dict[str, Any
     except Exception as error:  # a plugin's; the rest is worth a report without it
         logger.warning("metric %s: %s: %s", metric.id, type(error).__name__, error)
         numbers = [math.nan] * 3
-    names = ("value", "ci_low", "ci_high")
-    known = (number if math.isfinite(number) else None for number in numbers)
+    value, low, high = (n if math.isfinite(n) else None for n in numbers)
     file = None
     if metric.evaluation in results:
         file = f"{EVAL_RESULTS}/{metric.evaluation}/{result_file_name(run.name)}"
-    return {**dict(zip(names, known, strict=True)), "file": file}
+    return {"value": value, "ci_low": low, "ci_high": high, "file": file}
 
 
 def _scaffold(sae: ScaffoldJumpReLUSAE) -> dict[str, Any] | None:
@@ -208,11 +197,7 @@ def references(
     """
     return [
         {
-            "what": figure.what,
-            "value": figure.value,
-            "source": figure.source,
-            "definition": figure.definition,
-            "metric": figure.metric,
+            **{name: getattr(figure, name) for name in _PUBLISHED_FIELDS},
             "our_definition": _our_definition(figure),
             "mark": _mark(figure),
             "ours": _ours(figure, config, saes),
@@ -251,11 +236,9 @@ def _ours(
 
 
 def _is_about(figure: ReferenceFigure, config: CompareConfig, sae: Found) -> bool:
-    about = {**sae["axes"], "seed": sae["seed"]}
-    has_meaning = (
-        figure.against_baseline is None or sae["architecture"] in config.baselines
-    )
-    is_meant = figure.architecture in (None, sae["architecture"])
+    about, architecture = {**sae["axes"], "seed": sae["seed"]}, sae["architecture"]
+    has_meaning = not figure.against_baseline or architecture in config.baselines
+    is_meant = figure.architecture in (None, architecture)
     return has_meaning and is_meant and figure.where.items() <= about.items()
 
 
@@ -281,13 +264,9 @@ def _value(figure: ReferenceFigure, sae: Found) -> float | None:
 
 def _are_twins(config: CompareConfig, sae: Found, other: Found) -> bool:
     """Whether the other is the baseline of an SAE, of the same seed and axes."""
-    return (
-        other["architecture"] == config.baselines.get(sae["architecture"])
-        and other["seed"] == sae["seed"]
-        and Arm(sae["architecture"], sae["axes"]).agrees_with(
-            Arm(other["architecture"], other["axes"])
-        )
-    )
+    judged, rival = (Arm(each["architecture"], each["axes"]) for each in (sae, other))
+    is_baseline = config.baselines.get(judged.architecture) == rival.architecture
+    return is_baseline and sae["seed"] == other["seed"] and judged.agrees_with(rival)
 
 
 def _of_arm(arm: str, values: Sequence[float | None], form: str) -> dict[str, Any]:

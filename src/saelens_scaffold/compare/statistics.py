@@ -31,9 +31,6 @@ EQUAL_WITHIN = 1e-9
 POWER = 0.8
 """Probability of finding a difference of the size that is called detectable."""
 
-N_QUANTILES = 200
-"""Number of quantiles over which a distribution is averaged."""
-
 
 @dataclass
 class Judgement:
@@ -93,16 +90,14 @@ def judge(
     if not treatment or not baseline:
         return Judgement()
     difference = fmean(treatment) - fmean(baseline)
-    sizes = len(treatment), len(baseline)
+    sides = treatment, baseline
+    sizes = [len(side) for side in sides]
     if min(sizes) < 2:
         return Judgement(difference, verdict="one seed")
     tolerance = EQUAL_WITHIN * max(map(abs, (*treatment, *baseline)))
     floor = ROUNDING_VARIANCE if is_count else 0.0
     # squared standard error of either mean
-    errors = [
-        max(_variance(side, tolerance), floor) / len(side)
-        for side in (treatment, baseline)
-    ]
+    errors = [max(_variance(side, tolerance), floor) / len(side) for side in sides]
     if not any(errors):
         p = 2 / math.comb(sum(sizes), sizes[0]) if abs(difference) > tolerance else 1.0
         verdict = _verdict(difference, p, confidence)
@@ -271,7 +266,7 @@ def _detectable_errors(freedom: float, confidence: float) -> float:
     critical = float(stats.t.ppf((1 + confidence) / 2, freedom))
     # scipy's noncentral t is NaN at few degrees of freedom, so over its definition: a
     # normal variable divided by the measured spread, which is that of chi
-    quantiles = (np.arange(N_QUANTILES) + 0.5) / N_QUANTILES
+    quantiles = (np.arange(200) + 0.5) / 200
     spreads = np.sqrt(stats.chi2.ppf(quantiles, freedom) / freedom)
 
     def excess(errors: float) -> float:
@@ -290,6 +285,4 @@ def _verdict(difference: float, p: float, confidence: float) -> Verdict:
 def _of_differences(bounds: Bounds) -> Bounds:
     """Bounds of the differences of a metric that has two bounds."""
     low, high = bounds
-    if low is None or high is None:
-        return UNBOUNDED
-    return low - high, high - low
+    return UNBOUNDED if low is None or high is None else (low - high, high - low)

@@ -17,7 +17,8 @@ from saelens_scaffold.compare.grid import Arm, Run
 from saelens_scaffold.compare.metrics import metric_name
 from saelens_scaffold.compare.statistics import POWER
 
-Row = dict[str, Any]
+Rows = dict[tuple[str, str], list[dict[str, Any]]]
+"""Comparisons by the judged SAEs and their baseline."""
 
 
 def environment() -> Environment:
@@ -40,12 +41,9 @@ def comparison_text(results: Mapping[str, Any]) -> str:
     A table for each pair of kinds of SAEs: every metric with interval and verdict; and the
     published figures beside ours, where there are any.
     """
-    text = _text(
-        "comparisons.txt",
-        n_seeds=len(results["summary"]["seeds"]),
-        comparisons=rows_by_pair(results),
-        one_sided=one_sided(results),
-    )
+    n_seeds = len(results["summary"]["seeds"])
+    pairs, rows = rows_by_pair(results), one_sided(results)
+    text = _text("comparisons.txt", n_seeds=n_seeds, comparisons=pairs, one_sided=rows)
     if results["reference"]:
         text += "\n\n" + reference_text(results["reference"]).rstrip()
     return text + "\n"
@@ -85,17 +83,15 @@ def plan_text(
     return _text("plan.txt", **about, baselines=config.baselines)
 
 
-def rows_by_pair(
-    results: Mapping[str, Any],
-) -> dict[str, dict[tuple[str, str], list[Row]]]:
+def rows_by_pair(results: Mapping[str, Any]) -> dict[str, Rows]:
     """
-    The comparisons of each matching, by the judged SAEs and their baseline.
+    The comparisons of each matching.
 
     A row is a comparison, its metric, and the cells of a table by column header.
     """
     metrics = {metric["id"]: metric for metric in results["metrics"]}
     n_seeds = len(results["summary"]["seeds"])
-    found: dict[str, dict[tuple[str, str], list[Row]]] = {}
+    found: dict[str, Rows] = {}
     for comparison in results["comparisons"]:
         treatment = comparison["treatment"]
         judged = _at_l0(treatment["arm"], treatment["l0_total"])
@@ -122,11 +118,10 @@ def one_sided(results: Mapping[str, Any]) -> list[dict[str, str]]:
     metrics = {metric["id"]: metric for metric in results["metrics"]}
     at_random = {metric["random"] for metric in results["metrics"]}
     shown = {
-        (metric, Arm(curve["architecture"], point["axes"]).label): estimate(
-            point, "mean", digits_of_means(metrics[metric])
+        (curve["metric"], Arm(curve["architecture"], point["axes"]).label): estimate(
+            point, "mean", digits_of_means(metrics[curve["metric"]])
         )
         for curve in results["curves"]
-        for metric in [curve["metric"]]
         for point in curve["points"]
     }
     arms = dict.fromkeys(sae["arm"] for sae in results["saes"])

@@ -181,14 +181,13 @@ class WaveTrainer:
             KeyboardInterrupt: Ctrl-C. The last checkpoint stays.
         """
         waves = [*waves]
-        folders: list[WaveFolder] = []
-        while len(folders) < len(waves):
-            number = len(folders)
+        number = 0
+        while number < len(waves):
             wave = waves[number]
             keep_waves(self.training_path, waves)
             _note(f"wave {number + 1} of {len(waves)}: {len(wave)} SAEs")
             if self.train_wave(number, wave):
-                folders.append(WaveFolder(self.training_path, number))
+                number += 1
             elif len(wave) == 1:
                 raise UserError(
                     f"there is not enough memory to train {wave[0].name}; make d_sae, "
@@ -198,9 +197,8 @@ class WaveTrainer:
             else:
                 middle = (len(wave) + 1) // 2
                 waves[number : number + 1] = [wave[:middle], wave[middle:]]
-                _note(
-                    f"not enough memory to train {len(wave)} SAEs together: in halves"
-                )
+                _note(f"not enough memory to train {len(wave)} SAEs together: halving")
+        folders = [WaveFolder(self.training_path, n) for n in range(len(waves))]
         return [json.loads(folder.about.read_text()) for folder in folders]
 
     def train_wave(self, number: int, wave: Wave) -> bool:
@@ -249,14 +247,12 @@ class WaveTrainer:
             cfg.resume_from_checkpoint = str(checkpoint)
             _note(f"resuming from {checkpoint}")
         hook_names = {run.hook_name for run in wave}
+        text = training_text(self.config)
+        saes = {run.name: runner.initial_sae(run.config, run.seed) for run in wave}
+        # a model may be loaded only up to its hook points
+        model = self._model if hook_names == self._hook_names else None
         made = _WaveRunner(
-            cfg,
-            override_dataset=training_text(self.config),
-            # a model may be loaded only up to its hook points
-            override_model=self._model if hook_names == self._hook_names else None,
-            override_saes={
-                run.name: runner.initial_sae(run.config, run.seed) for run in wave
-            },
+            cfg, override_dataset=text, override_model=model, override_saes=saes
         )
         made.calibrated = [
             run.name
@@ -266,9 +262,8 @@ class WaveTrainer:
             and getattr(run.config, "calibrate_threshold", True)
         ]
         made.centred = [run.name for run in wave if run.centre_b_dec]
-        made.scales = any(
-            run.config.normalize_activations in ESTIMATED_SCALES for run in self.runs
-        )
+        scales = {run.config.normalize_activations for run in self.runs}
+        made.scales = not scales.isdisjoint(ESTIMATED_SCALES)
         self._model, self._hook_names = made.model, hook_names
         for hook_name in hook_names - set(made.model.hook_dict):
             raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")

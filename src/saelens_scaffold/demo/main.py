@@ -36,9 +36,7 @@ def run(
     if seeds < 1:
         raise UserError(f"seeds is {seeds}; it must be at least 1")
     if find_spec("sae_bench") is None:
-        raise UserError(
-            'the demo needs SAEBench: pip install "saelens-scaffold[bench]"'
-        )
+        raise UserError('demo needs SAEBench: pip install "saelens-scaffold[bench]"')
     output_path = Path(output_path)
     make_writable(output_path)
     numbers = [*range(seed, seed + seeds)]

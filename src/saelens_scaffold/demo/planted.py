@@ -117,12 +117,10 @@ def train_on_planted(settings: Settings, seed: int, output_path: Path) -> list[R
     planted = PlantedActivations(settings, seed)
     configs = planted_configs(settings)
     saes = {name: initial_sae(config, seed) for name, config in configs.items()}
+    # no checkpoints are written unless the settings ask for some
+    logger = LoggingConfig(log_to_wandb=False)
     runner_config = synthetic.SyntheticSAERunnerConfig(
-        planted.model.cfg,
-        configs["batchtopk"],
-        **settings["training"],
-        checkpoint_path=None,
-        logger=LoggingConfig(log_to_wandb=False),
+        planted.model.cfg, configs["batchtopk"], **settings["training"], logger=logger
     )
     trainer_config = runner_config.to_sae_trainer_config()
     batches = SampledBatches(planted)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import MARKDOWN
 from rich.table import Table
@@ -20,9 +19,7 @@ from saelens_scaffold._util.tables import markdown
 DENSE = {"dense_10": 0.1, "dense_20": 0.2, "dense_50": 0.5}
 """Column -> firing frequency above which it counts a latent as dense."""
 
-COLUMNS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("columns.yaml").read_text()
-)
+COLUMNS: Any = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text())
 """Header, digits and metric of each column."""
 
 TWINS = {
@@ -130,24 +127,20 @@ def write_picture(halves: Sequence[Half], path: Path) -> None:
     figure = Figure(figsize=(6.4 * len(halves), 4.8), layout="constrained")
     axes = figure.subplots(1, len(halves), squeeze=False)[0]
     for axis, half in zip(axes, halves, strict=True):
-        _draw_firing_frequencies(axis, half)
+        drawn: list[str] = []
+        for sae, rows in half.saes.items():
+            architecture = rows[0].architecture
+            twin = TWINS.get(architecture)
+            style = "-" if twin else ("--", ":")[drawn.count(architecture)]
+            look = {"color": COLOURS[twin or architecture], "linewidth": 1.6}
+            drawn.append(architecture)
+            for row in rows:
+                frequencies = np.sort(row.firing_frequencies)[::-1]
+                alive = frequencies[frequencies > 0]
+                counts = np.arange(1, len(alive) + 1)
+                label = sae if row is rows[0] else None
+                axis.step(alive, counts, style, label=label, **look)
+        axis.set_title(half.title)
+        finish_firing_axes(axis, DENSE["dense_10"])
     with new_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-
-
-def _draw_firing_frequencies(axis: Axes, half: Half) -> None:
-    drawn: list[str] = []
-    for sae, rows in half.saes.items():
-        architecture = rows[0].architecture
-        twin = TWINS.get(architecture)
-        style = "-" if twin else ("--", ":")[drawn.count(architecture)]
-        colour = COLOURS[twin or architecture]
-        drawn.append(architecture)
-        for row in rows:
-            frequencies = np.sort(row.firing_frequencies)[::-1]
-            alive = frequencies[frequencies > 0]
-            label = sae if row is rows[0] else None
-            counts = np.arange(1, len(alive) + 1)
-            axis.step(alive, counts, style, color=colour, linewidth=1.6, label=label)
-    axis.set_title(half.title)
-    finish_firing_axes(axis, DENSE["dense_10"])

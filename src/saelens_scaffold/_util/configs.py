@@ -1,11 +1,12 @@
 """Pydantic dataclasses: described by the docstrings of their fields, and made from input."""
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
-from pydantic._internal._docs_extraction import extract_docstrings_from_cls
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 from typing_extensions import dataclass_transform
@@ -13,6 +14,23 @@ from typing_extensions import dataclass_transform
 from saelens_scaffold._util.errors import UserError
 
 Class = TypeVar("Class")
+
+
+def attribute_docstrings(cls: type) -> dict[str, str]:
+    """The docstrings below a class's own attributes, each as one line."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    found: dict[str, str] = {}
+    for item, following in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(item, ast.AnnAssign)
+            and isinstance(item.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            found[item.target.id] = " ".join(following.value.value.split())
+    return found
 
 
 @dataclass_transform(field_specifiers=(Field,))
@@ -30,11 +48,10 @@ def documented(cls: type[Class] | None = None, **config: Any) -> Any:
     """
 
     def decorate(cls: type[Class]) -> Any:
-        docstrings = extract_docstrings_from_cls(cls, use_inspect=True)
+        docstrings = attribute_docstrings(cls)
         for name, annotation in inspect.get_annotations(cls).items():
             title = name.replace("_", " ").title()
-            description = " ".join(docstrings.get(name, "").split()) or None
-            described = Field(title=title, description=description)
+            described = Field(title=title, description=docstrings.get(name))
             cls.__annotations__[name] = Annotated[annotation, described]
         return dataclass(config=ConfigDict(**config))(cls)  # type: ignore[typeddict-item]
 

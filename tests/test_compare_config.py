@@ -216,7 +216,7 @@ def test_combinations_that_make_no_sae_are_named(
         ),
         (
             {"training": {**CONFIG["training"], "training_tokens": 0}},
-            "training_tokens is 0; it must be at least 1",
+            "training_tokens is 0; it must be at least train_batch_size_tokens",
         ),
         ({"training": {"lr_scheduler_name": 3, "context_size": "x"}}, "context_size"),
         *(

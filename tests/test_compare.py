@@ -446,7 +446,10 @@ def test_text_that_evaluations_take_by_default_is_looked_for(
             {"training": {**SMALL["training"], "lr": "fast"}},
             "lr is 'fast': Input should be a valid number",
         ),
-        ({"training": {"train_batch_size_tokens": 10**6}}, "n_batches_in_buffer * 128 is"),
+        (
+            {"training": {"train_batch_size_tokens": 10**6}},
+            "n_batches_in_buffer * 128 is",
+        ),
         ({"baselines": {"scaffold_batchtopk": "batchtop"}}, "did you mean 'batchtopk'"),
         ({"baselines": {"batchtopk": "batchtopk"}}, "cannot be its own baseline"),
         (

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -60,6 +61,19 @@ TINY_CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**LLAMA_SHAPE, **VOCAB),
     "qwen2": Qwen2Config(**LLAMA_SHAPE, **VOCAB),
 }
+
+
+@pytest.fixture(autouse=True)
+def names_of_other_tests_forgotten() -> Iterator[None]:
+    """Registrations last as long as the process: here, only as long as a test."""
+    names, aliases = [*OFFICIAL_MODEL_NAMES], {**MODEL_ALIASES}
+    for name in filter(os.path.isabs, names):
+        OFFICIAL_MODEL_NAMES.remove(name)
+        MODEL_ALIASES.pop(name, None)
+    yield
+    OFFICIAL_MODEL_NAMES[:] = names
+    MODEL_ALIASES.clear()
+    MODEL_ALIASES.update(aliases)
 
 
 @pytest.fixture(autouse=True)

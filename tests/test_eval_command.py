@@ -285,7 +285,7 @@ def test_missing_result_without_an_error(
     )
     status, _, errors = run("meta_structure", "--sae_path", saes["plain"])
     assert status == 1
-    assert "SAEBench wrote no result, and logged no error" in errors
+    assert "plain: SAEBench wrote no result, and logged no error" in errors
 
 
 def test_an_interruption_leaves_what_is_finished(

@@ -19,17 +19,12 @@ Class = TypeVar("Class")
 def attribute_docstrings(cls: type) -> dict[str, str]:
     """The docstrings below a class's own attributes, each as one line."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef)
+    body = definition.body  # type: ignore[attr-defined]
     found: dict[str, str] = {}
-    for item, following in zip(definition.body, definition.body[1:], strict=False):
-        if (
-            isinstance(item, ast.AnnAssign)
-            and isinstance(item.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-            and isinstance(following.value.value, str)
-        ):
-            found[item.target.id] = " ".join(following.value.value.split())
+    for pair in zip(body, body[1:], strict=False):
+        match pair:
+            case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                found[name] = " ".join(text.split())
     return found
 
 

@@ -22,7 +22,7 @@ from saelens_scaffold._util.files import make_writable
 from saelens_scaffold._util.interruption import raise_if_interrupted
 from saelens_scaffold.evals.base import Call, Evaluation, EvaluationError, Result
 from saelens_scaffold.evals.jobs import Job, plan
-from saelens_scaffold.evals.registry import evaluations_named, known_evaluations
+from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import (
     SelectedSAE,
     SelectedSAEs,
@@ -95,9 +95,10 @@ def run_eval(
         The results as dictionaries, by the names that SAEBench gives the SAEs.
 
     Raises:
-        UserError: The configuration, an SAE, the model or the text cannot be used.
+        UserError: There is no such evaluation, or the configuration, an SAE, the model or
+            the text cannot be used.
     """
-    evaluation = known_evaluations()[name]
+    (evaluation,) = evaluations_named(name)
     paths = (Path(output_path), Path(artifacts_path))
     job = Job(evaluation, evaluation.load(), config, device, *paths)
     outcome = run(job, selected_saes, force_rerun)

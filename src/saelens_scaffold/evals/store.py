@@ -35,7 +35,6 @@ KEY_SUFFIX = ".key"
 _SPEED_ONLY = ("llm_batch_size", "sae_batch_size")
 
 _DATASET_FIELDS = ("dataset", "dataset_name", "dataset_names", "topic_dataset")
-_VERSIONS = ("saelens-scaffold", "sae-lens", "sae-bench", "transformer-lens", "torch")
 
 
 def result_key(
@@ -218,7 +217,7 @@ def _reason(stored: Key | None, wanted: Key) -> str | None:
 
 
 def _current_versions() -> dict[str, str]:
-    return {name: v for name, v in versions().items() if name in _VERSIONS}
+    return {name: v for name, v in versions().items() if name != "python"}
 
 
 def _key_file(file: Path) -> Path:

@@ -124,9 +124,10 @@ class _Passthrough:
                 yield sae, result
         if unfinished:
             # later errors are often consequences of the first
-            unnamed = RuntimeError("SAEBench wrote no result, and logged no error")
-            error = next(iter(errors.found), unnamed)
-            reason = f"{type(error).__name__}: {error}"
+            error = next(iter(errors.found), None)
+            reason = "SAEBench wrote no result, and logged no error"
+            if error is not None:
+                reason = f"{type(error).__name__}: {error}"
             raise EvaluationError(f"{', '.join(unfinished)}: {reason}") from error
 
     def _request(self, config: Any, saes: list[SelectedSAE], call: Call) -> _Request:

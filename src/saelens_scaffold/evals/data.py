@@ -1,24 +1,17 @@
-"""Text to evaluate on: where it comes from, as tokens, and whether it was trained on."""
+"""Text to evaluate on: where it comes from, and whether it was trained on."""
 
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from datasets import load_dataset
-from sae_lens.tokenization_and_batching import concat_and_batch_sequences
-from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.eval_configs import TextEvalConfig
-from saelens_scaffold.evals.model import common_setting, special_token_ids
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models import load_stdlib_chunks, load_stdlib_text
 from saelens_scaffold.models.stdlib import CHUNK_CHARS, Passages
@@ -131,121 +124,6 @@ def rows_with(
             f"it has {sorted(first)}"
         )
     return (tuple(row[column] for column in columns) for row in chain([first], rows))
-
-
-class TokenStream:
-    """
-    The text of an evaluation, in batches of whole sequences.
-
-    Args:
-        config: Which text.
-        model: The language model.
-        saes: What config leaves open is taken from how these were trained.
-
-    Raises:
-        UserError: The text cannot be read, is shorter than one sequence, or the SAEs
-            disagree on what config leaves open.
-    """
-
-    def __init__(
-        self,
-        config: TextEvalConfig,
-        model: HookedTransformer,
-        saes: Sequence[SelectedSAE],
-    ):
-        context_size = config.context_size or common_setting(saes, "context_size", 128)
-        prepend_bos = config.prepend_bos
-        if prepend_bos is None:
-            prepend_bos = common_setting(saes, "prepend_bos", True)
-        if context_size > model.cfg.n_ctx:
-            raise UserError(
-                f"context_size is {context_size}; {model.cfg.model_name} has room for "
-                f"{model.cfg.n_ctx} tokens"
-            )
-        self.context_size = int(context_size)
-        self.prepend_bos = bool(prepend_bos)
-        self._config = config
-        self._device = model.cfg.device
-        self._special = torch.tensor(special_token_ids(model), device=self._device)
-        self._sequences = self._joined_and_cut(model)
-
-    def _joined_and_cut(self, model: HookedTransformer) -> Iterator[torch.Tensor]:
-        """
-        Text as the language model reads it while an SAE is trained: texts are joined, with
-        BOS between them, and cut into sequences of equal length.
-
-        Returns:
-            An iterator over tensors of shape (context_size,), on the CPU. It ends when the
-            text does; the last, incomplete sequence is left out.
-
-        Raises:
-            UserError: The text cannot be read, or is shorter than one sequence. Raised
-                when called, not later.
-        """
-        config = self._config
-        dataset, split = config.dataset, config.dataset_split
-        rows = rows_with(open_dataset(dataset, split), dataset, config.text_column)
-        to_tokens = partial(
-            model.to_tokens, prepend_bos=False, truncate=False, move_to_device=False
-        )
-        tokenizer: Any = model.tokenizer
-        bos_token_id = tokenizer.bos_token_id
-        sequences = concat_and_batch_sequences(
-            (to_tokens(text).squeeze(0) for (text,) in rows if text),
-            context_size=self.context_size,
-            begin_batch_token_id=bos_token_id if self.prepend_bos else None,
-            sequence_separator_token_id=bos_token_id,
-        )
-        first = next(sequences, None)
-        if first is None:
-            raise UserError(
-                f"dataset {dataset!r} ({split}) has no text of {self.context_size} tokens; "
-                "give a longer text, or a smaller context_size"
-            )
-        return chain([first], sequences)
-
-    def batches(
-        self, n_tokens: int, desc: str
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """
-        The next sequences, with a progress bar, until n_tokens count or the text ends.
-
-        Args:
-            n_tokens: How many tokens shall count.
-            desc: What the progress bar says.
-
-        Yields:
-            Tokens, shape (batch, context_size), on the model's device, and the mask of
-            those that count: neither BOS, EOS nor padding.
-
-        Raises:
-            UserError: There is no text left.
-        """
-        counted = 0
-        with tqdm(total=n_tokens, desc=desc, unit="tok", unit_scale=True) as bar:
-            while counted < n_tokens:
-                batch = list(islice(self._sequences, self._config.llm_batch_size))
-                if not batch:
-                    break
-                tokens = torch.stack(batch).to(self._device)
-                counts = ~torch.isin(tokens, self._special)
-                in_batch = counts.sum(dim=1).cumsum(0)
-                needed = int((in_batch < n_tokens - counted).sum()) + 1
-                if needed < len(batch):  # the rest is for the next call
-                    tokens, counts = tokens[:needed], counts[:needed]
-                    self._sequences = chain(batch[needed:], self._sequences)
-                if counts.any():
-                    yield tokens, counts
-                counted += int(counts.sum())
-                bar.update(int(counts.sum()))
-        if counted == 0:
-            raise UserError(
-                f"dataset {self._config.dataset!r} has no text left for {desc!r}; give a "
-                "longer text, or evaluate on fewer tokens"
-            )
-        if counted < n_tokens:
-            ended = (desc, self._config.dataset, f"{counted:,}", f"{n_tokens:,}")
-            logger.warning("%s: dataset %r ended after %s of %s tokens", *ended)
 
 
 TRAINING_SPLIT = "train"

@@ -27,6 +27,7 @@ from saelens_scaffold.evals.data import text_seen_in_training
 from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.evals.saebench import read_result, replacements
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
+from saelens_scaffold.evals.tokens import common_tokens
 
 _RESULTS = Path("results")
 """Folder for SAEBench's results, in the folder of the call."""
@@ -44,6 +45,7 @@ class _Request:
         main: SAEBench's module.
         config: The configuration, as SAEBench can use it.
         saes: What SAEBench calls `selected_saes`.
+        selected: The same SAEs.
         call: Device, folder and API key.
         called_in: The working directory of the user.
     """
@@ -51,6 +53,7 @@ class _Request:
     main: Any
     config: Any
     saes: list[tuple[str, Any]]
+    selected: Sequence[SelectedSAE]
     call: Call
     called_in: Path
 
@@ -149,7 +152,7 @@ class _Passthrough:
                 cfg.metadata.model_name = cfg.model_name = config.model_name
             pairs.append((sae.release, sae.sae if is_object else sae.sae_id))
         main = importlib.import_module(f"sae_bench.evals.{self.package}.main")
-        return _Request(main, config, pairs, call, Path.cwd())
+        return _Request(main, config, pairs, saes, call, Path.cwd())
 
 
 class _LoggedErrors(logging.Handler):
@@ -229,24 +232,30 @@ def _autointerp(request: _Request) -> None:
 
 def _core(request: _Request) -> None:
     config = request.config
-    request.main.multiple_evals(
-        request.saes,
-        n_eval_reconstruction_batches=config.n_eval_reconstruction_batches,
-        n_eval_sparsity_variance_batches=config.n_eval_sparsity_variance_batches,
-        eval_batch_size_prompts=config.batch_size_prompts,
-        # SAEBench cannot store a result without the two
-        compute_featurewise_density_statistics=True,
-        compute_featurewise_weight_based_metrics=True,
-        exclude_special_tokens_from_reconstruction=(
-            config.exclude_special_tokens_from_reconstruction
-        ),
-        dataset=config.dataset,
-        context_size=config.context_size,
-        output_folder=str(_RESULTS),
-        verbose=config.verbose,
-        dtype=config.llm_dtype,
-        device=request.call.device,
-    )
+    tokens = common_tokens(request.selected, config)
+    of_config = {
+        name: getattr(config, name)
+        for name in (
+            "n_eval_reconstruction_batches",
+            "n_eval_sparsity_variance_batches",
+            "exclude_special_tokens_from_reconstruction",
+            "dataset",
+            "context_size",
+            "verbose",
+        )
+    }
+    with replacements.core_tokens(request.main, tokens):
+        request.main.multiple_evals(
+            request.saes,
+            **of_config,
+            eval_batch_size_prompts=config.batch_size_prompts,
+            # SAEBench cannot store a result without the two
+            compute_featurewise_density_statistics=True,
+            compute_featurewise_weight_based_metrics=True,
+            output_folder=str(_RESULTS),
+            dtype=config.llm_dtype,
+            device=request.call.device,
+        )
 
 
 def _mdl(request: _Request) -> None:

@@ -25,14 +25,13 @@ from sklearn.preprocessing import StandardScaler
 from transformer_lens import HookedTransformer
 
 from eval_helpers import HOOK, eval_sae
-from saelens_scaffold.models import datasets
 from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.topics import (
     SUBJECTS_BY_CATEGORY,
     read_topics,
 )
-from saelens_scaffold.models import load_embedded_model
+from saelens_scaffold.models import datasets, load_embedded_model
 
 WORDS = {
     "abstract_algebra": "group ring field ideal kernel",

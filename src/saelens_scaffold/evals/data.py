@@ -25,8 +25,31 @@ from saelens_scaffold.models.datasets import (
     rows_with,
 )
 from saelens_scaffold.models.stdlib import CHUNK_CHARS, Passages
+from saelens_scaffold.training.pretokenized import check_row_lengths, token_column
 
 logger = logging.getLogger(__name__)
+
+
+def check_text(
+    dataset: str, split: str, column: str, context_size: int | None = None
+) -> None:
+    """
+    See that an evaluation can read a text, or rows of tokens.
+
+    Args:
+        dataset: As for `datasets.open_dataset`.
+        split: Its split.
+        column: Its column with the text; rows of tokens have one of their own.
+        context_size: Tokens per sequence, if known, which rows of tokens must have.
+
+    Raises:
+        UserError: It cannot.
+    """
+    rows = open_dataset(dataset, split)
+    if token_column(rows, dataset) is None:
+        rows_with(rows, dataset, column)
+    elif context_size is not None:
+        check_row_lengths(rows, dataset, context_size)
 
 
 class TokenStream:
@@ -206,6 +229,8 @@ def text_seen_in_training(
 def _warn_of_repetitions(dataset: str, split: str, text_column: str) -> None:
     if dataset == EMBEDDED_DATASET_NAME or not is_local(dataset):
         return
+    if _has_tokens(dataset, split):
+        return
     texts = list(_texts(dataset, split, text_column, MAX_EVALUATED_CHARS))
     repeated = len(texts) - len(set(texts))
     if repeated:
@@ -235,6 +260,8 @@ def _seen(
         if not is_local(name):
             missing = f"{name} is not on this machine"
             return None, f"{text} was not compared with {where}: {missing}"
+    if _has_tokens(dataset, split):
+        return None, f"{text} was not compared with {where}: it has tokens, not text"
     passages, n_training = Passages(CHUNK_CHARS), 0
     try:
         for known in _texts(trained_on, TRAINING_SPLIT, "text", MAX_TRAINING_CHARS):
@@ -253,6 +280,10 @@ def _seen(
     if n_repeated:
         return True, f"{n_repeated / n_chars:.1%} of {of}"
     return False if whole else None, f"no {CHUNK_CHARS} characters of {of}"
+
+
+def _has_tokens(dataset: str, split: str) -> bool:
+    return token_column(open_dataset(dataset, split), dataset) is not None
 
 
 def _texts(dataset: str, split: str, column: str, max_chars: int) -> Iterator[str]:

@@ -17,6 +17,7 @@ from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models import EMBEDDED_MODEL_NAME, register_embedded_model
+from saelens_scaffold.models.hook_points import check_context
 from saelens_scaffold.models.local import official_name, register_local_model
 
 
@@ -80,6 +81,26 @@ def check_model_name(model_name: str) -> None:
         UserError: TransformerLens knows no such model, or a local one lacks a file.
     """
     official_name(known_model_name(model_name))
+
+
+_CONTEXT_FIELDS = ("context_size", "context_length", "llm_context_size")
+"""What configurations of evaluations call the tokens per sequence."""
+
+
+def check_context_size(config: Any, saes: Sequence[SelectedSAE]) -> None:
+    """
+    See, without loading it, that a language model has room for an evaluation's sequences.
+
+    Args:
+        config: The evaluation's configuration, with the name of the model.
+        saes: Where its context_size is None, theirs counts.
+
+    Raises:
+        UserError: It has not.
+    """
+    for field in set(_CONTEXT_FIELDS).intersection(vars(config)):
+        size = getattr(config, field) or common_setting(saes, "context_size", 128)
+        check_context(size, known_model_name(config.model_name), field=field)
 
 
 def choose_device(device: str | None) -> str:

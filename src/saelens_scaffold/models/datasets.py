@@ -24,7 +24,12 @@ _SPLIT_DATASETS = (datasets.DatasetDict, datasets.IterableDatasetDict)
 
 
 def open_dataset(
-    name: str, split: str, subset: str | None = None, *, chunked: bool = False
+    name: str,
+    split: str,
+    subset: str | None = None,
+    *,
+    chunked: bool = False,
+    streaming: bool | None = None,
 ) -> AnyDataset:
     """
     Open one split of a dataset.
@@ -32,10 +37,11 @@ def open_dataset(
     Args:
         name: "python-stdlib" for the embedded text; a directory that `save_to_disk` of
             the datasets library wrote, or one of data files; a .parquet, .jsonl, .json or
-            .csv file; else a dataset's name on the Hub, which is streamed.
+            .csv file; else a dataset's name on the Hub.
         split: The split. A single file has none, and is all of any split.
         subset: The dataset's configuration on the Hub, as "all" of "cais/mmlu".
         chunked: Whether the embedded text is wanted in short labelled pieces.
+        streaming: Whether data files are read row by row; by default those of the Hub.
 
     Raises:
         UserError: There is no such dataset, or no such split in it.
@@ -44,7 +50,7 @@ def open_dataset(
         if split not in _EMBEDDED_SPLITS:
             raise UserError(f"{name} has the splits 'train' and 'test', not {split!r}")
         return (load_stdlib_chunks if chunked else load_stdlib_text)(split)  # type: ignore[arg-type]
-    loaded = _load(name, subset)
+    loaded = _load(name, subset, streaming)
     if not isinstance(loaded, _SPLIT_DATASETS):
         return loaded
     if split not in loaded:
@@ -67,7 +73,7 @@ def split_names(name: str, subset: str | None = None) -> list[str]:
     return [*map(str, loaded)] if isinstance(loaded, _SPLIT_DATASETS) else []
 
 
-def _load(name: str, subset: str | None) -> Any:
+def _load(name: str, subset: str | None, streaming: bool | None = None) -> Any:
     """A dataset with all its splits."""
     path = Path(name)
     looks_local = path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")
@@ -82,16 +88,21 @@ def _load(name: str, subset: str | None) -> Any:
         raise UserError(f"dataset {name!r} is empty")
     try:
         if path.is_file():
-            return load_dataset(_BUILDERS[path.suffix], data_files=name, split="train")
+            return load_dataset(
+                _BUILDERS[path.suffix],
+                data_files=name,
+                split="train",
+                streaming=bool(streaming),
+            )
         if not path.is_dir():
-            return load_dataset(name, subset, streaming=True)
+            return load_dataset(name, subset, streaming=streaming is not False)
         saved_by_datasets = any(
             (path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict")
         )
         if not saved_by_datasets:
-            return load_dataset(name)
-        # Its format is that of the program that saved it. As PyTorch tensors, datasets
-        # 3.6 returns no row once a torchvision without VideoReader (0.26) is imported.
+            return load_dataset(name, streaming=bool(streaming))
+        # Rows as plain Python values, however they were when they were saved. datasets 3.6
+        # makes no PyTorch tensors beside a torchvision (as 0.29) without a VideoReader.
         return datasets.load_from_disk(name).with_format(None)
     except Exception as error:  # the datasets library's own, and those of the network
         raise UserError(
@@ -111,9 +122,7 @@ def rows_with(
         UserError: The dataset is empty, or lacks a column. Raised when called, not later.
     """
     rows = iter(dataset)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"dataset {name!r} is empty")
+    first = _next_row(rows, name)
     missing = [column for column in columns if column not in first]
     if missing:
         raise UserError(
@@ -121,6 +130,23 @@ def rows_with(
             f"it has {sorted(first)}"
         )
     return (tuple(row[column] for column in columns) for row in chain([first], rows))
+
+
+def first_row(dataset: AnyDataset, name: str) -> dict[str, Any]:
+    """
+    The first row of a dataset.
+
+    Raises:
+        UserError: The dataset is empty.
+    """
+    return _next_row(iter(dataset), name)
+
+
+def _next_row(rows: Iterator[Any], name: str) -> dict[str, Any]:
+    row = next(rows, None)
+    if row is None:
+        raise UserError(f"dataset {name!r} is empty")
+    return row
 
 
 def is_local(name: str) -> bool:

@@ -64,9 +64,10 @@ def suggest_rank(
     if hook_name is None:
         raise UserError("name the hook point: --hook_name, or --sae_path")
     model = model_config(lm.known_model_name(config.model_name))
-    check_activations(model, hook_name, context_size=config.context_size)
-    rows = text_data.open_dataset(config.dataset, config.dataset_split)
-    text_data.rows_with(rows, config.dataset, config.text_column)
+    check_activations(model, hook_name)
+    lm.check_context_size(config, [sae] if sae else [])
+    text = (config.dataset, config.dataset_split, config.text_column)
+    text_data.check_text(*text, config.context_size)
     folder = Path(output_path)
     make_writable(folder)
     analysis = analyse_rank(config, hook_name, device, sae)

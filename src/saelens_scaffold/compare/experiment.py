@@ -96,13 +96,13 @@ def make_plan(
     device = choose_device(device)
     runs = runs_of(config, device)
     check_training(config, runs)
-    evaluator = Evaluator(config, runs, device, output_path)
-    evaluator.check()
     per_wave = saes_per_wave or config.saes_per_wave
     waves = plan_waves(training_path, saes_path, runs, per_wave)
     for wave in waves:
         if not all(is_trained(saes_path / run.name) for run in wave):
             training_data(runner_config(config, wave))
+    evaluator = Evaluator(config, runs, device, output_path)
+    evaluator.check()
     trainer = WaveTrainer(config, runs, device, saes_path, training_path)
     return Plan(waves, trainer, evaluator)
 

@@ -83,7 +83,7 @@ def check_model_name(model_name: str) -> None:
     official_name(known_model_name(model_name))
 
 
-_CONTEXT_FIELDS = ("context_size", "context_length", "llm_context_size")
+_CONTEXT_FIELDS = ("context_size", "context_length", "llm_context_size", "seq_len")
 """What configurations of evaluations call the tokens per sequence."""
 
 

@@ -249,3 +249,28 @@ def test_there_are_ten_of_each_command() -> None:
     commands = [argv[0] for argv, _ in CASES]
     assert all(commands.count(command) >= 10 for command in set(commands))
     assert len(set(commands)) == 7
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        train(model_name="google/gemma-2-2b", d_in=2304),
+        ["rank", *RANK, "--model", "google/gemma-2-2b"],
+    ],
+    ids=["train", "rank"],
+)
+def test_weights_that_the_hub_does_not_give_are_one_line(
+    argv: list[str],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """TransformerLens knows the configuration; the weights are gated, and here offline."""
+    (tmp_path / "text").symlink_to(folder / "text")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert main(argv) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"saelens-scaffold {argv[0]}: error: ")
+    assert "model_name 'google/gemma-2-2b': " in line

@@ -18,7 +18,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
-from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.errors import UserError, loading
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold.compare.config import CompareConfig
@@ -250,12 +250,9 @@ class WaveTrainer:
         saes = {run.name: runner.initial_sae(run.config, run.seed) for run in wave}
         # a model may be loaded only up to its hook points
         model = self._model if hook_names == self._hook_names else None
-        made = _WaveRunner(
-            cfg,
-            override_dataset=override_dataset(cfg),
-            override_model=model,
-            override_saes=saes,
-        )
+        data: Any = {"override_dataset": override_dataset(cfg), "override_saes": saes}
+        with loading(cfg.model_name):
+            made = _WaveRunner(cfg, override_model=model, **data)
         made.calibrated = [
             run.name
             for run in wave

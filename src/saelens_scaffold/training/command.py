@@ -15,7 +15,7 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.training._interruption import InterruptedException
 from wandb.errors import UsageError
 
-from saelens_scaffold._util.errors import UserError, one_line
+from saelens_scaffold._util.errors import UserError, loading, one_line
 from saelens_scaffold.models import local as local_models
 from saelens_scaffold.training.checks import check_runner_config
 from saelens_scaffold.training.data import override_dataset
@@ -48,7 +48,9 @@ def train(args: Sequence[str]) -> str:
     check_runner_config(cfg)
     # that data handed over are not those of the configuration, which here they are
     sae_lens.logger.addFilter(lambda said: "passed in a dataset" not in said.msg)
-    runner = ResumableTrainingRunner(cfg, override_dataset=override_dataset(cfg))
+    dataset = override_dataset(cfg)
+    with loading(cfg.model_name):
+        runner = ResumableTrainingRunner(cfg, override_dataset=dataset)
     try:
         runner.run()
     except (KeyboardInterrupt, InterruptedException):

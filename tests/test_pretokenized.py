@@ -69,7 +69,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretokenize(folder)
     (folder / "hub").mkdir()
     shutil.copy(folder / "saved" / "sae_lens.json", folder / "hub")
-    load_from_disk(str(folder / "saved")).to_parquet(folder / "hub" / "train.parquet")
+    saved: Any = load_from_disk(str(folder / "saved"))
+    saved.to_parquet(folder / "hub" / "train.parquet")
     return folder
 
 

@@ -98,9 +98,10 @@ def check_context_size(config: Any, saes: Sequence[SelectedSAE]) -> None:
     Raises:
         UserError: It has not.
     """
-    for field in set(_CONTEXT_FIELDS).intersection(vars(config)):
+    model_name = getattr(config, "model_name", None)
+    for field in set(_CONTEXT_FIELDS).intersection(vars(config) if model_name else ()):
         size = getattr(config, field) or common_setting(saes, "context_size", 128)
-        check_context(size, known_model_name(config.model_name), field=field)
+        check_context(size, known_model_name(str(model_name)), field=field)
 
 
 def choose_device(device: str | None) -> str:

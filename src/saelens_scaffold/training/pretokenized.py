@@ -69,7 +69,7 @@ def check_row_lengths(dataset: AnyDataset, name: str, context_size: int) -> None
     _cut(first_row(dataset, name)[column], name, context_size)
     if isinstance(dataset, datasets.Dataset):
         # read from Arrow's offsets, without the tokens themselves
-        chunks = filter(len, dataset.data.column(column).chunks)
+        chunks = (c for c in dataset.data.column(column).chunks if len(c))
         lengths = (int(c.value_lengths().to_numpy(False).min()) for c in chunks)
         _cut(range(min(lengths)), name, context_size)
 

@@ -82,13 +82,15 @@ def tokens(
     setting: dict[str, Any], texts: list[str], model: HookedTransformer
 ) -> Tokens:
     """What SAELens's runner trains on, by its own activation store."""
+    positions = setting.get("seqpos_slice", (None,))
+    given: dict[str, Any] = {**setting, "seqpos_slice": tuple(positions)}
     cfg = LanguageModelSAERunnerConfig(
         sae=StandardTrainingSAEConfig(d_in=D_MODEL, d_sae=8),
         model_name="py-neox",
         hook_name=HOOK,
         dataset_path="unused",
         device="cpu",
-        **{k: tuple(v) if k == "seqpos_slice" else v for k, v in setting.items()},
+        **given,
     )
     dataset = Dataset.from_dict({"text": texts})
     store = ActivationsStore.from_config(model, cfg, override_dataset=dataset)

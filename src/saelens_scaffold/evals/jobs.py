@@ -12,7 +12,7 @@ from sae_bench.sae_bench_utils import activation_collection
 from saelens_scaffold._util.configs import config_fields, make_config, validating
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Evaluation, Implementation, Result
-from saelens_scaffold.evals.data import EMBEDDED_DATASET_NAME, open_dataset, rows_with
+from saelens_scaffold.evals.data import check_text
 from saelens_scaffold.evals.model import check_model_name, choose_device
 from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import (
@@ -22,7 +22,12 @@ from saelens_scaffold.evals.saes import (
     resolve_saes,
 )
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
-from saelens_scaffold.evals.tokens import common_tokens, tokens_of
+from saelens_scaffold.evals.tokens import (
+    check_context_size,
+    common_tokens,
+    tokens_of,
+)
+from saelens_scaffold.models.datasets import EMBEDDED_DATASET_NAME
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,11 @@ class Job:
                 dataset = getattr(self.config, self.evaluation.data_field)
                 split = getattr(self.config, "dataset_split", self.dataset_split)
                 column = getattr(self.config, "text_column", self.text_column)
-                rows_with(open_dataset(dataset, split), dataset, column)
+                context_size = getattr(self.config, "context_size", None)
+                check_text(dataset, split, column, context_size)
             if self.evaluation.tokens == "as_trained":
                 common_tokens(saes, self.config)
+            check_context_size(self.config, saes)
             self.implementation.check(self.config, saes)
         except UserError as error:
             raise UserError(f"{self.evaluation.name}: {error}") from error
@@ -258,8 +265,8 @@ def _check_datasets(options: Mapping[str, Any], reads_text: bool) -> None:
             raise UserError(f"there is no dataset {name}")
     dataset = options.get("dataset")
     if dataset is not None and reads_text and Path(dataset).exists():
-        rows = open_dataset(dataset, _dataset_split(options) or "train")
-        rows_with(rows, dataset, options.get("text_column", "text"))
+        split = _dataset_split(options) or "train"
+        check_text(dataset, split, options.get("text_column", "text"))
 
 
 def _api_key(file: str | None) -> str:

@@ -14,7 +14,7 @@ from sae_bench.sae_bench_utils import general_utils
 from transformer_lens import HookedTransformer
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.errors import UserError, loading
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models import EMBEDDED_MODEL_NAME, register_embedded_model
 from saelens_scaffold.models.local import official_name, register_local_model
@@ -33,12 +33,12 @@ def load_language_model(
         dtype: As in "float32".
 
     Raises:
-        UserError: TransformerLens knows no such model.
-        UserError: A local model lacks a file.
+        UserError: TransformerLens knows no such model, or its files cannot be had.
     """
     name, torch_dtype = known_model_name(model_name), general_utils.str_to_dtype(dtype)
     load = HookedTransformer.from_pretrained_no_processing
-    return load(name, device=device, dtype=torch_dtype)
+    with loading(model_name):
+        return load(name, device=device, dtype=torch_dtype)
 
 
 def known_model_name(model_name: str) -> str:

@@ -18,11 +18,17 @@ from transformer_lens import HookedTransformer
 from saelens_scaffold._util.configs import documented, make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Evaluation
-from saelens_scaffold.evals.data import open_dataset, rows_with
 from saelens_scaffold.evals.eval_configs import TextEvalConfig, TokenId
+from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.evals.saes import SelectedSAE
+from saelens_scaffold.models.datasets import open_dataset, rows_with
+from saelens_scaffold.models.hook_points import check_context
+from saelens_scaffold.training import pretokenized
 
 logger = logging.getLogger(__name__)
+
+_CONTEXT_FIELDS = ("context_size", "context_length", "llm_context_size", "seq_len")
+"""What configurations of evaluations call the tokens per sequence."""
 
 
 @documented(frozen=True)
@@ -210,6 +216,23 @@ def _given(config: Any) -> dict[str, Any]:
     return given
 
 
+def check_context_size(config: Any, saes: Sequence[SelectedSAE]) -> None:
+    """
+    See, without loading it, that a language model has room for an evaluation's sequences.
+
+    Args:
+        config: The evaluation's configuration, with the name of the model.
+        saes: Where its context_size is None, theirs counts.
+
+    Raises:
+        UserError: It has not.
+    """
+    model_name = getattr(config, "model_name", None)
+    for field in set(_CONTEXT_FIELDS).intersection(vars(config) if model_name else ()):
+        size = getattr(config, field) or common_tokens(saes, config).context_size
+        check_context(size, known_model_name(str(model_name)), field=field)
+
+
 class TokenStream:
     """
     The text of an evaluation, in batches of whole sequences.
@@ -252,9 +275,11 @@ class TokenStream:
             UserError: The text cannot be read, or is shorter than one sequence. Raised
                 when called, not later.
         """
-        config = self._config
-        dataset, split = config.dataset, config.dataset_split
-        rows = rows_with(open_dataset(dataset, split), dataset, config.text_column)
+        dataset, split = self._config.dataset, self._config.dataset_split
+        opened, context_size = open_dataset(dataset, split), self.selection.context_size
+        if pretokenized.token_column(opened, dataset):
+            return pretokenized.pretokenized_rows(opened, dataset, context_size)
+        rows = rows_with(opened, dataset, self._config.text_column)
         to_tokens = partial(
             model.to_tokens, prepend_bos=False, truncate=False, move_to_device=False
         )
@@ -263,9 +288,8 @@ class TokenStream:
         first = next(sequences, None)
         if first is None:
             raise UserError(
-                f"dataset {dataset!r} ({split}) has no text of "
-                f"{self.selection.context_size} tokens; give a longer text, or a smaller "
-                "context_size"
+                f"dataset {dataset!r} ({split}) has no text of {context_size} tokens; "
+                "give a longer text, or a smaller context_size"
             )
         return chain([first], sequences)
 

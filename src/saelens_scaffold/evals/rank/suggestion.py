@@ -19,7 +19,7 @@ from saelens_scaffold.evals import model as lm
 from saelens_scaffold.evals import saes as selected_saes
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
 from saelens_scaffold.evals.rank import analysis as ranks
-from saelens_scaffold.evals.tokens import TokenStream, common_tokens
+from saelens_scaffold.evals.tokens import TokenStream, check_context_size, common_tokens
 from saelens_scaffold.models.hook_points import check_activations, model_config
 from saelens_scaffold.saes.facts import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.saes.subspaces import ActivationMoments
@@ -66,9 +66,10 @@ def suggest_rank(
         raise UserError("name the hook point: --hook_name, or --sae_path")
     model = model_config(lm.known_model_name(config.model_name))
     tokens = common_tokens([sae] if sae else [], config)
-    check_activations(model, hook_name, context_size=tokens.context_size)
-    rows = text_data.open_dataset(config.dataset, config.dataset_split)
-    text_data.rows_with(rows, config.dataset, config.text_column)
+    check_activations(model, hook_name)
+    check_context_size(config, [sae] if sae else [])
+    text = (config.dataset, config.dataset_split, config.text_column)
+    text_data.check_text(*text, tokens.context_size)
     folder = Path(output_path)
     make_writable(folder)
     analysis = analyse_rank(config, hook_name, device, sae)

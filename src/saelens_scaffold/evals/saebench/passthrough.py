@@ -28,6 +28,7 @@ from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.evals.saebench import read_result, replacements
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
 from saelens_scaffold.evals.tokens import common_tokens
+from saelens_scaffold.training.pretokenized import token_column
 
 _RESULTS = Path("results")
 """Folder for SAEBench's results, in the folder of the call."""
@@ -72,11 +73,13 @@ class _Passthrough:
         package: Its package in `sae_bench.evals`.
         run: Calls SAEBench; the working directory is the folder of the call.
         text_field: The field of the configuration that names a text, if it reads one.
+        reads_tokens: Whether that may have rows of tokens instead, as SAELens reads them.
     """
 
     package: str
     run: Callable[[_Request], None] = _Request.run
     text_field: str | None = None
+    reads_tokens: bool = False
 
     def check(self, config: Any, saes: Sequence[SelectedSAE]) -> None:
         """
@@ -113,7 +116,8 @@ class _Passthrough:
         try:
             with _working_directory(call.artifacts), errors.of("sae_bench"):
                 _RESULTS.mkdir()
-                self.run(request)
+                with replacements.local_tokens():
+                    self.run(request)
         finally:  # an interruption leaves what is finished
             gc.collect()  # a HookedTransformer refers to itself
             for sae in saes:
@@ -139,7 +143,8 @@ class _Passthrough:
             dataset = getattr(config, self.text_field)
             # SAEBench's outputs have no field for it, so that a warning is all there is
             text_seen_in_training(saes, dataset, call.dataset_split, call.text_column)
-            setattr(config, self.text_field, _text_for_saelens(dataset, call))
+            text = _text_for_saelens(dataset, call, self.reads_tokens)
+            setattr(config, self.text_field, text)
         has_model = hasattr(config, "model_name")
         if has_model:
             config.model_name = known_model_name(config.model_name)
@@ -197,9 +202,10 @@ def _official(model_name: str) -> str:
         return model_name
 
 
-def _text_for_saelens(dataset: str, call: Call) -> str:
+def _text_for_saelens(dataset: str, call: Call, reads_tokens: bool) -> str:
     """
-    A dataset that SAELens reads by name: the split "train" of a folder, column "text".
+    A dataset that SAELens reads by name: the split "train" of a folder, column "text", or
+    that of its tokens.
 
     Raises:
         UserError: It cannot be read, or is not local and would have to be changed.
@@ -213,10 +219,15 @@ def _text_for_saelens(dataset: str, call: Call) -> str:
             )
         return dataset
     opened: Any = text_data.open_dataset(dataset, split)
-    text_data.rows_with(opened, dataset, column)
+    tokens = token_column(opened, dataset)
+    if tokens is None:
+        text_data.rows_with(opened, dataset, column)
+    elif not reads_tokens:
+        raise UserError(f"dataset {dataset!r} has tokens; text is needed here")
     folder = call.artifacts.resolve() / "text"
     folder.mkdir()
-    text = opened.select_columns([column]).rename_columns({column: "text"})
+    text = opened.select_columns([tokens or column])
+    text = text.rename_columns({tokens or column: tokens or "text"})
     text.to_parquet(folder / "train.parquet")
     return str(folder)
 
@@ -303,8 +314,9 @@ def _implementation(
     config_class: str,
     run: Callable[[_Request], None] = _Request.run,
     text_field: str | None = None,
+    reads_tokens: bool = False,
 ) -> Implementation:
-    evaluation = _Passthrough(package, run, text_field)
+    evaluation = _Passthrough(package, run, text_field, reads_tokens)
     config = resolve_name(f"sae_bench.evals.{package}.eval_config:{config_class}")
     return Implementation(config, evaluation.measure, check=evaluation.check)
 
@@ -313,8 +325,8 @@ ABSORPTION = _implementation("absorption", "AbsorptionEvalConfig", _absorption)
 AUTOINTERP = _implementation(
     "autointerp", "AutoInterpEvalConfig", _autointerp, "dataset_name"
 )
-CORE = _implementation("core", "CoreEvalConfig", _core, "dataset")
-MDL = _implementation("mdl", "MDLEvalConfig", _mdl, "dataset_name")
+CORE = _implementation("core", "CoreEvalConfig", _core, "dataset", reads_tokens=True)
+MDL = _implementation("mdl", "MDLEvalConfig", _mdl, "dataset_name", reads_tokens=True)
 META_STRUCTURE = _implementation(
     "meta_structure", "MetaStructureEvalConfig", _meta_structure
 )

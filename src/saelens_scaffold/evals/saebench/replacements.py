@@ -1,6 +1,6 @@
-"""Everything that is replaced in SAEBench and sae-probes, and why.
+"""Everything that is replaced in SAEBench, sae-probes and SAELens, and why.
 
-Read in sae-bench 0.6.0 and sae-probes 0.4. Each function makes the replacements for one
+Read in sae-bench 0.6.0, sae-probes 0.4 and sae-lens 6.54. Each function makes the replacements for one
 purpose, for as long as a `with` block lasts.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+from sae_lens.training import activations_store
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
@@ -173,6 +174,16 @@ def core_tokens(main: ModuleType, tokens: TokenSelection) -> Replacement:
 
     store = SimpleNamespace(from_sae=from_sae)
     return replaced((vars(main), {"ActivationsStore": store, "run_evals": run_evals}))
+
+
+def local_tokens() -> Replacement:
+    """
+    SAELens reads rows of tokens from a local folder.
+
+    It looks on the Hub for how they were made, where a path is no name.
+    """
+    unchecked = {"validate_pretokenized_dataset_tokenizer": lambda **_: None}
+    return replaced((vars(activations_store), unchecked))
 
 
 def absorption_folders(main: ModuleType, folder: Path) -> Replacement:

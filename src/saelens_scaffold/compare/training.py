@@ -25,15 +25,13 @@ from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run, runner_config
 from saelens_scaffold.evals.data import EMBEDDED_DATASET_NAME, open_dataset
 from saelens_scaffold.saes.scaffold_start import principal_subspace
+from saelens_scaffold.saes.validation import ESTIMATED_SCALES
 from saelens_scaffold.training import runner
 
 Wave = list[Run]
 """SAEs that are trained together, on one pass of the language model."""
 
 WAVES_FILENAME = "waves.json"
-
-ESTIMATED_SCALES = ("expected_average_only_in", "covariance_whitening")
-"""Values of `normalize_activations` for which SAELens reads text before it trains."""
 
 
 class WaveFolder:

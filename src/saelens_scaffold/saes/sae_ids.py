@@ -99,7 +99,9 @@ def split_id(argument: str) -> tuple[str | None, Path]:
             f"{argument!r} is neither a directory nor ID=DIR with the directory of an SAE"
         )
     if len(found) > 1:
-        readings = " or ".join(f"{str(d)!r}" + (f" as {i!r}" if i else "") for i, d in found)
+        readings = " or ".join(
+            f"{str(d)!r}" + (f" as {i!r}" if i else "") for i, d in found
+        )
         raise UserError(
             f"{argument!r} may mean {readings}; write the directory with ./ before its name"
         )

@@ -9,12 +9,12 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from sae_lens import SAE, TrainingSAE, constants
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.files import make_writable, new_directory
@@ -43,7 +43,9 @@ def run(checkpoint: str, output_path: str, form: Form | None) -> tuple[str, list
     scale = _read_scaler(Path(checkpoint)).scaling_factor
     sae = export_checkpoint(checkpoint, output_path, form)
     metadata: Any = sae.cfg.metadata
-    facts = [f"{sae.cfg.architecture()} SAE, d_in {sae.cfg.d_in}, d_sae {sae.cfg.d_sae}"]
+    facts = [
+        f"{sae.cfg.architecture()} SAE, d_in {sae.cfg.d_in}, d_sae {sae.cfg.d_sae}"
+    ]
     if rank := scaffold_rank(sae):
         facts.append(f"scaffold_rank {rank}")
     if k := trained_k(metadata):
@@ -95,6 +97,13 @@ def export_checkpoint(
         raise UserError(f"{output_path} exists already; remove it or name another")
     cfg = _read_config(checkpoint)
     scaler = _read_scaler(checkpoint)
+    scale = cfg.get("normalize_activations")
+    if scale in validation.ESTIMATED_SCALES and scaler == ActivationScaler():
+        raise UserError(
+            f"{checkpoint} has no {constants.ACTIVATION_SCALER_CFG_FILENAME} with the scale "
+            f"for normalize_activations {scale!r}; SAELens writes one into checkpoints on "
+            "disk, not into those on Weights & Biases"
+        )
     make_writable(output_path.parent)
     try:
         sae = _load(checkpoint, cfg)
@@ -102,8 +111,6 @@ def export_checkpoint(
     except _UNREADABLE as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{checkpoint}: no SAE can be made of it: {reason}") from error
-    with validation.named(checkpoint):
-        validation.check_scale_is_known(sae.cfg.normalize_activations)
     if form and not isinstance(sae, ScaffoldMixin):
         raise UserError(f"form {form!r} is of scaffold SAEs; {checkpoint} has none")
     complete_metadata(sae.cfg.metadata, checkpoint)
@@ -123,7 +130,10 @@ def export_checkpoint(
 def _read_config(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / constants.SAE_CFG_FILENAME
     if not file.is_file():
-        inner = [*checkpoint.glob(f"*/{file.name}"), *checkpoint.glob(f"*/*/{file.name}")]
+        inner = [
+            *checkpoint.glob(f"*/{file.name}"),
+            *checkpoint.glob(f"*/*/{file.name}"),
+        ]
         named = ", ".join(sorted(str(found.parent) for found in inner)[:5])
         raise UserError(
             f"{checkpoint} is no checkpoint of an SAE: it has no {file.name}"
@@ -178,6 +188,6 @@ def _fold(sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
         sae.fold_activation_whitening(
             whitening.mean, whitening.matrix, whitening.inverse_matrix
         )
-    if isinstance(sae, BatchTopKTrainingSAE):
-        if sae.cfg.metadata.threshold_calibration is None:
-            record_calibration(sae, n_tokens=0)
+    is_batch_top_k = isinstance(sae, BatchTopKTrainingSAE)
+    if is_batch_top_k and sae.cfg.metadata.threshold_calibration is None:
+        record_calibration(sae, n_tokens=0)

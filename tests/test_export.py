@@ -29,6 +29,7 @@ from saelens_scaffold import (
 )
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.models import load_embedded_model, load_stdlib_text
+from saelens_scaffold.saes.runner_config import n_sparsity_tokens
 from saelens_scaffold.saes.validation import InvalidSAEError
 from saelens_scaffold.training.export import export_checkpoint
 from saelens_scaffold_cli import main
@@ -204,6 +205,9 @@ def test_metadata_that_a_checkpoint_lacks_are_those_of_the_runner(
     sae = export_checkpoint(checkpoints / "scaffold", tmp_path / "sae")
     for field in ("model_name", "hook_name", "context_size", "exclude_special_tokens"):
         assert sae.cfg.metadata[field] == whole["metadata"][field] is not None
+    # the folder of all SAEs has the configuration of their runner
+    assert n_sparsity_tokens({}, folder / "saes" / "scaffold") == 16 * 512
+    assert n_sparsity_tokens({}, folder / "saes") is None
     details = sae.cfg.metadata.training_architecture_details
     assert details["k"] == K and details["topk_threshold_lr"] == 0.2
 

@@ -177,7 +177,7 @@ def test_a_compare_run(tmp_path: Path) -> None:
             assert f"{name}/{file}" in summary.files
         # of a training as short as this one
         sparsity = folder / "saes" / name / "sparsity.safetensors"
-        assert "tokens, fewer than 100,000" in summary.left_out.pop(sparsity)
+        assert "tokens; at least 100,000 are needed" in summary.left_out.pop(sparsity)
     assert not summary.left_out
 
     # and says which SAEs do not have the L0 they were trained for

@@ -226,8 +226,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in "checkpoint", "cut-off":
         scaffold_sae().save_model(folder / name)
     scaffold_sae("scaffold_matryoshka").save_model(folder / "nested")
-    scale = {"normalize_activations": "expected_average_only_in"}
-    scaffold_sae(**scale).save_model(folder / "no-scale")
+    scaled: Any = {"normalize_activations": "expected_average_only_in"}
+    scaffold_sae(**scaled).save_model(folder / "no-scale")
     (folder / "cut-off" / "sae_weights.safetensors").write_bytes(b"")
     return folder
 

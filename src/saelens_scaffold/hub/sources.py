@@ -52,7 +52,7 @@ class UploadedSAE:
         results: Its evaluation results.
         facts: Its numbers in the card.
         n_sparsity_tokens: Number of tokens that the trainer's firing frequencies are of;
-            None if there are none, they are of too few, or that is not known.
+            None if that is not known.
     """
 
     sae_id: str
@@ -75,9 +75,9 @@ class UploadedSAE:
     @property
     def sparsity_file(self) -> Path | None:
         """The log10 of its latents' firing frequencies in training, if of enough tokens."""
-        if self.n_sparsity_tokens is None:
-            return None
-        return self.directory / constants.SPARSITY_FILENAME
+        file = self.directory / constants.SPARSITY_FILENAME
+        is_enough = (self.n_sparsity_tokens or 0) >= MIN_SPARSITY_TOKENS
+        return file if is_enough and file.exists() else None
 
 
 @dataclass
@@ -170,27 +170,22 @@ class Upload:
             own = findings.results_of(sae, current)
             reduction = reductions.get(sae_id)
             facts = findings.facts_of(own, Measurement.of(sae), reduction)
-            n_tokens = self._n_sparsity_tokens(path, sae)
-            self.saes.append(UploadedSAE(sae_id, path, sae.cfg, own, facts, n_tokens))
+            n_tokens = n_sparsity_tokens(sae.cfg.metadata, path)
+            uploaded = UploadedSAE(sae_id, path, sae.cfg, own, facts, n_tokens)
+            self.saes.append(uploaded)
+            file = path / constants.SPARSITY_FILENAME
+            if file.exists() and uploaded.sparsity_file is None:
+                counted = (
+                    "an unknown number of" if n_tokens is None else f"{n_tokens:,}"
+                )
+                self.left_out[file] = (
+                    f"its firing frequencies are of {counted} tokens; at least "
+                    f"{MIN_SPARSITY_TOKENS:,} are needed"
+                )
         sent = {result.file for sae in self.saes for result in sae.results}
         for file, reason in reasons.items():
             if file not in sent:
                 self.left_out[file] = reason or "is of none of these SAEs"
-
-    def _n_sparsity_tokens(self, directory: Path, sae: SAE[Any]) -> int | None:
-        file = directory / constants.SPARSITY_FILENAME
-        if not file.exists():
-            return None
-        n_tokens = n_sparsity_tokens(sae.cfg.metadata, directory)
-        if n_tokens is not None and n_tokens >= MIN_SPARSITY_TOKENS:
-            return n_tokens
-        self.left_out[file] = (
-            "how many tokens its frequencies are of is not known"
-            if n_tokens is None
-            else f"its frequencies are of {n_tokens:,} tokens, fewer than "
-            f"{MIN_SPARSITY_TOKENS:,}"
-        )
-        return None
 
 
 def _given(saes: SAESources) -> list[tuple[str | None, SAESource]]:

@@ -40,7 +40,7 @@ def run(checkpoint: str, output_path: str, form: Form | None) -> tuple[str, list
     Returns:
         What was exported, and notes for the standard error.
     """
-    scale = _read_scaler(Path(checkpoint)).scaling_factor
+    scaler = _read_scaler(Path(checkpoint))
     sae = export_checkpoint(checkpoint, output_path, form)
     metadata: Any = sae.cfg.metadata
     facts = [
@@ -50,8 +50,10 @@ def run(checkpoint: str, output_path: str, form: Form | None) -> tuple[str, list
         facts.append(f"scaffold_rank {rank}")
     if k := trained_k(metadata):
         facts.append(f"k {k:g}")
-    if scale is not None:
-        facts.append(f"the activations' scale of {scale:.4g} folded in")
+    if scaler.scaling_factor is not None:
+        facts.append(f"the activations' scale of {scaler.scaling_factor:.4g} folded in")
+    if scaler.whitening is not None:
+        facts.append("the activations' whitening folded in")
     text = f"{output_path}: {', '.join(facts)}."
     if calibration := metadata.threshold_calibration:
         n_tokens = calibration["n_tokens"]

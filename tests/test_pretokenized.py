@@ -21,11 +21,15 @@ from eval_helpers import HOOK, eval_sae  # noqa: E402
 from saelens_scaffold._util.errors import UserError  # noqa: E402
 from saelens_scaffold.evals import data as text_data  # noqa: E402
 from saelens_scaffold.evals import runner  # noqa: E402
+from saelens_scaffold.evals.dense_latents import DenseLatentsEvalConfig  # noqa: E402
+from saelens_scaffold.evals.eval_configs import TextEvalConfig  # noqa: E402
 from saelens_scaffold.evals.jobs import Job  # noqa: E402
+from saelens_scaffold.evals.rank.suggestion import analyse_rank  # noqa: E402
 from saelens_scaffold.evals.registry import EVALUATIONS  # noqa: E402
 from saelens_scaffold.evals.saes import SelectedSAE  # noqa: E402
 from saelens_scaffold.models import (  # noqa: E402
     embedded_model_path,
+    load_embedded_model,
     load_stdlib_text,
 )
 from saelens_scaffold.models.datasets import open_dataset  # noqa: E402
@@ -353,3 +357,32 @@ def test_tokens_are_not_compared_with_text(folder: Path) -> None:
     assert seen(text, tokens).seen is None
     assert "it has tokens, not text" in seen(text, tokens).reason
     assert seen(tokens, text).seen is None
+
+
+@pytest.mark.parametrize("context_size", [ROW, 32])
+@pytest.mark.parametrize("form", ["saved", "hub"])
+def test_the_dense_latents_and_the_rank_are_of_the_rows(
+    folder: Path, tmp_path: Path, context_size: int, form: str
+) -> None:
+    sae = eval_sae()
+    sae.cfg.metadata.context_size = context_size
+    fields: dict[str, Any] = {
+        "model_name": "py-neox",
+        "dataset": str(folder / form),
+        "n_tokens": 10**9,
+    }
+    cfg = DenseLatentsEvalConfig(**fields, n_bootstrap=2)
+    results = runner.run_eval(
+        "dense_latents", cfg, [("sae", sae)], output_path=tmp_path / "out"
+    )
+    analysis = analyse_rank(
+        TextEvalConfig(**fields, context_size=context_size), HOOK, "cpu"
+    )
+
+    tokens = rows_of(folder)[:, :context_size]
+    with torch.no_grad():
+        _, cache = load_embedded_model().run_with_cache(tokens, names_filter=HOOK)
+    x = cache[HOOK][tokens != 0]
+    fired = results["sae_custom_sae"]["eval_result_unstructured"]["fired"]
+    assert fired == (sae.encode(x) != 0).sum(dim=0).tolist()
+    assert analysis.n_tokens == len(x)

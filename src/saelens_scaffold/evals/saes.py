@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import View
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
 from saelens_scaffold.saes.facts import note_trained_k, scaffold_rank, weights_sha256
+from saelens_scaffold.saes.forms import check_is_autoencoder, fold_decoder_norms
 from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
 from saelens_scaffold.saes.validation import check_sae_directory
 
@@ -202,10 +204,12 @@ def resolve_saes(
             themselves. Plain SAEs are the same in both.
 
     Returns:
-        The SAEs, in order. `cfg.metadata.weights_sha256` of each tells its weights.
+        The SAEs, in order, with decoder rows of unit norm. `cfg.metadata.weights_sha256` of
+        each tells its weights in that dtype, before their norms were folded.
 
     Raises:
-        UserError: There is none, two have the same name, or one lacks a hook point.
+        UserError: There is none, two have the same name, or one lacks a hook point or is
+            no autoencoder.
     """
     if not selected_saes:
         raise UserError("selected_saes is empty; name at least one SAE")
@@ -216,9 +220,18 @@ def resolve_saes(
         except ValueError as error:
             # SAEBench reads the hook point and the model from the SAE's metadata
             raise UserError(f"SAE {release!r}: {error}") from error
-        sae.to(device=device, dtype=str_to_dtype(dtype) if dtype else None)
-        # The weights are the SAE, and SAEBench's results carry the metadata.
-        sae.cfg.metadata.weights_sha256 = weights_sha256(sae)
+        wanted = str_to_dtype(dtype) if dtype else sae.dtype
+        # Of the weights as they are given, by which `upload` finds their results.
+        # SAEBench's results carry the metadata.
+        sae.cfg.metadata.weights_sha256 = weights_sha256(sae, wanted)
+        sae.to(device=device, dtype=torch.promote_types(sae.dtype, torch.float32))
+        if not fold_decoder_norms(sae):
+            warnings.warn(
+                f"SAE {release!r}: its decoder's norms stay as they are, since it selects "
+                "latents by them; what is ranked by activations depends on them",
+                stacklevel=1,
+            )
+        sae.to(dtype=wanted)
         resolved.append(SelectedSAE(release, sae_id, sae))
     largest = max(sae.rank for sae in resolved)
     for sae in resolved:
@@ -240,9 +253,9 @@ def _formatted(
     """SAEBench's id of an SAE, and the SAE in the form that is judged."""
     sae_id, sae = CUSTOM_SAE_ID, sae_or_id
     if isinstance(sae_or_id, str):
-        loaded = general_utils.load_and_format_sae(release, sae_or_id, device)
-        assert loaded is not None
-        sae_id, sae, _ = loaded
+        named = {"release": release, "sae_id": sae_or_id, "device": device}
+        sae_id, sae = sae_or_id, SAE.from_pretrained_with_cfg_and_sparsity(**named)[0]
+    check_is_autoencoder(sae)
     judged, metadata = sae, sae.cfg.metadata
     if isinstance(sae, ScaffoldMixin):
         judged = sae.to_inference()
@@ -250,8 +263,8 @@ def _formatted(
         judged = _scaffold_of_plain_form(sae, int(metadata.scaffold_rank))
     if view == "sparse" and isinstance(judged, ScaffoldMixin):
         judged = judged.sparse_sae()
-    if judged is not sae or not isinstance(sae_or_id, str):
-        general_utils.load_and_format_sae(release, judged, device)
+    # the rest of what SAEBench does to an SAE that it loads
+    general_utils._standardize_sae_cfg(judged.cfg)
     return sae_id, judged
 
 

@@ -21,7 +21,7 @@ from saelens_scaffold.evals.base import Bounds, Call, Implementation, Result
 from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.intervals import student_interval
 from saelens_scaffold.evals.saebench import read_result
-from saelens_scaffold.evals.saebench.replacements import rows_per_class
+from saelens_scaffold.evals.saebench.replacements import judged_saes, rows_per_class
 from saelens_scaffold.evals.saes import SelectedSAE, result_file_name
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
 
@@ -231,7 +231,7 @@ class ProbingEvaluation:
             return results
         run.folder.mkdir()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), judged_saes(missing):
                 self._run(run, missing)
         finally:  # an interrupted call goes on with the SAEs that are missing
             for sae in missing:

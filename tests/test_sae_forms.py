@@ -21,6 +21,8 @@ from sae_lens.loading.pretrained_saes_directory import (
     PretrainedSAELookup,
     get_pretrained_saes_directory,
 )
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes import transcoder as transcoders
 from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.matching_pursuit_sae import (
@@ -28,12 +30,14 @@ from sae_lens.saes.matching_pursuit_sae import (
     MatchingPursuitSAEConfig,
 )
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from sae_lens.saes.temporal_sae import TemporalSAE, TemporalSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from eval_helpers import D_MODEL, eval_sae
 from hub_fixtures import REPO, some_activations
 from saelens_scaffold import upload_scaffold_saes
 from saelens_scaffold._util.configs import make_config, validating
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.jobs import Job
 from saelens_scaffold.evals.registry import EVALUATIONS
@@ -213,12 +217,12 @@ def test_all_forms_of_an_sae_have_the_same_numbers(
     name: str, forms: dict[str, list[Any]], tmp_path: Path, picks: list[list[int]]
 ) -> None:
     # some take a while for each SAE
-    first = {"absorption": 4, "scaffold_ablation": 3}.get(name, 0)
+    start = {"absorption": 4, "scaffold_ablation": 3}.get(name, 0)
     ranks = ["rank 4"] if name == "absorption" else list(forms)
     # a text at the boundary of a probe, which is optimised to a tolerance, counts either way
     absolute = 1 / 40 if name == "sparse_probing" else 1e-4
     for rank in ranks:
-        pairs = forms[rank][first:]
+        pairs = forms[rank][start:]
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Decoder weights are not normalized")
             outcome = runner.run(job(name, tmp_path, FIELDS[name]), pairs)
@@ -351,7 +355,8 @@ def test_sae_bench_gets_the_same_tensors_whatever_the_form(
 
     def load(*args: Any, **_: Any) -> None:
         for release, sae in next(arg for arg in args if isinstance(arg, list)):
-            _, sae, sparsity = general_utils.load_and_format_sae(release, sae, "cpu")
+            found: Any = general_utils.load_and_format_sae(release, sae, "cpu")
+            _, sae, sparsity = found
             assert sparsity is None
             assert sae.cfg.model_name == "py-neox"
             loaded.append(sae.state_dict())
@@ -408,3 +413,60 @@ def test_results_of_unfolded_saes_are_uploaded_with_them(tmp_path: Path) -> None
     for sae in ("rank_0", "rank_4"):
         for name in ("dense_latents", "sparse_probing"):
             assert f"{sae}/eval_results/{name}.json" in summary.files
+
+
+NO_AUTOENCODERS = {
+    "transcoder": (transcoders.Transcoder, transcoders.TranscoderConfig),
+    "skip_transcoder": (transcoders.SkipTranscoder, transcoders.SkipTranscoderConfig),
+    "jumprelu_transcoder": (
+        transcoders.JumpReLUTranscoder,
+        transcoders.JumpReLUTranscoderConfig,
+    ),
+    "jumprelu_skip_transcoder": (
+        transcoders.JumpReLUSkipTranscoder,
+        transcoders.JumpReLUSkipTranscoderConfig,
+    ),
+    "temporal": (TemporalSAE, TemporalSAEConfig),
+}
+MLP_IN, MLP_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
+
+
+@pytest.mark.parametrize("name", [*NO_AUTOENCODERS, "hook_name_out"])
+def test_what_is_no_autoencoder_is_refused_in_every_command(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the widths are the same, as they are here."""
+    metadata = copy.deepcopy(METADATA)
+    said = f"is a transcoder (architecture '{name}', from {MLP_IN} to {MLP_OUT}), whose"
+    if name == "temporal":
+        fields: dict[str, Any] = {"bottleneck_factor": 2}
+        said = "is a temporal SAE (architecture 'temporal'), which reads"
+    else:
+        fields = {"apply_b_dec_to_input": False}
+        metadata.hook_name, metadata.hook_name_out = MLP_IN, MLP_OUT
+    if name == "hook_name_out":  # a transcoder as an older format has it
+        said = said.replace(name, "standard")
+    elif name != "temporal":
+        fields |= {"d_out": D_MODEL}
+    of = NO_AUTOENCODERS.get(name, (StandardSAE, StandardSAEConfig))
+    sae = of[0](of[1](d_in=D_MODEL, d_sae=32, metadata=metadata, **fields))
+    sae.save_model(tmp_path / "sae")
+    eval_sae().save_model(tmp_path / "good")
+    text = ["--dataset=python-stdlib", f"--output_path={tmp_path}/out", "--device=cpu"]
+    paths = ["--sae_path", str(tmp_path / "good"), str(tmp_path / "sae")]
+    commands = [["eval", evaluation, *paths, *text] for evaluation in EVALUATIONS]
+    commands += [
+        ["rank", f"--sae_path={tmp_path}/sae", *text],
+        ["upload", f"sae={tmp_path}/sae", f"--repo_id={REPO}", "--dry-run"],
+    ]
+    for command in commands:
+        assert main(command) == 2
+        *progress, line = capsys.readouterr().err.strip().splitlines()
+        assert not progress or command[0] == "upload"
+        assert f"'sae': it {said}" in line
+        assert line.endswith("only")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="'memory': it is a t"):
+        resolve_saes([("memory", sae)], "cpu", "float32")
+    # so that `train` and `compare` know none of them
+    assert name not in SAE_TRAINING_CLASS_REGISTRY

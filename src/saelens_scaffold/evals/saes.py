@@ -253,8 +253,10 @@ def _formatted(
     """SAEBench's id of an SAE, and the SAE in the form that is judged."""
     sae_id, sae = CUSTOM_SAE_ID, sae_or_id
     if isinstance(sae_or_id, str):
-        named = {"release": release, "sae_id": sae_or_id, "device": device}
-        sae_id, sae = sae_or_id, SAE.from_pretrained_with_cfg_and_sparsity(**named)[0]
+        sae_id = sae_or_id
+        sae, _, _ = SAE.from_pretrained_with_cfg_and_sparsity(
+            release=release, sae_id=sae_id, device=device
+        )
     check_is_autoencoder(sae)
     judged, metadata = sae, sae.cfg.metadata
     if isinstance(sae, ScaffoldMixin):

@@ -17,6 +17,7 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub import findings
 from saelens_scaffold.saes import sae_ids, validation
 from saelens_scaffold.saes.facts import weights_sha256
+from saelens_scaffold.saes.forms import check_is_autoencoder
 from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.training.measurement import Measurement
@@ -247,6 +248,7 @@ def _checked(source: SAESource, folder: Path) -> tuple[Path, SAE[Any]]:
         sae.save_model(folder)
         source = folder
     sae = load_scaffold_sae(source)
+    check_is_autoencoder(sae)
     validation.check_can_be_used(sae)
     runner_cfg = Path(source, constants.RUNNER_CFG_FILENAME)
     if runner_cfg.exists():

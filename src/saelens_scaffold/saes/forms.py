@@ -20,21 +20,18 @@ def check_is_autoencoder(sae: SAE[Any]) -> None:
         InvalidSAEError: It is a transcoder, or its latents depend on other tokens.
     """
     architecture, metadata = sae.cfg.architecture(), sae.cfg.metadata
-    read, written = metadata.hook_name, metadata.hook_name_out or metadata.hook_name
-    # d_out: of SAELens's transcoders, also where it equals d_in
-    if (
-        hasattr(sae.cfg, "d_out")
-        or sae.W_dec.shape[-1] != sae.cfg.d_in
-        or read != written
-    ):
+    read, written = metadata.hook_name, metadata.hook_name_out
+    # SAELens's transcoders have d_out, also where it equals d_in.
+    if hasattr(sae.cfg, "d_out") or written not in (None, "", read):
+        route = f", from {read} to {written}" if written else ""
         raise InvalidSAEError(
-            f"it is a transcoder (architecture {architecture!r}, from {read} to {written}), "
-            "whose output is not its input; only autoencoders can be used here"
+            f"it is a transcoder (architecture {architecture!r}{route}), whose output is not "
+            "its input; this is for autoencoders only"
         )
     if isinstance(sae, TemporalSAE):
         raise InvalidSAEError(
-            f"it is a temporal SAE (architecture {architecture!r}), which reads a token with "
-            "those before it; only SAEs that read single tokens can be used here"
+            f"it is a temporal SAE (architecture {architecture!r}), which reads a token "
+            "together with those before it; this is for SAEs that read single tokens only"
         )
 
 

@@ -5,6 +5,7 @@ depend on. A result is current if its key is the one that is asked for.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -234,8 +235,19 @@ def _read(file: Path) -> Any:
 
 def _write(file: Path, content: Any) -> None:
     with new_file(file) as temporary:
-        text = json.dumps(content, indent=2, default=str)
+        text = json.dumps(_as_json(content), indent=2, default=str, allow_nan=False)
         temporary.write_text(text, encoding="utf-8")
+
+
+def _as_json(content: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have."""
+    if isinstance(content, Mapping):
+        return {name: _as_json(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_as_json(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
 
 
 def dataset_fingerprint(name: str) -> str | None:

@@ -112,6 +112,7 @@ class _Passthrough:
                 _working_directory(call.artifacts),
                 errors.of("sae_bench"),
                 replacements.judged_saes(saes),
+                replacements.nan_stays(),
             ):
                 _RESULTS.mkdir()
                 self.run(request)

@@ -69,6 +69,16 @@ def judged_saes(saes: Iterable[SelectedSAE]) -> Replacement:
     return replaced((vars(general_utils), {"load_and_format_sae": load_and_format_sae}))
 
 
+def nan_stays() -> Replacement:
+    """Core has NaN where it has no value, and no -1, which some of its scores can be."""
+    from sae_bench.evals.core import main as core
+
+    def keep(metrics: dict[str, Any]) -> dict[str, Any]:
+        return metrics
+
+    return replaced((vars(core), {"replace_nans_with_negative_one": keep}))
+
+
 def lent_model(module: ModuleType, model: HookedTransformer) -> Replacement:
     """
     A module that loads a `HookedTransformer` gets this one.

@@ -144,12 +144,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "n_bootstrap": 5,
         "n_aligned_latents": [5],
         "include_special_tokens": False,
-        "topic_dataset": "python-stdlib",
-        "max_topics": 3,
+        "topics": False,
         "n_random_draws": 1,
-        "topic_train_size": 10,
-        "topic_test_size": 5,
-        "n_topic_latents": 8,
     },
     "core": {
         "dataset": "python-stdlib",

@@ -121,8 +121,8 @@ class ResultStore:
             return None
         return _reason(_read(_key_file(file)), key)
 
-    def keep(self, file_name: str, key: Key, content: Mapping[str, Any]) -> None:
-        """Write a result and its key, in place of those of that name."""
+    def keep(self, file_name: str, key: Key, content: Mapping[str, Any]) -> Any:
+        """Write a result and its key, in place of those of that name; return it as kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / file_name
         # A model has a fingerprint once it has been downloaded.
@@ -130,8 +130,10 @@ class ResultStore:
         key = {**key, "fingerprints": {**fingerprints(key["eval_config"]), **known}}
         # A crash in between leaves a result without a key, which is none.
         _key_file(file).unlink(missing_ok=True)
+        content = _without_nan(content)
         _write(file, content)
         _write(_key_file(file), key)
+        return content
 
 
 class StoredResult(NamedTuple):
@@ -235,16 +237,16 @@ def _read(file: Path) -> Any:
 
 def _write(file: Path, content: Any) -> None:
     with new_file(file) as temporary:
-        text = json.dumps(_as_json(content), indent=2, default=str, allow_nan=False)
+        text = json.dumps(content, indent=2, default=str)
         temporary.write_text(text, encoding="utf-8")
 
 
-def _as_json(content: Any) -> Any:
+def _without_nan(content: Any) -> Any:
     """The same with null for NaN and infinity, which JSON does not have."""
     if isinstance(content, Mapping):
-        return {name: _as_json(value) for name, value in content.items()}
+        return {name: _without_nan(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_as_json(value) for value in content]
+        return [_without_nan(value) for value in content]
     if isinstance(content, float) and not math.isfinite(content):
         return None
     return content

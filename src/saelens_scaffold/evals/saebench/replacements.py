@@ -171,10 +171,20 @@ def absorption_experiments(main: ModuleType, folder: Path, seed: int) -> Replace
     Absorption keeps probes in a folder of the call's own, and draws by its seed.
 
     By default they are in the folder of the installed sae_bench, found again by the names
-    of model and SAE alone; and nothing reads the configuration's `random_seed`, so that an
-    SAE's result depends on the SAEs before it.
+    of model and SAE alone. And nothing reads the configuration's `random_seed`, so that an
+    SAE's result depends on the SAEs before it; nor do tokenizers list their vocabulary in
+    the same order in each process.
     """
-    from sae_bench.evals.absorption import k_sparse_probing
+    from sae_bench.evals.absorption import (
+        common,
+        feature_absorption,
+        k_sparse_probing,
+    )
+
+    own_tokens = common.get_alpha_tokens
+
+    def get_alpha_tokens(tokenizer: Any) -> list[str]:
+        return sorted(own_tokens(tokenizer))
 
     def seeded(function: Callable[..., Any], **folders: Path) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -202,7 +212,13 @@ def absorption_experiments(main: ModuleType, folder: Path, seed: int) -> Replace
     }
     # the language model's probe, trained before these, is trained for the first SAE alone
     train = {"train_k_sparse_probes": seeded(k_sparse_probing.train_k_sparse_probes)}
-    return replaced((vars(main), bound), (vars(k_sparse_probing), train))
+    tokens = {"get_alpha_tokens": get_alpha_tokens}
+    return replaced(
+        (vars(main), bound),
+        (vars(k_sparse_probing), train),
+        (vars(common), tokens),
+        (vars(feature_absorption), tokens),
+    )
 
 
 def mdl_config(main: ModuleType, config: Any) -> Replacement:

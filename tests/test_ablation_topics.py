@@ -25,14 +25,13 @@ from sklearn.preprocessing import StandardScaler
 from transformer_lens import HookedTransformer
 
 from eval_helpers import HOOK, eval_sae
-from saelens_scaffold.evals import data as text_data
 from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation.topics import (
     SUBJECTS_BY_CATEGORY,
     read_topics,
 )
-from saelens_scaffold.models import load_embedded_model
+from saelens_scaffold.models import datasets, load_embedded_model
 
 WORDS = {
     "abstract_algebra": "group ring field ideal kernel",
@@ -122,7 +121,7 @@ def test_mmlu_on_the_hub_is_read_by_its_name_alone(
             {name: split.to_iterable_dataset() for name, split in splits}
         )
 
-    monkeypatch.setattr(text_data, "load_dataset", streamed)
+    monkeypatch.setattr(datasets, "load_dataset", streamed)
     defaults = ScaffoldAblationEvalConfig(
         model_name="py-neox", topic_train_size=14, topic_test_size=10
     )

@@ -425,7 +425,7 @@ def test_text_that_evaluations_take_by_default_is_looked_for(
     def no_network(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("saelens_scaffold.evals.data.load_dataset", no_network)
+    monkeypatch.setattr("saelens_scaffold.models.datasets.load_dataset", no_network)
     config = read_config(write(tmp_path, evaluation_data={}))
     with pytest.raises(ValueError, match="core: .*/openwebtext' cannot be"):
         make_plan(config, tmp_path / "out")

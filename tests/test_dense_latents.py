@@ -19,13 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 
 from eval_helpers import D_MODEL, HOOK, eval_sae, write_texts
-from saelens_scaffold.evals.data import TokenStream
 from saelens_scaffold.evals.dense_latents import (
     DenseLatentsEvalConfig,
     DenseLatentsEvalOutput,
 )
 from saelens_scaffold.evals.intervals import SequenceBootstrap, interval
 from saelens_scaffold.evals.runner import run_eval
+from saelens_scaffold.evals.tokens import TokenStream
 from saelens_scaffold.models import (
     Split,
     embedded_model_path,

@@ -454,7 +454,7 @@ def test_text_from_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch):
         opened.append((args, kwargs))
         return IterableDatasetDict({"train": dataset, "test": unseen.take(60)})
 
-    monkeypatch.setattr("saelens_scaffold.evals.data.load_dataset", load_dataset)
+    monkeypatch.setattr("saelens_scaffold.models.datasets.load_dataset", load_dataset)
     monkeypatch.setattr("saelens_scaffold.evals.labelled_data.MAX_STREAMED_ROWS", 200)
     text = read_labelled_text("user/name", "text", "label", subset="en")
     assert sum(map(len, text.train.values())) == 200

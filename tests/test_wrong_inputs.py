@@ -74,6 +74,7 @@ CASES: list[tuple[list[str], str]] = [
     (train(model_name="./text"), "text has no config.json"),
     (train(model_class_name="HookedNonsense"), "HookedNonsense"),
     (train(context_size=1024), "context_size is 1024"),
+    (train(dataset_path="./tokens"), "context_size is 64; it must be at most 32"),
     (train(scaffold_rank=256), "scaffold_rank"),
     (train(scaffold_plugins='{"no_such_plugin": {}}'), "no_such_plugin"),
     (train(device="cuda:99"), "cuda:99"),
@@ -150,6 +151,8 @@ CASES: list[tuple[list[str], str]] = [
     (compare(grid={**EXPERIMENT["grid"], "no_such_axis": [1]}), "no_such_axis"),
     (compare(grid={**EXPERIMENT["grid"], "scaffold_rank": [256]}), "scaffold_rank"),
     (compare(training={**EXPERIMENT["training"], "training_tokens": 10}), "is 10;"),
+    (compare(training={**EXPERIMENT["training"], "context_size": 1024}), "is 1024;"),
+    (compare(dataset_path="./tokens"), "context_size is 64; it must be at most 32"),
     (compare(evaluations={"no_such_evaluation": None}), "no_such_evaluation"),
     (compare(evaluations={"dense_latents": {"no_such_field": 1}}), "no_such_field"),
     (["upload", *UPLOAD], "DIR"),
@@ -192,6 +195,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         row = json.dumps({column: "import os\n" * 100})
         (folder / name / "train.jsonl").write_text(f"{row}\n" * 8)
+    (folder / "tokens").mkdir()
+    row = json.dumps({"input_ids": [*range(32)]})
+    (folder / "tokens" / "train.jsonl").write_text(f"{row}\n" * 8)
     (folder / "file").write_text("- neither a folder\n- nor an experiment\n")
     (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     eval_sae(rank=4).save_model(folder / "sae")
@@ -243,3 +249,28 @@ def test_there_are_ten_of_each_command() -> None:
     commands = [argv[0] for argv, _ in CASES]
     assert all(commands.count(command) >= 10 for command in set(commands))
     assert len(set(commands)) == 7
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        train(model_name="google/gemma-2-2b", d_in=2304),
+        ["rank", *RANK, "--model", "google/gemma-2-2b"],
+    ],
+    ids=["train", "rank"],
+)
+def test_weights_that_the_hub_does_not_give_are_one_line(
+    argv: list[str],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """TransformerLens knows the configuration; the weights are gated, and here offline."""
+    (tmp_path / "text").symlink_to(folder / "text")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert main(argv) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"saelens-scaffold {argv[0]}: error: ")
+    assert "model_name 'google/gemma-2-2b': " in line

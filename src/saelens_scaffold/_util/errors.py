@@ -1,5 +1,8 @@
 """What the user can mend, as one class of errors."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """
@@ -15,3 +18,17 @@ class UserError(ValueError):
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def loading(model_name: str) -> Iterator[None]:
+    """
+    Where a language model is loaded.
+
+    Raises:
+        UserError: Its files cannot be had: they are gated, or there is no connection.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error

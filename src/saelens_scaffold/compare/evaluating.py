@@ -26,6 +26,7 @@ from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.jobs import Job, plan
 from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE, load_saes
+from saelens_scaffold.evals.tokens import TOKEN_FIELDS, other_tokens
 
 EVAL_RESULTS = "eval_results"
 SAES = "saes"
@@ -103,7 +104,8 @@ class Evaluator:
         results: dict[str, dict[str, Any]] = {run.name: {} for run in self.runs}
         diverged: list[str] = []
         failures: list[str] = []
-        warnings: list[str] = []
+        first = SelectedSAE("the SAEs", CUSTOM_SAE_ID, self.stand_ins[0][1])
+        warnings = other_tokens([job.evaluation for job in self.jobs], [first])
         for group in self.groups:
             about = f"{len(group)} SAEs of seed {group[0].seed} at {group[0].hook_name}"
             print(f"evaluating {about}", file=sys.stderr)
@@ -170,12 +172,8 @@ class Evaluator:
 def _stand_in(run: Run, config: CompareConfig) -> StandardSAE:
     """A small SAE in place of one that is not trained yet, with its metadata."""
     cfg = runner_config(config, [run])
-    metadata = SAEMetadata(
-        model_name=cfg.model_name,
-        hook_name=run.hook_name,
-        context_size=cfg.context_size,
-        prepend_bos=cfg.prepend_bos,
-    )
+    tokens = {name: getattr(cfg, name) for name in TOKEN_FIELDS}
+    metadata = SAEMetadata(model_name=cfg.model_name, hook_name=run.hook_name, **tokens)
     stand_in = StandardSAE(StandardSAEConfig(run.config.d_in, 1, metadata=metadata))
     stand_in.W_dec.data = torch.nn.functional.normalize(stand_in.W_dec.data)
     # single latents are judged without the scaffold

@@ -15,13 +15,19 @@ from saelens_scaffold._util.files import make_writable, new_file
 from saelens_scaffold._util.provenance import hardware
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.evaluating import SAES, Evaluator
-from saelens_scaffold.compare.grid import Run, check_training, runs_of
+from saelens_scaffold.compare.grid import (
+    Run,
+    check_training,
+    runner_config,
+    runs_of,
+)
 from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.compare.report.page import write_page
 from saelens_scaffold.compare.results import collect, references, results_csv
 from saelens_scaffold.compare.table import comparison_text, plan_text, reference_text
-from saelens_scaffold.compare.training import WaveTrainer, plan_waves, training_text
+from saelens_scaffold.compare.training import WaveTrainer, is_trained, plan_waves
 from saelens_scaffold.evals.model import choose_device
+from saelens_scaffold.training.data import training_data
 
 CONFIG_FILENAME = "compare.yaml"
 RESULTS_FILENAME = "results.json"
@@ -90,11 +96,13 @@ def make_plan(
     device = choose_device(device)
     runs = runs_of(config, device)
     check_training(config, runs)
-    training_text(config)
-    evaluator = Evaluator(config, runs, device, output_path)
-    evaluator.check()
     per_wave = saes_per_wave or config.saes_per_wave
     waves = plan_waves(training_path, saes_path, runs, per_wave)
+    for wave in waves:
+        if not all(is_trained(saes_path / run.name) for run in wave):
+            training_data(runner_config(config, wave))
+    evaluator = Evaluator(config, runs, device, output_path)
+    evaluator.check()
     trainer = WaveTrainer(config, runs, device, saes_path, training_path)
     return Plan(waves, trainer, evaluator)
 

@@ -19,8 +19,8 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.config import AXIS_FIELDS, CompareConfig
 from saelens_scaffold.evals.model import known_model_name
-from saelens_scaffold.models.hook_points import check_activations, model_config
-from saelens_scaffold.training.checks import check_steps
+from saelens_scaffold.training.checks import check_language_model, check_steps
+from saelens_scaffold.training.pretokenized import adopt_tokenization
 
 MAX_NAME = 150
 """Most characters of an SAE's name; file names that contain it may have 255."""
@@ -149,6 +149,7 @@ def runner_config(
             logger=LoggingConfig(log_to_wandb=False),
             **configs.checked_training(training),
         )
+        adopt_tokenization(cfg)
         check_steps(cfg)
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {error}") from error
@@ -183,9 +184,11 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
         if re.match(r"blocks\.\d+\.", run.hook_name) is None:
             problem = "must be a hook point of a layer, blocks.N.NAME"
             raise UserError(f"hook_name {run.hook_name!r} {problem}")
-        model = model_config(cfg.model_name)
-        if cfg.model_class_name == "HookedTransformer" and not cfg.hook_head_indices:
-            check_activations(model, run.hook_name, run.config.d_in)
+    alike = {(r.hook_name, r.config.d_in, repr(r.training)): r for r in runs}
+    for run in alike.values():
+        cfg = runner_config(config, [run])
+        head_index = cfg.hook_head_indices_per_sae[run.name]
+        check_language_model(cfg, run.hook_name, run.config.d_in, head_index)
 
 
 def _check_fields(config: CompareConfig) -> None:

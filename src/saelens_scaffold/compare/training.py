@@ -18,14 +18,14 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
-from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.errors import UserError, loading
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run, runner_config
-from saelens_scaffold.evals.data import EMBEDDED_DATASET_NAME, open_dataset
 from saelens_scaffold.saes.scaffold_start import principal_subspace
 from saelens_scaffold.training import runner
+from saelens_scaffold.training.data import override_dataset
 
 Wave = list[Run]
 """SAEs that are trained together, on one pass of the language model."""
@@ -247,13 +247,12 @@ class WaveTrainer:
             cfg.resume_from_checkpoint = str(checkpoint)
             _note(f"resuming from {checkpoint}")
         hook_names = {run.hook_name for run in wave}
-        text = training_text(self.config)
         saes = {run.name: runner.initial_sae(run.config, run.seed) for run in wave}
         # a model may be loaded only up to its hook points
         model = self._model if hook_names == self._hook_names else None
-        made = _WaveRunner(
-            cfg, override_dataset=text, override_model=model, override_saes=saes
-        )
+        data: Any = {"override_dataset": override_dataset(cfg), "override_saes": saes}
+        with loading(cfg.model_name):
+            made = _WaveRunner(cfg, override_model=model, **data)
         made.calibrated = [
             run.name
             for run in wave
@@ -278,16 +277,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     # PyTorch's CPU allocator has no exception of its own.
     of_cpu = re.search("not enough memory|can't allocate memory", str(error))
     return bool(of_cpu) or isinstance(error, (MemoryError, torch.OutOfMemoryError))
-
-
-def training_text(config: CompareConfig) -> Any:
-    """
-    Local text, opened as evaluations open it; None for SAELens to stream from the Hub.
-
-    Raises:
-        UserError: There is no such text.
-    """
-    name = config.dataset_path
-    is_local = name.startswith((".", "/")) or Path(name).exists()
-    is_read = is_local or name == EMBEDDED_DATASET_NAME
-    return open_dataset(name, "train") if is_read else None

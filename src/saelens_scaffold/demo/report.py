@@ -6,14 +6,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 from matplotlib.figure import Figure
 from rich.box import MARKDOWN
 from rich.table import Table
 
 from saelens_scaffold._util.files import new_file
-from saelens_scaffold._util.plots import finish_firing_axes
+from saelens_scaffold._util.plots import draw_firing_curve, finish_firing_axes
 from saelens_scaffold._util.tables import markdown
 
 DENSE = {"dense_10": 0.1, "dense_20": 0.2, "dense_50": 0.5}
@@ -132,14 +131,12 @@ def write_picture(halves: Sequence[Half], path: Path) -> None:
             architecture = rows[0].architecture
             twin = TWINS.get(architecture)
             style = "-" if twin else ("--", ":")[drawn.count(architecture)]
-            look = {"color": COLOURS[twin or architecture], "linewidth": 1.6}
             drawn.append(architecture)
             for row in rows:
-                frequencies = np.sort(row.firing_frequencies)[::-1]
-                alive = frequencies[frequencies > 0]
-                counts = np.arange(1, len(alive) + 1)
+                look = {"color": COLOURS[twin or architecture]}
                 label = sae if row is rows[0] else None
-                axis.step(alive, counts, style, label=label, **look)
+                frequencies = row.firing_frequencies
+                draw_firing_curve(axis, frequencies, style, label=label, **look)
         axis.set_title(half.title)
         finish_firing_axes(axis, DENSE["dense_10"])
     with new_file(path) as temporary:

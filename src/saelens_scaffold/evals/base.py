@@ -171,6 +171,8 @@ class Evaluation:
         implementation: "MODULE:ATTRIBUTE" of its `Implementation`, imported on first use.
         metrics: Its headline metrics.
         data: The kind of dataset it reads, if any.
+        tokens: Which tokens it takes: those that the SAEs were trained on, or those of
+            whole texts, from BOS on, as SAEBench reads them. None if it reads no text.
         data_field: The configuration's field that names the dataset.
         defaults: Values that differ from the configuration's own defaults.
         batch_divisor: Factor by which its batches are smaller than those that SAEBench
@@ -182,6 +184,7 @@ class Evaluation:
     implementation: str
     metrics: tuple[Metric, ...] = ()
     data: Literal["text", "labelled", None] = None
+    tokens: Literal["as_trained", "whole_texts", None] = None
     data_field: str = "dataset"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     batch_divisor: int = 1

@@ -1,251 +1,45 @@
-"""Text to evaluate on: where it comes from, as tokens, and whether it was trained on."""
+"""Text to evaluate on: where it comes from, and whether it was trained on."""
 
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any
-
-import datasets
-import torch
-from datasets import load_dataset
-from sae_lens.tokenization_and_batching import concat_and_batch_sequences
-from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.eval_configs import TextEvalConfig
-from saelens_scaffold.evals.model import common_setting, special_token_ids
 from saelens_scaffold.evals.saes import SelectedSAE
-from saelens_scaffold.models import load_stdlib_chunks, load_stdlib_text
+from saelens_scaffold.models.datasets import (
+    EMBEDDED_DATASET_NAME,
+    is_local,
+    open_dataset,
+    rows_with,
+)
 from saelens_scaffold.models.stdlib import CHUNK_CHARS, Passages
+from saelens_scaffold.training.pretokenized import check_row_lengths, token_column
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_DATASET_NAME = "python-stdlib"
-"""The standard library of the running Python, as a dataset for any evaluation."""
 
-_EMBEDDED_SPLITS = ("train", "test")
-
-# Builders of the datasets library by file suffix.
-_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-
-AnyDataset = datasets.Dataset | datasets.IterableDataset
-_SPLIT_DATASETS = (datasets.DatasetDict, datasets.IterableDatasetDict)
-
-
-def open_dataset(
-    name: str, split: str, subset: str | None = None, *, chunked: bool = False
-) -> AnyDataset:
+def check_text(
+    dataset: str, split: str, column: str, context_size: int | None = None
+) -> None:
     """
-    Open one split of a dataset.
+    See that an evaluation can read a text, or rows of tokens.
 
     Args:
-        name: "python-stdlib" for the embedded text; a directory that `save_to_disk` of
-            the datasets library wrote, or one of data files; a .parquet, .jsonl, .json or
-            .csv file; else a dataset's name on the Hub, which is streamed.
-        split: The split. A single file has none, and is all of any split.
-        subset: The dataset's configuration on the Hub, as "all" of "cais/mmlu".
-        chunked: Whether the embedded text is wanted in short labelled pieces.
+        dataset: As for `datasets.open_dataset`.
+        split: Its split.
+        column: Its column with the text; rows of tokens have one of their own.
+        context_size: Tokens per sequence, if known, which rows of tokens must have.
 
     Raises:
-        UserError: There is no such dataset, or no such split in it.
+        UserError: It cannot.
     """
-    if name == EMBEDDED_DATASET_NAME:
-        if split not in _EMBEDDED_SPLITS:
-            raise UserError(f"{name} has the splits 'train' and 'test', not {split!r}")
-        return (load_stdlib_chunks if chunked else load_stdlib_text)(split)  # type: ignore[arg-type]
-    loaded = _load(name, subset)
-    if not isinstance(loaded, _SPLIT_DATASETS):
-        return loaded
-    if split not in loaded:
-        raise UserError(
-            f"dataset {name!r} has no split {split!r}; it has {sorted(map(str, loaded))}"
-        )
-    return loaded[split]
-
-
-def split_names(name: str, subset: str | None = None) -> list[str]:
-    """
-    The splits of a dataset that `open_dataset` opens; none if it is not split.
-
-    Raises:
-        UserError: There is no such dataset.
-    """
-    if name == EMBEDDED_DATASET_NAME:
-        return [*_EMBEDDED_SPLITS]
-    loaded = _load(name, subset)
-    return [*map(str, loaded)] if isinstance(loaded, _SPLIT_DATASETS) else []
-
-
-def _load(name: str, subset: str | None) -> Any:
-    """A dataset with all its splits."""
-    path = Path(name)
-    looks_local = path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")
-    if looks_local and not path.exists():
-        raise UserError(f"dataset {name!r}: there is no such file or directory")
-    if path.is_file() and path.suffix not in _BUILDERS:
-        raise UserError(
-            f"dataset {name!r} is a {path.suffix or 'nameless kind of'} file; allowed are "
-            f"{', '.join(_BUILDERS)}"
-        )
-    if path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"dataset {name!r} is empty")
-    try:
-        if path.is_file():
-            return load_dataset(_BUILDERS[path.suffix], data_files=name, split="train")
-        if not path.is_dir():
-            return load_dataset(name, subset, streaming=True)
-        saved_by_datasets = any(
-            (path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict")
-        )
-        return (datasets.load_from_disk if saved_by_datasets else load_dataset)(name)
-    except Exception as error:  # the datasets library's own, and those of the network
-        raise UserError(
-            f"dataset {name!r} cannot be read: {type(error).__name__}: {error} "
-            f"(allowed: a name on the Hub, a local directory or file, "
-            f"{EMBEDDED_DATASET_NAME!r})"
-        ) from error
-
-
-def rows_with(
-    dataset: AnyDataset, name: str, *columns: str
-) -> Iterator[tuple[Any, ...]]:
-    """
-    The given columns of every row.
-
-    Raises:
-        UserError: The dataset is empty, or lacks a column. Raised when called, not later.
-    """
-    rows = iter(dataset)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"dataset {name!r} is empty")
-    missing = [column for column in columns if column not in first]
-    if missing:
-        raise UserError(
-            f"dataset {name!r} has no column {', '.join(map(repr, missing))}; "
-            f"it has {sorted(first)}"
-        )
-    return (tuple(row[column] for column in columns) for row in chain([first], rows))
-
-
-class TokenStream:
-    """
-    The text of an evaluation, in batches of whole sequences.
-
-    Args:
-        config: Which text.
-        model: The language model.
-        saes: What config leaves open is taken from how these were trained.
-
-    Raises:
-        UserError: The text cannot be read, is shorter than one sequence, or the SAEs
-            disagree on what config leaves open.
-    """
-
-    def __init__(
-        self,
-        config: TextEvalConfig,
-        model: HookedTransformer,
-        saes: Sequence[SelectedSAE],
-    ):
-        context_size = config.context_size or common_setting(saes, "context_size", 128)
-        prepend_bos = config.prepend_bos
-        if prepend_bos is None:
-            prepend_bos = common_setting(saes, "prepend_bos", True)
-        if context_size > model.cfg.n_ctx:
-            raise UserError(
-                f"context_size is {context_size}; {model.cfg.model_name} has room for "
-                f"{model.cfg.n_ctx} tokens"
-            )
-        self.context_size = int(context_size)
-        self.prepend_bos = bool(prepend_bos)
-        self._config = config
-        self._device = model.cfg.device
-        self._special = torch.tensor(special_token_ids(model), device=self._device)
-        self._sequences = self._joined_and_cut(model)
-
-    def _joined_and_cut(self, model: HookedTransformer) -> Iterator[torch.Tensor]:
-        """
-        Text as the language model reads it while an SAE is trained: texts are joined, with
-        BOS between them, and cut into sequences of equal length.
-
-        Returns:
-            An iterator over tensors of shape (context_size,), on the CPU. It ends when the
-            text does; the last, incomplete sequence is left out.
-
-        Raises:
-            UserError: The text cannot be read, or is shorter than one sequence. Raised
-                when called, not later.
-        """
-        config = self._config
-        dataset, split = config.dataset, config.dataset_split
-        rows = rows_with(open_dataset(dataset, split), dataset, config.text_column)
-        to_tokens = partial(
-            model.to_tokens, prepend_bos=False, truncate=False, move_to_device=False
-        )
-        tokenizer: Any = model.tokenizer
-        bos_token_id = tokenizer.bos_token_id
-        sequences = concat_and_batch_sequences(
-            (to_tokens(text).squeeze(0) for (text,) in rows if text),
-            context_size=self.context_size,
-            begin_batch_token_id=bos_token_id if self.prepend_bos else None,
-            sequence_separator_token_id=bos_token_id,
-        )
-        first = next(sequences, None)
-        if first is None:
-            raise UserError(
-                f"dataset {dataset!r} ({split}) has no text of {self.context_size} tokens; "
-                "give a longer text, or a smaller context_size"
-            )
-        return chain([first], sequences)
-
-    def batches(
-        self, n_tokens: int, desc: str
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """
-        The next sequences, with a progress bar, until n_tokens count or the text ends.
-
-        Args:
-            n_tokens: How many tokens shall count.
-            desc: What the progress bar says.
-
-        Yields:
-            Tokens, shape (batch, context_size), on the model's device, and the mask of
-            those that count: neither BOS, EOS nor padding.
-
-        Raises:
-            UserError: There is no text left.
-        """
-        counted = 0
-        with tqdm(total=n_tokens, desc=desc, unit="tok", unit_scale=True) as bar:
-            while counted < n_tokens:
-                batch = list(islice(self._sequences, self._config.llm_batch_size))
-                if not batch:
-                    break
-                tokens = torch.stack(batch).to(self._device)
-                counts = ~torch.isin(tokens, self._special)
-                in_batch = counts.sum(dim=1).cumsum(0)
-                needed = int((in_batch < n_tokens - counted).sum()) + 1
-                if needed < len(batch):  # the rest is for the next call
-                    tokens, counts = tokens[:needed], counts[:needed]
-                    self._sequences = chain(batch[needed:], self._sequences)
-                if counts.any():
-                    yield tokens, counts
-                counted += int(counts.sum())
-                bar.update(int(counts.sum()))
-        if counted == 0:
-            raise UserError(
-                f"dataset {self._config.dataset!r} has no text left for {desc!r}; give a "
-                "longer text, or evaluate on fewer tokens"
-            )
-        if counted < n_tokens:
-            ended = (desc, self._config.dataset, f"{counted:,}", f"{n_tokens:,}")
-            logger.warning("%s: dataset %r ended after %s of %s tokens", *ended)
+    rows = open_dataset(dataset, split)
+    if token_column(rows, dataset) is None:
+        rows_with(rows, dataset, column)
+    elif context_size is not None:
+        check_row_lengths(rows, dataset, context_size)
 
 
 TRAINING_SPLIT = "train"
@@ -279,7 +73,7 @@ def text_seen_in_training(
 
     Args:
         saes: Their metadata say what they were trained on (`dataset_path`).
-        dataset: The text of the evaluation, as for `data.open_dataset`.
+        dataset: The text of the evaluation, as for `datasets.open_dataset`.
         split: Its split.
         text_column: Its column.
 
@@ -308,7 +102,9 @@ def text_seen_in_training(
 
 
 def _warn_of_repetitions(dataset: str, split: str, text_column: str) -> None:
-    if dataset == EMBEDDED_DATASET_NAME or not _is_local(dataset):
+    if dataset == EMBEDDED_DATASET_NAME or not is_local(dataset):
+        return
+    if _has_tokens(dataset, split):
         return
     texts = list(_texts(dataset, split, text_column, MAX_EVALUATED_CHARS))
     repeated = len(texts) - len(set(texts))
@@ -336,9 +132,11 @@ def _seen(
         return False, unseen
     where = f"{trained_on} ({TRAINING_SPLIT})"
     for name in (trained_on, dataset):
-        if not _is_local(name):
+        if not is_local(name):
             missing = f"{name} is not on this machine"
             return None, f"{text} was not compared with {where}: {missing}"
+    if _has_tokens(dataset, split):
+        return None, f"{text} was not compared with {where}: it has tokens, not text"
     passages, n_training = Passages(CHUNK_CHARS), 0
     try:
         for known in _texts(trained_on, TRAINING_SPLIT, "text", MAX_TRAINING_CHARS):
@@ -359,6 +157,10 @@ def _seen(
     return False if whole else None, f"no {CHUNK_CHARS} characters of {of}"
 
 
+def _has_tokens(dataset: str, split: str) -> bool:
+    return token_column(open_dataset(dataset, split), dataset) is not None
+
+
 def _texts(dataset: str, split: str, column: str, max_chars: int) -> Iterator[str]:
     """The first texts of a dataset, until they have so many characters."""
     n_chars = 0
@@ -368,7 +170,3 @@ def _texts(dataset: str, split: str, column: str, max_chars: int) -> Iterator[st
         if text:
             n_chars += len(text)
             yield text
-
-
-def _is_local(name: str) -> bool:
-    return name == EMBEDDED_DATASET_NAME or Path(name).exists()

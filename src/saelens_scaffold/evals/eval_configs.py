@@ -19,6 +19,8 @@ def _check_distinct(values: list[float]) -> list[float]:
     return values
 
 
+TokenId = Annotated[int, Field(ge=0, strict=True)]
+
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 """A share that is neither nothing nor everything."""
 
@@ -68,6 +70,20 @@ class TextEvalConfig(LlmConfig):
     SAEs were trained, else 128."""
     prepend_bos: bool | None = None
     """Whether each sequence begins with BOS. If None, as the SAEs were trained, else True."""
+    sequence_separator_token: TokenId | Literal["bos", "eos", "sep", "none"] | None = (
+        None
+    )
+    """Token between the texts of a sequence, or none. If None, as the SAEs were trained,
+    else bos."""
+    disable_concat_sequences: bool | None = None
+    """Whether a sequence is the beginning of one text, and shorter texts are left out. If
+    None, as the SAEs were trained, else False."""
+    exclude_special_tokens: bool | list[TokenId] | None = None
+    """Whether the tokenizer's special tokens do not count, or ids of tokens that do not.
+    BOS, EOS and padding never count. If None, as the SAEs were trained, else False."""
+    seqpos_slice: list[int | None] | None = None
+    """Positions in the sequence that count, as in slice(start, stop, step). If None, as the
+    SAEs were trained, else all."""
     n_tokens: PositiveInt = 1_000_000
     """Tokens to evaluate on. BOS, EOS and padding do not count."""
     n_bootstrap: PositiveInt = 500

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from sae_bench.sae_bench_utils import activation_collection
 from saelens_scaffold._util.configs import config_fields, make_config, validating
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Evaluation, Implementation, Result
-from saelens_scaffold.evals.data import EMBEDDED_DATASET_NAME, open_dataset, rows_with
-from saelens_scaffold.evals.model import check_model_name, choose_device, common_setting
+from saelens_scaffold.evals.data import check_text
+from saelens_scaffold.evals.model import check_model_name, choose_device
 from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import (
     SelectedSAE,
@@ -22,6 +22,12 @@ from saelens_scaffold.evals.saes import (
     resolve_saes,
 )
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
+from saelens_scaffold.evals.tokens import (
+    check_context_size,
+    common_tokens,
+    tokens_of,
+)
+from saelens_scaffold.models.datasets import EMBEDDED_DATASET_NAME
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,20 @@ class Job:
 
     def keys(self, saes: Sequence[SelectedSAE]) -> dict[str, Key]:
         """What the result of each SAE depends on, by the SAEs' keys."""
-        text = {"dataset_split": self.dataset_split, "text_column": self.text_column}
+        text: dict[str, Any] = {
+            "dataset_split": self.dataset_split,
+            "text_column": self.text_column,
+        }
         if self.evaluation.data != "text" or hasattr(self.config, "text_column"):
             text = {}
         others = {sae.label: sae for sae in saes}
-        name = self.evaluation.name
-        return {
-            sae.key: result_key(name, self.config, sae, others, **text) for sae in saes
-        }
+        keys: dict[str, Key] = {}
+        for sae in saes:
+            if self.evaluation.tokens == "as_trained":
+                text["tokens"] = asdict(tokens_of(sae, self.config))
+            name = self.evaluation.name
+            keys[sae.key] = result_key(name, self.config, sae, others, **text)
+        return keys
 
     def current(self, saes: Sequence[SelectedSAE]) -> dict[str, Result]:
         """The current results, by the SAEs' keys."""
@@ -96,7 +108,11 @@ class Job:
                 dataset = getattr(self.config, self.evaluation.data_field)
                 split = getattr(self.config, "dataset_split", self.dataset_split)
                 column = getattr(self.config, "text_column", self.text_column)
-                rows_with(open_dataset(dataset, split), dataset, column)
+                context_size = getattr(self.config, "context_size", None)
+                check_text(dataset, split, column, context_size)
+            if self.evaluation.tokens == "as_trained":
+                common_tokens(saes, self.config)
+            check_context_size(self.config, saes)
             self.implementation.check(self.config, saes)
         except UserError as error:
             raise UserError(f"{self.evaluation.name}: {error}") from error
@@ -144,17 +160,21 @@ def plan(
     for evaluation in named:
         implementation = evaluation.load()
         config_class = validating(implementation.config_class)
-        offered = _offered(evaluation, config_class, options, saes)
+        offered = _offered(evaluation, config_class, options)
         used |= {option for option, _, _ in offered}
         values = {field: value for _, field, value in offered}
         values |= evaluations[evaluation.name]
-        known = list(config_fields(config_class))
+        known = config_fields(config_class)
         for field in evaluations[evaluation.name]:
             if field not in known:
                 raise UserError(
                     f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
                 )
         _add_language_model(values, evaluation, config_class, selected_saes)
+        # SAEBench's core has a context size of its own
+        own = evaluation.tokens == "as_trained" and known["context_size"].default
+        if own and "context_size" not in values:
+            values["context_size"] = common_tokens(saes).context_size
         try:
             config = make_config(config_class, {**evaluation.defaults, **values})
         except UserError as error:
@@ -174,7 +194,6 @@ def _offered(
     evaluation: Evaluation,
     config_class: type,
     options: Mapping[str, Any],
-    saes: Sequence[SelectedSAE],
 ) -> list[tuple[str, str, Any]]:
     """Options that a configuration takes: name, the configuration's field, and value."""
     fields = config_fields(config_class)
@@ -200,10 +219,6 @@ def _offered(
         offered.append(("labelled_dataset", "topic_dataset", labelled))
         for column in ("text_column", "label_column"):
             offered.append((column, f"topic_{column}", options.get(column)))
-    # SAEBench's configurations do not know how the SAEs were trained
-    if "context_size" in fields and fields["context_size"].default is not None:
-        context_size = common_setting(saes, "context_size", 128)
-        offered.append(("context_size", "context_size", context_size))
     return [of for of in offered if of[1] in fields and of[2] is not None]
 
 
@@ -250,8 +265,8 @@ def _check_datasets(options: Mapping[str, Any], reads_text: bool) -> None:
             raise UserError(f"there is no dataset {name}")
     dataset = options.get("dataset")
     if dataset is not None and reads_text and Path(dataset).exists():
-        rows = open_dataset(dataset, _dataset_split(options) or "train")
-        rows_with(rows, dataset, options.get("text_column", "text"))
+        split = _dataset_split(options) or "train"
+        check_text(dataset, split, options.get("text_column", "text"))
 
 
 def _api_key(file: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from datasets import IterableDataset
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.data import open_dataset, rows_with, split_names
+from saelens_scaffold.models.datasets import open_dataset, rows_with, split_names
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def read_labelled_text(
     split or the other, is left out there, so that none is both trained and tested on.
 
     Args:
-        dataset: As for `data.open_dataset`: "python-stdlib" for labelled pieces of
+        dataset: As for `datasets.open_dataset`: "python-stdlib" for labelled pieces of
             the embedded text, a local directory or file, else a name on the Hub.
         text_column: The column with the text.
         label_column: The column with the label; its values are made strings.

@@ -14,7 +14,7 @@ from sae_bench.sae_bench_utils import general_utils
 from transformer_lens import HookedTransformer
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.errors import UserError, loading
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models import EMBEDDED_MODEL_NAME, register_embedded_model
 from saelens_scaffold.models.local import official_name, register_local_model
@@ -33,12 +33,12 @@ def load_language_model(
         dtype: As in "float32".
 
     Raises:
-        UserError: TransformerLens knows no such model.
-        UserError: A local model lacks a file.
+        UserError: TransformerLens knows no such model, or its files cannot be had.
     """
     name, torch_dtype = known_model_name(model_name), general_utils.str_to_dtype(dtype)
     load = HookedTransformer.from_pretrained_no_processing
-    return load(name, device=device, dtype=torch_dtype)
+    with loading(model_name):
+        return load(name, device=device, dtype=torch_dtype)
 
 
 def known_model_name(model_name: str) -> str:
@@ -241,13 +241,6 @@ def activations_at(
     return {hook_name: cache[hook_name].flatten(2) for hook_name in hook_names}
 
 
-def special_token_ids(model: HookedTransformer) -> list[int]:
-    """The ids of BOS, EOS and padding, those that the tokenizer has."""
-    tokenizer: Any = model.tokenizer
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return sorted({token for token in ids if token is not None})
-
-
 def by_hook_point(
     model: HookedTransformer, saes: Sequence[SelectedSAE]
 ) -> list[tuple[HookedModel, list[SelectedSAE]]]:
@@ -294,27 +287,6 @@ def check_finite(x: torch.Tensor, hook_name: str) -> None:
             "text; check its weights, and its dtype (float16 overflows in some models: "
             "try llm_dtype float32 or bfloat16)"
         )
-
-
-def common_setting(saes: Sequence[SelectedSAE], field: str, default: int | bool):
-    """
-    What the SAEs' metadata say of how they were trained, if they agree.
-
-    Args:
-        saes: The SAEs.
-        field: Of the metadata, as "context_size".
-        default: What counts where the metadata say nothing.
-
-    Raises:
-        UserError: They do not agree.
-    """
-    values = {sae.label: getattr(sae.sae.cfg.metadata, field) for sae in saes}
-    values = {k: default if v is None else v for k, v in values.items()}
-    if len(set(values.values())) > 1:
-        raise UserError(
-            f"the SAEs were trained with different {field}: {values}; set {field}"
-        )
-    return next(iter(values.values()), default)
 
 
 def _replace(x: torch.Tensor, hook: Any, replacement: torch.Tensor) -> torch.Tensor:  # noqa: ARG001

@@ -31,6 +31,7 @@ from saelens_scaffold.evals.saes import (
 )
 from saelens_scaffold.evals.store import config_of
 from saelens_scaffold.evals.table import Outcome, judged_views, results_table
+from saelens_scaffold.evals.tokens import other_tokens
 
 
 def run(
@@ -158,7 +159,11 @@ def evaluate(
             make_writable(job.output_path.parent)
     outcomes = [run(job, selected, force_rerun) for job in jobs]
     saes = resolve_saes(copy.deepcopy(selected), "cpu", "float32")
-    text = "\n".join([results_table(saes, outcomes), *judged_views(outcomes)])
+    said = [
+        *judged_views(outcomes),
+        *other_tokens([job.evaluation for job in jobs], saes),
+    ]
+    text = "\n".join([results_table(saes, outcomes), *said])
     failures = [o for o in outcomes if o.error is not None]
     if debug:
         for outcome in failures:

@@ -21,9 +21,9 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import versions
-from saelens_scaffold.evals.data import EMBEDDED_DATASET_NAME
 from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.evals.saes import SelectedSAE
+from saelens_scaffold.models.datasets import EMBEDDED_DATASET_NAME
 from saelens_scaffold.models.stdlib import read_stdlib
 
 Key = dict[str, dict[str, Any]]
@@ -257,7 +257,7 @@ def dataset_fingerprint(name: str) -> str | None:
     Hash of a dataset's content, or its revision on the Hub.
 
     Args:
-        name: As for `data.open_dataset`.
+        name: As for `datasets.open_dataset`.
 
     Returns:
         None where it cannot be known: a dataset on the Hub without a connection, or one

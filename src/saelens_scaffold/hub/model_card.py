@@ -5,13 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-from saelens_scaffold._util.plots import finish_firing_axes
+from saelens_scaffold._util.plots import draw_firing_curve, finish_firing_axes
 from saelens_scaffold.hub import findings
 from saelens_scaffold.hub.sources import Upload, UploadedSAE
 from saelens_scaffold.saes.sae_ids import PLAIN_FORM
@@ -160,12 +159,10 @@ def add_figure(upload: Upload, folder: Path) -> None:
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
     for sae in known[:10]:  # as many as can be told apart
-        frequencies = np.asarray(sae.facts.frequencies)
-        alive = np.sort(frequencies[frequencies > 0])[::-1]
+        assert sae.facts.frequencies is not None
         style = "-" if sae.rank else "--"
         label = f"{sae.sae_id} (rank {sae.rank})" if sae.rank else sae.sae_id
-        counts = np.arange(1, len(alive) + 1)
-        axes.step(alive, counts, style, linewidth=1.6, label=label)
+        draw_firing_curve(axes, sae.facts.frequencies, style, label=label)
     finish_firing_axes(axes, known[0].facts.threshold)
     # no version and no date, so that the same plot is the same file
     figure.savefig(folder / FIGURE, dpi=150, metadata={"Software": None})

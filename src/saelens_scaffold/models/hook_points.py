@@ -1,4 +1,4 @@
-"""A language model's hook points and their widths, without its weights."""
+"""A language model's hook points, their widths and its context, without its weights."""
 
 import copy
 import re
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+from transformers import AutoConfig
 
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold.models.local import official_name, register_local_model
@@ -32,6 +33,63 @@ def model_config(model_name: str, **changes: Any) -> Any:
         return get_pretrained_model_config(model_name, **changes)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error
+
+
+def context_length(
+    model_name: str, model_class_name: str = "HookedTransformer", **keywords: Any
+) -> int | None:
+    """
+    Number of tokens that a language model reads at once, from its configuration alone.
+
+    Args:
+        model_name: A name in TransformerLens or, for another class, on the Hub; or the
+            directory of a local model.
+        model_class_name: As in SAELens.
+        keywords: What the model is loaded with (`model_from_pretrained_kwargs`).
+
+    Returns:
+        None for a model without a limit.
+
+    Raises:
+        UserError: There is no such model, or its configuration cannot be read.
+    """
+    if model_class_name == "HookedTransformer":
+        changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
+        return model_config(model_name, **changes).n_ctx
+    if model_class_name != "AutoModelForCausalLM":
+        return None
+    try:
+        config = AutoConfig.from_pretrained(model_name, **keywords)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error
+    # Rotary embeddings can be computed for more positions, but mean nothing there.
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_context(
+    context_size: int,
+    model_name: str,
+    model_class_name: str = "HookedTransformer",
+    *,
+    field: str = "context_size",
+    **keywords: Any,
+) -> None:
+    """
+    Check that a language model has room for sequences, without loading it.
+
+    Args:
+        context_size: Tokens per sequence.
+        model_name: As for `context_length`, like model_class_name and keywords.
+        field: What the user calls context_size.
+
+    Raises:
+        UserError: It has not.
+    """
+    limit = context_length(model_name, model_class_name, **keywords)
+    if limit is not None and context_size > limit:
+        raise UserError(
+            f"{field} is {context_size}; {model_name} reads at most {limit} tokens"
+        )
 
 
 def width_at(config: Any, hook_name: str, head_index: int | None = None) -> int | None:
@@ -81,7 +139,6 @@ def check_activations(
     config: Any,
     hook_name: str,
     d_in: int | None = None,
-    context_size: int | None = None,
     head_index: int | None = None,
 ) -> None:
     """
@@ -91,20 +148,14 @@ def check_activations(
         config: TransformerLens's configuration of the language model.
         hook_name: As in "blocks.12.hook_resid_post".
         d_in: Width of the SAE's input, if known.
-        context_size: Number of tokens that the model reads at once, if known.
         head_index: As for `width_at`.
 
     Raises:
         UserError: It does not.
     """
-    name, n_ctx = config.model_name, config.n_ctx
-    width = width_at(config, hook_name, head_index)
+    name, width = config.model_name, width_at(config, hook_name, head_index)
     if None not in (d_in, width) and d_in != width:
         raise UserError(f"d_in is {d_in}; {name} has width {width} at {hook_name}")
-    if context_size is not None and context_size > n_ctx:
-        raise UserError(
-            f"context_size is {context_size}; {name} reads at most {n_ctx} tokens"
-        )
 
 
 def _one_layer(config: Any) -> HookedTransformer:

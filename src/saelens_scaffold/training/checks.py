@@ -5,23 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
-from datasets.exceptions import DatasetsError
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import str_to_dtype
-from transformers import AutoConfig
 
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.files import make_writable
-from saelens_scaffold.models.hook_points import check_activations, model_config
+from saelens_scaffold.models.hook_points import (
+    check_activations,
+    check_context,
+    model_config,
+)
+from saelens_scaffold.training.data import training_data
 
 RunnerConfig = LanguageModelSAERunnerConfig[Any]
 
 _COUNTS = ("context_size", "n_batches_in_buffer", "store_batch_size_prompts")
 _MODEL_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
-_TEXT_COLUMNS = ("tokens", "input_ids", "text", "problem")
-_CHAT_COLUMNS = ("conversation", "conversations", "messages", "text")
 
 
 def check_runner_config(cfg: RunnerConfig) -> None:
@@ -40,8 +40,8 @@ def check_runner_config(cfg: RunnerConfig) -> None:
         _check_exists(field, getattr(cfg, field))
     if cfg.use_cached_activations:
         _check_exists("cached_activations_path", cfg.cached_activations_path)
-    _check_language_model(cfg)
-    _check_dataset(cfg)
+    check_language_model(cfg, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
+    training_data(cfg)
     if cfg.output_path is not None:
         make_writable(Path(cfg.output_path))
 
@@ -103,47 +103,23 @@ def _check_exists(field: str, path: str | None) -> None:
         raise UserError(f"{field} {path!r} does not exist")
 
 
-def _check_language_model(cfg: RunnerConfig) -> None:
-    kind = cfg.model_class_name
+def check_language_model(
+    cfg: Any, hook_name: str, d_in: int, head_index: int | None
+) -> None:
+    """
+    See that the language model of a runner's configuration has the activations that an
+    SAE reads, and room for its context.
+
+    Raises:
+        UserError: It has not.
+    """
+    kind, name = cfg.model_class_name, cfg.model_name
     if kind not in _MODEL_CLASSES:
         raise UserError(
             f"model_class_name is {kind!r}; it must be one of {', '.join(_MODEL_CLASSES)}"
         )
-    if kind == "AutoModelForCausalLM":
-        try:
-            AutoConfig.from_pretrained(cfg.model_name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model_name {cfg.model_name!r}: {error}") from error
-    if kind != "HookedTransformer":
-        return
     keywords = cfg.model_from_pretrained_kwargs or {}
-    changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
-    config = model_config(cfg.model_name, **changes)
-    check_activations(
-        config, cfg.hook_name, cfg.sae.d_in, cfg.context_size, cfg.hook_head_index
-    )
-
-
-def _check_dataset(cfg: RunnerConfig) -> None:
-    named = f"dataset_path {cfg.dataset_path!r}"
-    if not cfg.dataset_path or cfg.dataset_path.startswith((".", "/", "~")):
-        _check_exists("dataset_path", cfg.dataset_path)
-    try:
-        # as SAELens opens it
-        rows = load_dataset(cfg.dataset_path, split="train", streaming=cfg.streaming)
-        row: Any = next(iter(rows), None)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise UserError(f"{named}: {one_line(error)}") from error
-    if row is None:
-        raise UserError(f"{named} has no rows")
-    columns = _CHAT_COLUMNS if cfg.use_chat_formatting else _TEXT_COLUMNS
-    column = next((column for column in columns if column in row), None)
-    if column is None:
-        raise UserError(
-            f"{named} has columns {', '.join(row)}; one of {', '.join(columns)} is needed"
-        )
-    n_tokens = len(row[column])
-    if column in ("tokens", "input_ids") and n_tokens < cfg.context_size:
-        raise UserError(
-            f"context_size is {cfg.context_size}; {named} has {n_tokens} tokens per row"
-        )
+    check_context(cfg.context_size, name, kind, **keywords)
+    if kind == "HookedTransformer":
+        changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
+        check_activations(model_config(name, **changes), hook_name, d_in, head_index)

@@ -9,14 +9,17 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 
+import sae_lens
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.training._interruption import InterruptedException
 from wandb.errors import UsageError
 
-from saelens_scaffold._util.errors import UserError, one_line
+from saelens_scaffold._util.errors import UserError, loading, one_line
 from saelens_scaffold.models import local as local_models
 from saelens_scaffold.training.checks import check_runner_config
+from saelens_scaffold.training.data import override_dataset
+from saelens_scaffold.training.pretokenized import adopt_tokenization
 from saelens_scaffold.training.runner import ResumableTrainingRunner
 
 
@@ -41,8 +44,13 @@ def train(args: Sequence[str]) -> str:
     local_models.register_embedded_model()
     local_models.register_local_models_in(args)
     cfg = _parse(args)
+    adopt_tokenization(cfg)
     check_runner_config(cfg)
-    runner = ResumableTrainingRunner(cfg)
+    # that data handed over are not those of the configuration, which here they are
+    sae_lens.logger.addFilter(lambda said: "passed in a dataset" not in said.msg)
+    dataset = override_dataset(cfg)
+    with loading(cfg.model_name):
+        runner = ResumableTrainingRunner(cfg, override_dataset=dataset)
     try:
         runner.run()
     except (KeyboardInterrupt, InterruptedException):

@@ -5,6 +5,7 @@ from saelens_scaffold._util.configs import documented
 from saelens_scaffold.evals.data import TextSeenInTraining
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
 from saelens_scaffold.evals.intervals import Shown, WithInterval, with_intervals
+from saelens_scaffold.evals.tokens import TokenSelection
 
 
 @documented
@@ -124,6 +125,8 @@ class DenseLatentsEvalOutput(
     """Distribution of the firing frequencies of the alive sparse latents."""
     pca_rank: int | None = None
     """Rank of the PCA subspace that the dense latents were compared with."""
+    tokens: TokenSelection | None = None
+    """How the text became sequences, and which of their tokens count."""
     text_seen_in_training: TextSeenInTraining | None = None
     """Whether the SAE was trained on text that it is evaluated on."""
     judged_view: str = "sparse"

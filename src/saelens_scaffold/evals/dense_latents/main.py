@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from saelens_scaffold.evals import intervals
 from saelens_scaffold.evals import model as lm
 from saelens_scaffold.evals.base import Call, Implementation, Result
-from saelens_scaffold.evals.data import TokenStream, text_seen_in_training
+from saelens_scaffold.evals.data import text_seen_in_training
 from saelens_scaffold.evals.dense_latents import eval_output as output
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
 from saelens_scaffold.evals.eval_configs import check_baseline
 from saelens_scaffold.evals.saes import SelectedSAE, label_of
+from saelens_scaffold.evals.tokens import TokenStream, tokens_of
 from saelens_scaffold.saes.facts import FiringStatistics, TextStatistics, l0_warning
 from saelens_scaffold.saes.subspaces import orthonormal_basis, share_in_subspace
 
@@ -45,7 +46,11 @@ def measure(
     for sae, of in zip(saes, sums, strict=False):
         baseline = None if sae.label == config.baseline else counts.get(config.baseline)
         result = _result(config, of, counts[sae.label], baseline)
-        yield sae, {**result, "text_seen_in_training": seen[sae.key]}
+        about = {
+            "tokens": tokens_of(sae, config),
+            "text_seen_in_training": seen[sae.key],
+        }
+        yield sae, {**result, **about}
 
 
 def check(config: DenseLatentsEvalConfig, saes: Sequence[SelectedSAE]) -> None:

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from saelens_scaffold.evals.data import TextSeenInTraining
+from saelens_scaffold.evals.tokens import TokenSelection
 from saelens_scaffold.saes.facts import DENSE_THRESHOLD
 from saelens_scaffold.saes.subspaces import share_in_subspace
 
@@ -69,6 +70,7 @@ class RankAnalysis:
         null_quantile: Quantile of the null.
         null_draws: Number of the null's draws.
         n_tokens: Tokens that it was measured on.
+        tokens: How the text became sequences, and which of their tokens count.
         n_dense_latents: Dense latents of the plain SAE; None if there is none.
         text_seen_in_training: Whether it was trained on this text; None likewise.
     """
@@ -82,6 +84,7 @@ class RankAnalysis:
     null_quantile: float = NULL_QUANTILE
     null_draws: int = NULL_DRAWS
     n_tokens: int
+    tokens: TokenSelection | None = None
     n_dense_latents: int | None = None
     text_seen_in_training: TextSeenInTraining | None = None
 

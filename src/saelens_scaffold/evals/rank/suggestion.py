@@ -19,6 +19,7 @@ from saelens_scaffold.evals import model as lm
 from saelens_scaffold.evals import saes as selected_saes
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
 from saelens_scaffold.evals.rank import analysis as ranks
+from saelens_scaffold.evals.tokens import TokenStream, check_context_size, common_tokens
 from saelens_scaffold.models.hook_points import check_activations, model_config
 from saelens_scaffold.saes.facts import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.saes.subspaces import ActivationMoments
@@ -64,9 +65,11 @@ def suggest_rank(
     if hook_name is None:
         raise UserError("name the hook point: --hook_name, or --sae_path")
     model = model_config(lm.known_model_name(config.model_name))
-    check_activations(model, hook_name, context_size=config.context_size)
-    rows = text_data.open_dataset(config.dataset, config.dataset_split)
-    text_data.rows_with(rows, config.dataset, config.text_column)
+    tokens = common_tokens([sae] if sae else [], config)
+    check_activations(model, hook_name)
+    check_context_size(config, [sae] if sae else [])
+    text = (config.dataset, config.dataset_split, config.text_column)
+    text_data.check_text(*text, tokens.context_size)
     folder = Path(output_path)
     make_writable(folder)
     analysis = analyse_rank(config, hook_name, device, sae)
@@ -118,7 +121,7 @@ def analyse_rank(
     seen = text_data.text_seen_in_training(saes, *text)
     firing = [FiringStatistics(plain.sae, n_replicates=0) for plain in saes]
     moments = ActivationMoments(d_in, device)
-    stream = text_data.TokenStream(config, model, saes)
+    stream = TokenStream(config, model, saes)
     for tokens, counts in stream.batches(config.n_tokens, "Reading activations"):
         x = lm.activations_at(model, tokens, [hook_name])[hook_name][counts]
         lm.check_finite(x, hook_name)
@@ -128,6 +131,7 @@ def analyse_rank(
     _check_enough(moments.n, d_in, hook_name)
     seed = config.random_seed
     analysis = ranks.analyse_covariance(moments.covariance, moments.n, seed)
+    analysis.tokens = stream.selection
     for plain, of in zip(saes, firing, strict=True):
         dense = (of.fired / moments.n > DENSE_THRESHOLD).cpu()
         directions = moments.principal_directions()[1].cpu()

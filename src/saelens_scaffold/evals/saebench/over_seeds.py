@@ -24,6 +24,7 @@ from saelens_scaffold.evals.saebench import read_result
 from saelens_scaffold.evals.saebench.replacements import judged_saes, rows_per_class
 from saelens_scaffold.evals.saes import SelectedSAE, result_file_name
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
+from saelens_scaffold.evals.tokens import tokens_of
 
 _DEFAULT_SEED = 42  # SAEBench's
 
@@ -110,6 +111,9 @@ class OverSeedsEvalOutput:
     scaffold cannot win a probe for it. whole: the SAE itself."""
     scaffold_rank: int = 0
     """Rank of the SAE's scaffold, 0 for a plain SAE."""
+    trained_otherwise: str = ""
+    """What the SAE was trained with that the probes do not do: they read whole texts, from
+    BOS on."""
     metrics_over_seeds: dict[str, MetricOverSeeds] = Field(default_factory=dict)
     """Each metric's mean, interval and values over the seeds. The metrics above are the
     means."""
@@ -287,6 +291,7 @@ class ProbingEvaluation:
             "eval_result_unstructured": dict(zip(seeds, unstructured, strict=True)),
             "judged_view": "sparse" if is_sparse else "whole",
             "scaffold_rank": rank,
+            "trained_otherwise": tokens_of(sae).beyond_whole_texts(),
             "metrics_over_seeds": _over_seeds(by_seed, config.confidence, self.bounds),
         }
 

@@ -27,6 +27,8 @@ from saelens_scaffold.evals.data import text_seen_in_training
 from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.evals.saebench import read_result, replacements
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
+from saelens_scaffold.evals.tokens import common_tokens
+from saelens_scaffold.training.pretokenized import token_column
 
 _RESULTS = Path("results")
 """Folder for SAEBench's results, in the folder of the call."""
@@ -44,6 +46,7 @@ class _Request:
         main: SAEBench's module.
         config: The configuration, as SAEBench can use it.
         saes: What SAEBench calls `selected_saes`.
+        selected: The same SAEs.
         call: Device, folder and API key.
         called_in: The working directory of the user.
     """
@@ -51,6 +54,7 @@ class _Request:
     main: Any
     config: Any
     saes: list[tuple[str, Any]]
+    selected: Sequence[SelectedSAE]
     call: Call
     called_in: Path
 
@@ -69,11 +73,13 @@ class _Passthrough:
         package: Its package in `sae_bench.evals`.
         run: Calls SAEBench; the working directory is the folder of the call.
         text_field: The field of the configuration that names a text, if it reads one.
+        reads_tokens: Whether that may have rows of tokens instead, as SAELens reads them.
     """
 
     package: str
     run: Callable[[_Request], None] = _Request.run
     text_field: str | None = None
+    reads_tokens: bool = False
 
     def check(self, config: Any, saes: Sequence[SelectedSAE]) -> None:
         """
@@ -115,7 +121,8 @@ class _Passthrough:
                 replacements.nan_stays(),
             ):
                 _RESULTS.mkdir()
-                self.run(request)
+                with replacements.local_tokens():
+                    self.run(request)
         finally:  # an interruption leaves what is finished
             gc.collect()  # a HookedTransformer refers to itself
             for sae in saes:
@@ -141,7 +148,8 @@ class _Passthrough:
             dataset = getattr(config, self.text_field)
             # SAEBench's outputs have no field for it, so that a warning is all there is
             text_seen_in_training(saes, dataset, call.dataset_split, call.text_column)
-            setattr(config, self.text_field, _text_for_saelens(dataset, call))
+            text = _text_for_saelens(dataset, call, self.reads_tokens)
+            setattr(config, self.text_field, text)
         has_model = hasattr(config, "model_name")
         if has_model:
             config.model_name = known_model_name(config.model_name)
@@ -154,7 +162,7 @@ class _Passthrough:
                 cfg.metadata.model_name = cfg.model_name = config.model_name
             pairs.append((sae.release, sae.sae if is_object else sae.sae_id))
         main = importlib.import_module(f"sae_bench.evals.{self.package}.main")
-        return _Request(main, config, pairs, call, Path.cwd())
+        return _Request(main, config, pairs, saes, call, Path.cwd())
 
 
 class _LoggedErrors(logging.Handler):
@@ -199,9 +207,10 @@ def _official(model_name: str) -> str:
         return model_name
 
 
-def _text_for_saelens(dataset: str, call: Call) -> str:
+def _text_for_saelens(dataset: str, call: Call, reads_tokens: bool) -> str:
     """
-    A dataset that SAELens reads by name: the split "train" of a folder, column "text".
+    A dataset that SAELens reads by name: the split "train" of a folder, column "text", or
+    that of its tokens.
 
     Raises:
         UserError: It cannot be read, or is not local and would have to be changed.
@@ -215,10 +224,15 @@ def _text_for_saelens(dataset: str, call: Call) -> str:
             )
         return dataset
     opened: Any = text_data.open_dataset(dataset, split)
-    text_data.rows_with(opened, dataset, column)
+    tokens = token_column(opened, dataset)
+    if tokens is None:
+        text_data.rows_with(opened, dataset, column)
+    elif not reads_tokens:
+        raise UserError(f"dataset {dataset!r} has tokens; text is needed here")
     folder = call.artifacts.resolve() / "text"
     folder.mkdir()
-    text = opened.select_columns([column]).rename_columns({column: "text"})
+    text = opened.select_columns([tokens or column])
+    text = text.rename_columns({tokens or column: tokens or "text"})
     text.to_parquet(folder / "train.parquet")
     return str(folder)
 
@@ -235,24 +249,30 @@ def _autointerp(request: _Request) -> None:
 
 def _core(request: _Request) -> None:
     config = request.config
-    request.main.multiple_evals(
-        request.saes,
-        n_eval_reconstruction_batches=config.n_eval_reconstruction_batches,
-        n_eval_sparsity_variance_batches=config.n_eval_sparsity_variance_batches,
-        eval_batch_size_prompts=config.batch_size_prompts,
-        # SAEBench cannot store a result without the two
-        compute_featurewise_density_statistics=True,
-        compute_featurewise_weight_based_metrics=True,
-        exclude_special_tokens_from_reconstruction=(
-            config.exclude_special_tokens_from_reconstruction
-        ),
-        dataset=config.dataset,
-        context_size=config.context_size,
-        output_folder=str(_RESULTS),
-        verbose=config.verbose,
-        dtype=config.llm_dtype,
-        device=request.call.device,
-    )
+    tokens = common_tokens(request.selected, config)
+    of_config = {
+        name: getattr(config, name)
+        for name in (
+            "n_eval_reconstruction_batches",
+            "n_eval_sparsity_variance_batches",
+            "exclude_special_tokens_from_reconstruction",
+            "dataset",
+            "context_size",
+            "verbose",
+        )
+    }
+    with replacements.core_tokens(request.main, tokens):
+        request.main.multiple_evals(
+            request.saes,
+            **of_config,
+            eval_batch_size_prompts=config.batch_size_prompts,
+            # SAEBench cannot store a result without the two
+            compute_featurewise_density_statistics=True,
+            compute_featurewise_weight_based_metrics=True,
+            output_folder=str(_RESULTS),
+            dtype=config.llm_dtype,
+            device=request.call.device,
+        )
 
 
 def _mdl(request: _Request) -> None:
@@ -300,8 +320,9 @@ def _implementation(
     config_class: str,
     run: Callable[[_Request], None] = _Request.run,
     text_field: str | None = None,
+    reads_tokens: bool = False,
 ) -> Implementation:
-    evaluation = _Passthrough(package, run, text_field)
+    evaluation = _Passthrough(package, run, text_field, reads_tokens)
     config = resolve_name(f"sae_bench.evals.{package}.eval_config:{config_class}")
     return Implementation(config, evaluation.measure, check=evaluation.check)
 
@@ -310,8 +331,8 @@ ABSORPTION = _implementation("absorption", "AbsorptionEvalConfig", _absorption)
 AUTOINTERP = _implementation(
     "autointerp", "AutoInterpEvalConfig", _autointerp, "dataset_name"
 )
-CORE = _implementation("core", "CoreEvalConfig", _core, "dataset")
-MDL = _implementation("mdl", "MDLEvalConfig", _mdl, "dataset_name")
+CORE = _implementation("core", "CoreEvalConfig", _core, "dataset", reads_tokens=True)
+MDL = _implementation("mdl", "MDLEvalConfig", _mdl, "dataset_name", reads_tokens=True)
 META_STRUCTURE = _implementation(
     "meta_structure", "MetaStructureEvalConfig", _meta_structure
 )

@@ -1,6 +1,6 @@
-"""Everything that is replaced in SAEBench and sae-probes, and why.
+"""Everything that is replaced in SAEBench, sae-probes and SAELens, and why.
 
-Read in sae-bench 0.6.0 and sae-probes 0.4. Each function makes the replacements for one
+Read in sae-bench 0.6.0, sae-probes 0.4 and sae-lens 6.54. Each function makes the replacements for one
 purpose, for as long as a `with` block lasts.
 """
 
@@ -14,12 +14,14 @@ from typing import Any
 import pandas as pd
 import torch
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, general_utils
+from sae_lens.training import activations_store
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 
 from saelens_scaffold.evals.labelled_data import LabelledText, TextsByLabel
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
+from saelens_scaffold.evals.tokens import TokenSelection
 
 Tasks = Mapping[str, pd.DataFrame]
 """sae-probes' tasks by name, with the columns "prompt" and "target" (1 or 0)."""
@@ -164,6 +166,55 @@ def sae_probes_tasks(tasks: Tasks, model: HookedTransformer) -> Replacement:
         # one dictionary for all of sae-probes' modules
         (utils_data.get_dataset_sizes(), {name: len(tasks[name]) for name in tasks}),
     )
+
+
+class _NotCounted:
+    """In core's set of ids to ignore, one that equals every token that does not count."""
+
+    def __init__(self, tokens: TokenSelection, tokenizer: Any):
+        self._tokens, self._tokenizer = tokens, tokenizer
+
+    def __eq__(self, tokens: Any) -> Any:
+        return ~self._tokens.counts(tokens, self._tokenizer)
+
+    __hash__ = object.__hash__
+
+
+def core_tokens(main: ModuleType, tokens: TokenSelection) -> Replacement:
+    """
+    Core takes the tokens that the SAEs were trained on.
+
+    It joins texts with BOS and takes all positions, whatever the SAEs' metadata say, and
+    needs `prepend_bos` to be among them.
+    """
+    own_from_sae, own_run_evals = main.ActivationsStore.from_sae, main.run_evals
+
+    def from_sae(model: Any, sae: Any, **kwargs: Any) -> Any:
+        sae.cfg.metadata.prepend_bos = tokens.prepend_bos
+        return own_from_sae(
+            model,
+            sae,
+            sequence_separator_token=tokens.sequence_separator_token,
+            disable_concat_sequences=tokens.disable_concat_sequences,
+            **kwargs,
+        )
+
+    def run_evals(model: Any, ignore_tokens: Any, **kwargs: Any) -> Any:  # noqa: ARG001
+        ignored = {_NotCounted(tokens, model.tokenizer)}
+        return own_run_evals(model=model, ignore_tokens=ignored, **kwargs)
+
+    store = SimpleNamespace(from_sae=from_sae)
+    return replaced((vars(main), {"ActivationsStore": store, "run_evals": run_evals}))
+
+
+def local_tokens() -> Replacement:
+    """
+    SAELens reads rows of tokens from a local folder.
+
+    It looks on the Hub for how they were made, where a path is no name.
+    """
+    unchecked = {"validate_pretokenized_dataset_tokenizer": lambda **_: None}
+    return replaced((vars(activations_store), unchecked))
 
 
 def absorption_experiments(main: ModuleType, folder: Path, seed: int) -> Replacement:

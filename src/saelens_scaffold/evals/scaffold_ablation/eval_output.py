@@ -15,6 +15,7 @@ from saelens_scaffold.evals.intervals import (
 from saelens_scaffold.evals.scaffold_ablation.eval_config import (
     ScaffoldAblationEvalConfig,
 )
+from saelens_scaffold.evals.tokens import TokenSelection
 
 EVAL_TYPE_ID_SCAFFOLD_ABLATION = "scaffold_ablation"
 
@@ -277,6 +278,8 @@ class ScaffoldAblationEvalOutput(
     scaffold's subspace. Empty for a plain SAE."""
     n_predictions: int | None = None
     """Number of next-token predictions evaluated."""
+    tokens: TokenSelection | None = None
+    """How the text became sequences, and which of their tokens count."""
     text_seen_in_training: TextSeenInTraining | None = None
     """Whether the SAE was trained on text that it is evaluated on."""
     judged_view: str = "whole"

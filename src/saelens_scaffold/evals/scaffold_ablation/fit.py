@@ -6,10 +6,10 @@ from functools import cached_property
 
 import torch
 
-from saelens_scaffold.evals.data import TokenStream
 from saelens_scaffold.evals.model import HookedModel, check_finite
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
+from saelens_scaffold.evals.tokens import TokenStream
 from saelens_scaffold.saes import subspaces
 from saelens_scaffold.saes.facts import FiringStatistics
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
@@ -132,7 +132,7 @@ def fit(
     for tokens, counts in stream.batches(config.n_fit_tokens, "Fitting ablations"):
         full = hooked.below(tokens)[0]
         for special, of in fits.items():
-            x = full.flatten(0, 1) if special else full[counts]
+            x = full[stream.counts(tokens, special=True) if special else counts]
             check_finite(x, hooked.hook_name)
             of.moments.update(x)
             for sae in of.saes.values():

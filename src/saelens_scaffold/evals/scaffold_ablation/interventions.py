@@ -11,13 +11,13 @@ import torch
 import yaml
 from sae_lens import SAE
 
-from saelens_scaffold.evals.data import TokenStream
 from saelens_scaffold.evals.intervals import SequenceBootstrap, estimates
 from saelens_scaffold.evals.model import HookedBatch, HookedModel
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation import eval_output as output
 from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit, matched_frequency
+from saelens_scaffold.evals.tokens import TokenStream, is_text
 from saelens_scaffold.saes.facts import ActiveLatents
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.saes.subspaces import orthonormal_basis
@@ -312,12 +312,13 @@ def measure_losses(
     for tokens, counts in stream.batches(config.n_tokens, "Ablating"):
         weights = bootstrap.draw(len(tokens)).double()
         run = HookedBatch(hooked, tokens, counts)
-        clean = CleanPredictions(run.above(run.full), tokens, counts)
+        is_predicted = is_text(tokens, stream.tokenizer)
+        clean = CleanPredictions(run.above(run.full), tokens, counts, is_predicted)
         n_predictions += weights @ clean.n_predictions
         batch = {CLEAN.identity(): clean.losses}
         runs = {False: run}
         if config.include_special_tokens:
-            runs[True] = run.changing(torch.ones_like(counts))
+            runs[True] = run.changing(stream.counts(tokens, special=True))
         for identity, change, of in distinct(group, changes, runs):
             changed = runs[change.special_tokens]
             draws = [
@@ -357,9 +358,9 @@ class CleanPredictions:
     Args:
         logits: Shape (batch, seq, d_vocab).
         tokens: Shape (batch, seq).
-        counts: Mask of the tokens that count, shape (batch, seq). A prediction counts if
-            both the token it is made at and the token it is about do: elsewhere the
-            activations are not changed, and the predictions hardly.
+        counts: Mask of the tokens at which predictions count, shape (batch, seq):
+            elsewhere the activations are not changed, and the predictions hardly.
+        is_predicted: Mask of the tokens whose predictions count, shape (batch, seq).
 
     Attributes:
         n_predictions: Number of predictions that count in each sequence, shape (batch,),
@@ -368,11 +369,15 @@ class CleanPredictions:
     """
 
     def __init__(
-        self, logits: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        counts: torch.Tensor,
+        is_predicted: torch.Tensor,
     ):
         # what follows the last token of a sequence is not known, and never counts
         self._targets = tokens.roll(-1, dims=1).flatten()
-        follows = counts.roll(-1, dims=1)
+        follows = is_predicted.roll(-1, dims=1)
         follows[:, -1] = False
         self._counts = (counts & follows).cpu().double()
         self.n_predictions = self._counts.sum(dim=1)

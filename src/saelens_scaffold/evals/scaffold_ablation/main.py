@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Call, Implementation, Result
-from saelens_scaffold.evals.data import TokenStream, text_seen_in_training
+from saelens_scaffold.evals.data import text_seen_in_training
 from saelens_scaffold.evals.eval_configs import check_baseline
 from saelens_scaffold.evals.model import by_hook_point, load_language_model
 from saelens_scaffold.evals.saes import SelectedSAE
@@ -17,6 +17,7 @@ from saelens_scaffold.evals.scaffold_ablation.interventions import (
     result_details,
 )
 from saelens_scaffold.evals.scaffold_ablation.topics import TopicProbes, read_topics
+from saelens_scaffold.evals.tokens import TokenStream
 
 
 def measure(
@@ -65,6 +66,7 @@ def measure(
                 "principal_angles": angles,
                 "dictionary_alignments": alignments,
                 "n_predictions": n_predictions,
+                "tokens": stream.selection,
                 "text_seen_in_training": seen[sae.key],
             }
             yield sae, result

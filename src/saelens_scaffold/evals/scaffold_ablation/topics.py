@@ -14,15 +14,15 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.evals.data import TokenStream
 from saelens_scaffold.evals.intervals import SequenceBootstrap, estimates
 from saelens_scaffold.evals.labelled_data import TextsByLabel, read_labelled_text
-from saelens_scaffold.evals.model import HookedBatch, HookedModel, special_token_ids
+from saelens_scaffold.evals.model import HookedBatch, HookedModel
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation import interventions as ablations
 from saelens_scaffold.evals.scaffold_ablation.eval_output import TopicAccuracy
 from saelens_scaffold.evals.scaffold_ablation.fit import Fit
+from saelens_scaffold.evals.tokens import TokenSelection, TokenStream, special_ids
 from saelens_scaffold.saes.subspaces import orthonormal_basis
 
 MMLU = "cais/mmlu"
@@ -89,7 +89,8 @@ class TopicProbes:
         config: The configuration.
         hooked: The language model at the hook point.
         stream: Its context size is that of the longest text, beyond which texts are cut
-            off. It also says whether they begin with BOS.
+            off. It also says whether they begin with BOS, and which tokens count; texts
+            being short, they do so at all positions.
 
     Attributes:
         n_topics: Number of topics.
@@ -113,10 +114,14 @@ class TopicProbes:
             for label, of_topic in enumerate(part.values())
             for text in of_topic
         ]
+        selection = self._selection = replace(stream.selection, seqpos_slice=[None])
         to_tokens = partial(
-            hooked.model.to_tokens, prepend_bos=stream.prepend_bos, move_to_device=False
+            hooked.model.to_tokens,
+            prepend_bos=selection.prepend_bos,
+            move_to_device=False,
         )
-        self._tokens = [to_tokens(text)[0, : stream.context_size] for text, _ in texts]
+        size = selection.context_size
+        self._tokens = [to_tokens(text)[0, :size] for text, _ in texts]
         # texts of similar length share a batch, since padding is computed and dropped
         self._order = sorted(range(len(texts)), key=lambda i: len(self._tokens[i]))
         self._n_train = sum(map(len, train.values()))
@@ -222,7 +227,7 @@ class TopicProbes:
         size = self._config.llm_batch_size
         for start in tqdm(range(0, len(self._order), size), desc=desc, unit="batch"):
             texts = [self._tokens[i] for i in self._order[start : start + size]]
-            batch = _TextBatch(self._config, self._hooked, texts)
+            batch = _TextBatch(self._config, self._hooked, texts, self._selection)
             for identity, change, of in ablations.distinct(group, changes, batch.runs):
                 x = change.changes[0](of)
                 parts[identity].append(batch.features(x, change.special_tokens))
@@ -250,22 +255,23 @@ class _TextBatch:
         config: ScaffoldAblationEvalConfig,
         hooked: HookedModel,
         texts: list[torch.Tensor],
+        selection: TokenSelection,
     ):
-        special = torch.tensor(special_token_ids(hooked.model))
-        device = hooked.model.cfg.device
+        tokenizer, device = hooked.model.tokenizer, hooked.model.cfg.device
         # to the right, where no token of the text attends to it
         tokens = torch.nn.utils.rnn.pad_sequence(
-            texts, batch_first=True, padding_value=int(special[0])
+            texts, batch_first=True, padding_value=int(special_ids(tokenizer)[0])
         )
-        is_text = (~torch.isin(tokens, special)).to(device)
-        run = HookedBatch(hooked, tokens.to(device), is_text)
+        counts = selection.counts(tokens, tokenizer).to(device)
+        run = HookedBatch(hooked, tokens.to(device), counts)
         self.runs = {False: run}
         if config.include_special_tokens:
             # special tokens of the texts, but not the padding added here
             lengths = torch.tensor([len(text) for text in texts])
             in_text = torch.arange(tokens.shape[1]) < lengths[:, None]
+            in_text &= selection.counts(tokens, tokenizer, special=True)
             self.runs[True] = run.changing(in_text.to(device))
-        self._weights = _pooling_weights(is_text, config.topic_pooling)[..., None]
+        self._weights = _pooling_weights(counts, config.topic_pooling)[..., None]
         self._n_layers = hooked.model.cfg.n_layers
 
     def features(self, x: torch.Tensor, special_tokens: bool) -> _Features:
@@ -279,9 +285,9 @@ class _TextBatch:
         }
 
 
-def _pooling_weights(is_text: torch.Tensor, pooling: str) -> torch.Tensor:
+def _pooling_weights(counts: torch.Tensor, pooling: str) -> torch.Tensor:
     """What each token adds to the features of its text, shape (batch, seq)."""
-    weights = is_text.float()
+    weights = counts.float()
     if pooling == "last_token":
         from_here_on = weights.flip(1).cumsum(dim=1).flip(1)
         weights *= from_here_on == 1

@@ -1,5 +1,6 @@
 """The Hub of the tests, and SAEs to put there."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,15 @@ from eval_helpers import D_MODEL, eval_sae
 from hub_server import WRITE_TOKEN, HubServer
 
 REPO = "user/saes"
+
+RUNNER_CFG = {
+    "training_tokens": 1_000_000,
+    "train_batch_size_tokens": 1000,
+    # of the 1,000 steps, the last 200 are in the last window
+    "feature_sampling_window": 400,
+    "resume_from_checkpoint": None,
+    "sae_lens_training_version": "6.54.12",
+}
 
 SCAFFOLD_FILES = {
     "cfg.json",
@@ -57,7 +67,7 @@ def save_sae(folder: Path, rank: int = 4, sparsity: bool = True, **kwargs: Any) 
     sae = eval_sae(rank=rank, **kwargs)
     sae.cfg.metadata.dataset_path = "NeelNanda/pile-10k"
     sae.save_model(folder)
-    (folder / "runner_cfg.json").write_text('{"training_tokens": 1000}')
+    (folder / "runner_cfg.json").write_text(json.dumps(RUNNER_CFG))
     if sparsity:
         # a tenth of the sparse latents fires on a fifth of the tokens, others on 1 %
         frequencies = torch.full((sae.cfg.d_sae,), 0.01)

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from safetensors.torch import load_file
 
 import saelens_scaffold
+from helpers import scaffold_sae
 from saelens_scaffold import ScaffoldJumpReLUSAE
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.models import embedded_model_path
@@ -342,6 +344,32 @@ def test_interrupted_training_says_how_to_resume_and_resumes(
     # one more step moves the scaffold a little; a new start would move it a lot
     B = torch.nn.functional.normalize(weights["W_dec"][:4], dim=1)
     assert (sae.W_dec[:4] * B).sum(1).min() > 0.99
+
+
+@pytest.mark.parametrize("architecture", ["scaffold_batchtopk", "standard"])
+def test_training_starts_from_what_saelens_can_continue(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    options = training_options(tmp_path, d_sae=64, lr=1e-9, training_tokens=1024)
+    torch.manual_seed(1)
+    start: Any = scaffold_sae(d_in=256, d_sae=64, calibrate_threshold=False)
+    if architecture == "standard":
+        # one name for both forms, so SAELens continues a saved SAE, too
+        start = StandardSAE(StandardSAEConfig(d_in=256, d_sae=64))
+        of_scaffold = ("--architecture", "--scaffold_rank", "--k=")
+        options = [each for each in options if not each.startswith(of_scaffold)]
+        options.append("--architecture=standard")
+    start.save_model("start")
+    assert main(["train", *options, "--from_pretrained_path=start"]) == 0
+    trained = SAE.load_from_disk(tmp_path / "sae")
+    torch.testing.assert_close(
+        trained.W_dec[4:] / trained.W_dec[4:].norm(dim=1, keepdim=True),
+        start.W_dec[4:] / start.W_dec[4:].norm(dim=1, keepdim=True),
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 @pytest.fixture

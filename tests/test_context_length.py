@@ -17,6 +17,7 @@ from saelens_scaffold.evals import model as lm  # noqa: E402
 from saelens_scaffold.evals.rank import suggest_rank  # noqa: E402
 from saelens_scaffold.evals.registry import EVALUATIONS  # noqa: E402
 from saelens_scaffold.evals.saes import SelectedSAE  # noqa: E402
+from saelens_scaffold.evals.tokens import check_context_size  # noqa: E402
 from saelens_scaffold.models import (  # noqa: E402
     embedded_model_path,
     load_embedded_model,
@@ -107,10 +108,10 @@ def test_every_evaluation_with_a_context_is_checked(name: str) -> None:
     if hasattr(config, "model_name"):
         config.model_name = "py-neox"
     setattr(config, field, 512)
-    lm.check_context_size(config, selected(1024))
+    check_context_size(config, selected(1024))
     setattr(config, field, 513)
     with pytest.raises(UserError, match=f"^{field} is 513; py-neox reads at most 512"):
-        lm.check_context_size(config, selected(64))
+        check_context_size(config, selected(64))
 
 
 def test_fields_that_mean_a_context_are_known() -> None:
@@ -124,9 +125,9 @@ def test_the_context_that_an_sae_was_trained_at_counts_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SimpleNamespace(model_name="py-neox", context_size=None)
-    lm.check_context_size(config, selected(512))
+    check_context_size(config, selected(512))
     with pytest.raises(UserError, match="context_size is 1024"):
-        lm.check_context_size(config, selected(1024))
+        check_context_size(config, selected(1024))
 
     monkeypatch.setattr(lm, "load_language_model", lambda *_: pytest.fail("loaded"))
     selected(1024)[0].sae.save_model(tmp_path / "sae")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sae_lens
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
 
 from eval_helpers import D_MODEL, HOOK, eval_sae
+from helpers import batches, scaffold_sae, trainer_for
 from hub_fixtures import some_activations
 from saelens_scaffold import (
     ResumableTrainingRunner,
@@ -30,6 +32,7 @@ from saelens_scaffold import (
 )
 from saelens_scaffold.models import load_embedded_model, load_stdlib_text
 from saelens_scaffold.saes.facts import l0_warning, trained_k
+from saelens_scaffold.saes.runner_config import n_sparsity_tokens
 from saelens_scaffold.training import runner as runner_module
 from saelens_scaffold.training.measurement import Measurement, NotMeasuredError, measure
 from saelens_scaffold_cli import main
@@ -407,3 +410,43 @@ def test_the_remedy_fits_the_threshold() -> None:
     recent = {"estimator": "training_activations", "n_tokens": 100}
     assert "measure on more tokens" in remedy(threshold_calibration=recent)
     assert trained_k({"k": True}) is None
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 10, 11])
+def test_the_tokens_of_firing_frequencies_are_those_that_the_trainer_counted(
+    window: int, tmp_path: Path
+) -> None:
+    steps, batch = 10, 128
+    trainer = trainer_for(
+        scaffold_sae(), steps, batches(batch), batch, feature_sampling_window=window
+    )
+    counted: list[int] = []
+    step = trainer.step
+    trainer.step = lambda x: counted.append(len(x)) or step(x)  # type: ignore
+    reset = trainer._reset_running_sparsity_stats
+    trainer._reset_running_sparsity_stats = lambda: counted.clear() or reset()
+    trainer.fit()
+
+    runner_cfg = {
+        "training_tokens": steps * batch,
+        "train_batch_size_tokens": batch,
+        "feature_sampling_window": window,
+        "sae_lens_training_version": sae_lens.__version__,
+    }
+    (tmp_path / "runner_cfg.json").write_text(json.dumps(runner_cfg))
+    assert n_sparsity_tokens({}, tmp_path) == sum(counted)
+    assert trainer.n_frac_active_samples == sum(counted)
+
+
+def test_the_runner_notes_the_tokens_of_firing_frequencies(
+    text: Path, tmp_path: Path
+) -> None:
+    runner = ResumableTrainingRunner(
+        runner_config(text, tmp_path, feature_sampling_window=6),
+        override_model=load_embedded_model(),
+    )
+    runner.n_measured_tokens = 100
+    runner.run()
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert cfg["metadata"]["n_sparsity_tokens"] == 2 * BATCH  # of 20 steps
+    assert n_sparsity_tokens({}, tmp_path) == 2 * BATCH

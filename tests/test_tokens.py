@@ -72,7 +72,7 @@ def texts() -> list[str]:
     return [rows[i]["text"][: 40 + 37 * i % 400] for i in range(60)]
 
 
-@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.fixture(params=SETTINGS.values(), ids=[*SETTINGS])
 def setting(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"context_size": 64, "prepend_bos": True, **request.param}
 

@@ -23,6 +23,7 @@ from eval_helpers import HOOK, eval_sae
 from helpers import activations, scaffold_sae, train
 from hub_fixtures import (
     REPO,
+    RUNNER_CFG,
     SCAFFOLD_FILES,
     hub,
     hub_environment,
@@ -312,7 +313,7 @@ def test_the_card(hub: HubServer, tmp_path: Path) -> None:
         *["not measured"] * 5,
     ]
     assert "Nothing was measured of `scaffold`, `plain`: run " in card.text
-    assert "`sparsity.safetensors` has the trainer's own" in card.text
+    assert "of the last tokens of the training: 200,000 of `scaffold`." in card.text
     assert "2606.14040" in card.text and "@misc" in card.text
     assert "![" not in card.text
     # every snippet is of the repository, and compiles
@@ -677,6 +678,92 @@ def test_everything_is_checked_before_anything_is_sent(
     with pytest.raises(UserError, match="no folder with evaluation results"):
         upload({"good": good}, eval_results=tmp_path / "nowhere")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["k=4,rank=8", "a=b", "x=", "grid/k=4,rank=8-seed=0"])
+def test_ids_and_directories_may_contain_what_separates_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_sae(tmp_path / name)
+    save_sae(tmp_path / "sae")
+
+    def ids(*arguments: str) -> list[str]:
+        found = upload(list(arguments), dry_run=True)
+        return [sae.sae_id for sae in found.saes]
+
+    for directory in name, f"./{name}", str(tmp_path / name):
+        assert ids(f"{name}={directory}") == [name]
+        assert ids(f"other={directory}") == ["other"]
+        assert ids(directory) == [Path(name).name]
+    assert ids(f"{name}=sae", f"y=k={name}") == [name, "y=k"]
+    for wrong in f"{name}=nowhere", f"{name}=", f"{name}x":
+        with pytest.raises(UserError, match=f"'{wrong}' is neither a directory nor"):
+            ids(wrong)
+    with pytest.raises(UserError, match="'' is no valid SAE id"):
+        ids("=sae")
+
+
+def test_an_id_that_may_end_in_several_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for directory in "b=c", "c", "a=b=c":
+        save_sae(tmp_path / directory)
+
+    def saes(argument: str) -> list[tuple[str, Path]]:
+        found = upload([argument], dry_run=True).saes
+        return [(sae.sae_id, sae.directory) for sae in found]
+
+    with pytest.raises(
+        UserError, match="'a=b=c' may mean 'a=b=c' or 'b=c' as 'a' or 'c' as 'a=b'"
+    ):
+        saes("a=b=c")
+    assert saes("./a=b=c") == [("a=b=c", Path("a=b=c"))]
+    assert saes("a=./b=c") == [("a", Path("b=c"))]
+    assert saes("a=b=./c") == [("a=b", Path("c"))]
+
+
+@pytest.mark.parametrize(
+    ("runner_cfg", "noted", "expected"),
+    [
+        ({}, None, 200_000),
+        # 1,001 steps, the last of which takes more than is left, and counts as a whole
+        ({"training_tokens": 1_000_500}, None, 201_000),
+        ({"feature_sampling_window": 1000}, None, 1_000_000),
+        ({"feature_sampling_window": 999}, None, "of 1,000 tokens; at least 100,000"),
+        ({"feature_sampling_window": 100}, None, 100_000),
+        ({"feature_sampling_window": 99}, None, "of 10,000 tokens"),
+        ({"resume_from_checkpoint": "somewhere"}, None, "unknown number"),
+        ({"resume_from_checkpoint": "somewhere"}, 123_456, 123_456),
+        ({"sae_lens_training_version": "6.18.0"}, None, "unknown number"),
+        ({"sae_lens_training_version": None}, None, "unknown number"),
+        ({"feature_sampling_window": None}, None, "unknown number"),
+        (None, None, "unknown number"),
+        (None, 99_999, "of 99,999 tokens"),
+    ],
+)
+def test_firing_frequencies_say_how_many_tokens_they_are_of(
+    runner_cfg: dict[str, Any] | None, noted: int | None, expected: Any, tmp_path: Path
+) -> None:
+    sae = save_sae(tmp_path / "sae")
+    sae.cfg.metadata.n_sparsity_tokens = noted
+    sae.save_model(tmp_path / "sae")
+    file = tmp_path / "sae" / "runner_cfg.json"
+    file.unlink()
+    if runner_cfg is not None:
+        file.write_text(json.dumps({**RUNNER_CFG, **runner_cfg}))
+    summary = upload(tmp_path / "sae", dry_run=True)
+
+    is_sent = isinstance(expected, int)
+    assert ("sae/sparsity.safetensors" in summary.files) == is_sent
+    assert ("`sparsity.safetensors`" in summary.readme) == is_sent
+    if is_sent:
+        assert f"the training: {expected:,} of `sae`." in summary.readme
+        assert not summary.left_out
+    else:
+        (reason,) = summary.left_out.values()
+        assert expected in reason
 
 
 def test_the_command(

@@ -489,7 +489,7 @@ def test_other_forms_of_the_same_trap(tmp_path: Path) -> None:
     (tmp_path / "sae" / CFG).write_text(
         json.dumps({**SAE_CFG, "architecture": "scaffold_batchtopk"})
     )
-    with pytest.raises(InvalidSAEError, match="save_inference_model"):
+    with pytest.raises(InvalidSAEError, match="saelens-scaffold export"):
         load_scaffold_sae(tmp_path / "sae")
     old = {**SAE_CFG, "metadata": {"sae_lens_version": "5.1.0"}}
     (tmp_path / "sae" / CFG).write_text(json.dumps(old))

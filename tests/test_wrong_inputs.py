@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from eval_helpers import HOOK, eval_sae
+from helpers import scaffold_sae
 from saelens_scaffold_cli import main
 
 pytest.importorskip("sae_bench")
@@ -92,6 +93,14 @@ CASES: list[tuple[list[str], str]] = [
     (train(training_tokens=100), "training_tokens is 100"),
     (train(lr_warm_up_steps=100), "lr_warm_up_steps is 100"),
     (train(resume_from_checkpoint="nowhere"), "resume_from_checkpoint 'nowhere'"),
+    (train(resume_from_checkpoint="checkpoint"), "no trainer_state.pt"),
+    (
+        train(from_pretrained_path="text"),
+        "from_pretrained_path 'text' is no checkpoint",
+    ),
+    (train(from_pretrained_path="sae"), "architecture 'scaffold_jumprelu'"),
+    (train(from_pretrained_path="plain"), "architecture 'jumprelu'"),
+    (train(from_pretrained_path="nested"), "architecture 'scaffold_matryoshka'"),
     (["run", "json.tool"], "-m"),
     (["run", "-mjson.tool"], "-m"),
     (["run", "--verbose", "-m", "json.tool"], "--verbose"),
@@ -155,7 +164,23 @@ CASES: list[tuple[list[str], str]] = [
     (compare(dataset_path="./tokens"), "context_size is 64; it must be at most 32"),
     (compare(evaluations={"no_such_evaluation": None}), "no_such_evaluation"),
     (compare(evaluations={"dense_latents": {"no_such_field": 1}}), "no_such_field"),
+    (["export", "checkpoint"], "OUTPUT"),
+    (["export", "nowhere", "new"], "nowhere"),
+    (["export", "text", "new"], "text is no checkpoint"),
+    (["export", "file", "new"], "file is no checkpoint"),
+    (["export", "sae", "new"], "'scaffold_jumprelu', the form in which SAEs are used"),
+    (["export", ".", "new"], "name one of those in it: broken, checkpoint"),
+    (["export", "no-scale", "new"], "no activation_scaler.json"),
+    (["export", "checkpoint", "sae"], "sae exists already"),
+    (["export", "checkpoint", "file/new"], "file"),
+    (["export", "cut-off", "new"], "cut-off"),
+    (["export", "checkpoint", "new", "--form", "dense"], "dense"),
+    (["export", "checkpoint", "new", "--no_such_option"], "--no_such_option"),
+    (["eval", "dense_latents", "--sae_path", "checkpoint"], "export CHECKPOINT OUTPUT"),
+    (["rank", *RANK, "--sae_path", "checkpoint"], "export CHECKPOINT OUTPUT"),
+    (["upload", "checkpoint", *UPLOAD], "export CHECKPOINT OUTPUT"),
     (["upload", *UPLOAD], "DIR"),
+    (["upload", "k=4=nowhere", *UPLOAD], "'k=4=nowhere' is neither"),
     (["upload", "sae"], "--repo_id"),
     (["upload", "nowhere", *UPLOAD], "nowhere"),
     (["upload", "file", *UPLOAD], "file"),
@@ -203,6 +228,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     eval_sae(rank=4).save_model(folder / "sae")
     eval_sae(rank=4).save_model(folder / "broken")
     (folder / "broken" / "sae_weights.safetensors").write_bytes(b"not weights")
+    eval_sae().save_model(folder / "plain")
+    for name in "checkpoint", "cut-off":
+        scaffold_sae().save_model(folder / name)
+    scaffold_sae("scaffold_matryoshka").save_model(folder / "nested")
+    scaled: Any = {"normalize_activations": "expected_average_only_in"}
+    scaffold_sae(**scaled).save_model(folder / "no-scale")
+    (folder / "cut-off" / "sae_weights.safetensors").write_bytes(b"")
     return folder
 
 
@@ -248,7 +280,7 @@ def test_one_line_names_the_culprit(
 def test_there_are_ten_of_each_command() -> None:
     commands = [argv[0] for argv, _ in CASES]
     assert all(commands.count(command) >= 10 for command in set(commands))
-    assert len(set(commands)) == 7
+    assert len(set(commands)) == 8
 
 
 @pytest.mark.parametrize(

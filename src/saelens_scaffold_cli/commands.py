@@ -348,7 +348,8 @@ class Upload(Command):
 
     saes: list[str] = option(metavar="[ID=]DIR")
     """Directory of an SAE, of a run of `compare`, or any with SAEs below it; without
-    ID, ids are the SAEs' names or paths."""
+    ID, ids are the SAEs' names or paths. Both may contain =, as in k=4,rank=8=./my-sae:
+    DIR is what is a directory."""
     repo_id: str = option(kw_only=True, metavar="USER/REPO")
     """The repository, which is created if there is none."""
     dry_run: bool = option(False, "--dry-run", "--dry_run")
@@ -384,6 +385,38 @@ class Upload(Command):
 
 
 @dataclass
+class Export(Command):
+    """
+    Make an SAE of a checkpoint, final or not, of a training.
+
+    A checkpoint's weights are those of a training SAE, for activations at the scale of
+    the training. Saves the SAE in the form in which SAEs are used, with the scale folded
+    into the weights and all metadata. Says which threshold it has: the running average
+    of a BatchTopK training lags in its first steps.
+
+    example: evaluate a checkpoint of `saelens-scaffold train`
+      saelens-scaffold export checkpoints/abc123/500000 my-sae
+      saelens-scaffold eval dense_latents --sae_path my-sae --dataset python-stdlib
+    """
+
+    checkpoint: str = option(metavar="CHECKPOINT")
+    """Directory of an SAE in a checkpoint of SAELens or of `saelens-scaffold train`."""
+    output_path: str = option(metavar="OUTPUT")
+    """Directory to make for the SAE."""
+    form: Literal["jumprelu", "sparse"] | None = None
+    """Plain form of a scaffold SAE, which SAELens loads alone: the whole SAE, with the
+    same outputs, or its sparse dictionary (default: the scaffold SAE itself)."""
+
+    needs_sae_bench = False
+    if_interrupted = "There is no {output_path}."
+
+    def run(self) -> Output:
+        from saelens_scaffold.training import export
+
+        return Output(*export.run(**self.arguments()))
+
+
+@dataclass
 class Demo(Command):
     """
     Train scaffold SAEs and their plain twins, and compare them.
@@ -413,6 +446,6 @@ class Demo(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     command.__name__.lower(): command
-    for command in (Train, Eval, Rank, Compare, Upload, Demo, Run)
+    for command in (Train, Eval, Rank, Compare, Export, Upload, Demo, Run)
 }
 """All commands, by name."""

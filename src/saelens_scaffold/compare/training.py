@@ -24,6 +24,7 @@ from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run, runner_config
 from saelens_scaffold.saes.scaffold_start import principal_subspace
+from saelens_scaffold.saes.validation import ESTIMATED_SCALES
 from saelens_scaffold.training import runner
 from saelens_scaffold.training.data import override_dataset
 
@@ -31,9 +32,6 @@ Wave = list[Run]
 """SAEs that are trained together, on one pass of the language model."""
 
 WAVES_FILENAME = "waves.json"
-
-ESTIMATED_SCALES = ("expected_average_only_in", "covariance_whitening")
-"""Values of `normalize_activations` for which SAELens reads text before it trains."""
 
 
 class WaveFolder:

@@ -1,6 +1,5 @@
 """The SAEs that an evaluation is run on: where they come from, and what is judged."""
 
-import json
 import os
 import re
 import warnings
@@ -14,16 +13,21 @@ from sae_bench.sae_bench_utils import general_utils, sae_selection_utils
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.util import str_to_dtype
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import View
-from saelens_scaffold.saes import ScaffoldJumpReLUSAE, ScaffoldJumpReLUSAEConfig
-from saelens_scaffold.saes.facts import note_trained_k, scaffold_rank, weights_sha256
-from saelens_scaffold.saes.forms import check_is_autoencoder, fold_decoder_norms
+from saelens_scaffold.saes import (
+    ScaffoldJumpReLUSAE,
+    ScaffoldJumpReLUSAEConfig,
+    validation,
+)
+from saelens_scaffold.saes.facts import scaffold_rank, weights_sha256
+from saelens_scaffold.saes.forms import fold_decoder_norms
+from saelens_scaffold.saes.runner_config import complete_metadata
 from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
-from saelens_scaffold.saes.validation import check_sae_directory
 
 PAPER_RANK = 24
 """Rank of the scaffold in arXiv 2606.14040, for Gemma-2-2B layer 12."""
@@ -118,15 +122,14 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
                 )
     selected: list[tuple[str, SAE[Any]]] = []
     for directory, name in zip(directories, _names(directories), strict=True):
-        if _has_scaffold(directory):  # of others, SAELens has older forms, too
-            check_sae_directory(directory)
+        _check_form(directory)
         try:
             sae = SAE.load_from_disk(directory)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(
                 f"{directory}: SAELens cannot load this SAE: {type(error).__name__}: {error}"
             ) from error
-        note_trained_k(sae, directory)
+        complete_metadata(sae.cfg.metadata, directory)
         selected.append((name, sae))
     return selected
 
@@ -179,14 +182,14 @@ def _released_saes(release: str, sae_id: str) -> list[tuple[str, Any]]:
     return [*found]
 
 
-def _has_scaffold(directory: Path) -> bool:
+def _check_form(directory: Path) -> None:
+    """Check scaffold SAEs, and that others have a form that SAELens can load as an SAE."""
     file = directory / SAE_CFG_FILENAME
-    try:
-        return json.loads(file.read_bytes())["architecture"] == "scaffold_jumprelu"
-    except KeyError:  # of an older SAELens
-        return False
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is no configuration of an SAE: {error}") from error
+    cfg = validation.read_json_object(file, validation.MAX_CFG_BYTES)
+    architecture = cfg.get("architecture")  # none in the files of older SAELens
+    is_plain = architecture in SAE_CLASS_REGISTRY or not validation.is_checkpoint(cfg)
+    if architecture == ScaffoldJumpReLUSAEConfig.architecture() or not is_plain:
+        validation.check_sae_directory(directory)
 
 
 def resolve_saes(
@@ -208,8 +211,8 @@ def resolve_saes(
         each tells its weights in that dtype, before their norms were folded.
 
     Raises:
-        UserError: There is none, two have the same name, or one lacks a hook point or is
-            no autoencoder.
+        UserError: There is none, two have the same name, or one lacks a hook point.
+        InvalidSAEError: One cannot be used as it is.
     """
     if not selected_saes:
         raise UserError("selected_saes is empty; name at least one SAE")
@@ -220,6 +223,8 @@ def resolve_saes(
         except ValueError as error:
             # SAEBench reads the hook point and the model from the SAE's metadata
             raise UserError(f"SAE {release!r}: {error}") from error
+        with validation.named(f"SAE {release!r}"):
+            validation.check_can_be_used(sae)
         wanted = str_to_dtype(dtype) if dtype else sae.dtype
         # Of the weights as they are given, by which `upload` finds their results.
         # SAEBench's results carry the metadata.
@@ -257,7 +262,6 @@ def _formatted(
         sae, _, _ = SAE.from_pretrained_with_cfg_and_sparsity(
             release=release, sae_id=sae_id, device=device
         )
-    check_is_autoencoder(sae)
     judged, metadata = sae, sae.cfg.metadata
     if isinstance(sae, ScaffoldMixin):
         judged = sae.to_inference()

@@ -17,8 +17,8 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub import findings
 from saelens_scaffold.saes import sae_ids, validation
 from saelens_scaffold.saes.facts import weights_sha256
-from saelens_scaffold.saes.forms import check_is_autoencoder
 from saelens_scaffold.saes.loading import load_scaffold_sae
+from saelens_scaffold.saes.runner_config import MIN_SPARSITY_TOKENS, n_sparsity_tokens
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.training.measurement import Measurement
 
@@ -51,6 +51,8 @@ class UploadedSAE:
         cfg: Its configuration.
         results: Its evaluation results.
         facts: Its numbers in the card.
+        n_sparsity_tokens: Number of tokens that the trainer's firing frequencies are of;
+            None if that is not known.
     """
 
     sae_id: str
@@ -58,6 +60,7 @@ class UploadedSAE:
     cfg: Any
     results: "Sequence[StoredResult]"
     facts: findings.Facts
+    n_sparsity_tokens: int | None
 
     @property
     def rank(self) -> int:
@@ -71,9 +74,10 @@ class UploadedSAE:
 
     @property
     def sparsity_file(self) -> Path | None:
-        """The log10 of its latents' firing frequencies in training, if there is one."""
+        """The log10 of its latents' firing frequencies in training, if of enough tokens."""
         file = self.directory / constants.SPARSITY_FILENAME
-        return file if file.exists() else None
+        is_enough = (self.n_sparsity_tokens or 0) >= MIN_SPARSITY_TOKENS
+        return file if is_enough and file.exists() else None
 
 
 @dataclass
@@ -95,7 +99,7 @@ class Upload:
         datasets: Hub ids of the training data; None infers them from the SAEs.
         saes: The SAEs.
         extra_files: Files beside the card, by path in the repository.
-        left_out: Evaluation results that are not uploaded, with the reason.
+        left_out: Files that are not uploaded, with the reason.
         files: Sizes in bytes of all files, by path in the repository (dry run).
         commits: URL of each SAE's commit, None where nothing had changed; empty after a
             dry run.
@@ -166,7 +170,18 @@ class Upload:
             own = findings.results_of(sae, current)
             reduction = reductions.get(sae_id)
             facts = findings.facts_of(own, Measurement.of(sae), reduction)
-            self.saes.append(UploadedSAE(sae_id, path, sae.cfg, own, facts))
+            n_tokens = n_sparsity_tokens(sae.cfg.metadata, path)
+            uploaded = UploadedSAE(sae_id, path, sae.cfg, own, facts, n_tokens)
+            self.saes.append(uploaded)
+            file = path / constants.SPARSITY_FILENAME
+            if file.exists() and uploaded.sparsity_file is None:
+                counted = (
+                    "an unknown number of" if n_tokens is None else f"{n_tokens:,}"
+                )
+                self.left_out[file] = (
+                    f"its firing frequencies are of {counted} tokens; at least "
+                    f"{MIN_SPARSITY_TOKENS:,} are needed"
+                )
         sent = {result.file for sae in self.saes for result in sae.results}
         for file, reason in reasons.items():
             if file not in sent:
@@ -177,14 +192,8 @@ def _given(saes: SAESources) -> list[tuple[str | None, SAESource]]:
     """SAEs and directories as they are given, with the ids that are."""
     if isinstance(saes, Mapping):
         return [(sae_ids.check_sae_id(sae_id), sae) for sae_id, sae in saes.items()]
-    given: list[tuple[str | None, SAESource]] = []
-    for argument in [saes] if isinstance(saes, Path | str) else saes:
-        sae_id, equals, directory = str(argument).partition("=")
-        if not equals or Path(argument).exists():
-            given.append((None, Path(argument)))
-        else:
-            given.append((sae_ids.check_sae_id(sae_id), Path(directory)))
-    return given
+    arguments = [saes] if isinstance(saes, Path | str) else saes
+    return [sae_ids.split_id(str(argument)) for argument in arguments]
 
 
 def _found(given: list[tuple[str | None, SAESource]]) -> list[tuple[str, SAESource]]:
@@ -238,6 +247,8 @@ def _is_sae(directory: Path) -> bool:
 
 def _checked(source: SAESource, folder: Path) -> tuple[Path, SAE[Any]]:
     """The directory of an SAE, saved to `folder` if it has none yet, and the SAE."""
+    if isinstance(source, SAE):
+        validation.check_scale_is_known(source.cfg.normalize_activations)
     if isinstance(source, TrainingSAE) and not isinstance(source, ScaffoldMixin):
         raise validation.InvalidSAEError(
             "it is a training SAE; upload what its save_inference_model saves"
@@ -248,7 +259,6 @@ def _checked(source: SAESource, folder: Path) -> tuple[Path, SAE[Any]]:
         sae.save_model(folder)
         source = folder
     sae = load_scaffold_sae(source)
-    check_is_autoencoder(sae)
     validation.check_can_be_used(sae)
     runner_cfg = Path(source, constants.RUNNER_CFG_FILENAME)
     if runner_cfg.exists():
@@ -272,6 +282,7 @@ def write_files(upload: Upload, uploaded: UploadedSAE, folder: Path) -> dict[str
     sae_id, measurement = uploaded.sae_id, Measurement.of(sae)
     # null: nothing was measured of these weights
     measured = measurement.to_metadata() if measurement else None
+    common = {"measured": measured, "n_sparsity_tokens": uploaded.n_sparsity_tokens}
     file = uploaded.sparsity_file
     sparsity = load_file(file)["sparsity"] if file else None
     hint = f'SAE.from_pretrained("{upload.repo_id}", "{sae_id}")'
@@ -289,9 +300,9 @@ def write_files(upload: Upload, uploaded: UploadedSAE, folder: Path) -> dict[str
             linear, sparse = sparsity.tensor_split([uploaded.rank])
             plain_sparsity = torch.cat([linear, linear, sparse])
         plain = folder / sae_ids.PLAIN_FORM
-        about = {"how_to_load": plain_hint, "measured": measured}
+        about = {"how_to_load": plain_hint, **common}
         _save(sae.to_jumprelu(), plain_sparsity, plain, about)
-    _save(sae, sparsity, folder, {"how_to_load": hint, "measured": measured})
+    _save(sae, sparsity, folder, {"how_to_load": hint, **common})
     runner_cfg = uploaded.directory / constants.RUNNER_CFG_FILENAME
     if runner_cfg.exists():
         content = json.loads(runner_cfg.read_text(encoding="utf-8"))

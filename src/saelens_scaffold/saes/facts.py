@@ -1,14 +1,11 @@
 """What can be told of any SAELens SAE: rank, weights, k, and how its latents fire."""
 
-import json
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from saelens_scaffold.saes.subspaces import ActivationMoments
 
@@ -45,25 +42,6 @@ def trained_k(metadata: Any) -> float | None:
         if isinstance(k, (int, float)) and not isinstance(k, bool) and k > 0:
             return float(k)
     return None
-
-
-def note_trained_k(sae: SAE[Any], directory: Path) -> None:
-    """
-    Copy k from the runner's configuration into an SAE's metadata.
-
-    Older versions of SAELens write k into the runner's configuration only.
-
-    Args:
-        sae: The SAE.
-        directory: Directory it was loaded from.
-    """
-    if trained_k(sae.cfg.metadata) is not None:
-        return
-    try:
-        runner_config = json.loads((directory / RUNNER_CFG_FILENAME).read_bytes())
-        sae.cfg.metadata.k = trained_k(runner_config["sae"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # missing, written by another program, or for several SAEs
 
 
 def l0_warning(name: str, l0_sparse: float, n_tokens: int, metadata: Any) -> str | None:

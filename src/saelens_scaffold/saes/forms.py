@@ -1,38 +1,10 @@
-"""What a SAELens SAE is: whether it can be judged, and the form in which it is."""
+"""The form in which SAEs are judged."""
 
 from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAE
-from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.saes.topk_sae import TopKSAE
-
-from saelens_scaffold.saes.validation import InvalidSAEError
-
-
-def check_is_autoencoder(sae: SAE[Any]) -> None:
-    """
-    Check that `decode(encode(x))` is an SAE's reconstruction of x, token by token.
-
-    All that judges SAEs relies on it.
-
-    Raises:
-        InvalidSAEError: It is a transcoder, or its latents depend on other tokens.
-    """
-    architecture, metadata = sae.cfg.architecture(), sae.cfg.metadata
-    read, written = metadata.hook_name, metadata.hook_name_out
-    # SAELens's transcoders have d_out, also where it equals d_in.
-    if hasattr(sae.cfg, "d_out") or written not in (None, "", read):
-        route = f", from {read} to {written}" if written else ""
-        raise InvalidSAEError(
-            f"it is a transcoder (architecture {architecture!r}{route}), whose output is not "
-            "its input; this is for autoencoders only"
-        )
-    if isinstance(sae, TemporalSAE):
-        raise InvalidSAEError(
-            f"it is a temporal SAE (architecture {architecture!r}), which reads a token "
-            "together with those before it; this is for SAEs that read single tokens only"
-        )
 
 
 @torch.no_grad()

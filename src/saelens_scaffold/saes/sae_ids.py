@@ -43,6 +43,13 @@ def check_sae_id(sae_id: object) -> str:
     return str(sae_id)
 
 
+def _is_sae_id(text: str) -> bool:
+    try:
+        return bool(check_sae_id(text))
+    except UserError:
+        return False
+
+
 def check_sae_path(sae_path: object) -> str:
     """
     Check that this is the id of an SAE, or of its plain form, "ID/jumprelu".
@@ -64,6 +71,41 @@ def sae_id_of_path(path: Path) -> str:
     """
     parts = (_OTHER_CHARACTERS.sub("-", part).strip("-.") for part in path.parts)
     return check_sae_id("/".join(parts))
+
+
+def split_id(argument: str) -> tuple[str | None, Path]:
+    """
+    The id, if there is one, and the directory of "DIR" or "ID=DIR".
+
+    Ids and directories may contain "=" themselves, as in "k=4,rank=8=saes/k=4,rank=8". The
+    "=" between them is the one with a valid id before it and a directory behind it.
+
+    Raises:
+        UserError: There is no such "=", or there are several, or the argument is a
+            directory, too.
+    """
+    path = Path(argument)
+    if "=" not in argument:
+        return None, path
+    parts = argument.split("=")
+    splits = [("=".join(parts[:n]), "=".join(parts[n:])) for n in range(1, len(parts))]
+    with_directory = [(i, d) for i, d in splits if d and Path(d).is_dir()]
+    found: list[tuple[str | None, Path]] = [(None, path)] if path.is_dir() else []
+    found += [(i, Path(d)) for i, d in with_directory if _is_sae_id(i)]
+    if not found and with_directory:
+        check_sae_id(with_directory[0][0])  # raises
+    if not found:
+        raise UserError(
+            f"{argument!r} is neither a directory nor ID=DIR with the directory of an SAE"
+        )
+    if len(found) > 1:
+        readings = " or ".join(
+            f"{str(d)!r}" + (f" as {i!r}" if i else "") for i, d in found
+        )
+        raise UserError(
+            f"{argument!r} may mean {readings}; write the directory with ./ before its name"
+        )
+    return found[0]
 
 
 def check_distinct(sae_ids: Iterable[str]) -> None:

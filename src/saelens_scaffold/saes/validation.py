@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import torch
 from pydantic import BaseModel, Field, ValidationError, create_model
 from sae_lens import constants
-from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
+from sae_lens.saes.temporal_sae import TemporalSAE
 from safetensors import SafetensorError, safe_open
 
 from saelens_scaffold._util.errors import UserError
@@ -33,6 +34,13 @@ MAX_HEADER_BYTES = 1 << 20
 
 MAX_DIMENSION = 1 << 28
 """Largest d_in and d_sae; the largest SAEs have some 2**24 latents."""
+
+ESTIMATED_SCALES = ("expected_average_only_in", "covariance_whitening")
+"""Values of `normalize_activations` for which SAELens estimates the scale of the
+activations before it trains, and folds it into the weights only when training ends."""
+
+EXPORT = "make an SAE of it: saelens-scaffold export CHECKPOINT OUTPUT"
+"""What to do with a checkpoint."""
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -125,10 +133,14 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         InvalidSAEError: A field is missing, unknown or has a value that is not allowed.
     """
     architecture = cfg.get("architecture")
+    if is_checkpoint(cfg):
+        raise InvalidSAEError(
+            f"a training checkpoint of architecture {architecture!r}; {EXPORT}"
+        )
     if architecture not in list(SAE_CLASS_REGISTRY):
         raise InvalidSAEError(
-            f"architecture must be one of {sorted(SAE_CLASS_REGISTRY)} (training SAEs are "
-            f"saved with save_inference_model), got {architecture!r:.100}"
+            f"architecture must be one of {sorted(SAE_CLASS_REGISTRY)}, got "
+            f"{architecture!r:.100}"
         )
     cfg_class = SAE_CLASS_REGISTRY[architecture][1]
     known = {field.name for field in fields(cfg_class)}
@@ -146,6 +158,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         name = str(wrong["loc"][0])
         message = f"{name}: {wrong['msg']}, got {cfg.get(name)!r:.100}"
         raise InvalidSAEError(message) from error
+    check_scale_is_known(cfg.get("normalize_activations"))
     metadata = values.pop("metadata")
     # SAELens makes attributes of them, and some would replace methods.
     methods = sorted(name for name in metadata if hasattr(SAEMetadata, name))
@@ -161,6 +174,33 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         cfg_class(**values)  # the class's own checks
     except (ValueError, TypeError) as error:
         raise InvalidSAEError(str(error)) from error
+
+
+def is_checkpoint(cfg: Mapping[str, Any]) -> bool:
+    """Whether a cfg.json is that of a training SAE, as a training's checkpoints have it."""
+    architecture = cfg.get("architecture")
+    return architecture in list(SAE_TRAINING_CLASS_REGISTRY) and (
+        # some architectures have one name for both forms; all training SAEs, and no
+        # others, have this field
+        architecture not in SAE_CLASS_REGISTRY or "decoder_init_norm" in cfg
+    )
+
+
+def check_scale_is_known(normalize_activations: object) -> None:
+    """
+    Check that an SAE reads activations as they are, or can scale them by itself.
+
+    Raises:
+        InvalidSAEError: It was trained on activations of another scale, which neither its
+            weights nor its configuration have.
+    """
+    if normalize_activations in ESTIMATED_SCALES:
+        raise InvalidSAEError(
+            f"normalize_activations is {normalize_activations!r}, whose scale is folded "
+            f"into the weights when training ends, and is missing here; if this is of a "
+            f"checkpoint, {EXPORT} (or fold a scale that you know: "
+            "sae.fold_activation_norm_scaling_factor)"
+        )
 
 
 def expected_tensors(cfg: Mapping[str, Any]) -> TensorShapes:
@@ -240,20 +280,35 @@ def check_weights(
 
 def check_can_be_used(sae: SAE[Any]) -> None:
     """
-    Check that an SAE says what is needed to use it beside its weights.
+    Check that an SAE is an autoencoder, and says what is needed to use it.
 
     Raises:
-        InvalidSAEError: The model or the hook point is missing, or the factor by which
-            activations are to be scaled.
+        InvalidSAEError: It is a transcoder, or reads several tokens together; or the model
+            or the hook point is missing, or the scale of the activations.
     """
+    _check_is_autoencoder(sae)
     for name in ("model_name", "hook_name"):
         value = sae.cfg.metadata.get(name)
         if not isinstance(value, str) or not value.strip():
             raise InvalidSAEError(f"metadata.{name} is {value!r}; set it in cfg.json")
-    if sae.cfg.normalize_activations == "expected_average_only_in":
+    check_scale_is_known(sae.cfg.normalize_activations)
+
+
+def _check_is_autoencoder(sae: SAE[Any]) -> None:
+    """See that `decode(encode(x))` is the reconstruction of x, token by token."""
+    architecture, metadata = sae.cfg.architecture(), sae.cfg.metadata
+    read, written = metadata.hook_name, metadata.hook_name_out
+    # SAELens's transcoders have d_out, also where it equals d_in.
+    if hasattr(sae.cfg, "d_out") or written not in (None, "", read):
+        route = f", from {read} to {written}" if written else ""
         raise InvalidSAEError(
-            "the factor of normalize_activations 'expected_average_only_in' is not saved "
-            "with the SAE; call sae.fold_activation_norm_scaling_factor(FACTOR)"
+            f"it is a transcoder (architecture {architecture!r}{route}), whose output is not "
+            "its input; this is for autoencoders only"
+        )
+    if isinstance(sae, TemporalSAE):
+        raise InvalidSAEError(
+            f"it is a temporal SAE (architecture {architecture!r}), which reads a token "
+            "together with those before it; this is for SAEs that read single tokens only"
         )
 
 

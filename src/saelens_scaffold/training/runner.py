@@ -65,6 +65,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
     measurement: Measurement | None = None
     not_measured: str | None = None
     _data_provider: Any = None
+    _n_sparsity_tokens: int | None = None
     _first_epoch: Any = None
 
     @override
@@ -79,7 +80,9 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interrupt_callback)
         try:
-            return trainer.fit()
+            sae = trainer.fit()
+            self._n_sparsity_tokens = trainer.n_frac_active_samples
+            return sae
         except (KeyboardInterrupt, InterruptedException):
             if self.cfg.checkpoint_path is not None:
                 name = str(trainer.n_training_samples)
@@ -108,6 +111,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         if self.measurement is not None:
             measured = self.measurement.to_metadata()
         cfg["metadata"]["measured"] = measured
+        cfg["metadata"]["n_sparsity_tokens"] = self._n_sparsity_tokens
         with new_file(cfg_path) as file:
             file.write_text(json.dumps(cfg))
 

@@ -52,6 +52,7 @@ class Metric(NamedTuple):
         bounds: The least and the largest possible value, at which intervals end.
         random: Path of the same metric for a random subspace of equal rank.
         note: Path of a text that explains a missing value.
+        missing: A number that stands for a missing value.
         of_sae: Whether it describes the SAE, rather than the language model and the text
             alone or the number of ablated latents.
     """
@@ -63,12 +64,15 @@ class Metric(NamedTuple):
     bounds: Bounds = UNBOUNDED
     random: str | None = None
     note: str | None = None
+    missing: float | None = None
     of_sae: bool = True
 
     def value(self, result: Mapping[str, Any]) -> float | None:
-        """Its value in an SAE's result; None if there is none."""
+        """Its value in an SAE's result; None if there is none, or no finite number."""
         value = _at(self.path, result)
-        return value if isinstance(value, (int, float)) else None
+        if not isinstance(value, (int, float)) or value == self.missing:
+            return None
+        return value if math.isfinite(value) else None
 
     def of_random(self, result: Mapping[str, Any]) -> float | None:
         """Its value for a random subspace; None if the result has none."""
@@ -87,7 +91,7 @@ class Metric(NamedTuple):
             said.get(end, Metric("", f"{self.path}_{end}").value(result))
             for end in ("ci_low", "ci_high")
         )
-        if low is None or high is None or math.isnan(low) or math.isnan(high):
+        if low is None or high is None or not math.isfinite(high - low):
             return None
         return low, high
 

@@ -199,8 +199,7 @@ def _results(
             print(f"{sae.label}: measuring again, {why}", file=sys.stderr)
     measured = _measure(job, missing, [sae for sae in saes if sae.key in current])
     for sae, result in list(measured) if together else measured:
-        job.store.keep(sae.file_name, keys[sae.key], result)
-        yield sae.key, result
+        yield sae.key, job.store.keep(sae.file_name, keys[sae.key], result)
 
 
 def _measure(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from saelens_scaffold.saes import (
     validation,
 )
 from saelens_scaffold.saes.facts import scaffold_rank, weights_sha256
+from saelens_scaffold.saes.forms import fold_decoder_norms
 from saelens_scaffold.saes.runner_config import complete_metadata
 from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
 
@@ -205,7 +207,8 @@ def resolve_saes(
             themselves. Plain SAEs are the same in both.
 
     Returns:
-        The SAEs, in order. `cfg.metadata.weights_sha256` of each tells its weights.
+        The SAEs, in order, with decoder rows of unit norm. `cfg.metadata.weights_sha256` of
+        each tells its weights in that dtype, before their norms were folded.
 
     Raises:
         UserError: There is none, two have the same name, or one lacks a hook point.
@@ -222,9 +225,18 @@ def resolve_saes(
             raise UserError(f"SAE {release!r}: {error}") from error
         with validation.named(f"SAE {release!r}"):
             validation.check_can_be_used(sae)
-        sae.to(device=device, dtype=str_to_dtype(dtype) if dtype else None)
-        # The weights are the SAE, and SAEBench's results carry the metadata.
-        sae.cfg.metadata.weights_sha256 = weights_sha256(sae)
+        wanted = str_to_dtype(dtype) if dtype else sae.dtype
+        # Of the weights as they are given, by which `upload` finds their results.
+        # SAEBench's results carry the metadata.
+        sae.cfg.metadata.weights_sha256 = weights_sha256(sae, wanted)
+        sae.to(device=device, dtype=torch.promote_types(sae.dtype, torch.float32))
+        if not fold_decoder_norms(sae):
+            warnings.warn(
+                f"SAE {release!r}: its decoder's norms stay as they are, since it selects "
+                "latents by them; what is ranked by activations depends on them",
+                stacklevel=1,
+            )
+        sae.to(dtype=wanted)
         resolved.append(SelectedSAE(release, sae_id, sae))
     largest = max(sae.rank for sae in resolved)
     for sae in resolved:
@@ -246,9 +258,10 @@ def _formatted(
     """SAEBench's id of an SAE, and the SAE in the form that is judged."""
     sae_id, sae = CUSTOM_SAE_ID, sae_or_id
     if isinstance(sae_or_id, str):
-        loaded = general_utils.load_and_format_sae(release, sae_or_id, device)
-        assert loaded is not None
-        sae_id, sae, _ = loaded
+        sae_id = sae_or_id
+        sae, _, _ = SAE.from_pretrained_with_cfg_and_sparsity(
+            release=release, sae_id=sae_id, device=device
+        )
     judged, metadata = sae, sae.cfg.metadata
     if isinstance(sae, ScaffoldMixin):
         judged = sae.to_inference()
@@ -256,8 +269,8 @@ def _formatted(
         judged = _scaffold_of_plain_form(sae, int(metadata.scaffold_rank))
     if view == "sparse" and isinstance(judged, ScaffoldMixin):
         judged = judged.sparse_sae()
-    if judged is not sae or not isinstance(sae_or_id, str):
-        general_utils.load_and_format_sae(release, judged, device)
+    # the rest of what SAEBench does to an SAE that it loads
+    general_utils._standardize_sae_cfg(judged.cfg)
     return sae_id, judged
 
 

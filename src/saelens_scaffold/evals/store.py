@@ -5,6 +5,7 @@ depend on. A result is current if its key is the one that is asked for.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -120,8 +121,8 @@ class ResultStore:
             return None
         return _reason(_read(_key_file(file)), key)
 
-    def keep(self, file_name: str, key: Key, content: Mapping[str, Any]) -> None:
-        """Write a result and its key, in place of those of that name."""
+    def keep(self, file_name: str, key: Key, content: Mapping[str, Any]) -> Any:
+        """Write a result and its key, in place of those of that name; return it as kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / file_name
         # A model has a fingerprint once it has been downloaded.
@@ -129,8 +130,10 @@ class ResultStore:
         key = {**key, "fingerprints": {**fingerprints(key["eval_config"]), **known}}
         # A crash in between leaves a result without a key, which is none.
         _key_file(file).unlink(missing_ok=True)
+        content = _without_nan(content)
         _write(file, content)
         _write(_key_file(file), key)
+        return content
 
 
 class StoredResult(NamedTuple):
@@ -236,6 +239,17 @@ def _write(file: Path, content: Any) -> None:
     with new_file(file) as temporary:
         text = json.dumps(content, indent=2, default=str)
         temporary.write_text(text, encoding="utf-8")
+
+
+def _without_nan(content: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have."""
+    if isinstance(content, Mapping):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
 
 
 def dataset_fingerprint(name: str) -> str | None:

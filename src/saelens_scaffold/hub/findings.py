@@ -1,7 +1,6 @@
 """What is known of an SAE: results of evaluations and of `compare`, for the model card."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -180,7 +179,7 @@ def headline_metrics(result: "StoredResult") -> Iterator[Headline]:
     evaluation = known_evaluations().get(result.evaluation)
     for metric in evaluation.metrics if evaluation else ():
         value = metric.value(result.content)
-        if value is not None and math.isfinite(value):
+        if value is not None:
             yield metric, value, metric.interval(result.content)
 
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from sae_lens import constants
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
+from sae_lens.saes.temporal_sae import TemporalSAE
 from safetensors import SafetensorError, safe_open
 
 from saelens_scaffold._util.errors import UserError
@@ -279,17 +280,36 @@ def check_weights(
 
 def check_can_be_used(sae: SAE[Any]) -> None:
     """
-    Check that an SAE says what is needed to use it beside its weights.
+    Check that an SAE is an autoencoder, and says what is needed to use it.
 
     Raises:
-        InvalidSAEError: The model or the hook point is missing, or the scale of the
-            activations.
+        InvalidSAEError: It is a transcoder, or reads several tokens together; or the model
+            or the hook point is missing, or the scale of the activations.
     """
+    _check_is_autoencoder(sae)
     for name in ("model_name", "hook_name"):
         value = sae.cfg.metadata.get(name)
         if not isinstance(value, str) or not value.strip():
             raise InvalidSAEError(f"metadata.{name} is {value!r}; set it in cfg.json")
     check_scale_is_known(sae.cfg.normalize_activations)
+
+
+def _check_is_autoencoder(sae: SAE[Any]) -> None:
+    """See that `decode(encode(x))` is the reconstruction of x, token by token."""
+    architecture, metadata = sae.cfg.architecture(), sae.cfg.metadata
+    read, written = metadata.hook_name, metadata.hook_name_out
+    # SAELens's transcoders have d_out, also where it equals d_in.
+    if hasattr(sae.cfg, "d_out") or written not in (None, "", read):
+        route = f", from {read} to {written}" if written else ""
+        raise InvalidSAEError(
+            f"it is a transcoder (architecture {architecture!r}{route}), whose output is not "
+            "its input; this is for autoencoders only"
+        )
+    if isinstance(sae, TemporalSAE):
+        raise InvalidSAEError(
+            f"it is a temporal SAE (architecture {architecture!r}), which reads a token "
+            "together with those before it; this is for SAEs that read single tokens only"
+        )
 
 
 @cache

@@ -21,7 +21,7 @@ from saelens_scaffold.evals.base import Bounds, Call, Implementation, Result
 from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.intervals import student_interval
 from saelens_scaffold.evals.saebench import read_result
-from saelens_scaffold.evals.saebench.replacements import rows_per_class
+from saelens_scaffold.evals.saebench.replacements import judged_saes, rows_per_class
 from saelens_scaffold.evals.saes import SelectedSAE, result_file_name
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
 from saelens_scaffold.evals.tokens import tokens_of
@@ -235,16 +235,27 @@ class ProbingEvaluation:
             return results
         run.folder.mkdir()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), judged_saes(missing):
                 self._run(run, missing)
         finally:  # an interrupted call goes on with the SAEs that are missing
             for sae in missing:
                 result = read_result(run.folder, result_file_name(sae.key))
+                if result is not None:
+                    result |= {of: self._unmarked(result[of]) for of in self.averaged}
                 results[sae.key] = result
                 if result is not None:
                     store.keep(*kept_as[sae.key], result)
             shutil.rmtree(run.folder)
         return results
+
+    def _unmarked(self, value: Any) -> Any:
+        """The same with None for what was not measured: NaN, or -1 for an accuracy."""
+        if isinstance(value, dict):
+            return {key: self._unmarked(of) for key, of in value.items()}
+        if isinstance(value, list):
+            return [self._unmarked(of) for of in value]
+        is_mark = value != value or (value == -1 and self.bounds[0] == 0)
+        return None if is_mark else value
 
     def _kept_as(self, config: Any, sae: SelectedSAE) -> tuple[str, Key]:
         """File name and key of an SAE's result with one seed."""
@@ -290,8 +301,10 @@ def _over_seeds(
 ) -> dict[str, MetricOverSeeds]:
     metrics: dict[str, MetricOverSeeds] = {}
     for category, of_first in by_seed[0].items():
-        for name in (name for name, value in of_first.items() if value is not None):
-            values = [float(of_seed[category][name]) for of_seed in by_seed]
+        for name in of_first:
+            values = [of_seed[category][name] for of_seed in by_seed]
+            if None in values:
+                continue
             _, low, high = student_interval(values, confidence, bounds=bounds)
             ends = (low, high) if len(values) > 1 else (None, None)
             metrics[name] = MetricOverSeeds(fmean(values), *ends, values)
@@ -299,8 +312,8 @@ def _over_seeds(
 
 
 def _mean(values: list[Any]) -> Any:
-    """The mean of equal structures, number by number."""
-    first = values[0]
+    """The mean of equal structures, number by number; None where one is missing."""
+    first = None if None in values else values[0]
     if isinstance(first, dict):
         return {key: _mean([value[key] for value in values]) for key in first}
     if isinstance(first, list):

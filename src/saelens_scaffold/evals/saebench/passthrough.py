@@ -83,7 +83,7 @@ class _Passthrough:
 
     def check(self, config: Any, saes: Sequence[SelectedSAE]) -> None:
         """
-        See that SAEs which SAEBench loads itself were trained on the model.
+        See that SAEs of releases were trained on the model.
 
         Raises:
             UserError: One was not.
@@ -114,7 +114,12 @@ class _Passthrough:
         errors = _LoggedErrors()
         unfinished: list[str] = []
         try:
-            with _working_directory(call.artifacts), errors.of("sae_bench"):
+            with (
+                _working_directory(call.artifacts),
+                errors.of("sae_bench"),
+                replacements.judged_saes(saes),
+                replacements.nan_stays(),
+            ):
                 _RESULTS.mkdir()
                 with replacements.local_tokens():
                     self.run(request)
@@ -151,7 +156,7 @@ class _Passthrough:
         pairs: list[tuple[str, Any]] = []
         for sae in saes:
             is_object = sae.sae_id == CUSTOM_SAE_ID
-            if is_object and has_model:
+            if has_model:
                 # core takes the model's name from the SAE, which has it in two places
                 cfg = sae.sae.cfg
                 cfg.metadata.model_name = cfg.model_name = config.model_name
@@ -233,7 +238,8 @@ def _text_for_saelens(dataset: str, call: Call, reads_tokens: bool) -> str:
 
 
 def _absorption(request: _Request) -> None:
-    with replacements.absorption_folders(request.main, Path.cwd()):
+    main, seed = request.main, request.config.random_seed
+    with replacements.absorption_experiments(main, Path.cwd(), seed):
         request.run()
 
 

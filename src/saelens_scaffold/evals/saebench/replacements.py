@@ -4,22 +4,23 @@ Read in sae-bench 0.6.0, sae-probes 0.4 and sae-lens 6.54. Each function makes t
 purpose, for as long as a `with` block lasts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import torch
-from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+from sae_bench.sae_bench_utils import dataset_info, dataset_utils, general_utils
 from sae_lens.training import activations_store
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 
 from saelens_scaffold.evals.labelled_data import LabelledText, TextsByLabel
+from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
 from saelens_scaffold.evals.tokens import TokenSelection
 
 Tasks = Mapping[str, pd.DataFrame]
@@ -48,6 +49,36 @@ def replaced(*replacements: tuple[Any, Mapping[str, Any]]) -> Iterator[None]:
             for name in values.keys() - old.keys():
                 namespace.pop(name, None)
             namespace.update({name: old[name] for name in values.keys() & old.keys()})
+
+
+def judged_saes(saes: Iterable[SelectedSAE]) -> Replacement:
+    """
+    SAEBench gets SAEs as they are judged here.
+
+    It would load those of releases again, and judge scaffold SAEs among them as a whole;
+    and it would take the sparsity file of a release, log10 of frequencies, for frequencies
+    (in autointerp). Of objects it would warn where a decoder row is zero.
+    """
+    of_releases = {(sae.release, sae.sae_id): sae.sae for sae in saes}
+
+    def load_and_format_sae(
+        release: str, sae_or_id: Any, _device: str
+    ) -> tuple[str, Any, None]:
+        if isinstance(sae_or_id, str):
+            return sae_or_id, of_releases[release, sae_or_id], None
+        return CUSTOM_SAE_ID, sae_or_id, None
+
+    return replaced((vars(general_utils), {"load_and_format_sae": load_and_format_sae}))
+
+
+def nan_stays() -> Replacement:
+    """Core has NaN where it has no value, and no -1, which some of its scores can be."""
+    from sae_bench.evals.core import main as core
+
+    def keep(metrics: dict[str, Any]) -> dict[str, Any]:
+        return metrics
+
+    return replaced((vars(core), {"replace_nans_with_negative_one": keep}))
 
 
 def lent_model(module: ModuleType, model: HookedTransformer) -> Replacement:
@@ -186,27 +217,59 @@ def local_tokens() -> Replacement:
     return replaced((vars(activations_store), unchecked))
 
 
-def absorption_folders(main: ModuleType, folder: Path) -> Replacement:
+def absorption_experiments(main: ModuleType, folder: Path, seed: int) -> Replacement:
     """
-    Absorption keeps probes in a folder of the call's own.
+    Absorption keeps probes in a folder of the call's own, and draws by its seed.
 
     By default they are in the folder of the installed sae_bench, found again by the names
-    of model and SAE alone.
+    of model and SAE alone. And nothing reads the configuration's `random_seed`, so that an
+    SAE's result depends on the SAEs before it; nor do tokenizers list their vocabulary in
+    the same order in each process.
     """
+    from sae_bench.evals.absorption import (
+        common,
+        feature_absorption,
+        k_sparse_probing,
+    )
+
+    own_tokens = common.get_alpha_tokens
+
+    def get_alpha_tokens(tokenizer: Any) -> list[str]:
+        return sorted(own_tokens(tokenizer))
+
+    def seeded(function: Callable[..., Any], **folders: Path) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            random.seed(seed)
+            torch.manual_seed(seed)
+            return function(*args, **kwargs, **folders)
+
+        return run
+
     probes, probing = folder / "probes", folder / "k_sparse_probing"
-    of_probing = {"probes_dir": probes, "experiment_dir": probing}
     of_absorption = {
         "probes_dir": probes,
         "sparse_probing_experiment_dir": probing,
         "experiment_dir": folder / "feature_absorption",
     }
-    run_probing = partial(main.run_k_sparse_probing_experiment, **of_probing)
-    run_absorption = partial(main.run_feature_absortion_experiment, **of_absorption)
     bound = {
-        "run_k_sparse_probing_experiment": run_probing,
-        "run_feature_absortion_experiment": run_absorption,
+        "run_k_sparse_probing_experiment": seeded(
+            main.run_k_sparse_probing_experiment,
+            probes_dir=probes,
+            experiment_dir=probing,
+        ),
+        "run_feature_absortion_experiment": seeded(
+            main.run_feature_absortion_experiment, **of_absorption
+        ),
     }
-    return replaced((vars(main), bound))
+    # the language model's probe, trained before these, is trained for the first SAE alone
+    train = {"train_k_sparse_probes": seeded(k_sparse_probing.train_k_sparse_probes)}
+    tokens = {"get_alpha_tokens": get_alpha_tokens}
+    return replaced(
+        (vars(main), bound),
+        (vars(k_sparse_probing), train),
+        (vars(common), tokens),
+        (vars(feature_absorption), tokens),
+    )
 
 
 def mdl_config(main: ModuleType, config: Any) -> Replacement:

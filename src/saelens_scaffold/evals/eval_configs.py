@@ -7,6 +7,7 @@ from sae_bench.evals.base_eval_output import BaseEvalConfig
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.saes.metadata import TokenId
 
 
 def _ascending(values: list[float]) -> list[float]:
@@ -18,8 +19,6 @@ def _check_distinct(values: list[float]) -> list[float]:
         raise ValueError(f"must not name a value twice, but is {values}")
     return values
 
-
-TokenId = Annotated[int, Field(ge=0, strict=True)]
 
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 """A share that is neither nothing nor everything."""

@@ -25,6 +25,7 @@ from saelens_scaffold.evals.store import Key, ResultStore, result_key
 from saelens_scaffold.evals.tokens import (
     check_context_size,
     common_tokens,
+    other_tokens,
     tokens_of,
 )
 from saelens_scaffold.models.datasets import EMBEDDED_DATASET_NAME
@@ -112,6 +113,8 @@ class Job:
                 check_text(dataset, split, column, context_size)
             if self.evaluation.tokens == "as_trained":
                 common_tokens(saes, self.config)
+            # asked for again once all is done, and raises where the metadata cannot be
+            other_tokens([self.evaluation], saes)
             check_context_size(self.config, saes)
             self.implementation.check(self.config, saes)
         except UserError as error:

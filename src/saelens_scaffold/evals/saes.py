@@ -17,7 +17,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.util import str_to_dtype
 
-from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold.evals.base import View
 from saelens_scaffold.saes import (
     ScaffoldJumpReLUSAE,
@@ -26,6 +26,7 @@ from saelens_scaffold.saes import (
 )
 from saelens_scaffold.saes.facts import scaffold_rank, weights_sha256
 from saelens_scaffold.saes.forms import fold_decoder_norms
+from saelens_scaffold.saes.metadata import check_metadata
 from saelens_scaffold.saes.runner_config import complete_metadata
 from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
 
@@ -125,11 +126,15 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
         _check_form(directory)
         try:
             sae = SAE.load_from_disk(directory)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # SAELens checks little of what files may hold
             raise UserError(
-                f"{directory}: SAELens cannot load this SAE: {type(error).__name__}: {error}"
+                f"{directory}: SAELens cannot load this SAE: {type(error).__name__}: "
+                f"{one_line(error):.500}"
             ) from error
-        complete_metadata(sae.cfg.metadata, directory)
+        with validation.named(directory):
+            check_metadata(vars(sae.cfg.metadata))
+            complete_metadata(sae.cfg.metadata, directory)
+            check_metadata(vars(sae.cfg.metadata))
         selected.append((name, sae))
     return selected
 
@@ -219,12 +224,15 @@ def resolve_saes(
     resolved: list[SelectedSAE] = []
     for release, sae_or_id in selected_saes:
         try:
-            sae_id, sae = _formatted(release, sae_or_id, device, view)
+            sae_id, sae = _loaded(release, sae_or_id, device)
+            with validation.named(f"SAE {release!r}"):
+                validation.check_can_be_used(sae)
+            sae = _formatted(release, sae, view)
+        except validation.InvalidSAEError:
+            raise
         except ValueError as error:
-            # SAEBench reads the hook point and the model from the SAE's metadata
+            # SAEBench takes the layer from the SAE's metadata
             raise UserError(f"SAE {release!r}: {error}") from error
-        with validation.named(f"SAE {release!r}"):
-            validation.check_can_be_used(sae)
         wanted = str_to_dtype(dtype) if dtype else sae.dtype
         # Of the weights as they are given, by which `upload` finds their results.
         # SAEBench's results carry the metadata.
@@ -252,30 +260,55 @@ def resolve_saes(
     return resolved
 
 
-def _formatted(
-    release: str, sae_or_id: Any, device: str, view: View
-) -> tuple[str, SAE[Any]]:
-    """SAEBench's id of an SAE, and the SAE in the form that is judged."""
-    sae_id, sae = CUSTOM_SAE_ID, sae_or_id
-    if isinstance(sae_or_id, str):
-        sae_id = sae_or_id
-        sae, _, _ = SAE.from_pretrained_with_cfg_and_sparsity(
-            release=release, sae_id=sae_id, device=device
-        )
-    judged, metadata = sae, sae.cfg.metadata
+def _loaded(release: str, sae_or_id: Any, device: str) -> tuple[str, SAE[Any]]:
+    """SAEBench's id of an SAE, and the SAE."""
+    if not isinstance(sae_or_id, str):
+        return CUSTOM_SAE_ID, sae_or_id
+    sae, _, _ = SAE.from_pretrained_with_cfg_and_sparsity(
+        release=release, sae_id=sae_or_id, device=device
+    )
+    return sae_or_id, sae
+
+
+def _formatted(release: str, sae: SAE[Any], view: View) -> SAE[Any]:
+    """An SAE, whose metadata are checked, in the form that is judged."""
+    judged = sae
     if isinstance(sae, ScaffoldMixin):
         judged = sae.to_inference()
-    elif isinstance(sae, JumpReLUSAE) and metadata.scaffold_view == "whole":
-        judged = _scaffold_of_plain_form(sae, int(metadata.scaffold_rank))
+    elif isinstance(sae, JumpReLUSAE) and sae.cfg.metadata.scaffold_view == "whole":
+        judged = _scaffold_of_plain_form(sae)
+        if judged is None:
+            judged = sae
+            rank = sae.cfg.metadata.scaffold_rank
+            warnings.warn(
+                f"SAE {release!r}: its metadata say that it is a scaffold SAE of rank {rank}, "
+                "but its first latents are not pairs of opposites; it is judged as the plain "
+                "SAE that it is",
+                stacklevel=1,
+            )
     if view == "sparse" and isinstance(judged, ScaffoldMixin):
         judged = judged.sparse_sae()
     # the rest of what SAEBench does to an SAE that it loads
     general_utils._standardize_sae_cfg(judged.cfg)
-    return sae_id, judged
+    return judged
 
 
-def _scaffold_of_plain_form(sae: JumpReLUSAE, rank: int) -> ScaffoldJumpReLUSAE:
-    """Undo `to_jumprelu`: its first 2 r latents are r linear ones and their opposites."""
+def _scaffold_of_plain_form(sae: JumpReLUSAE) -> ScaffoldJumpReLUSAE | None:
+    """
+    Undo `to_jumprelu`: its first 2 r latents are r linear ones and their opposites.
+
+    Returns:
+        The scaffold SAE; None if the weights are not of that form, whatever the metadata
+        say: it may have been trained further, or come from anybody.
+    """
+    rank = sae.cfg.metadata.scaffold_rank
+    if rank is None or 2 * rank >= sae.cfg.d_sae or rank >= sae.cfg.d_in:
+        return None
+    latents = (sae.W_enc.T, sae.b_enc, sae.W_dec)
+    if sae.threshold[: 2 * rank].any() or not all(
+        _are_opposites(weights[:rank], weights[rank : 2 * rank]) for weights in latents
+    ):
+        return None
     of_sae = {field.name: getattr(sae.cfg, field.name) for field in fields(sae.cfg)}
     of_sae |= {"d_sae": sae.cfg.d_sae - rank, "scaffold_rank": rank}
     cfg = ScaffoldJumpReLUSAEConfig(**of_sae)
@@ -293,6 +326,14 @@ def _scaffold_of_plain_form(sae: JumpReLUSAE, rank: int) -> ScaffoldJumpReLUSAE:
         "b_dec": sae.b_dec,
     }
     return build_sae(ScaffoldJumpReLUSAE, cfg, weights)
+
+
+def _are_opposites(latents: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether the one are the other's opposites, shape (r, ...), up to a latent's rounding."""
+    sums, sizes = (latents + others).abs(), latents.abs()
+    if sizes.ndim > 1:
+        sizes = sizes.amax(dim=1, keepdim=True)
+    return bool((sums <= 4 * torch.finfo(latents.dtype).eps * sizes).all())
 
 
 def _names(directories: list[Path]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import chain, islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, StrictBool, StrictInt
@@ -18,11 +18,16 @@ from transformer_lens import HookedTransformer
 from saelens_scaffold._util.configs import documented, make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Evaluation
-from saelens_scaffold.evals.eval_configs import TextEvalConfig, TokenId
+from saelens_scaffold.evals.eval_configs import TextEvalConfig
 from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models.datasets import open_dataset, rows_with
 from saelens_scaffold.models.hook_points import check_context
+from saelens_scaffold.saes.metadata import (
+    ExcludedTokens,
+    Positions,
+    SequenceSeparator,
+)
 from saelens_scaffold.training import pretokenized
 
 logger = logging.getLogger(__name__)
@@ -45,13 +50,13 @@ class TokenSelection:
     """Tokens per sequence, at least 3: BOS, a token, and one to predict."""
     prepend_bos: StrictBool = True
     """Whether each sequence begins with BOS."""
-    sequence_separator_token: TokenId | Literal["bos", "eos", "sep"] | None = "bos"
+    sequence_separator_token: SequenceSeparator = "bos"
     """Token between the texts of a sequence."""
     disable_concat_sequences: StrictBool = False
     """Whether a sequence is the beginning of one text, and shorter texts are left out."""
-    exclude_special_tokens: StrictBool | list[TokenId] = False
+    exclude_special_tokens: ExcludedTokens = False
     """Whether the tokenizer's special tokens do not count, or ids of tokens that do not."""
-    seqpos_slice: list[StrictInt | None] = Field(default_factory=lambda: [None])
+    seqpos_slice: Positions = Field(default_factory=lambda: [None])
     """Positions in the sequence that count, as in slice(start, stop, step)."""
 
     def __post_init__(self) -> None:

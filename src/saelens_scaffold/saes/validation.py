@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -20,14 +21,18 @@ import torch
 from pydantic import BaseModel, Field, ValidationError, create_model
 from sae_lens import constants
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
+from sae_lens.saes.sae import SAE, SAEConfig
 from sae_lens.saes.temporal_sae import TemporalSAE
 from safetensors import SafetensorError, safe_open
 
-from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.errors import one_line
+from saelens_scaffold.saes.metadata import InvalidSAEError, check_metadata
 
 MAX_CFG_BYTES = 1 << 20
 """Largest cfg.json; a usual one has a few thousand bytes."""
+
+MAX_CFG_DEPTH = 32
+"""Deepest nesting in a cfg.json; SAELens copies the metadata by recursion."""
 
 MAX_HEADER_BYTES = 1 << 20
 """Largest header of a weights file; the format allows 100 MB of JSON."""
@@ -49,16 +54,17 @@ _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
 }
 _MAX_CHUNK_BYTES = 1 << 24
-_SUPPORTED_VERSIONS = re.compile(r"([6-9]|[1-9]\d+)(\.|$)")
+# Version 6 or newer, and nothing that SAELens cannot parse.
+_SUPPORTED_VERSIONS = re.compile(
+    r"([6-9]|[1-9]\d{1,3})(\.\d{1,9}){0,5}([.-]?(a|b|rc)[.-]?\d{1,9})?"
+    r"(\.?post\d{1,9})?(\.?dev\d{1,9})?(\+[a-z\d]{1,50}(\.[a-z\d]{1,50}){0,5})?",
+    re.ASCII,
+)
 # SAELens's loaders add these to a configuration beside its fields.
 _NO_FIELDS = {"architecture", "finetuning_scaling_factor"}
 
 TensorShapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 """Shape and dtype of tensors by name; None for a dtype that is no float."""
-
-
-class InvalidSAEError(UserError):
-    """An SAE's files or weights cannot be used, and why."""
 
 
 def check_sae_directory(directory: str | Path) -> dict[str, Any]:
@@ -114,11 +120,18 @@ def read_json_object(path: str | Path, max_bytes: int) -> dict[str, Any]:
     if len(content) > max_bytes:
         raise InvalidSAEError(f"{path} has more than {max_bytes} bytes")
     try:
-        found = json.loads(content)
+        # SAELens reads UTF-8, where json.loads takes bytes in UTF-16 as well
+        found = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InvalidSAEError(f"{path} is not JSON: {str(error):.200}") from error
     if not isinstance(found, dict):
         raise InvalidSAEError(f"{path} holds no JSON object, but {found!r:.50}")
+    level: list[Any] = [found]
+    for _ in range(MAX_CFG_DEPTH):
+        values = chain(*(v.values() if isinstance(v, dict) else v for v in level))
+        level = [value for value in values if isinstance(value, (dict, list))]
+    if level:
+        raise InvalidSAEError(f"{path} is nested more than {MAX_CFG_DEPTH} deep")
     return found
 
 
@@ -160,12 +173,9 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         raise InvalidSAEError(message) from error
     check_scale_is_known(cfg.get("normalize_activations"))
     metadata = values.pop("metadata")
-    # SAELens makes attributes of them, and some would replace methods.
-    methods = sorted(name for name in metadata if hasattr(SAEMetadata, name))
-    if methods:
-        raise InvalidSAEError(f"metadata must not have the fields {_shown(methods)}")
+    check_metadata(metadata)
     version = metadata.get("sae_lens_version")
-    if not isinstance(version, str) or not _SUPPORTED_VERSIONS.match(version):
+    if version is None or not _SUPPORTED_VERSIONS.fullmatch(version):
         raise InvalidSAEError(
             f"metadata.sae_lens_version is {version!r:.100}, not 6 or newer; load the SAE "
             "with SAE.load_from_disk, and save it again"
@@ -204,13 +214,23 @@ def check_scale_is_known(normalize_activations: object) -> None:
 
 
 def expected_tensors(cfg: Mapping[str, Any]) -> TensorShapes:
-    """The tensors of an SAE of a checked configuration, found without allocating them."""
+    """
+    The tensors of an SAE of a checked configuration, found without allocating them.
+
+    Raises:
+        InvalidSAEError: SAELens makes no SAE of it.
+    """
     sae_class, _ = SAE_CLASS_REGISTRY[cfg["architecture"]]
     config = SAEConfig.from_dict({**cfg, "device": "meta"})
     with warnings.catch_warnings():
         # SAELens warns of model_from_pretrained_kwargs again on loading
         warnings.simplefilter("ignore", UserWarning)
-        sae = sae_class(config)
+        try:
+            sae = sae_class(config)
+        except (ValueError, TypeError) as error:
+            # it calls the hook point of reshape_activations="hook_z" a wrong call
+            at = f"(hook_name is {config.metadata.hook_name!r:.100})"
+            raise InvalidSAEError(f"{one_line(error)} {at}") from error
     return _shapes_of(sae.state_dict())
 
 
@@ -284,8 +304,10 @@ def check_can_be_used(sae: SAE[Any]) -> None:
 
     Raises:
         InvalidSAEError: It is a transcoder, or reads several tokens together; or the model
-            or the hook point is missing, or the scale of the activations.
+            or the hook point is missing, or the scale of the activations; or metadata
+            have values that cannot be.
     """
+    check_metadata(vars(sae.cfg.metadata))
     _check_is_autoencoder(sae)
     for name in ("model_name", "hook_name"):
         value = sae.cfg.metadata.get(name)

@@ -1,0 +1,165 @@
+"""SAEs from anybody: their metadata are checked, and their weights are what is judged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+
+from eval_helpers import D_MODEL, eval_sae
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals.saes import load_saes, resolve_saes
+from saelens_scaffold.saes.validation import InvalidSAEError
+from saelens_scaffold_cli import main
+
+pytest.importorskip("sae_bench")
+
+
+def judged(sae: Any) -> Any:
+    (selected,) = resolve_saes([("sae", sae)], "cpu", "")
+    return selected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pairs_of_opposites_are_a_scaffold(dtype: str) -> None:
+    original = eval_sae(rank=4)
+    plain = original.to_jumprelu().to(dtype=getattr(torch, dtype))
+    plain.W_dec.data[5] *= 1 + torch.finfo(plain.dtype).eps  # rounding
+    assert judged(plain).rank == 4
+
+
+def lesser_bias(sae: JumpReLUSAE) -> None:
+    sae.b_enc.data[5] = 0.1
+
+
+def firing_later(sae: JumpReLUSAE) -> None:
+    sae.threshold.data[2] = 0.1
+
+
+def other_encoder(sae: JumpReLUSAE) -> None:
+    sae.W_enc.data[:, 1] += 0.01 * torch.randn(D_MODEL)
+
+
+def other_decoder(sae: JumpReLUSAE) -> None:
+    sae.W_dec.data[7, 3] += 0.01
+    sae.W_dec.data[0] *= 1e6  # its rounding is not that of other latents
+
+
+def rank_of_another(sae: JumpReLUSAE) -> None:
+    sae.cfg.metadata.scaffold_rank = 5
+
+
+def too_large_rank(sae: JumpReLUSAE) -> None:
+    sae.cfg.metadata.scaffold_rank = 10**15
+
+
+def no_rank(sae: JumpReLUSAE) -> None:
+    sae.cfg.metadata.scaffold_rank = None
+
+
+CHANGES = [lesser_bias, firing_later, other_encoder, other_decoder, rank_of_another]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, too_large_rank, no_rank])
+def test_what_is_no_pair_of_opposites_is_judged_as_it_is(change: Any) -> None:
+    plain = eval_sae(rank=4).to_jumprelu()
+    change(plain)
+    x = torch.randn(50, D_MODEL, generator=torch.Generator().manual_seed(0))
+    acts = x - plain.b_dec
+    acts = acts @ plain.W_enc + plain.b_enc
+    acts = acts.relu() * (acts > plain.threshold)
+    expected = acts @ plain.W_dec + plain.b_dec
+    with pytest.warns(UserWarning, match="not pairs of opposites") as warned:
+        found = judged(plain)
+    assert all("\n" not in str(warning.message) for warning in warned)
+    assert found.rank == 0
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found.sae(x), expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+BAD = [
+    ("context_size", 1.5),
+    ("context_size", "64"),
+    ("context_size", 0),
+    ("context_size", True),
+    ("model_name", ["py-neox"]),
+    ("hook_name", {"a": 1}),
+    ("hook_layer", "0"),
+    ("hook_head_index", -1),
+    ("prepend_bos", "yes"),
+    ("sequence_separator_token", 2.5),
+    ("sequence_separator_token", "space"),
+    ("disable_concat_sequences", 1),
+    ("exclude_special_tokens", [-3]),
+    ("seqpos_slice", [0, 1, 2, 3]),
+    ("seqpos_slice", "None"),
+    ("model_from_pretrained_kwargs", [1]),
+    ("scaffold_view", "all"),
+    ("scaffold_rank", -1),
+    ("scaffold_rank", 2.0),
+    ("k", float("inf")),
+    ("k", "12"),
+    ("dataset_path", 3),
+    ("weights_sha256", 0),
+    ("n_sparsity_tokens", -2),
+    ("measured", []),
+    ("to_dict", "x"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_metadata_are_checked_by_one_schema(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    sae = eval_sae()
+    vars(sae.cfg.metadata)[name] = value
+    with pytest.raises(InvalidSAEError, match=rf"^SAE 'sae': metadata.*{name}"):
+        judged(sae)
+    sae = eval_sae()
+    config = sae.cfg.to_dict() | {"metadata": {**vars(sae.cfg.metadata), name: value}}
+    sae.save_model(tmp_path / "sae")
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=name):
+        load_saes([tmp_path / "sae"])
+
+
+def test_unknown_metadata_and_those_of_saelens_pass(tmp_path: Path) -> None:
+    sae = eval_sae()
+    values = {
+        "seqpos_slice": (None,),
+        "exclude_special_tokens": [0, 5],
+        "model_from_pretrained_kwargs": {"center_writing_weights": False},
+        "hook_head_index": None,
+        "dataset_path": "",
+        "neuronpedia_id": "gpt2-small/0-res-jb",
+        "of_another_package": {"anything": [1, None]},
+    }
+    vars(sae.cfg.metadata).update(values)
+    sae.save_model(tmp_path / "sae")
+    ((_, loaded),) = load_saes([tmp_path / "sae"])
+    judged(loaded)
+    assert loaded.cfg.metadata.of_another_package == {"anything": [1, None]}
+
+
+@pytest.mark.parametrize(
+    "evaluation", ["dense_latents", "core", "autointerp", "sparse_probing"]
+)
+@pytest.mark.parametrize("context_size", [1, 1.5])
+def test_context_sizes_that_cannot_be(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    evaluation: str,
+    context_size: float,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    sae = eval_sae()
+    sae.cfg.metadata.context_size = context_size
+    sae.save_model(tmp_path / "sae")
+    text = ["--dataset", "python-stdlib", "--output_path", str(tmp_path / "o")]
+    argv = ["eval", evaluation, "--sae_path", str(tmp_path / "sae"), *text]
+    assert main(argv) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"context_size is {context_size}" in said

@@ -29,6 +29,9 @@ CUT = "cut"
 LOST = "lost"
 """As a failure's status: what is asked is done, and a gateway's 504 is the answer."""
 
+ENDLESS = "endless"
+"""As a failure's status: the file does not end, and its size is not told."""
+
 PART_SIZE = 20_000
 MULTIPART_ABOVE = 50_000
 """Bytes. The Hub's are in megabytes."""
@@ -86,7 +89,7 @@ class Failure:
     """
     Attributes:
         pattern: Regular expression for "METHOD /path" of the requests that fail.
-        status: Of the answer, or CUT, or LOST.
+        status: Of the answer, or CUT, LOST or ENDLESS.
         times: How many requests are still to fail.
         headers: Of the answer.
     """
@@ -114,6 +117,7 @@ class HubServer:
         repositories: By "owner/name".
         requests: "METHOD /path" of all requests, oldest first.
         uploaded_bytes: Of large files.
+        endless_bytes: Sent of files that do not end.
     """
 
     def __init__(self) -> None:
@@ -121,6 +125,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
         self.uploaded_bytes = 0
+        self.endless_bytes = 0
         self.tokens: dict[str, dict[str, Any]] = {
             WRITE_TOKEN: {"role": "write"},
             READ_TOKEN: {"role": "read"},
@@ -209,6 +214,8 @@ class HubServer:
                 if failure.status == LOST:
                     await handler(request)
                     return _error(504, "injected", **failure.headers)
+                if failure.status == ENDLESS:
+                    return await self._endless(request, handler)
                 if failure.status != CUT:
                     return _error(int(failure.status), "injected", **failure.headers)
                 if request.method in ("GET", "HEAD"):
@@ -233,6 +240,23 @@ class HubServer:
         assert request.transport is not None
         request.transport.abort()
         return half
+
+    async def _endless(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
+        whole = await handler(request)
+        whole.headers.popall("X-Linked-Size", None)
+        if whole.status != 200:  # the redirection to a large file
+            return whole
+        endless = web.StreamResponse(headers=whole.headers)
+        endless.headers.popall("Content-Length", None)
+        endless.enable_chunked_encoding()
+        await endless.prepare(request)
+        if request.method == "GET":
+            for _ in range(200):  # megabytes, which is enough to see
+                await endless.write(bytes(2**20))
+                self.endless_bytes += 2**20
+        return endless
 
     def _user(self, request: web.Request) -> dict[str, Any] | None:
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")

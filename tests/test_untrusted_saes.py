@@ -1,20 +1,29 @@
 """SAEs from anybody: their metadata are checked, and their weights are what is judged."""
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
+from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from eval_helpers import D_MODEL, eval_sae
+from hub_fixtures import REPO, hub, save_sae, some_activations
+from hub_server import ENDLESS, WRITE_TOKEN, HubServer
+from saelens_scaffold import load_scaffold_sae, upload_scaffold_saes
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.saes import load_saes, resolve_saes
+from saelens_scaffold.saes.loading import checked_huggingface_loader
 from saelens_scaffold.saes.validation import InvalidSAEError
 from saelens_scaffold_cli import main
 
 pytest.importorskip("sae_bench")
+
+__all__ = ["hub"]  # a fixture
 
 
 def judged(sae: Any) -> Any:
@@ -163,3 +172,68 @@ def test_context_sizes_that_cannot_be(
     assert main(argv) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"context_size is {context_size}" in said
+
+
+@pytest.fixture
+def published(hub: HubServer, tmp_path: Path) -> Any:
+    sae = save_sae(tmp_path / "sae")
+    upload_scaffold_saes({"sae": sae}, REPO, show_progress=False)
+    return sae
+
+
+OFFLINE = [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")]
+
+
+@pytest.mark.parametrize("setting", OFFLINE, ids=["offline", "unreachable"])
+def test_what_was_loaded_loads_offline(
+    published: Any,
+    hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: tuple[str, Any],
+) -> None:
+    x = some_activations()
+    expected = load_scaffold_sae(REPO, "sae")(x)
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{REPO.replace('/', '--')}"
+    assert (cache / "refs" / "main").read_text() == hub.repositories[REPO].refs["main"]
+    monkeypatch.setattr(constants, *setting)
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    torch.testing.assert_close(load_scaffold_sae(REPO, "sae")(x), expected)
+    torch.testing.assert_close(SAE.from_pretrained(REPO, "sae")(x), expected)
+    checked = SAE.from_pretrained(REPO, "sae", converter=checked_huggingface_loader)
+    torch.testing.assert_close(checked(x), expected)
+    with pytest.raises(UserError, match=f"{REPO}: other/cfg.json cannot be downloaded"):
+        load_scaffold_sae(REPO, "other")
+
+
+@pytest.mark.parametrize(
+    "requests", [r"/sae/cfg.json", r"/sae_weights.safetensors|GET /cdn", r"GET /cdn"]
+)
+def test_a_file_that_does_not_end_is_not_stored(
+    published: Any, hub: HubServer, requests: str
+) -> None:
+    hub.fail(requests, ENDLESS, times=100)
+    with pytest.raises(InvalidSAEError, match=r"^user/saes: sae/\S+ has \d+ bytes"):
+        load_scaffold_sae(REPO, "sae")
+    # huggingface_hub reads 10 MB at once, and there are buffers below it
+    assert hub.endless_bytes < 50 * 2**20
+    stored = [f for f in Path(constants.HF_HUB_CACHE).rglob("*") if f.is_file()]
+    assert sum(file.stat().st_size for file in stored) < 2**20
+    hub.heal()
+    x = some_activations()
+    torch.testing.assert_close(load_scaffold_sae(REPO, "sae")(x), published(x))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 418, 500])
+def test_what_the_hub_says_is_not_repeated(
+    published: Any, hub: HubServer, status: int
+) -> None:
+    said = f"no, {WRITE_TOKEN}"
+    hub.fail("(GET|HEAD) /user", status, times=100, X_Error_Message=said)
+    with pytest.raises(UserError, match=f"the Hub answers {status}") as error:
+        load_scaffold_sae(REPO, "sae")
+    shown = "".join(traceback.format_exception(error.value))
+    assert WRITE_TOKEN not in shown
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        load_scaffold_sae("a/b/c", "sae")

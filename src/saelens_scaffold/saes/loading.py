@@ -16,6 +16,7 @@ from sae_lens import SAE, constants
 from sae_lens.loading import pretrained_sae_loaders
 from safetensors.torch import load_file
 
+from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold.saes import validation
 from saelens_scaffold.saes.sae_ids import check_sae_path
 
@@ -54,8 +55,7 @@ def load_scaffold_sae(
 
     Raises:
         InvalidSAEError: The files cannot be used, and why.
-        UserError: The id is invalid.
-        HfHubHTTPError: The Hub does not give the files.
+        UserError: The id is invalid, or the Hub does not give the files.
     """
 
     def from_hub(repo_id: Any, device: str, cfg_overrides: Any) -> tuple[Any, Weights]:
@@ -112,32 +112,28 @@ def checked_huggingface_loader(
 
     Raises:
         InvalidSAEError: The files cannot be used, and why.
-        UserError: The folder's name is no SAE's id.
-        HfHubHTTPError: The Hub does not give the files.
+        UserError: The folder's name is no SAE's id, or the Hub does not give the files.
     """
     folder = check_sae_path(folder_name)
 
     def download(name: str, max_bytes: int, revision: str | None = None) -> str:
         path = f"{folder}/{name}"
         try:
-            url = hf.hf_hub_url(repo_id, path, revision=revision)
-            metadata = hf.get_hf_file_metadata(url)
-        except errors.EntryNotFoundError:
+            return _download(repo_id, path, max_bytes, revision, force_download)
+        except UserError:
             raise
-        except (HTTP_ERROR, OSError):
-            cached = hf.try_to_load_from_cache(repo_id, path, revision=revision)
-            if not isinstance(cached, str):
-                raise
-            return cached
-        if metadata.size is not None and metadata.size > max_bytes:
-            raise validation.InvalidSAEError(
-                f"{repo_id}: {path} has {metadata.size} bytes, over the {max_bytes} allowed"
+        except (HTTP_ERROR, OSError, ValueError) as error:
+            is_missing = isinstance(
+                error, (errors.RemoteEntryNotFoundError, errors.OfflineModeIsEnabled)
             )
-        commit = metadata.commit_hash or revision
-        return hf.hf_hub_download(
-            repo_id, path, revision=commit, force_download=force_download
-        )
+            # Neither the message nor the cause, which may repeat what the server says:
+            # it knows the token.
+            raise (_MissingFileError if is_missing else UserError)(
+                f"{repo_id}: {path} cannot be downloaded: {_reason(error)}"
+            ) from None
 
+    # As SAELens does, by the branch: huggingface_hub then notes which commit that is, and
+    # finds it again without a connection.
     cfg_path = Path(download(constants.SAE_CFG_FILENAME, validation.MAX_CFG_BYTES))
     cfg = validation.read_config(cfg_path)
     # All files are of one commit, whatever is pushed in the meantime.
@@ -145,9 +141,76 @@ def checked_huggingface_loader(
     max_bytes = validation.max_weights_bytes(cfg)
     download(constants.SAE_WEIGHTS_FILENAME, max_bytes, commit)
     sparsity_path = None
-    with suppress(errors.EntryNotFoundError, errors.OfflineModeIsEnabled):
+    with suppress(_MissingFileError):
         max_bytes = validation.MAX_HEADER_BYTES + 8 * cfg["d_sae"]
         sparsity_path = download(constants.SPARSITY_FILENAME, max_bytes, commit)
     cfg, weights = checked_disk_loader(cfg_path.parent, device, cfg_overrides)
     sparsity = load_file(sparsity_path, device)["sparsity"] if sparsity_path else None
     return cfg, weights, sparsity
+
+
+class _MissingFileError(UserError):
+    """A file is neither in the repository nor in the cache."""
+
+
+def _download(
+    repo_id: str, path: str, max_bytes: int, revision: str | None, force_download: bool
+) -> str:
+    """The path of a file of the Hub in the cache, of limited size whatever the Hub says."""
+    where: dict[str, Any] = {"repo_id": repo_id, "filename": path, "revision": revision}
+    size = None
+    try:
+        size = hf.get_hf_file_metadata(hf.hf_hub_url(**where)).size
+    except errors.RemoteEntryNotFoundError:
+        pass  # hf_hub_download raises it again, and notes it in the cache
+    except (HTTP_ERROR, OSError):
+        cached = hf.try_to_load_from_cache(**where)
+        if isinstance(cached, str):
+            return cached
+        if cached is not None:
+            raise _MissingFileError(f"{repo_id} has no {path}") from None
+        raise
+    if size is not None:
+        _check_size(f"{repo_id}: {path}", size, max_bytes)
+
+    class BoundedProgress(hf.utils.tqdm):
+        """The progress bar of a download, told of all bytes before they are written."""
+
+        def __init__(self, *args: Any, name: str | None = None, **kwargs: Any):
+            super().__init__(*args, name=name, **kwargs)
+            self._received = 0
+            # Xet has a second bar, for what is transferred to make the file
+            self._is_of_file = not str(name).endswith(".transfer")
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._received += int(n or 0)
+            if self._is_of_file:
+                _check_size(f"{repo_id}: {path}", self._received, max_bytes)
+            return super().update(n)
+
+    return hf.hf_hub_download(
+        **where, force_download=force_download, tqdm_class=BoundedProgress
+    )
+
+
+def _check_size(name: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise validation.InvalidSAEError(
+            f"{name} has {size} bytes or more, over the {max_bytes} allowed"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a request to the Hub, in no words of the server's."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403, 404):
+        return (
+            f"the Hub answers {status}: there is no such repository or file, or your token "
+            "(`hf auth login`) gives no access"
+        )
+    if status is not None:
+        return f"the Hub answers {status}; try again later"
+    said = one_line(error)
+    if token := hf.get_token():
+        said = said.replace(token, "<token>")
+    return f"{type(error).__name__}: {said:.300}"

@@ -2,16 +2,24 @@
 
 import json
 import traceback
+import warnings
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from huggingface_hub import constants
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sae_lens import SAE
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.sae import SAEMetadata
 
-from eval_helpers import D_MODEL, eval_sae
+from eval_helpers import D_MODEL, HOOK, eval_sae
 from hub_fixtures import REPO, hub, save_sae, some_activations
 from hub_server import ENDLESS, WRITE_TOKEN, HubServer
 from saelens_scaffold import load_scaffold_sae, upload_scaffold_saes
@@ -20,6 +28,7 @@ from saelens_scaffold.evals.saes import load_saes, resolve_saes
 from saelens_scaffold.saes.loading import checked_huggingface_loader
 from saelens_scaffold.saes.validation import InvalidSAEError
 from saelens_scaffold_cli import main
+from test_upload_validation import WEIGHTS, little_time_and_memory
 
 pytest.importorskip("sae_bench")
 
@@ -237,3 +246,139 @@ def test_what_the_hub_says_is_not_repeated(
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot be downloaded"):
         load_scaffold_sae("a/b/c", "sae")
+
+
+def small_sae(architecture: str) -> Any:
+    sae_class, cfg_class = SAE_CLASS_REGISTRY[architecture]
+    of_class: dict[str, Any] = {
+        "topk": {"k": 3},
+        "abstopk": {"k": 3},
+        "temporal": {"n_heads": 2, "bottleneck_factor": 2},
+        "scaffold_jumprelu": {"scaffold_rank": 2},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metadata = SAEMetadata(model_name="py-neox", hook_name=HOOK, context_size=64)
+        sizes: dict[str, Any] = {"d_in": 8, "d_sae": 16, "metadata": metadata}
+        if "transcoder" in architecture:
+            sizes |= {"d_out": 8, "apply_b_dec_to_input": False}
+        sae = sae_class(cfg_class(**sizes, **of_class.get(architecture, {})))
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weights in sae.state_dict().items():
+            weights.copy_(torch.rand(weights.shape, generator=g))
+            if name == "threshold" and architecture == "scaffold_jumprelu":
+                weights[:2] = -torch.inf
+    return sae
+
+
+@cache
+def sound(architecture: str) -> tuple[str, bytes]:
+    """The configuration and the weights' file of an SAE."""
+    with TemporaryDirectory() as folder:
+        config, weights = Path(folder, "cfg.json"), Path(folder, WEIGHTS)
+        small_sae(architecture).save_model(folder)
+        return config.read_text(), weights.read_bytes()
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for i in range(depth):
+        value = [value] if i % 2 else {"a": value}
+    return value
+
+
+HOSTILE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from([2**31, 2**63, 10**30, 10**400, -(2**63)]),
+    st.floats(),
+    st.text(max_size=20),
+    st.sampled_from(["whole", "sparse", "hook_z", "layer_norm", "x" * 10_000, "6\n7"]),
+    st.sampled_from(["6." + "1" * 5_000, "6.junk", "6.0.0-rc.0", "7!6.1", "5.9"]),
+    st.lists(st.integers() | st.none(), max_size=4),
+    st.integers(1, 900).map(nested),
+    st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
+)
+METADATA = sorted({name for name, _ in BAD} | {"hook_name_out", "sae_lens_version"})
+ENCODINGS = [*["utf-8"] * 5, "utf-8-sig", "utf-16", "utf-32", "latin-1"]
+
+TRAPS = [
+    ("jumprelu", "utf-8-sig", {}, {}, "cfg.json is not JSON"),
+    ("jumprelu", "utf-16", {}, {}, "cfg.json is not JSON"),
+    ("gated", "utf-8", {"reshape_activations": "hook_z"}, {}, "hook_name is 'blocks.0"),
+    ("jumprelu", "utf-8", {}, {"sae_lens_version": "6." + "1" * 5_000}, "version"),
+    ("jumprelu", "utf-8", {}, {"anything": nested(500)}, "nested more than 32 deep"),
+    ("temporal", "utf-8", {"n_heads": 0}, {}, "n_heads"),
+    ("temporal", "utf-8", {"n_attn_layers": 10**8}, {}, "n_attn_layers"),
+    ("topk", "utf-8", {"k": 17}, {}, "k is 17"),
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encoding", "fields", "metadata", "said"), TRAPS
+)
+def test_traps_are_said(
+    tmp_path: Path,
+    architecture: str,
+    encoding: str,
+    fields: dict[str, Any],
+    metadata: dict[str, Any],
+    said: str,
+) -> None:
+    text, weights = sound(architecture)
+    config = {**json.loads(text), **fields}
+    config["metadata"] |= metadata
+    (tmp_path / "cfg.json").write_bytes(json.dumps(config).encode(encoding))
+    (tmp_path / WEIGHTS).write_bytes(weights)
+    with little_time_and_memory(), pytest.raises(InvalidSAEError, match=said) as error:
+        load_scaffold_sae(tmp_path)
+    assert len(str(error.value)) < 1_000
+
+
+@settings(
+    max_examples=400,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_hostile_files_are_one_line_or_load_as_they_are(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    text, weights = sound(data.draw(st.sampled_from(sorted(SAE_CLASS_REGISTRY))))
+    config = json.loads(text)
+    metadata = config["metadata"]
+    for _ in range(data.draw(st.integers(1, 2))):
+        where, names = data.draw(
+            st.sampled_from([(config, sorted(config)), (metadata, METADATA)])
+        )
+        where[data.draw(st.sampled_from(names))] = data.draw(HOSTILE)
+    text = json.dumps(config, ensure_ascii=False)
+    encoding = data.draw(st.sampled_from(ENCODINGS))
+    folder = tmp_path_factory.getbasetemp() / "hostile"
+    folder.mkdir(exist_ok=True)
+    (folder / "cfg.json").write_bytes(text.encode(encoding, errors="replace"))
+    (folder / WEIGHTS).write_bytes(weights)
+
+    def load() -> Any:
+        return load_scaffold_sae(folder)
+
+    def select() -> Any:
+        (selected,) = resolve_saes(load_saes([folder]), "cpu", "")
+        return selected.sae
+
+    for use in (load, select):
+        with little_time_and_memory(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                sae = use()
+            except UserError as error:
+                assert len(str(error)) < 2_000
+                assert "\n" not in str(error)
+                continue
+        if use is load:
+            for name, expected in safetensors.torch.load(weights).items():
+                assert torch.equal(sae.state_dict()[name].to(expected), expected), name
+        assert json.dumps(sae.cfg.to_dict())

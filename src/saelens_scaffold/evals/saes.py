@@ -192,7 +192,9 @@ def _check_form(directory: Path) -> None:
     file = directory / SAE_CFG_FILENAME
     cfg = validation.read_json_object(file, validation.MAX_CFG_BYTES)
     architecture = cfg.get("architecture")  # none in the files of older SAELens
-    is_plain = architecture in SAE_CLASS_REGISTRY or not validation.is_checkpoint(cfg)
+    is_plain = architecture in [*SAE_CLASS_REGISTRY] or not validation.is_checkpoint(
+        cfg
+    )
     if architecture == ScaffoldJumpReLUSAEConfig.architecture() or not is_plain:
         validation.check_sae_directory(directory)
 

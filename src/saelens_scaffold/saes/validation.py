@@ -180,6 +180,8 @@ def check_config(cfg: Mapping[str, Any]) -> None:
             f"metadata.sae_lens_version is {version!r:.100}, not 6 or newer; load the SAE "
             "with SAE.load_from_disk, and save it again"
         )
+    if values.get("k", 0) > cfg["d_sae"]:
+        raise InvalidSAEError(f"k is {cfg['k']}, more than d_sae={cfg['d_sae']}")
     try:
         cfg_class(**values)  # the class's own checks
     except (ValueError, TypeError) as error:
@@ -227,7 +229,7 @@ def expected_tensors(cfg: Mapping[str, Any]) -> TensorShapes:
         warnings.simplefilter("ignore", UserWarning)
         try:
             sae = sae_class(config)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
             # it calls the hook point of reshape_activations="hook_z" a wrong call
             at = f"(hook_name is {config.metadata.hook_name!r:.100})"
             raise InvalidSAEError(f"{one_line(error)} {at}") from error
@@ -348,6 +350,11 @@ def _schema(cfg_class: type[SAEConfig]) -> type[BaseModel]:
         "d_in": size,
         "d_sae": size,
     }
+    number = Annotated[int, Field(ge=0, le=MAX_DIMENSION)]
+    hints |= {name: number for name, hint in hints.items() if hint is int}
+    # SAELens's temporal SAEs: as many modules are made before weights are looked at
+    if "n_attn_layers" in hints:
+        hints |= {"n_heads": size, "n_attn_layers": Annotated[int, Field(ge=1, le=256)]}
     # kernels: how it is computed, not what
     optional = {field.name for field in fields(SAEConfig)} | {"kernels"}
     optional -= {"d_in", "d_sae", "dtype", "metadata"}

@@ -19,7 +19,8 @@ ExcludedTokens = StrictBool | list[TokenId]
 Positions = Annotated[list[StrictInt | None], Field(max_length=3)]
 """Positions in a sequence, as in slice(start, stop, step)."""
 
-_Text = Annotated[str, Field(strict=True, max_length=4096)]
+# without control characters, since they are shown in lines
+_Text = Annotated[str, Field(strict=True, max_length=4096, pattern=r"^\P{C}*$")]
 _Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 

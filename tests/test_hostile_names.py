@@ -96,7 +96,9 @@ def test_an_upload_writes_no_file_that_a_result_names(
     victim.write_text("mine")
     name = str(victim.with_suffix("")) if name == "/x" else name
     write_result(sae, name, keyed)
-    with pytest.raises(UserError, match="cannot name a file|is no evaluation result") as caught:
+    with pytest.raises(
+        UserError, match="cannot name a file|is no evaluation result"
+    ) as caught:
         dry_run(sae)
     assert "x.json" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -100,7 +100,11 @@ def damaged(text: bytes, rng: random.Random) -> bytes:
     )
 
 
-def test_malformed_results_are_one_line_each_or_read_rightly(tmp_path: Path) -> None:
+def test_malformed_results_are_one_line_each_or_read_rightly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # looked up for each, which takes most of the time
+    monkeypatch.setattr(findings, "known_evaluations", lambda: EVALUATIONS)
     save_sae(tmp_path / "sae")
     sae = SAE.load_from_disk(tmp_path / "sae")
     key = {

@@ -1,9 +1,9 @@
 """Schema of the results and keys on disk, as far as their content is used."""
 
-from typing import Annotated, Any, Required
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import Required, TypedDict
 
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.untrusted import file_name
@@ -11,7 +11,8 @@ from saelens_scaffold._util.untrusted import file_name
 _STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 _Name = Annotated[str, Field(max_length=1000)]
-_Names = _Name | Annotated[list[_Name], Field(max_length=1000)] | None
+_Dataset = Annotated[str, Field(min_length=1, max_length=1000)]
+_Names = _Dataset | Annotated[list[_Dataset], Field(max_length=1000)] | None
 _Number = Annotated[float, Field(ge=-1e300, le=1e300)]
 _Counts = list[Annotated[int, Field(ge=0, lt=1 << 63)]]
 

@@ -123,8 +123,6 @@ def split_id(argument: str) -> tuple[str | None, Path]:
     found += [(i, Path(d)) for i, d in with_directory if _is_sae_id(i)]
     if not found and with_directory:
         check_sae_id(with_directory[0][0])  # raises
-    if not found and argument.endswith("="):
-        raise UserError(f"{argument!r} names no directory: nothing follows the =")
     if not found:
         raise UserError(
             f"{argument!r} is neither a directory nor ID=DIR with the directory of an SAE"

@@ -18,6 +18,7 @@ from saelens_scaffold.evals.base import Evaluation
 from saelens_scaffold.evals.saes import result_file_name
 from saelens_scaffold.evals.store import KEY_SUFFIX, ResultStore
 from saelens_scaffold.hub import findings
+from saelens_scaffold.models.datasets import open_dataset
 from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.sae_ids import check_sae_id, sae_id_of_path
 from saelens_scaffold_cli import main
@@ -214,6 +215,15 @@ def test_brackets_in_a_name_are_no_pattern(tmp_path: Path) -> None:
     name = result_file_name("sae[1]")
     (tmp_path / name).write_text("{}")
     assert read_result(tmp_path, name) == {}
+
+
+def test_a_text_in_a_folder_with_brackets_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "a[b]" / "t[1].jsonl"
+    file.parent.mkdir()
+    file.write_text('{"text": "x"}')
+    assert [*open_dataset(str(file), "train")] == [{"text": "x"}]
+    with pytest.raises(UserError, match="rename the folder"):
+        open_dataset(str(file.parent), "train")
 
 
 def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:

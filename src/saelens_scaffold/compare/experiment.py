@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable, new_file
 from saelens_scaffold._util.provenance import hardware
+from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.evaluating import SAES, Evaluator
 from saelens_scaffold.compare.grid import (
@@ -215,6 +216,6 @@ def _reference_alone(config: configs.CompareConfig, output_path: Path) -> str:
     if not file.is_file():
         raise UserError(f"there are no results in {output_path} yet for --reference")
     configs.check_unchanged(config, output_path / CONFIG_FILENAME)
-    results = json.loads(file.read_text(encoding="utf-8"))
+    results = read_json(file)
     command = results["provenance"]["command"]
     return reference_text(references(config, results["saes"], command))

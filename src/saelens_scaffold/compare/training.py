@@ -21,6 +21,7 @@ from typing_extensions import override
 from saelens_scaffold._util.errors import UserError, loading
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import hardware, versions
+from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run, runner_config
 from saelens_scaffold.saes.scaffold_start import principal_subspace
@@ -111,7 +112,7 @@ def is_trained(directory: Path) -> bool:
 
 def _read_waves(training_path: Path) -> list[list[str]]:
     file = training_path / WAVES_FILENAME
-    return json.loads(file.read_text()) if file.is_file() else []
+    return read_json(file) if file.is_file() else []
 
 
 class _WaveRunner(runner.RepeatableMultiSAETrainingRunner):
@@ -197,7 +198,7 @@ class WaveTrainer:
                 waves[number : number + 1] = [wave[:middle], wave[middle:]]
                 _note(f"not enough memory to train {len(wave)} SAEs together: halving")
         folders = [WaveFolder(self.training_path, n) for n in range(len(waves))]
-        return [json.loads(folder.about.read_text()) for folder in folders]
+        return [read_json(folder.about) for folder in folders]
 
     def train_wave(self, number: int, wave: Wave) -> bool:
         """Train a wave unless it is trained; False if memory runs out."""

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from saelens_scaffold._util.files import new_directory
 from saelens_scaffold._util.provenance import versions
+from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.demo.report import DENSE, TWINS, Half, Row, by_sae
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.facts import l0_warning, scaffold_rank
@@ -92,7 +93,7 @@ def planted_half(settings: Settings, seeds: list[int], output_path: Path) -> Hal
     for seed in seeds:
         directory = output_path / f"seed-{seed}"
         file = directory / "results.json"
-        content = json.loads(file.read_text()) if file.is_file() else {}
+        content = read_json(file) if file.is_file() else {}
         finished = [Row(**row) for row in content.pop("results", [])]
         if content != provenance:
             print(f"planted data, seed {seed}: training", file=sys.stderr)

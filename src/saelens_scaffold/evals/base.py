@@ -1,11 +1,11 @@
 """What an evaluation is, as data: its name, the view it judges, and its metrics."""
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
 # Whoever only asks for names and metrics needs no SAEBench.
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ class Metric(NamedTuple):
     def value(self, result: Mapping[str, Any]) -> float | None:
         """Its value in an SAE's result; None if there is none, or no finite number."""
         value = _at(self.path, result)
-        if not isinstance(value, (int, float)) or value == self.missing:
-            return None
-        return value if math.isfinite(value) else None
+        return value if _is_finite(value) and value != self.missing else None
 
     def of_random(self, result: Mapping[str, Any]) -> float | None:
         """Its value for a random subspace; None if the result has none."""
@@ -91,9 +89,12 @@ class Metric(NamedTuple):
             said.get(end, Metric("", f"{self.path}_{end}").value(result))
             for end in ("ci_low", "ci_high")
         )
-        if low is None or high is None or not math.isfinite(high - low):
-            return None
-        return low, high
+        return (low, high) if _is_finite(low) and _is_finite(high) else None
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    # math.isfinite does not take integers that are too large for a float
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _at(path: str, result: Mapping[str, Any]) -> Any:

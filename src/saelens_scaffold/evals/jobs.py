@@ -11,6 +11,7 @@ from sae_bench.sae_bench_utils import activation_collection
 
 from saelens_scaffold._util.configs import config_fields, make_config, validating
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.untrusted import file_name
 from saelens_scaffold.evals.base import Evaluation, Implementation, Result
 from saelens_scaffold.evals.data import check_text
 from saelens_scaffold.evals.model import check_model_name, choose_device
@@ -182,7 +183,8 @@ def plan(
             config = make_config(config_class, {**evaluation.defaults, **values})
         except UserError as error:
             raise UserError(f"{evaluation.name}: {error}") from error
-        where = (device, Path(output_path, evaluation.name), Path(artifacts_path))
+        results = Path(output_path, file_name(evaluation.name))
+        where = (device, results, Path(artifacts_path))
         job = Job(evaluation, implementation, config, *where, *text, api_key)
         jobs.append(job)
     unused = [name for name in options if name not in used | {"model_name"}]

@@ -18,6 +18,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.util import str_to_dtype
 
 from saelens_scaffold._util.errors import UserError, one_line
+from saelens_scaffold._util.untrusted import file_name
 from saelens_scaffold.evals.base import View
 from saelens_scaffold.saes import (
     ScaffoldJumpReLUSAE,
@@ -92,8 +93,8 @@ class SelectedSAE:
 
 
 def result_file_name(release: str, sae_id: str = CUSTOM_SAE_ID) -> str:
-    """Name of the file with an SAE's result, as in SAEBench."""
-    return general_utils.get_results_filepath("", release, sae_id)
+    """Name of the file with an SAE's result, as in SAEBench; UserError if it cannot be one."""
+    return file_name(general_utils.get_results_filepath("", release, sae_id))
 
 
 def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[Any]]]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from pydantic import TypeAdapter
@@ -21,7 +21,13 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import versions
+from saelens_scaffold._util.untrusted import check_own_file, file_name, read_json
 from saelens_scaffold.evals.model import known_model_name
+from saelens_scaffold.evals.result_schema import (
+    check_result,
+    evaluation_name,
+    is_key,
+)
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models.datasets import EMBEDDED_DATASET_NAME
 from saelens_scaffold.models.stdlib import read_stdlib
@@ -106,25 +112,33 @@ class ResultStore:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def find(self, file_name: str, key: Key) -> dict[str, Any] | None:
-        """A current result; None if there is none, or what there is depends on else."""
-        file = self.folder / file_name
-        stored = _read(_key_file(file))
-        if stored is None or differences(stored, key):
-            return None
-        return _read(file)
+    def _file(self, name: str) -> Path:
+        return self.folder / file_name(name)
 
-    def why_stale(self, file_name: str, key: Key) -> str | None:
+    def find(self, name: str, key: Key) -> dict[str, Any] | None:
+        """A current result; None if there is none, or what there is depends on else."""
+        file = self._file(name)
+        stored = _read(_key_file(file))
+        if not _is_of_kinds(stored) or differences(stored, key):
+            return None
+        content = _read(file)
+        with suppress(UserError):
+            check_result(content, file)
+            return content
+        return None
+
+    def why_stale(self, name: str, key: Key) -> str | None:
         """What a result of that name differs in; None if there is none, or it is current."""
-        file = self.folder / file_name
+        file = self._file(name)
         if not file.exists():
             return None
-        return _reason(_read(_key_file(file)), key)
+        stored = _read(_key_file(file))
+        return _reason(stored if _is_of_kinds(stored) else None, key)
 
-    def keep(self, file_name: str, key: Key, content: Mapping[str, Any]) -> Any:
+    def keep(self, name: str, key: Key, content: Mapping[str, Any]) -> Any:
         """Write a result and its key, in place of those of that name; return it as kept."""
+        file = self._file(name)
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / file_name
         # A model has a fingerprint once it has been downloaded.
         known = {name: v for name, v in key.get("fingerprints", {}).items() if v}
         key = {**key, "fingerprints": {**fingerprints(key["eval_config"]), **known}}
@@ -167,7 +181,8 @@ class StoredResult(NamedTuple):
             return _reason(None, {})
         config = self.key["eval_config"]
         now = {"fingerprints": {}, "versions": _current_versions()}
-        with suppress(ValueError):  # of a model that is not known here
+        # of a model that is not known here, or a name that no disk has
+        with suppress(ValueError, OSError):
             now["fingerprints"] = fingerprints(config)
         return _reason(self.key, now)
 
@@ -182,16 +197,17 @@ def stored_results(folder: Path) -> Iterator[StoredResult]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder with evaluation results")
     for file in sorted(folder.rglob("*.json")):
+        check_own_file(file, folder)
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{file} is not JSON ({error}); evaluate again, or remove it"
-            ) from error
+            content = read_json(file)
+        except UserError as error:
+            raise UserError(f"{error}; evaluate again, or remove it") from error
         if isinstance(content, dict) and "eval_result_metrics" in content:
+            check_result(content, file)
             key = _read(_key_file(file))
+            key = key if is_key(key) else None
             name = key["evaluation"]["name"] if key else content.get("eval_type_id")
-            yield StoredResult(str(name), file, content, key)
+            yield StoredResult(evaluation_name(name, file), file, content, key)
 
 
 def differences(stored: Key, wanted: Key) -> list[str]:
@@ -230,9 +246,13 @@ def _key_file(file: Path) -> Path:
 def _read(file: Path) -> Any:
     """JSON content; None if the file is missing or was not written to its end."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return read_json(file)
+    except (FileNotFoundError, NotADirectoryError, UserError):
         return None
+
+
+def _is_of_kinds(key: Any) -> TypeGuard[Key]:
+    return isinstance(key, dict) and all(isinstance(v, dict) for v in key.values())
 
 
 def _write(file: Path, content: Any) -> None:

@@ -1,6 +1,6 @@
 """What is known of an SAE: results of evaluations and of `compare`, for the model card."""
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,6 +11,7 @@ from sae_lens.constants import DTYPE_MAP
 from sae_lens.saes.sae import SAE
 
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.untrusted import check_own_file, read_json
 from saelens_scaffold.evals.base import Metric
 from saelens_scaffold.evals.registry import EVALUATIONS, known_evaluations
 from saelens_scaffold.evals.table import metric_cell
@@ -26,6 +27,8 @@ SAES_FOLDER = "saes"
 """Folder of the SAEs in a run of `compare`."""
 
 _RUN_FILES = ("compare.yaml", "results.json", "report.html")
+_LOCAL = re.compile(r"/|\./|\.\./|~|file:", re.IGNORECASE)
+_RELATIVE = re.compile(r'[^/\\:"\n]+([/\\][^/\\:"\n]*){2,}')
 _DENSE_LATENTS = "dense_latents.dense_latents.dense_latents"
 _METRICS = {metric.path: metric for metric in EVALUATIONS["dense_latents"].metrics}
 _N_TOKENS = Metric("", "token_stats.n_tokens")
@@ -107,7 +110,8 @@ def _evaluated(result: "StoredResult", reduction: Reduction | None) -> Facts:
         text = f"{n_tokens:,.0f} tokens of {text}"
     if config.get("dataset_split"):
         text += f" ({config['dataset_split']})"
-    fired = (content.get("eval_result_unstructured") or {}).get("fired")
+    unstructured = content.get("eval_result_unstructured")
+    fired = unstructured.get("fired") if isinstance(unstructured, dict) else None
     return Facts(
         cells,
         float((config.get("thresholds") or [DENSE_THRESHOLD])[0]),
@@ -184,9 +188,16 @@ def headline_metrics(result: "StoredResult") -> Iterator[Headline]:
 
 
 def run_files(path: Path) -> dict[str, Path]:
-    """Files of a `compare` run by name; none of any other directory."""
+    """
+    Files of a `compare` run by name; none of any other directory.
+
+    Raises:
+        UserError: One is a link to a file elsewhere.
+    """
     files = {name: path / name for name in _RUN_FILES if (path / name).is_file()}
-    return files if (path / SAES_FOLDER).is_dir() and _RUN_FILES[0] in files else {}
+    if not (path / SAES_FOLDER).is_dir() or _RUN_FILES[0] not in files:
+        return {}
+    return {name: check_own_file(file, path) for name, file in files.items()}
 
 
 def reductions_in(path: Path) -> dict[str, Reduction]:
@@ -201,7 +212,7 @@ def reductions_in(path: Path) -> dict[str, Reduction]:
         return {}
     found: dict[str, Reduction] = {}
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = read_json(file)
         compared = {
             comparison["treatment"]["arm"]: comparison
             for comparison in results["comparisons"]
@@ -215,7 +226,9 @@ def reductions_in(path: Path) -> dict[str, Reduction]:
                 share = -difference / (count - difference)
                 baseline = comparison["baseline"]["arm"]
                 found[sae_id_of_path(Path(sae["name"]))] = share, baseline
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{file} is no result of `compare` ({reason})") from error
     return found
@@ -229,8 +242,9 @@ def without_directories(value: Any) -> Any:
         value: A string, or JSON data of any depth.
 
     Returns:
-        The same with only the last part of each local path. Hub ids such as "user/model"
-        stay as they are.
+        The same with only the last part of each local path: of those that are absolute or
+        start with a dot, of file:// URLs, and of paths of three parts or more. Hub ids such
+        as "user/model", other URLs and quoting text stay as they are.
     """
     if isinstance(value, dict):
         return {key: without_directories(content) for key, content in value.items()}
@@ -239,8 +253,8 @@ def without_directories(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     windows = PureWindowsPath(value)
-    if windows.drive and windows.root:
+    if (windows.drive and windows.root) or _RELATIVE.fullmatch(value):
         return windows.name or value
-    if value.startswith(("/", "./", "../", "~")):
+    if _LOCAL.match(value):
         return PurePosixPath(value).name or value
     return value

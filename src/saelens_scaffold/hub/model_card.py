@@ -123,12 +123,17 @@ def _other_saes(upload: Upload, remote_files: Iterable[str]) -> list[str]:
 def _code(values: Any) -> str:
     """One or several values as code, each once."""
     listed = values if isinstance(values, list) else [values]
-    return ", ".join(dict.fromkeys(f"`{_plain(value)}`" for value in listed))
+    return ", ".join(dict.fromkeys(f"`{_text(value)}`" for value in listed))
 
 
 def _plain(value: object) -> str:
-    """A value in one line, without Markdown and without the directories of a local path."""
-    text = "" if value is None else str(findings.without_directories(value))
+    """A value as text, without the directories of a local path."""
+    return _text(findings.without_directories(value))
+
+
+def _text(value: object) -> str:
+    """A value in one line, without Markdown."""
+    text = "" if value is None else str(value)
     return re.sub(r"[`|<>\[\]\\\s]+", " ", text).strip()[:200] or "-"
 
 

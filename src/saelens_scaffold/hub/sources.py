@@ -1,6 +1,7 @@
 """An upload: its SAEs, what is known of them, and their files in the repository."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from safetensors.torch import load_file, save_file
 from tqdm.autonotebook import tqdm
 
+from saelens_scaffold._util import untrusted
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub import findings
 from saelens_scaffold.saes import sae_ids, validation
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
     from saelens_scaffold.evals.store import StoredResult
 
 README = "README.md"
+_PUBLISHED = (
+    constants.SAE_CFG_FILENAME,
+    constants.SAE_WEIGHTS_FILENAME,
+    constants.SPARSITY_FILENAME,
+    constants.RUNNER_CFG_FILENAME,
+)
+"""Files of an SAE's directory that are published."""
 _MAX_RUNNER_CFG_BYTES = 1 << 24
 _CONFIGURATIONS = ("eval_config", "sae_cfg_dict")
 """Parts of an evaluation result that may name local paths. The rest may quote text that
@@ -157,11 +166,15 @@ class Upload:
             self.extra_files = findings.run_files(directories[0])
             reductions = findings.reductions_in(directories[0])
         if eval_results is None:
-            folders = [path / sae_ids.RESULTS_FOLDER for path in directories]
-            eval_results = [folder for folder in folders if folder.is_dir()]
+            folders = [(path, path / sae_ids.RESULTS_FOLDER) for path in directories]
+            eval_results = [
+                untrusted.check_own_path(results, path)
+                for path, results in folders
+                if results.is_dir()
+            ]
         elif isinstance(eval_results, Path | str):
             eval_results = [eval_results]
-        stored = findings.read_results([Path(path) for path in eval_results])
+        stored = findings.read_results([*map(sae_ids.check_path, eval_results)])
         reasons = {result.file: result.why_stale() for result in stored}
         current = [result for result in stored if reasons[result.file] is None]
         for sae_id, source in self.progress(by_id.items(), "Checking SAEs"):
@@ -191,7 +204,13 @@ class Upload:
 def _given(saes: SAESources) -> list[tuple[str | None, SAESource]]:
     """SAEs and directories as they are given, with the ids that are."""
     if isinstance(saes, Mapping):
-        return [(sae_ids.check_sae_id(sae_id), sae) for sae_id, sae in saes.items()]
+        return [
+            (
+                sae_ids.check_sae_id(sae_id),
+                sae if isinstance(sae, SAE) else sae_ids.check_path(sae),
+            )
+            for sae_id, sae in saes.items()
+        ]
     arguments = [saes] if isinstance(saes, Path | str) else saes
     return [sae_ids.split_id(str(argument)) for argument in arguments]
 
@@ -220,10 +239,18 @@ def _found(given: list[tuple[str | None, SAESource]]) -> list[tuple[str, SAESour
 
 def _saes_in(path: Path) -> Iterator[tuple[str, Path]]:
     """The SAEs of a directory with their ids, which are their names or paths below it."""
+    for sae_id, directory in _directories_in(path):
+        for name in _PUBLISHED:
+            if os.path.lexists(file := directory / name):
+                untrusted.check_own_file(file, path)
+        yield sae_ids.sae_id_of_path(sae_id), directory
+
+
+def _directories_in(path: Path) -> Iterator[tuple[Path, Path]]:
     if not path.is_dir():
         raise UserError(f"{path} is no directory")
     if _is_sae(path):
-        yield sae_ids.sae_id_of_path(Path(path.resolve().name)), path
+        yield Path(path.resolve().name), path
         return
     root = path / findings.SAES_FOLDER if findings.run_files(path) else path
     found: list[Path] = []
@@ -232,7 +259,7 @@ def _saes_in(path: Path) -> Iterator[tuple[str, Path]]:
         is_inside_another = any(other in file.parents for other in found)
         if _is_sae(file.parent) and not is_inside_another:
             found.append(file.parent)
-            yield sae_ids.sae_id_of_path(file.parent.relative_to(root)), file.parent
+            yield file.parent.relative_to(root), file.parent
     if not found:
         raise UserError(
             f"{path} holds no SAE: no directory in it has {constants.SAE_CFG_FILENAME} and "
@@ -305,14 +332,14 @@ def write_files(upload: Upload, uploaded: UploadedSAE, folder: Path) -> dict[str
     _save(sae, sparsity, folder, {"how_to_load": hint, **common})
     runner_cfg = uploaded.directory / constants.RUNNER_CFG_FILENAME
     if runner_cfg.exists():
-        content = json.loads(runner_cfg.read_text(encoding="utf-8"))
+        content = validation.read_json_object(runner_cfg, _MAX_RUNNER_CFG_BYTES)
         _write_json(findings.without_directories(content), folder / runner_cfg.name)
     for result in uploaded.results:
         about = {k: v for k, v in result.content.items() if k in _CONFIGURATIONS}
-        file, number = folder / sae_ids.RESULTS_FOLDER / f"{result.evaluation}.json", 1
-        while file.exists():
+        name, number = untrusted.file_name(f"{result.evaluation}.json"), 1
+        while (file := folder / sae_ids.RESULTS_FOLDER / name).exists():
             number += 1
-            file = file.with_name(f"{result.evaluation}-{number}.json")
+            name = untrusted.file_name(f"{result.evaluation}-{number}.json")
         _write_json({**result.content, **findings.without_directories(about)}, file)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {f"{sae_id}/{path.relative_to(folder).as_posix()}": path for path in files}

@@ -1,5 +1,6 @@
 """Datasets by name: the embedded text, local files and folders, and those of the Hub."""
 
+import glob
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -90,7 +91,7 @@ def _load(name: str, subset: str | None, streaming: bool | None = None) -> Any:
         if path.is_file():
             return load_dataset(
                 _BUILDERS[path.suffix],
-                data_files=name,
+                data_files=glob.escape(name),
                 split="train",
                 streaming=bool(streaming),
             )
@@ -100,6 +101,11 @@ def _load(name: str, subset: str | None, streaming: bool | None = None) -> Any:
             (path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict")
         )
         if not saved_by_datasets:
+            if glob.has_magic(str(path.resolve())):
+                raise ValueError(
+                    "the datasets library takes *, ? and [ in a folder's path for a "
+                    "pattern; rename the folder, or name its files"
+                )
             return load_dataset(name, streaming=bool(streaming))
         # Rows as plain Python values, however they were when they were saved. datasets 3.6
         # makes no PyTorch tensors beside a torchvision (as 0.29) without a VideoReader.

@@ -1,12 +1,12 @@
 """What the configuration of the runner that trained an SAE tells of the SAE."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
+from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.saes.facts import trained_k
 
 # What SAELens's runners write into the metadata of an SAE that they train.
@@ -44,7 +44,7 @@ def read_runner_config(directory: Path) -> dict[str, Any]:
     directory = directory.resolve()
     for folder in (directory, directory.parent):
         try:
-            found = json.loads((folder / RUNNER_CFG_FILENAME).read_bytes())
+            found = read_json(folder / RUNNER_CFG_FILENAME)
             if "saes" in found:
                 found["sae"] = found["saes"][directory.name]
                 for name, of_one in _OF_EACH_SAE.items():

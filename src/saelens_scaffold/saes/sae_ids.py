@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from sae_lens import constants
+
 from saelens_scaffold._util.errors import UserError
 
 PLAIN_FORM = "jumprelu"
@@ -11,6 +13,20 @@ PLAIN_FORM = "jumprelu"
 
 RESULTS_FOLDER = "eval_results"
 """Folder of evaluation results, in the folder of an SAE."""
+
+_RESERVED = {
+    PLAIN_FORM,
+    RESULTS_FOLDER,
+    "README.md",
+    "compare.yaml",
+    "results.json",
+    "report.html",
+    "firing_frequencies.png",
+    constants.SAE_CFG_FILENAME,
+    constants.SAE_WEIGHTS_FILENAME,
+    constants.SPARSITY_FILENAME,
+    constants.RUNNER_CFG_FILENAME,
+}
 
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.,=+-]{0,94}[A-Za-z0-9_,=+])?")
 _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_.,=+/-]+")
@@ -35,10 +51,11 @@ def check_sae_id(sae_id: object) -> str:
             f"{sae_id!r:.200} is no valid SAE id: write names joined by /, of at most 96 "
             "letters, digits and _.,=+-, none of .,=+- first, and neither . nor - last"
         )
-    for reserved in {PLAIN_FORM, RESULTS_FOLDER} & set(parts):
+    folded = {part.lower() for part in parts}  # as on disks that ignore case
+    for reserved in sorted(name for name in _RESERVED if name.lower() in folded):
         raise UserError(
-            f"{sae_id!r:.200} is no valid SAE id: {reserved!r} is a folder of an SAE; give "
-            "the SAE another id, as in ID=DIR"
+            f"{sae_id!r:.200} is no valid SAE id: {reserved!r} is a file or folder of an "
+            "SAE or of the repository; give the SAE another id, as in ID=DIR"
         )
     return str(sae_id)
 
@@ -73,6 +90,18 @@ def sae_id_of_path(path: Path) -> str:
     return check_sae_id("/".join(parts))
 
 
+def check_path(path: Path | str) -> Path:
+    """
+    A path that was given, which is not empty, as that of an unset variable of a shell.
+
+    Raises:
+        UserError: It is.
+    """
+    if not str(path).strip():
+        raise UserError("a path is empty; the current directory is ./")
+    return Path(path)
+
+
 def split_id(argument: str) -> tuple[str | None, Path]:
     """
     The id, if there is one, and the directory of "DIR" or "ID=DIR".
@@ -84,7 +113,7 @@ def split_id(argument: str) -> tuple[str | None, Path]:
         UserError: There is no such "=", or there are several, or the argument is a
             directory, too.
     """
-    path = Path(argument)
+    path = check_path(argument)
     if "=" not in argument:
         return None, path
     parts = argument.split("=")

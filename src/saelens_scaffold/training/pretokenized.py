@@ -1,6 +1,5 @@
 """Rows of tokens, as SAELens's `PretokenizeRunner` writes them."""
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer
 
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.models.datasets import AnyDataset, first_row, rows_with
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
@@ -100,7 +100,7 @@ def tokenization(name: str) -> dict[str, Any]:
             file = Path(hf_hub_download(name, METADATA_FILENAME, repo_type="dataset"))
         except (OSError, ValueError, HfHubHTTPError):
             return {}
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def adopt_tokenization(cfg: Any) -> None:

@@ -5,6 +5,7 @@
 SAEBench and sae-probes for that is listed in `replacements`.
 """
 
+import glob
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 
 def read_result(folder: Path, name: str) -> dict[str, Any] | None:
     """A result file anywhere below a folder; None if it is missing or incomplete."""
-    for file in folder.rglob(name):
+    for file in folder.rglob(glob.escape(name)):
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError:  # SAEBench was interrupted while it wrote the file

@@ -18,6 +18,7 @@ except ImportError:  # Windows: there, what a killed process leaves stays
     def flock(*_: int) -> None:
         raise OSError
 
+
 _REPLACED = "replaced"
 """What a new directory takes the place of, in the workspace."""
 
@@ -122,9 +123,20 @@ def _remove(folder: Path, path: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_writable(directory: Path) -> None:
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there was no room for a file."""
+    # neither safetensors nor PyTorch's writer says so with an OSError, nor the latter why
+    signs = "No space left|quota exceeded|inline_container|PytorchStreamWriter|iostream"
+    return re.search(signs, str(error)) is not None
+
+
+def make_writable(directory: Path, field: str = "output_path") -> None:
     """
     Make a directory if there is none, and see that files can be written there.
+
+    Args:
+        directory: The directory.
+        field: The option that names it.
 
     Raises:
         UserError: They cannot.
@@ -135,5 +147,5 @@ def make_writable(directory: Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or one_line(error)
-        said = f"output_path {directory} cannot be written: {reason}"
+        said = f"{field} {directory} cannot be written: {reason}"
         raise UserError(said) from error

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,17 +11,8 @@ from pathlib import Path
 
 from saelens_scaffold._util.errors import UserError, one_line
 
-try:
-    from fcntl import LOCK_EX, LOCK_NB, flock
-except ImportError:  # Windows: there, what a killed process leaves stays
-    LOCK_EX = LOCK_NB = 0
-
-    def flock(*_: int) -> None:
-        raise OSError
-
-
-_REPLACED = "replaced"
-"""What a new directory takes the place of, in the workspace."""
+if sys.platform != "win32":
+    import fcntl
 
 
 @contextmanager
@@ -54,7 +46,7 @@ def new_directory(
             # No call of Python exchanges directories, so for a moment there is none;
             # what is in the way is put back if this ends here.
             with suppress(FileNotFoundError):
-                path.rename(folder / _REPLACED)
+                path.rename(folder / _replaced(path))
         directory.rename(path)
 
 
@@ -104,11 +96,14 @@ def workspace(path: Path) -> Iterator[Path]:
 @contextmanager
 def _lock(folder: Path, wait: bool) -> Iterator[bool]:
     """Hold the lock of a folder; False if it cannot be had."""
+    if sys.platform == "win32":  # where what a killed process leaves stays
+        yield False
+        return
     with ExitStack() as stack:
         try:
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
-            flock(descriptor, LOCK_EX if wait else LOCK_EX | LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:  # in use, gone, or on a file system without locks
             yield False
         else:
@@ -118,9 +113,14 @@ def _lock(folder: Path, wait: bool) -> Iterator[bool]:
 def _remove(folder: Path, path: Path) -> None:
     """Remove the workspace of a path."""
     if not os.path.lexists(path):
-        with suppress(FileNotFoundError):
-            (folder / _REPLACED).rename(path)
+        with suppress(OSError):
+            (folder / _replaced(path)).rename(path)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replaced(path: Path) -> str:
+    """Name in the workspace of what a new directory takes the place of."""
+    return f"{path.name}.replaced"
 
 
 def is_disk_full(error: BaseException) -> bool:

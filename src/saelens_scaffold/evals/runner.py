@@ -241,7 +241,7 @@ def _artifacts_in(folder: Path) -> Iterator[Path]:
                 folder.mkdir(parents=True, exist_ok=True)
                 artifacts = stack.enter_context(workspace(folder / "call"))
             except (FileExistsError, FileNotFoundError):
-                if folder.is_file():
+                if folder.is_file() or folder.is_symlink():
                     raise
                 # removed by another call that has ended
         yield artifacts

@@ -22,13 +22,16 @@ from typing import Any
 
 import yaml
 
-
 HOOK = "blocks.0.hook_resid_post"
 SAE = {"d_in": 256, "d_sae": 64, "k": 4, "scaffold_rank": 2}
 TRAINING = {
-    **{"model_name": "py-neox", "dataset_path": "python-stdlib", "context_size": 32},
-    **{"training_tokens": 65_536, "train_batch_size_tokens": 256},
-    **{"store_batch_size_prompts": 4, "n_batches_in_buffer": 32},
+    "model_name": "py-neox",
+    "dataset_path": "python-stdlib",
+    "context_size": 32,
+    "training_tokens": 65_536,
+    "train_batch_size_tokens": 256,
+    "store_batch_size_prompts": 4,
+    "n_batches_in_buffer": 32,
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 REPEATABLE = ("compare", "demo")
@@ -69,11 +72,15 @@ def prepare(folder: Path) -> None:
         k: v for k, v in TRAINING.items() if k not in ("model_name", "dataset_path")
     }
     experiment = {
-        **{"model_name": "py-neox", "hook_name": HOOK, "dataset_path": "python-stdlib"},
+        "model_name": "py-neox",
+        "hook_name": HOOK,
+        "dataset_path": "python-stdlib",
         "sae": {"d_in": 256, "d_sae": 64},
         "grid": {
             "architecture": ["batchtopk", "scaffold_batchtopk"],
-            **{"k": [4], "scaffold_rank": [2], "seed": [0, 1]},
+            "k": [4],
+            "scaffold_rank": [2],
+            "seed": [0, 1],
         },
         "training": {**training, "n_checkpoints": 4},
         "evaluations": {"dense_latents": {"n_tokens": 2000, "n_bootstrap": 20}},

@@ -52,6 +52,7 @@ def train(args: Sequence[str]) -> str:
     adopt_tokenization(cfg)
     by_default = not any(arg.startswith("--n_checkpoints") for arg in args)
     keep_last = by_default and cfg.checkpoint_path is not None
+    keep_last = keep_last and not cfg.save_final_checkpoint
     if keep_last:
         cfg.n_checkpoints, cfg.save_final_checkpoint = _N_CHECKPOINTS, True
     check_runner_config(cfg)

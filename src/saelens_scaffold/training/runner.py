@@ -102,6 +102,9 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
     def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
         self._data_provider = trainer.data_provider
         self._unchecked_losses = []
+        # those that are behind a resumed run would be saved again, one after each step
+        due, done = trainer.checkpoint_thresholds, trainer.n_training_samples
+        trainer.checkpoint_thresholds = [at for at in due if at >= done]
         trainer.step = partial(self._checked_step, trainer, trainer.step)
         save = trainer.save_checkpoint
         trainer.save_checkpoint = partial(self._save_finite, trainer, save)

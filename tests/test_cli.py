@@ -319,7 +319,9 @@ def test_interrupted_training_says_how_to_resume_and_resumes(
             chunk = process.stderr.read1(4096)  # type: ignore[attr-defined]
             assert chunk, errors.decode()
             errors += chunk
-        process.send_signal(signal.SIGTERM)
+        for _ in range(3):  # some schedulers repeat it
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
         errors = process.stderr.read()
     assert process.returncode == 130
     hint = re.search(r"--resume_from_checkpoint (\S+)", errors.decode())
@@ -440,6 +442,20 @@ def test_a_defect_keeps_its_traceback(demo: Callable[..., None]) -> None:
     demo(run)
     with pytest.raises(ValueError, match="from a library"):
         main(["demo"])
+
+
+def test_a_full_disk_is_said_in_one_line(
+    demo: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(**_: object) -> str:
+        raise RuntimeError("PytorchStreamWriter failed writing file:\nno more")
+
+    demo(run)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == (
+        "saelens-scaffold demo: error: the disk is full: PytorchStreamWriter failed "
+        "writing file: no more\n"
+    )
 
 
 def test_an_interruption_says_how_to_go_on(

@@ -1,6 +1,7 @@
 """Sparse probing and TPP: SAEBench's own numbers, over seeds and on any text."""
 
 import json
+import pickle
 import random
 import re
 import shutil
@@ -33,6 +34,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_probes import utils_data
 
 from helpers import scaffold_sae
+from pickles import Planted, own_pickles_only
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.labelled_data import read_labelled_text
@@ -178,14 +180,15 @@ def metric_values(result: dict[str, Any]) -> dict[str, float]:
 def run(
     name: str, config: Any, saes: Any, folder: Path, **kwargs: Any
 ) -> dict[str, dict[str, Any]]:
-    return runner.run_eval(
-        name,
-        config,
-        saes,
-        output_path=folder / "results",
-        artifacts_path=folder / "artifacts",
-        **kwargs,
-    )
+    with own_pickles_only():
+        return runner.run_eval(
+            name,
+            config,
+            saes,
+            output_path=folder / "results",
+            artifacts_path=folder / "artifacts",
+            **kwargs,
+        )
 
 
 def json_of(value: Any) -> Any:
@@ -194,6 +197,26 @@ def json_of(value: Any) -> Any:
 
 # SAEBench's first SAE of a call has other random draws than those after it.
 FIRST = [("first", plain(2))]
+
+
+@pytest.mark.parametrize("name", [*CONFIGS])
+def test_planted_pickles_are_not_read(
+    name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = CONFIGS[name](texts / "data.csv")
+    with own_pickles_only() as read:
+        run(name, config, [("a", plain())], tmp_path)
+    assert read
+    for path in read:
+        for folder in ("", "artifacts", f"artifacts/{name}"):
+            file = Path(folder, path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(pickle.dumps(Planted(tmp_path / "executed")))
+    run(name, config, [("a", plain(1))], tmp_path)
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(file.read_bytes())
+    assert (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("name", ["sparse_probing", "tpp"])

@@ -26,6 +26,7 @@ from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_helpers import eval_sae, write_texts
+from pickles import own_pickles_only
 from saelens_scaffold._util.configs import make_config, validating
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import runner
@@ -56,7 +57,8 @@ def run(
     before = Path.cwd()
     saes = saes or [("plain", eval_sae()), ("scaffold", eval_sae(rank=4))]
     try:
-        outcome = runner.run(job(name, folder, fields, **kwargs), saes)
+        with own_pickles_only():
+            outcome = runner.run(job(name, folder, fields, **kwargs), saes)
     finally:
         assert Path.cwd() == before
         assert torch.is_grad_enabled()

@@ -42,27 +42,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         install = 'pip install "saelens-scaffold[bench]"'
         sys.exit(_failed(prog, f"SAEBench is not installed; {install}", 2))
     try:
-        output = _run(command)
+        output = _run(command, prog)
     except KeyboardInterrupt as interruption:
-        hint = str(interruption) or command.if_interrupted.format(**vars(command))
-        print(f"\n{prog}: interrupted. {hint}".rstrip(), file=sys.stderr)
-        return 130
+        return _interrupted(command, prog, interruption)
     except Exception as error:
-        # What sets UserError apart, whose import takes seconds. All else is a defect.
-        status = getattr(error, "exit_status", None)
-        if status is None:
-            raise
-        if command.debug:
-            traceback.print_exc()
-        _show(Output(getattr(error, "text", ""), getattr(error, "lines", ())))
-        return _failed(prog, " ".join(str(error).split()), status)
+        return _told(command, prog, error)
     _show(output)
     return output.status
 
 
-def _run(command: Command) -> Output:
-    from saelens_scaffold._util.interruption import interruptible
+def _told(command: Command, prog: str, error: Exception) -> int:
+    from saelens_scaffold._util.files import is_disk_full
 
+    message = " ".join(str(error).split())
+    # What sets UserError apart. All else is a defect, unless there is no more room.
+    status = getattr(error, "exit_status", None)
+    if status is None:
+        if not is_disk_full(error):
+            raise error
+        status, message = 1, f"the disk is full: {message}"
+    if command.debug:
+        traceback.print_exc()
+    _show(Output(getattr(error, "text", ""), getattr(error, "lines", ())))
+    return _failed(prog, message, status)
+
+
+def _run(command: Command, prog: str) -> Output:
+    from saelens_scaffold._util.interruption import hold_interruptions, interruptible
+
+    if command.interrupts_itself:
+        return command.run()
+    with interruptible():
+        try:
+            with interruptible():
+                return _run_quietly(command)
+        except KeyboardInterrupt as interruption:
+            hold_interruptions()  # one more signal must not cost the hint
+            return Output(status=_interrupted(command, prog, interruption))
+
+
+def _run_quietly(command: Command) -> Output:
     if command.forwards:
         return command.run()
     # notices that no user of a command can act upon
@@ -77,8 +96,14 @@ def _run(command: Command) -> Output:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("sae_lens", "transformer_lens"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with interruptible(), redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):
         return command.run()
+
+
+def _interrupted(command: Command, prog: str, interruption: KeyboardInterrupt) -> int:
+    hint = str(interruption) or command.if_interrupted.format(**vars(command))
+    print(f"\n{prog}: interrupted. {hint}".rstrip(), file=sys.stderr)
+    return 130
 
 
 def _show(output: Output) -> None:

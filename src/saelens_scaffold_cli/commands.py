@@ -36,6 +36,8 @@ class Command:
     needs_sae_bench: ClassVar[bool] = True
     forwards: ClassVar[bool] = False
     """Whether it runs another command line, whose output is left as it is."""
+    interrupts_itself: ClassVar[bool] = False
+    """Whether that deals with interruptions, too."""
     if_interrupted: ClassVar[str] = (
         "What is finished is in {output_path}; repeat the command to go on."
     )
@@ -67,7 +69,7 @@ class Command:
 
 @dataclass
 class Forwarding(Command):
-    """What runs another command line, whose output and interruption are its own."""
+    """What runs another command line, whose output is its own."""
 
     args: list[str]
 
@@ -109,6 +111,8 @@ class Run(Forwarding):
 
     module: str = option(MISSING, "-m", kw_only=True)
     """The module."""
+
+    interrupts_itself = True
 
     @classmethod
     def parse(cls, argv: list[str]) -> "Run":

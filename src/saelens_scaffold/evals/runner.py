@@ -3,22 +3,20 @@
 import copy
 import json
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from sae_bench import sae_bench_utils
 
 from saelens_scaffold._util.errors import UserError, one_line
-from saelens_scaffold._util.files import make_writable
+from saelens_scaffold._util.files import make_writable, workspace
 from saelens_scaffold._util.interruption import raise_if_interrupted
 from saelens_scaffold.evals.base import Call, Evaluation, EvaluationError, Result
 from saelens_scaffold.evals.jobs import Job, plan
@@ -192,7 +190,9 @@ def _results(
     if not missing:
         return
     if force_rerun:
-        shutil.rmtree(job.store_path, ignore_errors=True)
+        # not the folder itself, where another process may be writing
+        for file in job.store_path.glob("[!.]*"):
+            file.unlink(missing_ok=True)
     for sae in missing:
         why = job.store.why_stale(sae.file_name, keys[sae.key])
         if why is not None:
@@ -234,13 +234,19 @@ def _measure(
 @contextmanager
 def _artifacts_in(folder: Path) -> Iterator[Path]:
     """An empty folder of one call's own, removed afterwards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryDirectory(dir=folder) as artifacts:
-            yield Path(artifacts)
-    finally:
-        with suppress(OSError):  # not empty: partial results are kept there
-            folder.rmdir()
+    with ExitStack() as stack:
+        artifacts = None
+        while artifacts is None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                artifacts = stack.enter_context(workspace(folder / "call"))
+            except (FileExistsError, FileNotFoundError):
+                if folder.is_file() or folder.is_symlink():
+                    raise
+                # removed by another call that has ended
+        yield artifacts
+    with suppress(OSError):  # not empty: partial results, and other calls' folders
+        folder.rmdir()
 
 
 def _parse_settings(

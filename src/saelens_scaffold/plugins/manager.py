@@ -12,6 +12,7 @@ group "saelens_scaffold". A plugin is imported when it is chosen.
 """
 
 import inspect
+import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -123,6 +124,12 @@ def _manager() -> pluggy.PluginManager:
 
 
 def _make(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    try:
+        json.dumps(options, default=str, allow_nan=False)
+    except ValueError:
+        raise ValueError(
+            f"the scaffold plugin {name!r} has the options {options}; numbers must be finite"
+        ) from None
     try:
         return make(**options)
     except TypeError as error:  # unknown or missing options, or values of wrong types

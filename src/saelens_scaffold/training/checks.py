@@ -1,5 +1,6 @@
 """What is wrong with a training's configuration, found before anything is loaded."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def check_runner_config(cfg: RunnerConfig) -> None:
         UserError: It cannot, and why.
     """
     check_steps(cfg)
+    if not 0 < cfg.lr < math.inf:
+        raise UserError(f"lr is {cfg.lr}; it must be above 0 and finite")
     _check_sae(cfg)
     for field in ("device", "llm_device", "act_store_device"):
         _check_device(field, getattr(cfg, field))
@@ -48,8 +51,9 @@ def check_runner_config(cfg: RunnerConfig) -> None:
         _check_exists("cached_activations_path", cfg.cached_activations_path)
     check_language_model(cfg, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
     training_data(cfg)
-    if cfg.output_path is not None:
-        make_writable(Path(cfg.output_path))
+    for field in ("output_path", "checkpoint_path"):
+        if getattr(cfg, field) is not None:
+            _check_writable(field, getattr(cfg, field))
 
 
 def check_steps(cfg: Any) -> None:
@@ -102,6 +106,16 @@ def _check_device(field: str, device: str | None) -> None:
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{field} {device!r} cannot be used: {reason}") from error
+
+
+def _check_writable(field: str, path: str) -> None:
+    if not path:
+        raise UserError(f"{field} is empty; name a directory")
+    directory = Path(path).absolute()
+    made = [each for each in (directory, *directory.parents) if not each.exists()]
+    make_writable(directory, field)
+    for each in made:
+        each.rmdir()
 
 
 def _check_exists(field: str, path: str | None) -> None:

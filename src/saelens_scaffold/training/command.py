@@ -13,14 +13,18 @@ import sae_lens
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.training._interruption import InterruptedException
+from safetensors import SafetensorError
 from wandb.errors import UsageError
 
 from saelens_scaffold._util.errors import UserError, loading, one_line
+from saelens_scaffold._util.files import is_disk_full
 from saelens_scaffold.models import local as local_models
 from saelens_scaffold.training.checks import check_runner_config
 from saelens_scaffold.training.data import override_dataset
 from saelens_scaffold.training.pretokenized import adopt_tokenization
 from saelens_scaffold.training.runner import ResumableTrainingRunner
+
+_N_CHECKPOINTS = 10
 
 
 def train(args: Sequence[str]) -> str:
@@ -28,7 +32,8 @@ def train(args: Sequence[str]) -> str:
     Run SAELens's training command line, which offers the scaffold architectures.
 
     The embedded model, and all model directories among the arguments, can be used in it
-    by name. An interruption (Ctrl-C, SIGTERM) saves a checkpoint.
+    by name. An interruption (Ctrl-C, SIGTERM) saves a checkpoint. Unless `--n_checkpoints`
+    says otherwise, the last checkpoint is there until the SAE is saved.
 
     Args:
         args: What SAELens parses.
@@ -45,22 +50,33 @@ def train(args: Sequence[str]) -> str:
     local_models.register_local_models_in(args)
     cfg = _parse(args)
     adopt_tokenization(cfg)
+    by_default = not any(arg.startswith("--n_checkpoints") for arg in args)
+    keep_last = by_default and cfg.checkpoint_path is not None
+    keep_last = keep_last and not cfg.save_final_checkpoint
+    if keep_last:
+        cfg.n_checkpoints, cfg.save_final_checkpoint = _N_CHECKPOINTS, True
     check_runner_config(cfg)
     # that data handed over are not those of the configuration, which here they are
     sae_lens.logger.addFilter(lambda said: "passed in a dataset" not in said.msg)
     dataset = override_dataset(cfg)
     with loading(cfg.model_name):
         runner = ResumableTrainingRunner(cfg, override_dataset=dataset)
+    runner.checkpoints_until_saved = keep_last
     try:
         runner.run()
     except (KeyboardInterrupt, InterruptedException):
-        checkpoint = runner.interruption_checkpoint
+        checkpoint = runner.interruption_checkpoint or runner.last_checkpoint
         hint = (
             f"To go on, repeat the command with --resume_from_checkpoint {checkpoint}"
         )
         raise KeyboardInterrupt("" if checkpoint is None else hint) from None
     except UsageError as error:
         raise UserError(f"{one_line(error)} (or --log_to_wandb=False)") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        kept = runner.last_checkpoint
+        if kept is None or not (isinstance(error, OSError) or is_disk_full(error)):
+            raise
+        raise UserError(f"{one_line(error)}; the last checkpoint is {kept}") from error
     if runner.measurement is not None:
         return f"{cfg.output_path}: {runner.measurement}"
     if runner.not_measured is not None:

@@ -2,11 +2,12 @@
 
 import json
 import logging
+import math
 import shutil
-import signal
 import weakref
-from collections.abc import Collection, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,18 @@ from sae_lens import SAE, LanguageModelSAETrainingRunner
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
-from sae_lens.training._interruption import InterruptedException, interrupt_callback
+from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold._util.files import new_file
+from saelens_scaffold._util.files import new_file, workspace
+from saelens_scaffold._util.interruption import (
+    hold_interruptions,
+    interruptible,
+    raise_if_interrupted,
+    release_interruptions,
+)
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.facts import l0_warning
@@ -35,6 +42,14 @@ SAMPLE_FILENAME = "activation_sample.safetensors"
 STREAM_FILENAME = "activation_stream.json"
 """Position in the stream of activations. Written last, so it marks a complete
 checkpoint."""
+
+
+_STEPS_PER_CHECK = 10
+"""Steps between looks at losses and weights, for which a GPU has to be waited for."""
+
+
+class DivergedError(UserError):
+    """A loss, or a weight, is not finite."""
 
 
 class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
@@ -52,8 +67,13 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
     tokens that the trainer would use. `metadata.measured` in its cfg.json holds the
     `Measurement`, or `n_tokens` 0 and the reason why there is none.
 
+    Training stops where the loss or a weight is not finite, before it is saved.
+
     Attributes:
+        checkpoints_until_saved: Whether only the last checkpoint is kept, and none once
+            the SAE has been saved.
         n_measured_tokens: Number of tokens to measure on.
+        last_checkpoint: The last complete checkpoint of this run, if there is one.
         interruption_checkpoint: Checkpoint of an interrupted run; None before an
             interruption, or if `cfg.checkpoint_path` is None.
         measurement: Measurement of the SAE in `cfg.output_path`, if any.
@@ -61,34 +81,94 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
     """
 
     n_measured_tokens: int = 16_384
+    checkpoints_until_saved: bool = False
+    last_checkpoint: Path | None = None
     interruption_checkpoint: Path | None = None
     measurement: Measurement | None = None
     not_measured: str | None = None
     _data_provider: Any = None
     _n_sparsity_tokens: int | None = None
     _first_epoch: Any = None
+    _unchecked_losses: list[torch.Tensor]
 
     @override
     def run(self) -> Any:
         # the store replaces this iterator whenever it starts the text over
         self._first_epoch = getattr(self.activations_store, "iterable_sequences", None)
-        return super().run()
+        with interruptible():
+            return super().run()
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
         self._data_provider = trainer.data_provider
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupt_callback)
+        self._unchecked_losses = []
+        # those that are behind a resumed run would be saved again, one after each step
+        due, done = trainer.checkpoint_thresholds, trainer.n_training_samples
+        trainer.checkpoint_thresholds = [at for at in due if at >= done]
+        trainer.step = partial(self._checked_step, trainer, trainer.step)
+        save = trainer.save_checkpoint
+        trainer.save_checkpoint = partial(self._save_finite, trainer, save)
         try:
             sae = trainer.fit()
+            self._check_finite(trainer)
             self._n_sparsity_tokens = trainer.n_frac_active_samples
             return sae
         except (KeyboardInterrupt, InterruptedException):
+            hold_interruptions()  # one more would cost the checkpoint
             if self.cfg.checkpoint_path is not None:
-                name = str(trainer.n_training_samples)
-                trainer.save_checkpoint(checkpoint_name=name)
-                self.interruption_checkpoint = Path(self.cfg.checkpoint_path) / name
+                trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
+                self.interruption_checkpoint = self.last_checkpoint
             raise
+
+    def _checked_step(
+        self, trainer: Any, step: Callable[..., Any], batch: torch.Tensor
+    ) -> Any:
+        raise_if_interrupted()  # where a library has dropped it
+        output = step(batch)
+        self._unchecked_losses.append(output.loss.detach())
+        if len(self._unchecked_losses) >= _STEPS_PER_CHECK:
+            self._check_finite(trainer)
+        return output
+
+    def _save_finite(
+        self, trainer: Any, save: Callable[..., Any], **named: Any
+    ) -> None:
+        self._check_finite(trainer)
+        logger = trainer.cfg.logger
+        if self.checkpoints_until_saved:  # what is removed again is not uploaded
+            trainer.cfg.logger = replace(logger, log_to_wandb=False)
+        try:
+            save(**named)
+        finally:
+            trainer.cfg.logger = logger
+
+    def _check_finite(self, trainer: Any) -> None:
+        losses, self._unchecked_losses = self._unchecked_losses, []
+        found: list[str] = []
+        for loss in torch.stack(losses).tolist() if losses else ():
+            if not math.isfinite(loss):
+                found.append(f"the loss is {loss}")
+                break
+        for name, weights in trainer.sae.named_parameters():
+            if not weights.isfinite().all():
+                found.append(f"{name} is not finite")
+        if not found:
+            return
+        kept = self.last_checkpoint or self.cfg.resume_from_checkpoint
+        last = f"the last good checkpoint is {kept}" if kept else "nothing is saved"
+        raise DivergedError(
+            f"the training has diverged by step {trainer.n_training_steps + 1}: "
+            f"{found[0]}; lower lr, which is {self.cfg.lr:g}; {last}"
+        )
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is None:
+            return
+        before, self.last_checkpoint = self.last_checkpoint, checkpoint_path
+        if self.checkpoints_until_saved and before not in (None, checkpoint_path):
+            shutil.rmtree(before, ignore_errors=True)
 
     @override
     def save_final_sae(
@@ -98,8 +178,17 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
         # first, so that no failure while measuring costs the training
-        super().save_final_sae(sae, output_path, log_feature_sparsity)
+        hold_interruptions()
+        target = Path(output_path)
+        target.mkdir(parents=True, exist_ok=True)
+        with workspace(target / "sae") as folder:
+            super().save_final_sae(sae, str(folder), log_feature_sparsity)
+            # in its place is a whole SAE, or none
+            (target / SAE_CFG_FILENAME).unlink(missing_ok=True)
+            for file in sorted(folder.iterdir(), key=_cfg_last):
+                file.replace(target / file.name)
         try:
+            release_interruptions()
             self._measure_saved(output_path)
         except (KeyboardInterrupt, InterruptedException):
             self.not_measured = "the measuring was interrupted"
@@ -114,6 +203,12 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         cfg["metadata"]["n_sparsity_tokens"] = self._n_sparsity_tokens
         with new_file(cfg_path) as file:
             file.write_text(json.dumps(cfg))
+        if self.checkpoints_until_saved and self.last_checkpoint is not None:
+            shutil.rmtree(self.last_checkpoint, ignore_errors=True)
+            with suppress(OSError):  # not empty: checkpoints of other runs
+                for folder in (*self.last_checkpoint.parents,)[:2]:
+                    folder.rmdir()
+            self.last_checkpoint = None
 
     def _measure_saved(self, output_path: str) -> None:
         sae = SAE.load_from_disk(output_path, device=self.cfg.device)
@@ -260,6 +355,10 @@ def last_checkpoint(checkpoint_path: Path) -> Path | None:
     # SAELens's final checkpoint has a name, and nothing follows it
     numbered = (path for path in complete if path.name.isdecimal())
     return max(numbered, key=lambda path: int(path.name), default=None)
+
+
+def _cfg_last(file: Path) -> tuple[bool, str]:
+    return file.name == SAE_CFG_FILENAME, file.name
 
 
 def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:

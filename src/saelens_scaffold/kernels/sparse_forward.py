@@ -24,7 +24,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from saelens_scaffold.kernels.entries import Entries
 from saelens_scaffold.kernels.selection import Encoder
@@ -93,8 +92,12 @@ class SparseForward(torch.autograd.Function):
         return z, values, written
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise RuntimeError(
+                "sparse kernels have no second derivatives (create_graph=True); use "
+                "kernels='reference'"
+            )
         grad_z, grad_values, grad_written = grads
         x, read, z, values, W_enc, W_dec = ctx.saved_tensors
         entries, ops, rank = ctx.entries, ctx.ops, ctx.rank

@@ -470,11 +470,12 @@ def test_results_without_a_key_are_not_shown(
 
     def note(job: Job, saes: Any, *_: Any) -> Any:
         measured.extend(f"{job.evaluation.name} {sae.release}" for sae in saes)
-        return iter(())
+        raise RuntimeError("no number but the old ones")
 
     monkeypatch.setattr("saelens_scaffold.evals.runner._measure", note)
     after, failures, _ = evaluator.evaluate()
     assert len(measured) == len(before)
+    assert len(failures) == 2  # one for the SAEs of each seed
     assert all(name.startswith("dense_latents ") for name in measured)
     assert not any("dense_latents" in of_sae for of_sae in after.values())
 

@@ -223,7 +223,7 @@ def test_weights_that_are_not_numbers_have_not_changed():
 def test_second_derivatives_are_refused(architecture: str):
     sparse, dense = twins(architecture)
     for sae in (sparse, dense):
-        loss = step(sae, activations(20)).loss
+        loss = step(sae, activations(20), None).loss
         weights = [sae.W_enc, sae.W_dec]
         if sae is dense:
             grads = torch.autograd.grad(loss, weights, create_graph=True)
@@ -232,7 +232,7 @@ def test_second_derivatives_are_refused(architecture: str):
         with pytest.raises(RuntimeError, match="no second.*use kernels='reference'"):
             torch.autograd.grad(loss, weights, create_graph=True)
         with pytest.raises(RuntimeError, match="no second.*use kernels='reference'"):
-            step(sae, activations(20)).loss.backward(create_graph=True)
+            step(sae, activations(20), None).loss.backward(create_graph=True)
 
 
 def test_few_positive_pre_activations():

@@ -93,11 +93,7 @@ class SparseForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        if torch.is_grad_enabled():  # by create_graph=True
-            raise RuntimeError(
-                "sparse kernels have no second derivatives (create_graph=True); use "
-                "kernels='reference'"
-            )
+        _refuse_second_derivatives()
         grad_z, grad_values, grad_written = grads
         x, read, z, values, W_enc, W_dec = ctx.saved_tensors
         entries, ops, rank = ctx.entries, ctx.ops, ctx.rank
@@ -164,6 +160,14 @@ class SparseForward(torch.autograd.Function):
         if ctx.has_b_dec:
             grad_b_dec = -(A @ grad_z.sum(0) + S @ grad_b_enc[rank:])
         return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, *[None] * 5
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "sparse kernels have no second derivatives (create_graph=True); use "
+            "kernels='reference'"
+        )
 
 
 def _sum(grad: torch.Tensor | None, further: torch.Tensor) -> torch.Tensor:

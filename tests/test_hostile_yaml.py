@@ -24,6 +24,7 @@ from saelens_scaffold.compare.config import (  # noqa: E402
     CompareConfig,
     read_config,
 )
+from saelens_scaffold.evals.runner import evaluate  # noqa: E402
 
 EXPERIMENT: dict[str, Any] = {
     "model_name": "py-neox",
@@ -196,6 +197,12 @@ def test_size_of_a_grid_is_limited_before_its_saes_are_made() -> None:
         make_config(CompareConfig, {**EXPERIMENT, "grid": million})
     assert len(str(raised.value)) < 300
     assert time.process_time() - started < 1
+
+
+def test_a_setting_of_endless_levels_is_one_line() -> None:
+    setting = "core.llm_dtype=" + "[" * 100_000
+    with pytest.raises(UserError, match="core.llm_dtype: the value has too many"):
+        evaluate("core", [setting])
 
 
 @given(

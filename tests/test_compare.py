@@ -29,6 +29,7 @@ from chromium import launch  # noqa: E402
 from saelens_scaffold import hookimpl  # noqa: E402
 from saelens_scaffold._util.errors import UserError  # noqa: E402
 from saelens_scaffold.compare import CompareConfig, compare, read_config  # noqa: E402
+from saelens_scaffold.compare.config import ConfigChanged  # noqa: E402
 from saelens_scaffold.compare.experiment import EvaluationsFailed, make_plan  # noqa: E402
 from saelens_scaffold.compare.grid import runs_of  # noqa: E402
 from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
@@ -385,6 +386,98 @@ def test_a_finished_experiment_is_only_read(
     before = findings(unbroken)
     compare(read_config(write(tmp_path)), unbroken)
     assert findings(unbroken) == before
+
+
+def without_config(unbroken: Path, tmp_path: Path) -> Path:
+    """The finished experiment, whose configuration was lost."""
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    (out / "compare.yaml").unlink()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"title": "Another", "evaluation_seeds": [7]}, None),
+        ({"training": {"lr": 2e-3}}, "with lr 0.001, now 0.002"),
+        ({"training": {"n_batches_in_buffer": 16}}, "with n_batches_in_buffer 32"),
+        (
+            {"sae": {"topk_threshold_lr": 0.1}},
+            "with sae.topk_threshold_lr 0.2, now 0.1",
+        ),
+        ({"sae": {"d_sae": 64}}, "with sae.d_sae 96, now 64"),
+        ({"data_seed": 43}, "with seed 42, now 43"),
+        ({"hook_name": "blocks.1.hook_resid_post"}, "with sae.hook_name|hook_names"),
+    ],
+)
+def test_without_its_configuration_saes_are_known_by_their_runners(
+    changes: dict[str, Any], said: str | None, unbroken: Path, tmp_path: Path
+) -> None:
+    merged = {
+        name: {**SMALL[name], **value} if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    config = read_config(write(tmp_path, **merged))
+    out = without_config(unbroken, tmp_path)
+    if said is None:
+        (wave,) = make_plan(config, out).waves
+        assert {run.name for run in wave} == {d.name for d in (out / "saes").iterdir()}
+        return
+    with pytest.raises(ConfigChanged, match=said):
+        compare(config, out)
+    assert not (out / "compare.yaml").exists()  # nothing was touched
+
+
+def test_saes_and_checkpoints_of_other_experiments_are_not_taken(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    config = read_config(write(tmp_path))
+    out = without_config(unbroken, tmp_path)
+    sae = next((out / "saes").iterdir())
+    runner_cfg = (sae / "runner_cfg.json").read_text()
+    (sae / "runner_cfg.json").unlink()
+    with pytest.raises(ConfigChanged, match=f"{sae.name} .*nothing says with which"):
+        make_plan(config, out)
+    # a wave that was broken off, of the same SAEs
+    names = [d.name for d in (out / "saes").iterdir()]
+    shutil.rmtree(out)
+    checkpoint = out / "training/wave-0/checkpoints/256"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "activation_stream.json").write_text("{}")
+    (checkpoint / "runner_cfg.json").write_text(runner_cfg)
+    (out / "training/waves.json").write_text(json.dumps([names]))
+    make_plan(config, out)
+    changed = write(tmp_path, training={**SMALL["training"], "lr": 2e-3})
+    with pytest.raises(ConfigChanged, match="256.* was trained with lr 0.001"):
+        make_plan(read_config(changed), out)
+    other = write(tmp_path, grid={**SMALL["grid"], "k": [5]})
+    with pytest.raises(ConfigChanged, match="256 is of other SAEs"):
+        make_plan(read_config(other), out)
+
+
+def test_results_without_a_key_are_not_shown(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    evaluator = make_plan(read_config(write(tmp_path)), out).evaluator
+    before, _, _ = evaluator.evaluate()
+    for key in out.glob("eval_results/dense_latents/*.key"):
+        key.unlink()
+    measured: list[str] = []
+
+    def note(job: Job, saes: Any, *_: Any) -> Any:
+        measured.extend(f"{job.evaluation.name} {sae.release}" for sae in saes)
+        raise RuntimeError("no number but the old ones")
+
+    monkeypatch.setattr("saelens_scaffold.evals.runner._measure", note)
+    after, failures, _ = evaluator.evaluate()
+    assert len(measured) == len(before)
+    assert len(failures) == 2  # one for the SAEs of each seed
+    assert all(name.startswith("dense_latents ") for name in measured)
+    assert not any("dense_latents" in of_sae for of_sae in after.values())
 
 
 def test_command(

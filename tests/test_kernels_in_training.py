@@ -219,6 +219,22 @@ def test_weights_that_are_not_numbers_have_not_changed():
     assert step(sae, x, None).hidden_pre[:, RANK].isnan().all()
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_second_derivatives_are_refused(architecture: str):
+    sparse, dense = twins(architecture)
+    for sae in (sparse, dense):
+        loss = step(sae, activations(20), None).loss
+        weights = [sae.W_enc, sae.W_dec]
+        if sae is dense:
+            grads = torch.autograd.grad(loss, weights, create_graph=True)
+            sum(grad.pow(2).sum() for grad in grads).backward()  # type: ignore[union-attr]
+            continue
+        with pytest.raises(RuntimeError, match="no second.*use kernels='reference'"):
+            torch.autograd.grad(loss, weights, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second.*use kernels='reference'"):
+            step(sae, activations(20), None).loss.backward(create_graph=True)
+
+
 def test_few_positive_pre_activations():
     saes = twins("scaffold_batchtopk", k=40.0)
     x = activations(100, seed=77)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import venv
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -596,38 +596,136 @@ def test_the_package_of_the_documentation_works_in_a_fresh_environment(
     assert "scaffold_size" in done.stderr  # in SAELens's progress bar
 
 
-def test_broken_plugin_is_named_and_breaks_nothing_else(tmp_path: Path) -> None:
-    info = tmp_path / "broken-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n"
-    )
-    (info / "entry_points.txt").write_text("[saelens_scaffold]\nbad = broken:Bad\n")
-    (tmp_path / "broken.py").write_text("raise RuntimeError('no luck')\n")
-    source = """
-import sys; sys.path.insert(0, sys.argv[1])
-import sae_lens, saelens_scaffold
-from saelens_scaffold import ScaffoldBatchTopKTrainingSAEConfig as Config
-from saelens_scaffold.plugins import manager as plugins
-assert "broken" not in sys.modules
-Config(d_in=8, d_sae=16, k=2, scaffold_rank=2)
-assert "bad" in plugins.available_plugins()
-try:
-    Config(d_in=8, d_sae=16, k=2, scaffold_rank=2, scaffold_plugins={"bad": {}})
-except ValueError as error:
-    print(error)
-print(plugins.evaluation_plugins().get_plugins())
+@pytest.fixture
+def install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., None]]:
+    """Installs a package with a plugin, as pip leaves it."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(package: str, source: str, plugin: str) -> None:
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        about = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
+        (info / "METADATA").write_text(about)
+        entry = f"[saelens_scaffold]\n{plugin} = {package}:Plugin\n"
+        (info / "entry_points.txt").write_text(entry)
+        (tmp_path / f"{package}.py").write_text(source)
+        importlib.invalidate_caches()
+
+    yield install
+    for module in tmp_path.glob("*.py"):
+        sys.modules.pop(module.stem, None)
+
+
+OFFERS = """
+from saelens_scaffold.plugins.hookspecs import hookimpl
+class Plugin:
+    @hookimpl
+    def evaluations(self): {evaluations}
+    @hookimpl
+    def comparison_metrics(self): {metrics}
 """
-    done = subprocess.run(
-        [sys.executable, "-c", source, tmp_path],
-        capture_output=True,
-        text=True,
-        check=True,
+
+
+@pytest.mark.parametrize(
+    ("package", "source", "said"),
+    [
+        ("breaks", "raise RuntimeError('no\\nluck')", "RuntimeError: no luck"),
+        ("leaves", "raise SystemExit('no luck')", "SystemExit: no luck"),
+        ("no_plugin", "", "AttributeError"),
+        (
+            "raises",
+            OFFERS.format(evaluations="1 / 0", metrics="1 / 0"),
+            "ZeroDivisionError",
+        ),
+        (
+            "stops",
+            OFFERS.format(evaluations="raise SystemExit", metrics="exit(1)"),
+            "SystemExit",
+        ),
+        ("number", OFFERS.format(evaluations="return 5", metrics="return 5"), "int"),
+        (
+            "texts",
+            OFFERS.format(evaluations="return ['x']", metrics="return 'x'"),
+            "'x', no Evaluation",
+        ),
+        (
+            "taken",
+            OFFERS.format(
+                evaluations="""
+        from saelens_scaffold.evals.registry import EVALUATIONS
+        return [EVALUATIONS["core"]]""",
+                metrics="return []",
+            ),
+            "already an evaluation 'core'",
+        ),
+    ],
+)
+def test_broken_plugin_is_named_once_and_breaks_nothing_else(
+    package: str,
+    source: str,
+    said: str,
+    install: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from saelens_scaffold.compare.metrics import metrics_of
+    from saelens_scaffold.evals.registry import EVALUATIONS, known_evaluations
+
+    works = OFFERS.format(
+        evaluations="""
+        from saelens_scaffold.evals.base import Evaluation
+        return [Evaluation("fine", "whole", "works:X")]""",
+        metrics="""
+        from saelens_scaffold.compare.metrics import ComparisonMetric
+        return [ComparisonMetric("works.metric", "title", lambda _: 1.0)]""",
     )
-    expected = "'bad' (broken:Bad) cannot be imported: RuntimeError: no luck"
-    assert expected in done.stdout
-    assert "set()" in done.stdout
-    assert expected in done.stderr  # a warning where all plugins are asked
+    install("works", works, "works")
+    install(package, source, f"{package}_plugin")
+    scaffold_config()
+    assert package not in sys.modules
+    for _ in range(2):
+        assert set(known_evaluations()) == {*EVALUATIONS, "fine"}
+    about = [r.getMessage() for r in caplog.records]
+    assert len(about) == 1
+    assert f"{package}_plugin" in about[0]
+    assert said in about[0]
+    assert "\n" not in about[0]
+    assert "works.metric" in {m.id for m in metrics_of([EVALUATIONS["core"]])}
+
+
+def test_plugin_that_ends_the_process_is_an_error_when_it_is_chosen(
+    install: Callable[..., None],
+) -> None:
+    install("ends", "raise SystemExit(0)", "bad")
+    message = r"'bad' \(ends:Plugin\) cannot be imported: SystemExit: 0"
+    with pytest.raises(ValueError, match=message):
+        scaffold_config(scaffold_plugins={"bad": {}})
+    made = "class Plugin:\n    def __init__(self): raise SystemExit(0)\n"
+    install("made", made, "unmade")
+    with pytest.raises(ValueError, match="'unmade' fails with .* SystemExit: 0"):
+        scaffold_config(scaffold_plugins={"unmade": {}})
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [("twin", ("first", "second")), ("schedule", ("first", "saelens-scaffold"))],
+)
+def test_two_packages_with_a_plugin_of_one_name(
+    name: str,
+    packages: tuple[str, str],
+    install: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for package in {"first", "second"} & set(packages):
+        install(package, "class Plugin: ...", name)
+    with pytest.raises(ValueError, match="several packages") as raised:
+        scaffold_config(scaffold_plugins={name: {}})
+    assert all(package in str(raised.value) for package in packages)
+    scaffold_config(scaffold_plugins={"live_metrics": {}})
+    assert plugins.offered_by_plugins("evaluations", object) == {}
+    for record in caplog.records:
+        assert "first" in record.getMessage() and "second" in record.getMessage()
 
 
 def test_plugin_offers_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -650,9 +748,6 @@ def test_plugin_offers_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.evaluations_named("own_eval,core")[0] is own
     install(Own)
     assert registry.evaluations_named("own_eval,core")[0] is own
-    monkeypatch.setitem(registry.EVALUATIONS, "own_eval", own)
-    with pytest.raises(ValueError, match="offers an evaluation 'own_eval'"):
-        registry.known_evaluations()
 
 
 def test_the_evaluation_of_the_documentation_runs(
@@ -718,9 +813,7 @@ def test_plugin_that_cannot_be_made_takes_no_evaluation_away(
     }
     monkeypatch.setattr(plugins, "available_plugins", lambda: installed)
     monkeypatch.setattr(plugins, "load_plugin", installed.__getitem__)
-    found = plugins.evaluation_plugins()
-    assert found.hook.evaluations() == [[]]
-    assert found.has_plugin("works")
+    assert plugins.offered_by_plugins("evaluations", object) == {"works": []}
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == 2
     assert "'misspelt'" in warned[0]

@@ -9,9 +9,12 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from typing_extensions import dataclass_transform
 
-from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.errors import UserError, shown
+
+_MAX_PROBLEMS = 5
 
 Class = TypeVar("Class")
 
@@ -80,14 +83,18 @@ def make_config(config_class: type, values: Mapping[str, Any]) -> Any:
     try:
         return config_class(**values)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc']))} is {problem['input']!r}: {problem['msg']}"
-            if problem["loc"]
-            # what the class itself says, which tells the value
-            else problem["msg"].removeprefix("Value error, ")
-            for problem in error.errors()
-        ]
+        found = error.errors()
+        problems = [_problem(problem) for problem in found[:_MAX_PROBLEMS]]
+        if len(found) > _MAX_PROBLEMS:
+            problems.append(f"and {len(found) - _MAX_PROBLEMS:,} more")
         raise UserError("; ".join(problems)) from error
     except AssertionError as error:
-        said = f"{config_class.__name__} cannot be {dict(values)}: {error}"
+        said = f"{config_class.__name__} cannot be {shown(dict(values))}: {error}"
         raise UserError(said) from error
+
+
+def _problem(problem: ErrorDetails) -> str:
+    if not problem["loc"]:  # what the class itself says, which tells the value
+        return problem["msg"].removeprefix("Value error, ")
+    field = ".".join(f"{part!s:.60}" for part in problem["loc"])
+    return f"{field} is {shown(problem['input'])}: {problem['msg']}"

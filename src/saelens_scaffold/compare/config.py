@@ -1,9 +1,9 @@
 """The configuration file of `saelens-scaffold compare`."""
 
 import difflib
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -14,8 +14,10 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.util import str_to_dtype
 
 from saelens_scaffold._util.configs import config_fields, documented, make_config
-from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.errors import UserError, shown
 from saelens_scaffold._util.files import new_file
+from saelens_scaffold._util.yaml_files import read_yaml
+from saelens_scaffold.evals.base import Evaluation
 from saelens_scaffold.evals.json_schemas import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
 
@@ -56,12 +58,11 @@ def check_known(kind: str, name: Any, known: Collection[str]) -> None:
     Raises:
         UserError: It is not one of them; the message suggests the nearest.
     """
-    name = str(name)
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+    if not isinstance(name, str) or name not in known:
+        close = difflib.get_close_matches(shown(name).strip("'"), known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         names = ", ".join(sorted(known))
-        raise UserError(f"there is no {kind} {name!r}{hint}; there are {names}")
+        raise UserError(f"there is no {kind} {shown(name)}{hint}; there are {names}")
 
 
 def _known_architecture(name: str) -> str:
@@ -72,12 +73,17 @@ def _known_architecture(name: str) -> str:
 def _distinct(values: list[Any]) -> list[Any]:
     for i, value in enumerate(values):
         if value in values[:i]:
-            raise ValueError(f"it has the value {value!r} twice")
+            raise ValueError(f"it has the value {shown(value)} twice")
     return values
 
 
 Architecture = Annotated[str, AfterValidator(_known_architecture)]
-Axis = Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]
+MAX_SAES = 1000
+"""Most combinations of a grid."""
+
+Axis = Annotated[
+    list[Any], Field(min_length=1, max_length=MAX_SAES), AfterValidator(_distinct)
+]
 Text = Annotated[str, Field(min_length=1)]
 
 BASELINES = {
@@ -187,6 +193,11 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if "architecture" not in self.grid:
             raise UserError("grid names no architecture (architecture: [batchtopk])")
+        if prod(map(len, self.grid.values())) > MAX_SAES:
+            raise UserError(
+                f"grid has more than {MAX_SAES:,} combinations; divide it into several "
+                "experiments"
+            )
         for architecture in self.grid["architecture"]:
             _known_architecture(architecture)
         for name in self.training:
@@ -200,11 +211,14 @@ class CompareConfig:
         for name in ("dense_latents", "scaffold_ablation"):
             if "baseline" in (self.evaluations.get(name) or {}):
                 raise UserError(f"{name} must have no baseline but that of `baselines`")
+        known = known_evaluations() if self.reference else {}
         for figure in self.reference:
-            _check_reference(figure, self)
+            _check_reference(figure, self, known)
 
 
-def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:
+def _check_reference(
+    figure: ReferenceFigure, config: CompareConfig, known: Mapping[str, Evaluation]
+) -> None:
     """
     Raises:
         UserError: It names what does not exist. What exists, and the experiment leaves
@@ -214,26 +228,17 @@ def _check_reference(figure: ReferenceFigure, config: CompareConfig) -> None:
         check_known("axis of the grid", axis, config.grid)
     if figure.metric is not None:
         evaluation, _, path = figure.metric.partition(".")
-        check_known("evaluation", evaluation, known_evaluations())
-        described = metric_descriptions(known_evaluations()[evaluation])
+        check_known("evaluation", evaluation, known)
+        described = metric_descriptions(known[evaluation])
         if described:  # a plugin's evaluation need not describe its metrics
             check_known(f"metric of {evaluation}", path, described)
     if figure.against_baseline and (
         figure.metric is None or figure.architecture not in (None, *config.baselines)
     ):
         needed = f"a metric, and an architecture of {', '.join(config.baselines)}"
-        raise UserError(f"reference {figure.what!r}: against_baseline needs {needed}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as YAML 1.2 does; to YAML 1.1 it is text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+        raise UserError(
+            f"reference {shown(figure.what)}: against_baseline needs {needed}"
+        )
 
 
 def read_config(path: str | Path) -> CompareConfig:
@@ -247,10 +252,7 @@ def read_config(path: str | Path) -> CompareConfig:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no configuration {path}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must be a mapping of fields to values")
     fields = config_fields(CompareConfig)

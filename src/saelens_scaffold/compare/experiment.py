@@ -26,7 +26,12 @@ from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.compare.report.page import write_page
 from saelens_scaffold.compare.results import collect, references, results_csv
 from saelens_scaffold.compare.table import comparison_text, plan_text, reference_text
-from saelens_scaffold.compare.training import WaveTrainer, is_trained, plan_waves
+from saelens_scaffold.compare.training import (
+    WaveTrainer,
+    check_trained,
+    is_trained,
+    plan_waves,
+)
 from saelens_scaffold.evals.model import choose_device
 from saelens_scaffold.training.data import training_data
 
@@ -97,6 +102,7 @@ def make_plan(
     device = choose_device(device)
     runs = runs_of(config, device)
     check_training(config, runs)
+    check_trained(config, runs, saes_path, training_path)
     per_wave = saes_per_wave or config.saes_per_wave
     waves = plan_waves(training_path, saes_path, runs, per_wave)
     for wave in waves:

@@ -15,7 +15,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
-from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.errors import UserError, one_line, shown
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.config import AXIS_FIELDS, CompareConfig
 from saelens_scaffold.evals.model import known_model_name
@@ -121,7 +121,7 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
     for values in itertools.product(*axes.values()):
         run = _run(config, dict(zip(axes, values, strict=True)), device)
         if runs.setdefault(run.name, run).arm.label != run.arm.label:
-            labels = f"{run.arm.label} and {runs[run.name].arm.label}"
+            labels = f"{run.arm.label:.200} and {runs[run.name].arm.label:.200}"
             raise UserError(f"grid: {labels} would both be called {run.name}")
     return sorted(runs.values(), key=lambda run: run.seed)
 
@@ -152,7 +152,7 @@ def runner_config(
         adopt_tokenization(cfg)
         check_steps(cfg)
     except (TypeError, ValueError) as error:
-        raise UserError(f"training: {error}") from error
+        raise UserError(f"training: {one_line(error):.500}") from error
     return cfg
 
 
@@ -176,14 +176,14 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
                 data_provider=iter(()),
             )
         except (TypeError, ValueError) as error:
-            raise UserError(f"{run.arm.label}: {error}") from error
+            raise UserError(f"{run.arm.label:.200}: {one_line(error):.500}") from error
         dtype = (cfg.model_from_pretrained_kwargs or {}).get("dtype", "float32")
         if dtype not in DTYPE_FROM_STRING:
-            problem = f"model_from_pretrained_kwargs has the dtype {dtype!r}"
+            problem = f"model_from_pretrained_kwargs has the dtype {shown(dtype)}"
             raise UserError(f"{problem}; allowed are {', '.join(DTYPE_FROM_STRING)}")
         if re.match(r"blocks\.\d+\.", run.hook_name) is None:
             problem = "must be a hook point of a layer, blocks.N.NAME"
-            raise UserError(f"hook_name {run.hook_name!r} {problem}")
+            raise UserError(f"hook_name {shown(run.hook_name)} {problem}")
     alike = {(r.hook_name, r.config.d_in, repr(r.training)): r for r in runs}
     for run in alike.values():
         cfg = runner_config(config, [run])
@@ -217,14 +217,15 @@ def _run(config: CompareConfig, values: dict[str, Any], device: str) -> Run:
     b_dec_init = values.get("b_dec_init", config.b_dec_init)
     try:
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise UserError(f"seed must be an int, got {seed!r}")
+            raise UserError(f"seed must be an int, got {shown(seed)}")
         if b_dec_init not in ("mean", "zeros"):
-            raise UserError(f"b_dec_init must be 'mean' or 'zeros', got {b_dec_init!r}")
+            got = shown(b_dec_init)
+            raise UserError(f"b_dec_init must be 'mean' or 'zeros', got {got}")
         sae_config = get_sae_training_class(architecture)[1](**copy.deepcopy(sae))
         # SAELens notices a wrong type only when it makes the SAE
         TrainingSAE.from_dict({**sae_config.to_dict(), "device": "meta"})
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{arm.label}: {error}") from error
+        raise UserError(f"{arm.label:.200}: {one_line(error):.500}") from error
     return Run(
         name=_file_name("-".join([*arm.label.split(" "), f"seed={seed}"])),
         arm=arm,

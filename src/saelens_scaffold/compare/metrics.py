@@ -3,9 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import UNBOUNDED, Bounds, Evaluation, Metric
-from saelens_scaffold.plugins.manager import evaluation_plugins
+from saelens_scaffold.plugins.manager import leave_out, offered_by_plugins
 
 Results = Mapping[str, Mapping[str, Any]]
 """Results of an SAE, as SAEBench writes them, by evaluation."""
@@ -58,8 +57,7 @@ def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:
     """
     The metrics of an experiment.
 
-    Raises:
-        UserError: Two have the same id.
+    A plugin's metric with the id of another is left out, with a warning.
     """
     metrics = [
         _headline(evaluation, metric)
@@ -67,13 +65,13 @@ def metrics_of(evaluations: Sequence[Evaluation]) -> list[ComparisonMetric]:
         for metric in evaluation.metrics
         if metric.of_sae
     ]
-    for offered in evaluation_plugins().hook.comparison_metrics():
-        metrics += offered
-    ids = [metric.id for metric in metrics]
-    twice = sorted({name for name in ids if ids.count(name) > 1})
-    if twice:
-        raise UserError(f"there are two comparison metrics {twice[0]!r}")
-    return metrics
+    by_id = {metric.id: metric for metric in metrics}
+    offers = offered_by_plugins("comparison_metrics", ComparisonMetric)
+    for plugin, offered in offers.items():
+        for metric in offered:
+            if by_id.setdefault(metric.id, metric) is not metric:
+                leave_out(plugin, f"there is already a metric {metric.id!r}")
+    return [*by_id.values()]
 
 
 def _headline(evaluation: Evaluation, metric: Metric) -> ComparisonMetric:

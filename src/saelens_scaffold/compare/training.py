@@ -18,12 +18,17 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
-from saelens_scaffold._util.errors import UserError, loading
+from saelens_scaffold._util.errors import UserError, loading, shown
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold._util.untrusted import read_json
-from saelens_scaffold.compare.config import CompareConfig
+from saelens_scaffold.compare.config import (
+    TRAINING_FIELDS,
+    CompareConfig,
+    ConfigChanged,
+)
 from saelens_scaffold.compare.grid import Run, runner_config
+from saelens_scaffold.saes.runner_config import read_runner_config
 from saelens_scaffold.saes.scaffold_start import principal_subspace
 from saelens_scaffold.saes.validation import ESTIMATED_SCALES
 from saelens_scaffold.training import runner
@@ -91,6 +96,63 @@ def plan_waves(
         size = saes_per_wave or len(same)
         waves += [same[i : i + size] for i in range(0, len(same), size)]
     return waves
+
+
+def check_trained(
+    config: CompareConfig, runs: Sequence[Run], saes_path: Path, training_path: Path
+) -> None:
+    """
+    Check that finished and half-finished SAEs are those that an experiment would train, by
+    the runner's configuration beside each, whatever became of the experiment's own.
+
+    Raises:
+        ConfigChanged: One is not, or nothing says how it was trained.
+    """
+    names = {run.name for run in runs}
+    folders = [saes_path]
+    for number, wave in enumerate(_read_waves(training_path)):
+        folder = WaveFolder(training_path, number)
+        checkpoint = runner.last_checkpoint(folder.checkpoints)
+        folders += [folder.saes, *([checkpoint] if checkpoint else [])]
+        if checkpoint and not names.issuperset(wave):
+            raise ConfigChanged(f"{checkpoint} is of other SAEs; {_CHOOSE}")
+    for run in runs:
+        wanted: dict[str, Any] = {}
+        for folder in folders:
+            directory = folder / run.name
+            found = read_runner_config(directory)
+            if not found and not is_trained(directory):
+                continue
+            wanted = wanted or _decisive(
+                runner_config(config, [run]).to_dict(), run.name
+            )
+            then = _decisive(found, run.name)
+            for name in wanted:
+                if name not in then:
+                    how = f"nothing says with which {name}"
+                elif then[name] != wanted[name]:
+                    how = f"with {name} {shown(then[name])}, now {shown(wanted[name])}"
+                else:
+                    continue
+                raise ConfigChanged(f"{directory} was trained {how}; {_CHOOSE}")
+
+
+_CHOOSE = "choose another --output_path, or remove it"
+
+_DECISIVE = {"model_name", "dataset_path", "seed", *TRAINING_FIELDS}
+_WHERE = {"sae.device", "sae.metadata", "llm_device", "act_store_device"}
+_OF_EACH_SAE = ("hook_names", "hook_head_indices")
+
+
+def _decisive(runner_cfg: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a runner's configuration says of the training of one of its SAEs."""
+    found = {field: runner_cfg[field] for field in sorted(_DECISIVE & {*runner_cfg})}
+    for field in _OF_EACH_SAE:
+        found[field] = (runner_cfg.get(field) or {}).get(name)
+    of_sae = (runner_cfg.get("saes") or {}).get(name) or {}
+    found |= {f"sae.{field}": value for field, value in of_sae.items()}
+    # tuples as the lists that a file has
+    return {k: json.loads(json.dumps(v)) for k, v in found.items() if k not in _WHERE}
 
 
 def keep_waves(training_path: Path, waves: Sequence[Wave]) -> None:

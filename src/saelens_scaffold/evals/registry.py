@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Evaluation
-from saelens_scaffold.plugins.manager import evaluation_plugins
+from saelens_scaffold.plugins.manager import leave_out, offered_by_plugins
 
 
 def evaluations_named(names: str) -> list[Evaluation]:
@@ -36,17 +36,16 @@ def known_evaluations() -> dict[str, Evaluation]:
     """
     Every evaluation by name, those of installed plugins included.
 
-    Raises:
-        UserError: A plugin's evaluation has the name of another.
+    A plugin's evaluation with the name of another is left out, with a warning.
     """
     known = dict(EVALUATIONS)
-    for offered in evaluation_plugins().hook.evaluations():
+    for plugin, offered in offered_by_plugins("evaluations", Evaluation).items():
         for evaluation in offered:
             if evaluation.name in known:
-                raise UserError(
-                    f"a plugin offers an evaluation {evaluation.name!r}, which there is already"
-                )
-            known[evaluation.name] = evaluation
+                taken = f"there is already an evaluation {evaluation.name!r}"
+                leave_out(plugin, taken)
+            else:
+                known[evaluation.name] = evaluation
     return known
 
 

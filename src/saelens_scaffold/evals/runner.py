@@ -266,6 +266,8 @@ def _parse_settings(
             )
         try:
             parsed[name][field] = json.loads(text)
+        except RecursionError as error:
+            raise UserError(f"--set {target}: the value has too many levels") from error
         except ValueError:
             parsed[name][field] = text
     return parsed

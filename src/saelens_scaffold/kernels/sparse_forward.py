@@ -24,7 +24,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from saelens_scaffold.kernels.entries import Entries
 from saelens_scaffold.kernels.selection import Encoder
@@ -93,8 +92,8 @@ class SparseForward(torch.autograd.Function):
         return z, values, written
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        _refuse_second_derivatives()
         grad_z, grad_values, grad_written = grads
         x, read, z, values, W_enc, W_dec = ctx.saved_tensors
         entries, ops, rank = ctx.entries, ctx.ops, ctx.rank
@@ -161,6 +160,14 @@ class SparseForward(torch.autograd.Function):
         if ctx.has_b_dec:
             grad_b_dec = -(A @ grad_z.sum(0) + S @ grad_b_enc[rank:])
         return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, *[None] * 5
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "sparse kernels have no second derivatives (create_graph=True); use "
+            "kernels='reference'"
+        )
 
 
 def _sum(grad: torch.Tensor | None, further: torch.Tensor) -> torch.Tensor:

@@ -139,7 +139,8 @@ def evaluations() -> Sequence[Evaluation] | None:
     """
     Further evaluations for `saelens-scaffold eval`.
 
-    Called for every installed plugin, chosen or not.
+    Called for every installed plugin, chosen or not, made without options. A plugin
+    that fails is left out, with a warning.
     """
 
 
@@ -148,5 +149,6 @@ def comparison_metrics() -> Sequence[ComparisonMetric] | None:
     """
     Further metrics for `saelens-scaffold compare`.
 
-    Called for every installed plugin, chosen or not.
+    Called for every installed plugin, chosen or not, made without options. A plugin
+    that fails is left out, with a warning.
     """

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import pluggy
@@ -25,6 +25,7 @@ import torch
 import torch.optim.optimizer as optimizers
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
+from saelens_scaffold._util.errors import one_line
 from saelens_scaffold.plugins import hookspecs
 from saelens_scaffold.plugins.hookspecs import PROJECT_NAME
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE as ScaffoldSAE
 
 logger = logging.getLogger(__name__)
+
+Offered = TypeVar("Offered")
 
 _OWN_CLASSES = {
     "live_metrics": "LiveMetrics",
@@ -42,13 +45,20 @@ _OWN_CLASSES = {
 """Class of each plugin of this package, in the module of the plugin's name."""
 
 
-def available_plugins() -> dict[str, EntryPoint]:
-    """All plugins that can be chosen, by name; none is imported."""
-    installed = {entry.name: entry for entry in entry_points(group=PROJECT_NAME)}
+def available_plugins() -> dict[str, list[EntryPoint]]:
+    """
+    All plugins that can be chosen, by name; none is imported.
+
+    Returns:
+        An entry point for each name; several where several packages use the same name.
+    """
+    found: dict[str, list[EntryPoint]] = {}
     for name, class_name in _OWN_CLASSES.items():
         place = f"{__package__}.{name}:{class_name}"
-        installed[name] = EntryPoint(name, place, PROJECT_NAME)
-    return installed
+        found[name] = [EntryPoint(name, place, PROJECT_NAME)]
+    for entry in entry_points(group=PROJECT_NAME):
+        found.setdefault(entry.name, []).append(entry)
+    return found
 
 
 def load_plugin(name: str) -> Callable[..., Any]:
@@ -56,20 +66,32 @@ def load_plugin(name: str) -> Callable[..., Any]:
     A plugin's class or factory, imported.
 
     Raises:
-        ValueError: There is no plugin of that name, or it cannot be imported.
+        ValueError: There is no plugin of that name, there are several, or it cannot be
+            imported.
     """
     available = available_plugins()
     if name not in available:
         names = ", ".join(sorted(available))
         raise ValueError(f"there is no scaffold plugin {name!r}; there are {names}")
-    entry = available[name]
+    entry, *more = available[name]
+    if more:
+        packages = " and ".join(sorted(map(_package_of, available[name])))
+        raise ValueError(
+            f"several packages have a scaffold plugin {name!r}: {packages}; uninstall "
+            "all but one"
+        )
     try:
         return entry.load()
-    except Exception as error:  # importing a module can raise anything
+    except (Exception, SystemExit) as error:  # importing a module can raise anything
         raise ValueError(
             f"the scaffold plugin {name!r} ({entry.value}) cannot be imported: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+def _package_of(entry: EntryPoint) -> str:
+    package = entry.dist.name if entry.dist else "saelens-scaffold"
+    return f"{package} ({entry.value})"
 
 
 def make_plugins(chosen: Mapping[str, Mapping[str, Any]]) -> pluggy.PluginManager:
@@ -96,25 +118,42 @@ def make_plugins(chosen: Mapping[str, Mapping[str, Any]]) -> pluggy.PluginManage
     return manager
 
 
-def evaluation_plugins() -> pluggy.PluginManager:
+def offered_by_plugins(hook: str, kind: type[Offered]) -> dict[str, list[Offered]]:
     """
-    A plugin manager with every installed plugin that offers evaluations or metrics.
+    What the installed plugins, chosen or not, offer to an evaluation or a comparison.
 
-    They are made without options. A plugin that cannot be is left out, with a warning.
+    They are made without options. A plugin that fails is left out, with a warning.
+
+    Args:
+        hook: Name of the hook, "evaluations" or "comparison_metrics".
+        kind: Class of what it returns.
+
+    Returns:
+        The plugins' offers, by the plugin's name.
     """
-    manager = _manager()
+    offered: dict[str, list[Offered]] = {}
     for name in sorted(set(available_plugins()) - set(_OWN_CLASSES)):
         try:
             make = load_plugin(name)
             # a class shows its hooks without being made; a function does not
-            if inspect.isclass(make) and not _offers_evaluations(make):
+            if inspect.isclass(make) and not hasattr(make, hook):
                 continue
-            plugin = _make(name, make, {})
-            if _offers_evaluations(plugin):
-                manager.register(plugin, name=name)
-        except Exception as error:  # a broken plugin must not disturb other work
-            logger.warning("no evaluations of the plugin %r: %s", name, error)
-    return manager
+            manager = _manager()
+            manager.register(_make(name, make, {}), name=name)
+            found = [each for some in getattr(manager.hook, hook)() for each in some]
+            if wrong := [each for each in found if not isinstance(each, kind)]:
+                raise TypeError(f"{hook} has {wrong[0]!r:.100}, no {kind.__name__}")
+        except (Exception, SystemExit) as error:  # it must not disturb other work
+            leave_out(name, f"{type(error).__name__}: {one_line(error)}")
+        else:
+            offered[name] = found
+    return offered
+
+
+@cache
+def leave_out(name: str, reason: str) -> None:
+    """Warn, once, of a plugin's offer that is not used."""
+    logger.warning("plugin %r is left out: %.500s", name, reason)
 
 
 def _manager() -> pluggy.PluginManager:
@@ -132,15 +171,12 @@ def _make(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> An
         ) from None
     try:
         return make(**options)
-    except TypeError as error:  # unknown or missing options, or values of wrong types
+    # unknown or missing options, or values of wrong types
+    except (TypeError, SystemExit) as error:
         raise ValueError(
             f"the scaffold plugin {name!r} fails with the options {options}: "
-            f"TypeError: {error}"
+            f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _offers_evaluations(plugin: Any) -> bool:
-    return any(hasattr(plugin, hook) for hook in ("evaluations", "comparison_metrics"))
 
 
 # ---- the plugins of each SAE

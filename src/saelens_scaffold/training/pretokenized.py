@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.untrusted import read_json
-from saelens_scaffold.models.datasets import AnyDataset, first_row, rows_with
+from saelens_scaffold.models.datasets import AnyDataset, first_row, is_local, rows_with
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
 """Columns with tokens, in the order in which SAELens looks for them, before text."""
@@ -95,7 +95,7 @@ def tokenization(name: str) -> dict[str, Any]:
         The fields of SAELens's `PretokenizedDatasetMetadata`; none if they are unknown.
     """
     file = Path(name, METADATA_FILENAME)
-    if not Path(name).exists():
+    if not is_local(name):
         try:
             file = Path(hf_hub_download(name, METADATA_FILENAME, repo_type="dataset"))
         except (OSError, ValueError, HfHubHTTPError):

@@ -323,7 +323,8 @@ def test_interrupted_training_says_how_to_resume_and_resumes(
             process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
         errors = process.stderr.read()
-    assert process.returncode == 130
+    # the last may come when all has been said, while Python ends
+    assert process.returncode in (130, -signal.SIGTERM)
     hint = re.search(r"--resume_from_checkpoint (\S+)", errors.decode())
     assert hint is not None, errors.decode()
     checkpoint = tmp_path / hint[1]

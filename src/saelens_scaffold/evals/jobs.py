@@ -183,10 +183,9 @@ def plan(
             config = make_config(config_class, {**evaluation.defaults, **values})
         except UserError as error:
             raise UserError(f"{evaluation.name}: {error}") from error
-        results = Path(output_path, file_name(evaluation.name))
-        where = (device, results, Path(artifacts_path))
-        job = Job(evaluation, implementation, config, *where, *text, api_key)
-        jobs.append(job)
+        folder = Path(output_path, file_name(evaluation.name))
+        where = (device, folder, Path(artifacts_path))
+        jobs.append(Job(evaluation, implementation, config, *where, *text, api_key))
     unused = [name for name in options if name not in used | {"model_name"}]
     if api_key_file is not None and api_key is None:
         unused.append("api_key_file")

@@ -16,7 +16,6 @@ from saelens_scaffold.evals.base import Metric
 from saelens_scaffold.evals.registry import EVALUATIONS, known_evaluations
 from saelens_scaffold.evals.table import metric_cell
 from saelens_scaffold.saes.facts import DENSE_THRESHOLD, weights_sha256
-from saelens_scaffold.saes.sae_ids import sae_id_of_path
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.training.measurement import Measurement
 
@@ -202,7 +201,8 @@ def run_files(path: Path) -> dict[str, Path]:
 
 def reductions_in(path: Path) -> dict[str, Reduction]:
     """
-    The reductions of a run's SAEs against baselines of the same k and seed, by id.
+    The reductions of a run's SAEs against baselines of the same k and seed, by the hashes
+    of their weights.
 
     Raises:
         UserError: The run's results.json is not one of `compare`.
@@ -225,7 +225,7 @@ def reductions_in(path: Path) -> dict[str, Reduction]:
             if difference is not None and count is not None and count > difference:
                 share = -difference / (count - difference)
                 baseline = comparison["baseline"]["arm"]
-                found[sae_id_of_path(Path(sae["name"]))] = share, baseline
+                found[sae["weights_sha256"]] = share, baseline
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

@@ -181,7 +181,7 @@ class Upload:
             with validation.named(f"SAE {sae_id!r}"):
                 path, sae = _checked(source, folder / sae_id)
             own = findings.results_of(sae, current)
-            reduction = reductions.get(sae_id)
+            reduction = reductions.get(weights_sha256(sae))
             facts = findings.facts_of(own, Measurement.of(sae), reduction)
             n_tokens = n_sparsity_tokens(sae.cfg.metadata, path)
             uploaded = UploadedSAE(sae_id, path, sae.cfg, own, facts, n_tokens)

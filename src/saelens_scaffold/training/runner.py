@@ -29,6 +29,7 @@ from saelens_scaffold._util.interruption import (
     raise_if_interrupted,
     release_interruptions,
 )
+from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.facts import l0_warning
@@ -195,7 +196,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         except NotMeasuredError as error:
             self.not_measured = str(error)
         cfg_path = Path(output_path) / SAE_CFG_FILENAME
-        cfg = json.loads(cfg_path.read_text())
+        cfg = read_json(cfg_path)
         measured: dict[str, Any] = {"n_tokens": 0, "reason": self.not_measured}
         if self.measurement is not None:
             measured = self.measurement.to_metadata()
@@ -334,7 +335,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         trainer.checkpoint_thresholds = [at for at in thresholds if at >= n_samples]
         device = self.cfg.act_store_device or self.cfg.device
         self._batches.load(checkpoint / SAMPLE_FILENAME, device)
-        self._stream.begin(**json.loads((checkpoint / STREAM_FILENAME).read_text()))
+        self._stream.begin(**read_json(checkpoint / STREAM_FILENAME))
 
     @override
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sae_lens import SAE
 
 pytest.importorskip("sae_bench")
 
@@ -202,6 +203,13 @@ def test_a_compare_run(tmp_path: Path) -> None:
     )
     assert row.split("|")[10].strip() == f"{1 - after / before:.2f}"
     assert "to the dense latents of `batchtopk k=4`" in summary.readme
+
+    # other weights of the same name have no share in it
+    sae = SAE.load_from_disk(folder / "saes" / scaffold)
+    sae.b_dec.data += 1
+    sae.save_model(folder / "saes" / scaffold)
+    changed = upload_scaffold_saes(folder, REPO, show_progress=False, dry_run=True)
+    assert "to the dense latents of" not in changed.readme
 
 
 def keep_result(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hub_fixtures import REPO, save_sae
 from saelens_scaffold import upload_scaffold_saes
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold._util.untrusted import file_name, read_json
+from saelens_scaffold._util.untrusted import file_name, read_json, without_token
 from saelens_scaffold.evals.base import Evaluation
 from saelens_scaffold.evals.saes import result_file_name
 from saelens_scaffold.evals.store import KEY_SUFFIX, ResultStore
@@ -258,3 +258,10 @@ def test_plugins_evaluations_have_file_names(
     command = ["eval", "../out", f"--sae_path={sae}", "--dataset=python-stdlib"]
     assert main([*command, "--device=cpu"]) == 2
     assert not Path("out").exists()
+
+
+def test_messages_have_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "of-another-form")
+    given = "hf_" + 34 * "a"
+    said = without_token(f"{given} and of-another-form may not use hf_hub_download")
+    assert said == "<token> and <token> may not use hf_hub_download"

@@ -1,9 +1,12 @@
 """Names and files that others made: what may become a file's name, and what is read."""
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import get_token
 
 from saelens_scaffold._util.errors import UserError, one_line
 
@@ -38,6 +41,13 @@ def file_name(name: object) -> str:
             'of visible characters, none of /\\:*?"<>|, and no dot or space at either end'
         )
     return str(name)
+
+
+def without_token(text: str) -> str:
+    """A message without tokens of the Hub, which servers and libraries repeat."""
+    if token := get_token():
+        text = text.replace(token, "<token>")
+    return re.sub("hf_[A-Za-z0-9]{20,}", "<token>", text)
 
 
 def check_own_path(path: Path, folder: Path) -> Path:

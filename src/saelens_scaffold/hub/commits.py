@@ -12,6 +12,7 @@ import huggingface_hub as hf
 from huggingface_hub import errors
 
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.untrusted import without_token
 from saelens_scaffold.hub.model_card import TEMPLATES, model_card
 from saelens_scaffold.hub.sources import README, Upload, write_files
 from saelens_scaffold.saes.loading import HTTP_ERROR
@@ -302,4 +303,4 @@ def failure(error: BaseException, upload: Upload, doing: str) -> HubUploadError:
     context |= {"error": error, "name": type(error).__name__, "root": causes[-1]}
     context |= {"upload": upload, "doing": doing, "tokens_url": TOKENS_URL}
     text = TEMPLATES.get_template("failure.txt.jinja").render(context)
-    return HubUploadError(" ".join(text.split()))
+    return HubUploadError(without_token(" ".join(text.split())))

@@ -17,6 +17,7 @@ from sae_lens.loading import pretrained_sae_loaders
 from safetensors.torch import load_file
 
 from saelens_scaffold._util.errors import UserError, one_line
+from saelens_scaffold._util.untrusted import without_token
 from saelens_scaffold.saes import validation
 from saelens_scaffold.saes.sae_ids import check_sae_path
 
@@ -210,7 +211,4 @@ def _reason(error: Exception) -> str:
         )
     if status is not None:
         return f"the Hub answers {status}; try again later"
-    said = one_line(error)
-    if token := hf.get_token():
-        said = said.replace(token, "<token>")
-    return f"{type(error).__name__}: {said:.300}"
+    return f"{type(error).__name__}: {without_token(one_line(error)):.300}"

@@ -72,6 +72,11 @@ def texts() -> list[str]:
     return [rows[i]["text"][: 40 + 37 * i % 400] for i in range(60)]
 
 
+@pytest.fixture
+def dataset(tmp_path: Path, texts: list[str]) -> str:
+    return str(write_texts(tmp_path / "texts.jsonl", texts))
+
+
 @pytest.fixture(params=SETTINGS.values(), ids=[*SETTINGS])
 def setting(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"context_size": 64, "prepend_bos": True, **request.param}
@@ -129,11 +134,10 @@ def first_counting(tokens: Tokens, n: int) -> Tokens:
 def test_dense_latents(
     tmp_path: Path,
     setting: dict[str, Any],
-    texts: list[str],
+    dataset: str,
     tokens: Tokens,
     model: HookedTransformer,
 ) -> None:
-    dataset = str(write_texts(tmp_path / "texts.jsonl", texts))
     cfg = DenseLatentsEvalConfig(
         model_name="py-neox", dataset=dataset, n_tokens=EVERY, n_bootstrap=2
     )
@@ -152,11 +156,10 @@ def test_dense_latents(
 def test_scaffold_ablation(
     tmp_path: Path,
     setting: dict[str, Any],
-    texts: list[str],
+    dataset: str,
     tokens: Tokens,
     model: HookedTransformer,
 ) -> None:
-    dataset = str(write_texts(tmp_path / "texts.jsonl", texts))
     cfg = ScaffoldAblationEvalConfig(
         model_name="py-neox",
         dataset=dataset,
@@ -199,11 +202,10 @@ def test_scaffold_ablation(
 def test_core(
     tmp_path: Path,
     setting: dict[str, Any],
-    texts: list[str],
+    dataset: str,
     tokens: Tokens,
     model: HookedTransformer,
 ) -> None:
-    dataset = str(write_texts(tmp_path / "texts.jsonl", texts))
     sae = sae_with(setting)
     sae.save_model(tmp_path / "sae")
     evaluate(
@@ -237,13 +239,11 @@ def test_core(
 
 
 def test_rank(
-    tmp_path: Path,
     setting: dict[str, Any],
-    texts: list[str],
+    dataset: str,
     tokens: Tokens,
     model: HookedTransformer,
 ) -> None:
-    dataset = str(write_texts(tmp_path / "texts.jsonl", texts))
     cfg = TextEvalConfig(model_name="py-neox", dataset=dataset, n_tokens=EVERY)
     (sae,) = resolve_saes([("sae", sae_with(setting))], "cpu", "float32")
     analysis = analyse_rank(cfg, HOOK, "cpu", sae)

@@ -145,14 +145,12 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
 
     def _check_finite(self, trainer: Any) -> None:
         losses, self._unchecked_losses = self._unchecked_losses, []
-        found: list[str] = []
-        for loss in torch.stack(losses).tolist() if losses else ():
-            if not math.isfinite(loss):
-                found.append(f"the loss is {loss}")
-                break
-        for name, weights in trainer.sae.named_parameters():
-            if not weights.isfinite().all():
-                found.append(f"{name} is not finite")
+        values = torch.stack(losses).tolist() if losses else []
+        named = trainer.sae.named_parameters()
+        found = [f"the loss is {loss}" for loss in values if not math.isfinite(loss)]
+        found += [
+            f"{name} is not finite" for name, w in named if not w.isfinite().all()
+        ]
         if not found:
             return
         kept = self.last_checkpoint or self.cfg.resume_from_checkpoint

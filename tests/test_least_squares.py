@@ -45,8 +45,8 @@ def test_batches_and_their_order_change_nothing(
     batch: int, seed: int, order: list[int]
 ):
     x, y = pairs(seed=seed)
-    shuffled = [torch.cat([of.chunk(6)[i] for i in order]) for of in (x, y)]
-    one, other = streamed(x, y, len(x)).solve(), streamed(*shuffled, batch).solve()
+    x_, y_ = (torch.cat([of.chunk(6)[i] for i in order]) for of in (x, y))
+    one, other = streamed(x, y, len(x)).solve(), streamed(x_, y_, batch).solve()
     assert torch.allclose(one.weight, other.weight, rtol=1e-6, atol=1e-9)
     assert torch.allclose(one.bias, other.bias, rtol=1e-6, atol=1e-9)
 

@@ -1,76 +1,98 @@
 """Kill commands at random moments, repeat them, and see that nothing is lost or left behind.
 
-    python benchmarks/kill.py OUT [--kills 60] [--commands train eval compare demo]
+    python benchmarks/kill.py OUT [--kills 60] [--commands train eval compare demo upload]
 
-Each trial runs a command in a folder of its own, ends it with SIGKILL, SIGTERM or SIGINT at
-a random moment, runs it again to its end, and compares what is there with what an unbroken
-run has made: the same files, and the same weights and metrics where the package's own runner
-trains. Three further trials of `eval` run it twice at the same time, in the same folders.
+Each trial has a folder of its own, which the command works in and which has its temporary
+files. The command is ended there by
+
+- a kill: SIGKILL, SIGTERM or SIGINT at a random moment;
+- a full disk: the folder is a tmpfs of a random size, too small (this needs root); it grows
+  before the command is repeated;
+- another process, which runs the same command in the same folder at the same time.
+
+The command is then repeated, a training from its checkpoint if it has named one, and what is
+there is compared with what an unbroken run has made: the same files and metrics, and the same
+weights where the package's own runner trains. Nothing may have shown a traceback. `upload`
+sends to a Hub on this machine, whose repository is compared.
+
+All commands are small, and run in forks of this process, which has imported everything: a
+moment is one of the command's work.
 """
 
 import argparse
 import json
+import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from hub_server import WRITE_TOKEN, HubServer  # noqa: E402
+
+REPO = "user/saes"
 HOOK = "blocks.0.hook_resid_post"
 SAE = {"d_in": 256, "d_sae": 64, "k": 4, "scaffold_rank": 2}
 TRAINING = {
-    "model_name": "py-neox",
-    "dataset_path": "python-stdlib",
     "context_size": 32,
-    "training_tokens": 65_536,
+    "training_tokens": 32_768,
     "train_batch_size_tokens": 256,
     "store_batch_size_prompts": 4,
     "n_batches_in_buffer": 32,
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+COMMANDS = ("train", "eval", "compare", "demo", "upload")
 REPEATABLE = ("compare", "demo")
 """What trains with a runner whose resumed runs equal unbroken ones."""
+KINDS = ("kill", "full disk", "two at once")
+REFUSED = "another process is at work"
 
 
 def options(values: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def argv_of(command: str, folder: Path) -> list[str]:
+def argv_of(command: str, inputs: Path) -> list[str]:
     """A small command, which writes into the folder `out` of its working directory."""
     if command == "train":
-        text = {"dataset_path": str(folder / "text"), "streaming": False}
-        more = {"architecture": "scaffold_batchtopk", "hook_name": HOOK}
+        more = {"model_name": "py-neox", "dataset_path": str(inputs / "text")}
+        more |= {"architecture": "scaffold_batchtopk", "hook_name": HOOK}
         more |= {"output_path": "out", "log_to_wandb": False, "device": "cpu"}
-        return ["train", *options({**TRAINING, **SAE, **text, **more})]
+        return ["train", *options({**TRAINING, **SAE, "streaming": False, **more})]
     if command == "eval":
-        where = ["--sae_path", str(folder / "sae"), "--output_path=out"]
-        size = ["--set=dense_latents.n_tokens=20000", "--device=cpu"]
+        where = ["--sae_path", str(inputs / "sae"), "--output_path=out"]
+        size = ["--set=dense_latents.n_tokens=8000", "--device=cpu"]
         return ["eval", "dense_latents", *where, "--dataset=python-stdlib", *size]
     if command == "compare":
-        return ["compare", str(folder / "compare.yaml"), "--output_path=out"]
+        return ["compare", str(inputs / "compare.yaml"), "--output_path=out"]
+    if command == "upload":
+        return ["upload", str(inputs / "experiment"), REPO, "--license=mit"]
     return ["demo", "--quick", "--output_path=out"]
 
 
-def prepare(folder: Path) -> None:
-    """Text, an SAE and an experiment."""
+def prepare(inputs: Path) -> None:
+    """A text, an SAE, an experiment's configuration, and its finished run."""
     from saelens_scaffold.models import write_stdlib_dataset
 
-    if (folder / "compare.yaml").exists():
+    if inputs.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_stdlib_dataset(folder / "text", "train")
-    assert run(argv_of("train", folder), folder).wait() == 0, folder / "log"
-    (folder / "out").rename(folder / "sae")
-    training = {
-        k: v for k, v in TRAINING.items() if k not in ("model_name", "dataset_path")
-    }
+    making = inputs.with_name("making")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    write_stdlib_dataset(making / "text", "train")
     experiment = {
         "model_name": "py-neox",
         "hook_name": HOOK,
@@ -82,80 +104,200 @@ def prepare(folder: Path) -> None:
             "scaffold_rank": [2],
             "seed": [0, 1],
         },
-        "training": {**training, "n_checkpoints": 4},
+        "training": {**TRAINING, "n_checkpoints": 4},
         "evaluations": {"dense_latents": {"n_tokens": 2000, "n_bootstrap": 20}},
         "evaluation_data": {"dataset": "python-stdlib", "llm_batch_size": 4},
     }
-    (folder / "compare.yaml").write_text(yaml.safe_dump(experiment))
+    (making / "compare.yaml").write_text(yaml.safe_dump(experiment))
+    for command, name in (("train", "sae"), ("compare", "experiment")):
+        folder = making / command
+        assert wait(start(argv_of(command, making), folder)) == 0, log_of(folder)
+        (folder / "out").rename(making / name)
+    making.rename(inputs)
 
 
-def run(argv: Sequence[str], cwd: Path) -> "subprocess.Popen[bytes]":
-    """The command as a process of its own, which says everything to `log`."""
-    code = f"import sys; from saelens_scaffold_cli import main; sys.exit(main({argv}))"
-    cwd.mkdir(parents=True, exist_ok=True)
-    with (cwd / "log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-c", code], cwd=cwd, stdout=log, stderr=log
-        )
+def make_demo_small() -> None:
+    """Make `demo --quick` train and evaluate on less."""
+    from saelens_scaffold.demo import language_model, main
+
+    config = language_model.read_config(language_model.CONFIG_PATH)
+    config.sae.update(d_sae=128, matryoshka_widths=[32, 64, 128])
+    config.training.update(TRAINING, n_batches_for_norm_estimate=4)
+    config.evaluations["dense_latents"].update(n_tokens=2000, n_bootstrap=20)
+    config.evaluations["scaffold_ablation"].update(
+        n_tokens=512, n_fit_tokens=1024, n_bootstrap=20
+    )
+    language_model.read_config = lambda _: config
+    language_model.QUICK["training_tokens"] = TRAINING["training_tokens"] // 2
+    settings = main.planted_settings(quick=True)
+    settings["training"]["training_samples"] = 20_480
+    main.planted_settings = lambda _: settings
 
 
-def what_is_there(folder: Path, repeatable: bool) -> dict[str, Any]:
-    """Hashes of weights and metrics of results, by file; else that a file is there."""
-    found: dict[str, Any] = {}
-    for file in sorted(path for path in folder.rglob("*") if path.name != "log"):
-        name = str(file.relative_to(folder))
-        found[name] = None
-        if file.suffix == ".safetensors" and repeatable:
-            found[name] = sha256(file.read_bytes()).hexdigest()
-        elif file.name.endswith("eval_results.json"):
-            found[name] = json.loads(file.read_text())["eval_result_metrics"]
-    return found
+def start(argv: Sequence[str], folder: Path) -> int:
+    """The id of a process of its own that runs the command in the folder."""
+    from saelens_scaffold_cli import main
+
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        with log_of(folder).open("a", errors="replace") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        os.chdir(folder)
+        tempfile.tempdir = str(folder / "tmp")
+        status = main(argv)
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    except KeyboardInterrupt:  # before the command could see to it
+        status = 130
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
-def trials(command: str, n_kills: int, out: Path) -> Iterator[str]:
-    """What went wrong in each trial; an empty string where nothing did."""
-    argv, repeatable = argv_of(command, out), command in REPEATABLE
-    whole, began = out / command / "unbroken", time.monotonic()
-    assert run(argv, whole).wait() == 0, whole / "log"
-    seconds = time.monotonic() - began
-    expected = what_is_there(whole, repeatable)
-    for number in range(n_kills + (3 if command == "eval" else 0)):
-        folder = out / command / str(number)
-        if number < n_kills:
-            process = run(argv, folder)
-            time.sleep(random.uniform(0, seconds))
-            process.send_signal(SIGNALS[number % len(SIGNALS)])
-            process.wait()
-            statuses = [run(argv, folder).wait()]
-        else:
-            statuses = [each.wait() for each in [run(argv, folder) for _ in range(2)]]
-        found = what_is_there(folder, repeatable)
-        # a training of SAELens does not go on by itself: its checkpoint is for the user
-        left = {
-            n for n in found if command != "train" or not n.startswith("checkpoints")
-        }
-        wrong = [n for n in left | set(expected) if found.get(n) != expected.get(n, 0)]
-        traceback = "Traceback" in (folder / "log").read_text(errors="replace")
-        failed = any(statuses) or wrong or traceback
-        yield f"{folder}: {statuses=} {wrong=} {traceback=}" if failed else ""
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def log_of(folder: Path) -> Path:
+    """What the processes of a folder say; beside it, for it may be full."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+@contextmanager
+def disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system of so many bytes at a folder."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    subprocess.run(mount, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+class Trials:
+    """
+    Trials of one command.
+
+    Args:
+        command: Its name.
+        out: Folder for all commands.
+        hub: Where `upload` sends to.
+    """
+
+    def __init__(self, command: str, out: Path, hub: HubServer) -> None:
+        self.command, self.hub = command, hub
+        self.argv, self.folder = argv_of(command, out / "inputs"), out / command
+        whole, began = self.folder / "unbroken", time.monotonic()
+        assert wait(start(self.argv, whole)) == 0, log_of(whole)
+        self.seconds = time.monotonic() - began
+        self.expected = self.what_is_there(whole)
+        files = filter(Path.is_file, whole.rglob("*"))
+        self.size = sum(file.stat().st_size for file in files)
+
+    def what_is_there(self, folder: Path) -> dict[str, Any]:
+        """Hashes of weights, metrics of results, by file; else that a file is there."""
+        found: dict[str, Any] = {}
+        for file in sorted(folder.rglob("*")):
+            name = str(file.relative_to(folder))
+            # a training of SAELens does not go on by itself: its checkpoint is the user's
+            if self.command == "train" and name.startswith("checkpoints"):
+                continue
+            found[name] = None
+            if file.suffix == ".safetensors" and self.command in REPEATABLE:
+                found[name] = sha256(file.read_bytes()).hexdigest()
+            elif file.name.endswith("eval_results.json"):
+                found[name] = json.loads(file.read_text())["eval_result_metrics"]
+        repository = self.hub.repositories.get(REPO)
+        if self.command == "upload" and repository is not None:
+            files = repository.files().items()
+            found |= {f"Hub: {path}": blob.oid for path, blob in files}
+        return found
+
+    def trial(self, kind: str, number: int) -> str:
+        """What went wrong in a trial; an empty string where nothing did."""
+        folder = self.folder / f"{kind.replace(' ', '-')}-{number}"
+        self.hub.repositories.pop(REPO, None)
+        if kind == "full disk":
+            size = random.randrange(4096, self.size)
+            with disk(folder, size):
+                first = [wait(start(self.argv, folder))]
+                mount = ["mount", "-o", f"remount,size={1 << 30}", str(folder)]
+                subprocess.run(mount, check=True)
+                return self.problems(f"{kind} of {size:,} bytes", folder, first)
+        pids = [start(self.argv, folder) for _ in range(1 + (kind == KINDS[2]))]
+        if kind == "kill":
+            number_sent, after = SIGNALS[number % 3], random.uniform(0, self.seconds)
+            kind = f"{number_sent.name} after {after:.2f} s"
+            time.sleep(after)
+            os.kill(pids[0], number_sent)
+        return self.problems(kind, folder, [wait(pid) for pid in pids])
+
+    def problems(self, how: str, folder: Path, first: list[int]) -> str:
+        said = log_of(folder).read_text(errors="replace")
+        # Python restores the default handlers of signals when it is about to end
+        allowed = {0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT}
+        allowed |= {1, 2} if "full" in how or REFUSED in said else set()
+        checkpoint = re.findall("--resume_from_checkpoint=?[ ](\\S+)", said)
+        resumed = [f"--resume_from_checkpoint={checkpoint[-1]}"] if checkpoint else []
+        again = wait(start([*self.argv, *resumed], folder))
+        found = self.what_is_there(folder)
+        wrong = [
+            name
+            for name in sorted({*found, *self.expected})
+            if found.get(name, 0) != self.expected.get(name, 0)
+        ]
+        shown = "Traceback" in log_of(folder).read_text(errors="replace")
+        print(f"{self.command}, {how}: {first}, again {again}", end="", file=sys.stderr)
+        print(f", resumed from {checkpoint[-1:]}", file=sys.stderr)
+        if again or wrong or shown or not allowed.issuperset(first):
+            return f"{folder}: {how}: {first=} {again=} {wrong=} traceback={shown}"
+        return ""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=60, help="of all commands")
+    parser.add_argument("--others", type=int, default=2, help="of a kind and command")
     parser.add_argument("--seed", type=int, default=0)
-    commands = ["train", "eval", "compare", "demo"]
-    parser.add_argument("--commands", nargs="+", choices=commands, default=commands)
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     args = parser.parse_args()
     random.seed(args.seed)
     out = args.out.absolute()
-    prepare(out)
-    problems = 0
-    for command in args.commands:
-        for wrong in trials(command, args.kills // len(args.commands), out):
-            problems += bool(wrong)
-            print(wrong or f"{command}: nothing lost, nothing left", flush=True)
+    # before the libraries that read it are imported
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        HF_HOME=str(out / "hf"),
+        HF_TOKEN=WRITE_TOKEN,
+        HF_HUB_DISABLE_XET="1",
+    )
+    with HubServer().running() as hub:
+        os.environ["HF_ENDPOINT"] = hub.url
+        import sae_bench.evals.core.main  # noqa: F401
+
+        make_demo_small()
+        prepare(out / "inputs")
+        problems = 0
+        print("| command | kill | full disk | two at once |\n|---|---:|---:|---:|")
+        for command in args.commands:
+            trials, cells = Trials(command, out, hub), [command]
+            for kind in KINDS:
+                kills = args.kills // len(args.commands)
+                count = kills if kind == "kill" else args.others
+                wrong = [trials.trial(kind, number) for number in range(count)]
+                for each in filter(None, wrong):
+                    print(each, file=sys.stderr)
+                problems += sum(map(bool, wrong))
+                cells.append(f"{wrong.count('')} of {count}")
+            print(f"| {' | '.join(cells)} |", flush=True)
     return min(problems, 1)
 
 

@@ -409,6 +409,9 @@ def without_config(unbroken: Path, tmp_path: Path) -> Path:
         ),
         ({"sae": {"d_sae": 64}}, "with sae.d_sae 96, now 64"),
         ({"data_seed": 43}, "with seed 42, now 43"),
+        ({"calibrate_thresholds": False}, "with calibrate_thresholds True, now False"),
+        ({"b_dec_init": "zeros"}, "with b_dec_init 'mean', now 'zeros'"),
+        ({"sae": {"normalize_activations": "none"}}, "with scales True, now False"),
         ({"hook_name": "blocks.1.hook_resid_post"}, "with sae.hook_name|hook_names"),
     ],
 )

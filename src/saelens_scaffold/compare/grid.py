@@ -5,12 +5,13 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
 from sae_lens import LoggingConfig, MultiSAETrainingRunnerConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
@@ -19,6 +20,7 @@ from saelens_scaffold._util.errors import UserError, one_line, shown
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.config import AXIS_FIELDS, CompareConfig
 from saelens_scaffold.evals.model import known_model_name
+from saelens_scaffold.saes.validation import ESTIMATED_SCALES
 from saelens_scaffold.training.checks import check_language_model, check_steps
 from saelens_scaffold.training.pretokenized import adopt_tokenization
 
@@ -126,18 +128,43 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
     return sorted(runs.values(), key=lambda run: run.seed)
 
 
-def runner_config(
-    config: CompareConfig, wave: Sequence[Run], device: str = "cpu"
-) -> MultiSAETrainingRunnerConfig:
+@dataclass
+class WaveConfig(MultiSAETrainingRunnerConfig):
     """
-    SAELens's configuration of a wave.
+    SAELens's configuration of a wave, with what its training does beyond SAELens's.
+
+    Attributes:
+        calibrate_thresholds: Whether the runner calibrates the threshold, by SAE.
+        b_dec_init: "mean" if the runner starts b_dec at the activations' mean, by SAE.
+        scales: Whether any SAE of the experiment estimates the scale of its activations:
+            a wave without one reads as much text.
+    """
+
+    calibrate_thresholds: dict[str, bool] = field(default_factory=dict)
+    b_dec_init: dict[str, str] = field(default_factory=dict)
+    scales: bool = False
+
+
+def estimates_scale(runs: Sequence[Run]) -> bool:
+    """Whether any of these SAEs estimates the scale of its activations."""
+    return any(run.config.normalize_activations in ESTIMATED_SCALES for run in runs)
+
+
+def runner_config(
+    config: CompareConfig,
+    wave: Sequence[Run],
+    device: str = "cpu",
+    scales: bool = False,
+) -> WaveConfig:
+    """
+    The runner's configuration of a wave.
 
     Raises:
         UserError: A field of `training` has a value that makes no sense.
     """
     training = {**configs.TRAINING_DEFAULTS, **config.training, **wave[0].training}
     try:
-        cfg = MultiSAETrainingRunnerConfig(
+        cfg = WaveConfig(
             saes={run.name: run.config for run in wave},
             hook_names={run.name: run.hook_name for run in wave},
             model_name=known_model_name(config.model_name),
@@ -147,6 +174,16 @@ def runner_config(
             checkpoint_path=None,
             output_path=None,
             logger=LoggingConfig(log_to_wandb=False),
+            calibrate_thresholds={
+                run.name: config.calibrate_thresholds
+                and isinstance(run.config, BatchTopKTrainingSAEConfig)
+                and getattr(run.config, "calibrate_threshold", True)
+                for run in wave
+            },
+            b_dec_init={
+                run.name: "mean" if run.centre_b_dec else "zeros" for run in wave
+            },
+            scales=scales,
             **configs.checked_training(training),
         )
         adopt_tokenization(cfg)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from sae_lens import constants
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
@@ -27,10 +26,14 @@ from saelens_scaffold.compare.config import (
     CompareConfig,
     ConfigChanged,
 )
-from saelens_scaffold.compare.grid import Run, runner_config
+from saelens_scaffold.compare.grid import (
+    Run,
+    WaveConfig,
+    estimates_scale,
+    runner_config,
+)
 from saelens_scaffold.saes.runner_config import read_runner_config
 from saelens_scaffold.saes.scaffold_start import principal_subspace
-from saelens_scaffold.saes.validation import ESTIMATED_SCALES
 from saelens_scaffold.training import runner
 from saelens_scaffold.training.data import override_dataset
 
@@ -108,7 +111,7 @@ def check_trained(
     Raises:
         ConfigChanged: One is not, or nothing says how it was trained.
     """
-    names = {run.name for run in runs}
+    names, scales = {run.name for run in runs}, estimates_scale(runs)
     folders = [saes_path]
     for number, wave in enumerate(_read_waves(training_path)):
         folder = WaveFolder(training_path, number)
@@ -124,7 +127,7 @@ def check_trained(
             if not found and not is_trained(directory):
                 continue
             wanted = wanted or _decisive(
-                runner_config(config, [run]).to_dict(), run.name
+                runner_config(config, [run], scales=scales).to_dict(), run.name
             )
             then = _decisive(found, run.name)
             for name in wanted:
@@ -139,9 +142,9 @@ def check_trained(
 
 _CHOOSE = "choose another --output_path, or remove it"
 
-_DECISIVE = {"model_name", "dataset_path", "seed", *TRAINING_FIELDS}
+_DECISIVE = {"model_name", "dataset_path", "seed", "scales", *TRAINING_FIELDS}
 _WHERE = {"sae.device", "sae.metadata", "llm_device", "act_store_device"}
-_OF_EACH_SAE = ("hook_names", "hook_head_indices")
+_OF_EACH_SAE = ("hook_names", "hook_head_indices", "calibrate_thresholds", "b_dec_init")
 
 
 def _decisive(runner_cfg: dict[str, Any], name: str) -> dict[str, Any]:
@@ -181,26 +184,24 @@ class _WaveRunner(runner.RepeatableMultiSAETrainingRunner):
     """
     Trains all waves of an experiment on the same activations, and initialises b_dec of
     plain SAEs at their mean, as scaffold SAEs do.
-
-    Attributes:
-        centred: Names of the SAEs whose b_dec starts at the mean.
-        scales: Whether any SAE of the experiment estimates the scale of its activations:
-            a wave without one reads as much text.
     """
 
-    centred: Sequence[str] = ()
-    scales: bool = False
+    cfg: WaveConfig
 
     @override
     def before_first_step(self, trainer: MultiSAETrainer) -> None:
         # SAEs train on scaled activations; `fit` finds the scale known, and keeps it
         trainer._estimate_scaling_factors()
         scalers = [each.activation_scaler for each in trainer.trainers.values()]
-        if self.scales and not any(s.scaling_factor or s.whitening for s in scalers):
+        if self.cfg.scales and not any(
+            s.scaling_factor or s.whitening for s in scalers
+        ):
             for _ in range(self.cfg.n_batches_for_norm_estimate):
                 next(trainer.data_provider)
         first = next(trainer.data_provider)
-        for name in self.centred:
+        for name, b_dec_init in self.cfg.b_dec_init.items():
+            if b_dec_init != "mean":
+                continue
             x = first[self.cfg.hook_names_per_sae[name]]
             scaled = trainer.trainers[name].activation_scaler.scale(x)
             sae: Any = self.saes[name]
@@ -299,7 +300,7 @@ class WaveTrainer:
         return True
 
     def _runner(self, wave: Wave, folder: WaveFolder) -> _WaveRunner:
-        cfg = runner_config(self.config, wave, self.device)
+        cfg = runner_config(self.config, wave, self.device, estimates_scale(self.runs))
         cfg.output_path = str(folder.saes)
         # here and not in the constructor, which appends a random name
         cfg.checkpoint_path = str(folder.checkpoints)
@@ -314,16 +315,7 @@ class WaveTrainer:
         data: Any = {"override_dataset": override_dataset(cfg), "override_saes": saes}
         with loading(cfg.model_name):
             made = _WaveRunner(cfg, override_model=model, **data)
-        made.calibrated = [
-            run.name
-            for run in wave
-            if self.config.calibrate_thresholds
-            and isinstance(run.config, BatchTopKTrainingSAEConfig)
-            and getattr(run.config, "calibrate_threshold", True)
-        ]
-        made.centred = [run.name for run in wave if run.centre_b_dec]
-        scales = {run.config.normalize_activations for run in self.runs}
-        made.scales = not scales.isdisjoint(ESTIMATED_SCALES)
+        made.calibrated = [*filter(cfg.calibrate_thresholds.get, cfg.saes)]
         self._model, self._hook_names = made.model, hook_names
         for hook_name in hook_names - set(made.model.hook_dict):
             raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")

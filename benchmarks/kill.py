@@ -79,7 +79,7 @@ def argv_of(command: str, inputs: Path) -> list[str]:
     if command == "compare":
         return ["compare", str(inputs / "compare.yaml"), "--output_path=out"]
     if command == "upload":
-        return ["upload", str(inputs / "experiment"), REPO, "--license=mit"]
+        return ["upload", str(inputs / "experiment"), "--repo_id", REPO]
     return ["demo", "--quick", "--output_path=out"]
 
 

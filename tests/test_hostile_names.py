@@ -53,9 +53,10 @@ def write_result(sae: Path, name: str, keyed: bool = True, **fields: Any) -> Non
     if keyed:
         from sae_lens import SAE
 
-        from saelens_scaffold.evals.store import _current_versions
+        from saelens_scaffold.evals.store import _current_versions, _identity
 
         key = {
+            "result": _identity({**content, **fields}),
             "evaluation": {"name": name},
             "eval_config": {},
             "weights": {"sae": weights_sha256(SAE.load_from_disk(sae))},

@@ -19,7 +19,12 @@ from saelens_scaffold import upload_scaffold_saes
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import base
 from saelens_scaffold.evals.registry import EVALUATIONS
-from saelens_scaffold.evals.store import KEY_SUFFIX, _current_versions, stored_results
+from saelens_scaffold.evals.store import (
+    KEY_SUFFIX,
+    _current_versions,
+    _identity,
+    stored_results,
+)
 from saelens_scaffold.hub import findings
 from saelens_scaffold.saes.facts import weights_sha256
 
@@ -124,6 +129,7 @@ def test_malformed_results_are_one_line_each_or_read_rightly(
             change(rng.choice([result, result, own_key]), rng)
         text = json.dumps(result).encode()
         file.write_bytes(damaged(text, rng) if i % 5 == 0 else text)
+        own_key["result"] = _identity(result)
         file.with_suffix(KEY_SUFFIX).write_text(json.dumps(own_key))
         started = time.monotonic()
         try:

@@ -1,6 +1,7 @@
 """Results are shown only if everything that they depend on is as it was."""
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,42 @@ def test_a_result_and_its_key_belong_together(tmp_path: Path) -> None:
     assert results.find("a.json", other) is None
     assert results.why_stale("a.json", other) == "measured with n 1 (now 2)"
     assert differences(key, key) == []
+
+
+def keep_often(folder: Path, n: int) -> None:
+    for _ in range(100):
+        ResultStore(folder).keep("a.json", {"eval_config": {"n": n}}, {"n": n})
+
+
+def test_a_result_never_has_the_key_of_another_process(tmp_path: Path) -> None:
+    keys = [{"eval_config": {"n": n}} for n in (1, 2)]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=keep_often, args=(tmp_path, n)) for n in (1, 2)]
+    for process in processes:
+        process.start()
+    n_found = 0
+    while any(process.is_alive() for process in processes):
+        for n, key in enumerate(keys, 1):
+            found = ResultStore(tmp_path).find("a.json", key)
+            assert found in (None, {"n": n})
+            n_found += found is not None
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert n_found
+
+
+def test_a_result_whose_key_came_later_than_anothers_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, write = ResultStore(tmp_path), store._write
+    one, two = ({"eval_config": {"n": n}} for n in (1, 2))
+
+    def overtaken(file: Path, content: Any) -> None:
+        if file.suffix == store.KEY_SUFFIX:
+            monkeypatch.setattr(store, "_write", write)
+            results.keep("a.json", two, {"n": 2})
+        write(file, content)
+
+    monkeypatch.setattr(store, "_write", overtaken)
+    results.keep("a.json", one, {"n": 1})
+    assert results.find("a.json", one) is None
+    assert "nothing says" in str(results.why_stale("a.json", one))

@@ -1,6 +1,7 @@
 """Evaluation results on the Hub: whose they are, and what the card says of them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from hub_fixtures import REPO, hub, paths_in, save_sae
 from hub_server import HubServer
 from saelens_scaffold import upload_scaffold_saes
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals import store
 from saelens_scaffold.evals.store import (
     KEY_SUFFIX,
     ResultStore,
     _current_versions,
     fingerprints,
+    stored_results,
 )
 from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold_cli import main
@@ -224,9 +227,8 @@ def keep_result(
         "versions": _current_versions(),
     }
     content = {"eval_result_metrics": {}, "eval_config": config}
-    store = ResultStore(folder / evaluation)
-    store.keep(name, key, content)
-    return store.folder / name
+    ResultStore(folder / evaluation).keep(name, key, content)
+    return folder / evaluation / name
 
 
 def test_outdated_results_stay_at_home(
@@ -266,6 +268,31 @@ def test_outdated_results_stay_at_home(
     argv = ["upload", f"sae={tmp_path / 'sae'}", "--repo_id", REPO, "--dry-run"]
     assert main([*argv, "--eval_results", str(results)]) == 0
     assert f"{current}: stays here, measured with another" in capsys.readouterr().err
+
+
+def test_a_result_does_not_decide_how_much_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = save_sae(tmp_path / "sae")
+    results, text = tmp_path / "results", tmp_path / "text.jsonl"
+    text.write_text("some text")
+    file = keep_result(results, "x.json", sae, "core", dataset=str(text))
+    (result,) = stored_results(results)
+    with text.open("ab") as opened:
+        opened.truncate(1 << 40)
+    with pytest.warns(UserWarning, match=f"{file}: the dataset .* was not checked"):
+        assert result.why_stale() is None
+    text.unlink()
+    os.mkfifo(text)  # which nobody writes to
+    assert "another dataset" in str(result.why_stale())
+    text.unlink()
+    text.mkdir()
+    for name in "abc":
+        (text / name).touch()
+    assert "another dataset" in str(result.why_stale())
+    monkeypatch.setattr(store, "MAX_FILES", 2)
+    with pytest.warns(UserWarning, match="was not checked"):
+        assert result.why_stale() is None
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ _STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 _Name = Annotated[str, Field(max_length=1000)]
 _Dataset = Annotated[str, Field(min_length=1, max_length=1000)]
-_Names = _Dataset | Annotated[list[_Dataset], Field(max_length=1000)] | None
+_Names = _Dataset | Annotated[list[_Dataset], Field(max_length=100)] | None
 _Number = Annotated[float, Field(ge=-1e300, le=1e300)]
 _Counts = list[Annotated[int, Field(ge=0, lt=1 << 63)]]
 

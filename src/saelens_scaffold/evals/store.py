@@ -1,18 +1,21 @@
 """Results of evaluations: which ones exist, whether they are current, and whose they are.
 
 A result is SAEBench's JSON file, and beside it lies its key: everything that the numbers
-depend on. A result is current if its key is the one that is asked for.
+depend on, and a hash of the result that it is of. A result is current if its key is the one
+that is asked for.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from pydantic import TypeAdapter
@@ -40,6 +43,10 @@ KEY_SUFFIX = ".key"
 
 # These change how fast a number comes, not the number.
 _SPEED_ONLY = ("llm_batch_size", "sae_batch_size")
+
+MAX_BYTES = 1 << 32
+MAX_FILES = 10_000
+"""Most that is hashed of a dataset or model that a result from anybody names."""
 
 _DATASET_FIELDS = ("dataset", "dataset_name", "dataset_names", "topic_dataset")
 
@@ -88,17 +95,21 @@ def config_of(config: Any, sae: SelectedSAE) -> Any:
 
 def fingerprints(fields: Mapping[str, Any]) -> dict[str, str | None]:
     """Hashes of the datasets and of the language model that a configuration names."""
-    found: dict[str, str | None] = {}
+    return {named: look_up(name) for named, look_up, name in _named(fields)}
+
+
+def _named(
+    fields: Mapping[str, Any],
+) -> Iterator[tuple[str, Callable[[str], str | None], str]]:
+    """What a configuration names: in words, what finds its fingerprint, and its name."""
     for field in _DATASET_FIELDS:
         if field == "topic_dataset" and not fields.get("topics"):
             continue
         named = fields.get(field) or []
         for name in [named] if isinstance(named, str) else named:
-            found[f"dataset {name}"] = dataset_fingerprint(name)
-    if fields.get("model_name"):
-        name = fields["model_name"]
-        found[f"model {name}"] = model_fingerprint(name)
-    return found
+            yield f"dataset {name}", dataset_fingerprint, name
+    if name := fields.get("model_name"):
+        yield f"model {name}", model_fingerprint, name
 
 
 class ResultStore:
@@ -118,10 +129,10 @@ class ResultStore:
     def find(self, name: str, key: Key) -> dict[str, Any] | None:
         """A current result; None if there is none, or what there is depends on else."""
         file = self._file(name)
-        stored = _read(_key_file(file))
-        if not _is_of_kinds(stored) or differences(stored, key):
-            return None
         content = _read(file)
+        stored = _key_of(file, content)
+        if stored is None or differences(stored, key):
+            return None
         with suppress(UserError):
             check_result(content, file)
             return content
@@ -132,8 +143,7 @@ class ResultStore:
         file = self._file(name)
         if not file.exists():
             return None
-        stored = _read(_key_file(file))
-        return _reason(stored if _is_of_kinds(stored) else None, key)
+        return _reason(_key_of(file, _read(file)), key)
 
     def keep(self, name: str, key: Key, content: Mapping[str, Any]) -> Any:
         """Write a result and its key, in place of those of that name; return it as kept."""
@@ -142,11 +152,11 @@ class ResultStore:
         # A model has a fingerprint once it has been downloaded.
         known = {name: v for name, v in key.get("fingerprints", {}).items() if v}
         key = {**key, "fingerprints": {**fingerprints(key["eval_config"]), **known}}
-        # A crash in between leaves a result without a key, which is none.
-        _key_file(file).unlink(missing_ok=True)
-        content = _without_nan(content)
+        content = json.loads(json.dumps(_without_nan(content), default=str))
+        # A result whose key is missing, or of another one, is none: after a crash in
+        # between, or where another process keeps its own at the same time.
         _write(file, content)
-        _write(_key_file(file), key)
+        _write(_key_file(file), {**key, "result": _identity(content)})
         return content
 
 
@@ -175,15 +185,25 @@ class StoredResult(NamedTuple):
         """
         What has changed since the result was written; None if nothing has.
 
-        Datasets and models that are not on this machine are taken to be the same.
+        Datasets and models are taken to be the same if they are not on this machine, or
+        too large to be read on the word of a result, which a warning says.
         """
         if self.key is None:
             return _reason(None, {})
-        config = self.key["eval_config"]
-        now = {"fingerprints": {}, "versions": _current_versions()}
-        # of a model that is not known here, or a name that no disk has
-        with suppress(ValueError, OSError):
-            now["fingerprints"] = fingerprints(config)
+        now: Key = {"fingerprints": {}, "versions": _current_versions()}
+        for named, look_up, name in _named(self.key["eval_config"]):
+            # of a model that is not known here, or a name that no disk has
+            with suppress(ValueError, OSError):
+                if not self.key["fingerprints"].get(named):
+                    continue
+                if is_small(Path(name)):
+                    now["fingerprints"][named] = look_up(name)
+                else:
+                    warnings.warn(
+                        f"{self.file}: the {named} has more than {MAX_BYTES >> 30} GiB or "
+                        f"{MAX_FILES:,} files; whether it has changed was not checked",
+                        stacklevel=2,
+                    )
         return _reason(self.key, now)
 
 
@@ -204,7 +224,7 @@ def stored_results(folder: Path) -> Iterator[StoredResult]:
             raise UserError(f"{error}; evaluate again, or remove it") from error
         if isinstance(content, dict) and "eval_result_metrics" in content:
             check_result(content, file)
-            key = _read(_key_file(file))
+            key = _key_of(file, content)
             key = key if is_key(key) else None
             name = key["evaluation"]["name"] if key else content.get("eval_type_id")
             yield StoredResult(evaluation_name(name, file), file, content, key)
@@ -251,8 +271,17 @@ def _read(file: Path) -> Any:
         return None
 
 
-def _is_of_kinds(key: Any) -> TypeGuard[Key]:
-    return isinstance(key, dict) and all(isinstance(v, dict) for v in key.values())
+def _key_of(file: Path, content: Any) -> Key | None:
+    """The key of a result with this content; None if there is none."""
+    key = _read(_key_file(file))
+    is_key = isinstance(key, dict) and all(isinstance(v, dict) for v in key.values())
+    return key if is_key and key.get("result") == _identity(content) else None
+
+
+def _identity(content: Any) -> dict[str, str]:
+    """What tells a result from others of its name, as a kind of its key."""
+    text = json.dumps(content, sort_keys=True)
+    return {"sha256": sha256(text.encode()).hexdigest()}
 
 
 def _write(file: Path, content: Any) -> None:
@@ -305,6 +334,16 @@ def model_fingerprint(model_name: str) -> str | None:
         return content_hash(Path(official))
     config = try_to_load_from_cache(official, "config.json")
     return Path(config).parent.name if isinstance(config, str) else None
+
+
+def is_small(path: Path) -> bool:
+    """Whether what `content_hash` would read is not too much; a missing path is small."""
+    n_bytes = 0
+    for n_files, file in enumerate(chain([path], path.rglob("*"))):
+        n_bytes += file.stat().st_size if file.is_file() else 0
+        if n_bytes > MAX_BYTES or n_files > MAX_FILES:
+            return False
+    return True
 
 
 def content_hash(path: Path) -> str:

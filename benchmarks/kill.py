@@ -34,7 +34,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import Any
 
 import yaml
@@ -48,7 +50,7 @@ HOOK = "blocks.0.hook_resid_post"
 SAE = {"d_in": 256, "d_sae": 64, "k": 4, "scaffold_rank": 2}
 TRAINING = {
     "context_size": 32,
-    "training_tokens": 32_768,
+    "training_tokens": 16_384,
     "train_batch_size_tokens": 256,
     "store_batch_size_prompts": 4,
     "n_batches_in_buffer": 32,
@@ -74,7 +76,7 @@ def argv_of(command: str, inputs: Path) -> list[str]:
         return ["train", *options({**TRAINING, **SAE, "streaming": False, **more})]
     if command == "eval":
         where = ["--sae_path", str(inputs / "sae"), "--output_path=out"]
-        size = ["--set=dense_latents.n_tokens=8000", "--device=cpu"]
+        size = ["--set=dense_latents.n_tokens=2000", "--device=cpu"]
         return ["eval", "dense_latents", *where, "--dataset=python-stdlib", *size]
     if command == "compare":
         return ["compare", str(inputs / "compare.yaml"), "--output_path=out"]
@@ -102,7 +104,6 @@ def prepare(inputs: Path) -> None:
             "architecture": ["batchtopk", "scaffold_batchtopk"],
             "k": [4],
             "scaffold_rank": [2],
-            "seed": [0, 1],
         },
         "training": {**TRAINING, "n_checkpoints": 4},
         "evaluations": {"dense_latents": {"n_tokens": 2000, "n_bootstrap": 20}},
@@ -122,15 +123,17 @@ def make_demo_small() -> None:
 
     config = language_model.read_config(language_model.CONFIG_PATH)
     config.sae.update(d_sae=128, matryoshka_widths=[32, 64, 128])
+    config.grid["b_dec_init"] = ["mean"]
     config.training.update(TRAINING, n_batches_for_norm_estimate=4)
-    config.evaluations["dense_latents"].update(n_tokens=2000, n_bootstrap=20)
+    config.evaluations["dense_latents"].update(n_tokens=1000, n_bootstrap=20)
     config.evaluations["scaffold_ablation"].update(
-        n_tokens=512, n_fit_tokens=1024, n_bootstrap=20
+        n_tokens=256, n_fit_tokens=512, n_bootstrap=20
     )
     language_model.read_config = lambda _: config
     language_model.QUICK["training_tokens"] = TRAINING["training_tokens"] // 2
     settings = main.planted_settings(quick=True)
-    settings["training"]["training_samples"] = 20_480
+    settings["training"]["training_samples"] = 10_240
+    settings["eval_samples"] = 1024
     main.planted_settings = lambda _: settings
 
 
@@ -146,6 +149,8 @@ def start(argv: Sequence[str], folder: Path) -> int:
         with log_of(folder).open("a", errors="replace") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        # which a shell makes its background processes ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(folder)
         tempfile.tempdir = str(folder / "tmp")
         status = main(argv)
@@ -163,6 +168,13 @@ def start(argv: Sequence[str], folder: Path) -> int:
 
 def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def seconds_of(pid: int) -> float:
+    """Time of a process on the processor, which no other work changes; inf at its end."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[11]) + int(fields[12])
+    return float("inf") if fields[0] == "Z" else ticks / os.sysconf("SC_CLK_TCK")
 
 
 def log_of(folder: Path) -> Path:
@@ -195,9 +207,10 @@ class Trials:
     def __init__(self, command: str, out: Path, hub: HubServer) -> None:
         self.command, self.hub = command, hub
         self.argv, self.folder = argv_of(command, out / "inputs"), out / command
-        whole, began = self.folder / "unbroken", time.monotonic()
+        whole, before = self.folder / "unbroken", os.times()
         assert wait(start(self.argv, whole)) == 0, log_of(whole)
-        self.seconds = time.monotonic() - began
+        spent = [now - then for now, then in zip(os.times(), before, strict=True)]
+        self.seconds = sum(spent[2:4])  # of children, on the processor
         self.expected = self.what_is_there(whole)
         files = filter(Path.is_file, whole.rglob("*"))
         self.size = sum(file.stat().st_size for file in files)
@@ -234,10 +247,11 @@ class Trials:
                 return self.problems(f"{kind} of {size:,} bytes", folder, first)
         pids = [start(self.argv, folder) for _ in range(1 + (kind == KINDS[2]))]
         if kind == "kill":
-            number_sent, after = SIGNALS[number % 3], random.uniform(0, self.seconds)
-            kind = f"{number_sent.name} after {after:.2f} s"
-            time.sleep(after)
-            os.kill(pids[0], number_sent)
+            sent, after = SIGNALS[number % 3], random.uniform(0, self.seconds)
+            kind = f"{sent.name} after {after:.1f} of {self.seconds:.1f} s"
+            while seconds_of(pids[0]) < after:
+                time.sleep(0.01)
+            os.kill(pids[0], sent)
         return self.problems(kind, folder, [wait(pid) for pid in pids])
 
     def problems(self, how: str, folder: Path, first: list[int]) -> str:
@@ -281,8 +295,11 @@ def main() -> int:
     )
     with HubServer().running() as hub:
         os.environ["HF_ENDPOINT"] = hub.url
-        import sae_bench.evals.core.main  # noqa: F401
+        import saelens_scaffold
 
+        for module in walk_packages(saelens_scaffold.__path__, "saelens_scaffold."):
+            if "triton" not in module.name:
+                import_module(module.name)
         make_demo_small()
         prepare(out / "inputs")
         problems = 0

@@ -23,6 +23,7 @@ from sae_bench.evals.ravel import instance as ravel_instance
 from sae_bench.evals.scr_and_tpp import dataset_creation
 from sae_bench.evals.unlearning import main as unlearning
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
+from sae_lens import ActivationsStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_helpers import eval_sae, write_texts
@@ -189,11 +190,21 @@ def test_core(tmp_path: Path):
     assert all(score < 1 for score in scores)
 
 
-def test_mdl(tmp_path: Path):
+def test_mdl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lengths: set[int] = set()
+    own = ActivationsStore.get_batch_tokens
+
+    def noted(self: ActivationsStore, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tokens = own(self, *args, **kwargs)
+        lengths.add(tokens.shape[-1])
+        return tokens
+
+    monkeypatch.setattr(ActivationsStore, "get_batch_tokens", noted)
     results = run(
         "mdl",
         tmp_path,
         {
+            "context_length": 40,  # the SAEs' is another
             "model_name": "py-neox",
             "dataset_name": "python-stdlib",
             "sae_batch_size": 2,
@@ -205,6 +216,7 @@ def test_mdl(tmp_path: Path):
         found = result["eval_results"]
         assert [(of["k"], of["num_bins"]) for of in found] == [(4, 4), (4, 8)]
         assert all(of["description_length"] > 0 for of in found)
+    assert lengths == {40}
 
 
 def test_meta_structure_is_repeatable(tmp_path: Path):

@@ -21,7 +21,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from eval_helpers import D_MODEL, HOOK, eval_sae
 from hub_fixtures import REPO, hub, save_sae, some_activations
-from hub_server import ENDLESS, WRITE_TOKEN, HubServer
+from hub_server import ENDLESS, WRITE_TOKEN, Blob, HubServer
 from saelens_scaffold import load_scaffold_sae, upload_scaffold_saes
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.saes import load_saes, resolve_saes
@@ -232,6 +232,40 @@ def test_a_file_that_does_not_end_is_not_stored(
     hub.heal()
     x = some_activations()
     torch.testing.assert_close(load_scaffold_sae(REPO, "sae")(x), published(x))
+
+
+def test_the_dry_runs_view_of_a_card_is_bounded(
+    published: Any, hub: HubServer, tmp_path: Path
+) -> None:
+    options: Any = {"show_progress": False, "dry_run": True}
+    readme = hub.repositories[REPO].files()["README.md"].content.decode()
+    done = upload_scaffold_saes({"sae": published}, REPO, **options)
+    assert done.readme_outcome == "unchanged"
+    for content in (b"\xff" * 100, b"\xff\n" * 2**20):
+        repository = hub.repositories[REPO]
+        files = {**repository.files(), "README.md": Blob(content, False)}
+        repository.commit("main", "Another card", files)
+        try:
+            done = upload_scaffold_saes({"sae": published}, REPO, **options)
+        except UserError as error:
+            assert "README.md has 2097152 bytes or more" in str(error)
+            assert len(content) == 2**21
+        else:
+            assert done.readme_outcome == "kept"
+            assert readme.splitlines()[-1] in str(done.readme_diff)
+    repository.commit("main", "Anew", {**files, "README.md": Blob(b"", False)})
+    hub.fail(r"README.md", ENDLESS, times=100)
+    with pytest.raises(UserError, match="README.md has"):
+        upload_scaffold_saes({"sae": published}, REPO, **options)
+    assert hub.endless_bytes < 50 * 2**20
+
+
+@pytest.mark.parametrize("dtype", ["nonsense", "", 3])
+def test_dtypes_are_known(tmp_path: Path, dtype: Any) -> None:
+    eval_sae().save_model(tmp_path)
+    with pytest.raises(UserError, match=r"^dtype is .*; allowed are float32, "):
+        load_scaffold_sae(tmp_path, dtype=dtype)
+    assert load_scaffold_sae(tmp_path, dtype="float16").dtype == torch.float16
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 418, 500])

@@ -15,7 +15,11 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.untrusted import without_token
 from saelens_scaffold.hub.model_card import TEMPLATES, model_card
 from saelens_scaffold.hub.sources import README, Upload, write_files
-from saelens_scaffold.saes.loading import HTTP_ERROR
+from saelens_scaffold.saes.loading import (
+    HTTP_ERROR,
+    MissingFileError,
+    bounded_download,
+)
 
 _SAE_FILES = (
     r"(jumprelu/)?(cfg\.json|(sae_weights|sparsity)\.safetensors|runner_cfg\.json)"
@@ -35,6 +39,7 @@ HUB_FAILURES = (HTTP_ERROR, OSError, RuntimeError, ValueError)
 """What huggingface_hub raises when a request fails."""
 
 _MAX_WAIT = 60.0  # seconds
+_MAX_README_BYTES = 1 << 20
 
 Result = TypeVar("Result")
 
@@ -247,10 +252,8 @@ def _known_of_repository(upload: Upload) -> tuple[str | None, list[str]]:
     api, repo_id, revision = upload.api, upload.repo_id, upload.revision
     path, files = None, []
     try:
-        # one short request, where hf_hub_download alone would retry for long
-        url = hf.hf_hub_url(repo_id, README, revision=revision)
-        api.get_hf_file_metadata(url=url, timeout=5)
-        path = api.hf_hub_download(repo_id, README, revision=revision)
+        where = (repo_id, README, _MAX_README_BYTES, revision)
+        path = bounded_download(*where, token=api.token)
         files = api.list_repo_files(repo_id, revision=revision)
     except (
         errors.EntryNotFoundError,
@@ -258,11 +261,11 @@ def _known_of_repository(upload: Upload) -> tuple[str | None, list[str]]:
         errors.RevisionNotFoundError,
     ):
         return "", []
-    except (HTTP_ERROR, OSError):
-        path = path or hf.try_to_load_from_cache(repo_id, README, revision=revision)
-    if not isinstance(path, str):
+    except (HTTP_ERROR, OSError, MissingFileError):
+        pass  # no connection: the README may be in the cache, its files are not known
+    if path is None:
         return None, []
-    return Path(path).read_text(encoding="utf-8"), files
+    return Path(path).read_text(encoding="utf-8", errors="replace"), files
 
 
 def retry(action: Callable[[], Result], statuses: frozenset[int] = TRANSIENT) -> Result:

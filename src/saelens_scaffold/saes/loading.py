@@ -56,8 +56,11 @@ def load_scaffold_sae(
 
     Raises:
         InvalidSAEError: The files cannot be used, and why.
-        UserError: The id is invalid, or the Hub does not give the files.
+        UserError: The id or the dtype is invalid, or the Hub does not give the files.
     """
+    if dtype not in (None, *constants.DTYPE_MAP):
+        allowed = ", ".join(constants.DTYPE_MAP)
+        raise UserError(f"dtype is {dtype!r:.100}; allowed are {allowed}")
 
     def from_hub(repo_id: Any, device: str, cfg_overrides: Any) -> tuple[Any, Weights]:
         return checked_huggingface_loader(
@@ -120,7 +123,9 @@ def checked_huggingface_loader(
     def download(name: str, max_bytes: int, revision: str | None = None) -> str:
         path = f"{folder}/{name}"
         try:
-            return _download(repo_id, path, max_bytes, revision, force_download)
+            return bounded_download(
+                repo_id, path, max_bytes, revision, force_download=force_download
+            )
         except UserError:
             raise
         except (HTTP_ERROR, OSError, ValueError) as error:
@@ -129,7 +134,7 @@ def checked_huggingface_loader(
             )
             # Neither the message nor the cause, which may repeat what the server says:
             # it knows the token.
-            raise (_MissingFileError if is_missing else UserError)(
+            raise (MissingFileError if is_missing else UserError)(
                 f"{repo_id}: {path} cannot be downloaded: {_reason(error)}"
             ) from None
 
@@ -142,7 +147,7 @@ def checked_huggingface_loader(
     max_bytes = validation.max_weights_bytes(cfg)
     download(constants.SAE_WEIGHTS_FILENAME, max_bytes, commit)
     sparsity_path = None
-    with suppress(_MissingFileError):
+    with suppress(MissingFileError):
         max_bytes = validation.MAX_HEADER_BYTES + 8 * cfg["d_sae"]
         sparsity_path = download(constants.SPARSITY_FILENAME, max_bytes, commit)
     cfg, weights = checked_disk_loader(cfg_path.parent, device, cfg_overrides)
@@ -150,26 +155,42 @@ def checked_huggingface_loader(
     return cfg, weights, sparsity
 
 
-class _MissingFileError(UserError):
+class MissingFileError(UserError):
     """A file is neither in the repository nor in the cache."""
 
 
-def _download(
-    repo_id: str, path: str, max_bytes: int, revision: str | None, force_download: bool
+def bounded_download(
+    repo_id: str,
+    path: str,
+    max_bytes: int,
+    revision: str | None,
+    *,
+    force_download: bool = False,
+    token: str | bool | None = None,
 ) -> str:
-    """The path of a file of the Hub in the cache, of limited size whatever the Hub says."""
+    """
+    Download a file of the Hub, of limited size whatever the Hub says.
+
+    Returns:
+        Its path in the cache.
+
+    Raises:
+        InvalidSAEError: It is larger.
+        MissingFileError: There was no such file, and there is no connection now.
+    """
     where: dict[str, Any] = {"repo_id": repo_id, "filename": path, "revision": revision}
     size = None
     try:
-        size = hf.get_hf_file_metadata(hf.hf_hub_url(**where)).size
+        size = hf.get_hf_file_metadata(hf.hf_hub_url(**where), token=token).size
     except errors.RemoteEntryNotFoundError:
         pass  # hf_hub_download raises it again, and notes it in the cache
     except (HTTP_ERROR, OSError):
         cached = hf.try_to_load_from_cache(**where)
         if isinstance(cached, str):
+            _check_size(f"{repo_id}: {path}", Path(cached).stat().st_size, max_bytes)
             return cached
         if cached is not None:
-            raise _MissingFileError(f"{repo_id} has no {path}") from None
+            raise MissingFileError(f"{repo_id} has no {path}") from None
         raise
     if size is not None:
         _check_size(f"{repo_id}: {path}", size, max_bytes)
@@ -190,7 +211,10 @@ def _download(
             return super().update(n)
 
     return hf.hf_hub_download(
-        **where, force_download=force_download, tqdm_class=BoundedProgress
+        **where,
+        force_download=force_download,
+        token=token,
+        tqdm_class=BoundedProgress,
     )
 
 

@@ -7,6 +7,7 @@ purpose, for as long as a `with` block lasts.
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -273,8 +274,15 @@ def absorption_experiments(main: ModuleType, folder: Path, seed: int) -> Replace
 
 
 def mdl_config(main: ModuleType, config: Any) -> Replacement:
-    """MDL's functions read a global `config`, which only its command line sets."""
-    return replaced((vars(main), {"config": config}))
+    """
+    MDL reads sequences of its configuration's length.
+
+    Its functions read a global `config`, which only its command line sets, and sequences
+    as long as the SAE's metadata say.
+    """
+    own, size = main.ActivationsStore.from_sae, config.context_length
+    store = SimpleNamespace(from_sae=partial(own, context_size=size))
+    return replaced((vars(main), {"config": config, "ActivationsStore": store}))
 
 
 class TensorsStay(TorchFunctionMode):

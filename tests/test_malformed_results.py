@@ -4,7 +4,8 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sae_lens import SAE
 from hub_fixtures import REPO, save_sae
 from saelens_scaffold import upload_scaffold_saes
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.evals import base
 from saelens_scaffold.evals.registry import EVALUATIONS
 from saelens_scaffold.evals.store import (
@@ -105,13 +107,10 @@ def damaged(text: bytes, rng: random.Random) -> bytes:
     )
 
 
-def test_malformed_results_are_one_line_each_or_read_rightly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # looked up for each, which takes most of the time
-    monkeypatch.setattr(findings, "known_evaluations", lambda: EVALUATIONS)
-    save_sae(tmp_path / "sae")
-    sae = SAE.load_from_disk(tmp_path / "sae")
+def malformed_results(folder: Path, n: int) -> Iterator[tuple[Any, Path]]:
+    """An SAE, and the folder where one malformed result of it lies at a time."""
+    save_sae(folder / "sae")
+    sae = SAE.load_from_disk(folder / "sae")
     key = {
         "evaluation": {"name": "dense_latents"},
         "eval_config": whole_result()["eval_config"],
@@ -119,39 +118,54 @@ def test_malformed_results_are_one_line_each_or_read_rightly(
         "fingerprints": {},
         "versions": _current_versions(),
     }
-    folder = tmp_path / "eval_results"
-    folder.mkdir()
-    file = folder / "x.json"
-    rng, read = random.Random(0), 0
-    for i in range(N_RESULTS):
+    file = folder / "eval_results" / "x.json"
+    file.parent.mkdir()
+    rng = random.Random(0)
+    for i in range(n):
         result, own_key = whole_result(), json.loads(json.dumps(key))
         for _ in range(rng.randrange(1, 4)):
             change(rng.choice([result, result, own_key]), rng)
         text = json.dumps(result).encode()
         file.write_bytes(damaged(text, rng) if i % 5 == 0 else text)
-        own_key["result"] = _identity(result)
+        with suppress(UserError):  # of what cannot be read
+            own_key.setdefault("result", _identity(read_json(file)))
         file.with_suffix(KEY_SUFFIX).write_text(json.dumps(own_key))
+        yield sae, file
+
+
+def result_is_read(sae: Any, file: Path) -> bool:
+    """Whether a result is read, and all that a card shows of it; else it is one line."""
+    try:
+        stored = [*stored_results(file.parent)]
+    except UserError as error:
+        assert str(file) in str(error)
+        assert "\n" not in str(error)
+        assert len(str(error)) < 1000
+        return False
+    for each in stored:
+        each.why_stale()
+        findings.results_of(sae, [each])
+        facts = findings.facts_of([each], None, None)
+        assert all(isinstance(cell, str) for cell in facts.cells.values())
+        for metric, value, interval in findings.headline_metrics(each):
+            assert abs(value) < 1e309
+            f"{value:.{metric.digits}f} {interval}"
+        assert len(findings.dataset_of(each)) < 10_000
+        json.dumps(findings.without_directories(each.content), indent=2)
+    return bool(stored)
+
+
+def test_malformed_results_are_one_line_each_or_read_rightly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # looked up for each, which takes most of the time
+    monkeypatch.setattr(findings, "known_evaluations", lambda: EVALUATIONS)
+    n_read = 0
+    for sae, file in malformed_results(tmp_path, N_RESULTS):
         started = time.monotonic()
-        try:
-            stored = [*stored_results(folder)]
-        except UserError as error:
-            assert str(file) in str(error)
-            assert "\n" not in str(error)
-            assert len(str(error)) < 1000
-            stored = []
-        for each in stored:
-            read += 1
-            each.why_stale()
-            findings.results_of(sae, [each])
-            facts = findings.facts_of([each], None, None)
-            assert all(isinstance(cell, str) for cell in facts.cells.values())
-            for metric, value, interval in findings.headline_metrics(each):
-                assert abs(value) < 1e309
-                f"{value:.{metric.digits}f} {interval}"
-            assert len(findings.dataset_of(each)) < 10_000
-            json.dumps(findings.without_directories(each.content), indent=2)
+        n_read += result_is_read(sae, file)
         assert time.monotonic() - started < SECONDS
-    assert N_RESULTS / 10 < read < N_RESULTS
+    assert N_RESULTS / 10 < n_read < N_RESULTS
 
 
 def test_a_whole_result_is_read(tmp_path: Path) -> None:

@@ -372,30 +372,27 @@ def test_traps_are_said(
     assert len(str(error.value)) < 1_000
 
 
-@settings(
-    max_examples=400,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(data=st.data())
-def test_hostile_files_are_one_line_or_load_as_they_are(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    text, weights = sound(data.draw(st.sampled_from(sorted(SAE_CLASS_REGISTRY))))
+@st.composite
+def hostile_files(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """cfg.json and weights of an SAE with one or two hostile fields."""
+    text, weights = sound(draw(st.sampled_from(sorted(SAE_CLASS_REGISTRY))))
     config = json.loads(text)
     metadata = config["metadata"]
-    for _ in range(data.draw(st.integers(1, 2))):
-        where, names = data.draw(
+    for _ in range(draw(st.integers(1, 2))):
+        where, names = draw(
             st.sampled_from([(config, sorted(config)), (metadata, METADATA)])
         )
-        where[data.draw(st.sampled_from(names))] = data.draw(HOSTILE)
+        where[draw(st.sampled_from(names))] = draw(HOSTILE)
     text = json.dumps(config, ensure_ascii=False)
-    encoding = data.draw(st.sampled_from(ENCODINGS))
-    folder = tmp_path_factory.getbasetemp() / "hostile"
+    encoding = draw(st.sampled_from(ENCODINGS))
+    return text.encode(encoding, errors="replace"), weights
+
+
+def sae_is_read(files: tuple[bytes, bytes], folder: Path) -> bool:
+    """Whether both entry points load an SAE as it is; else they refuse it in one line."""
     folder.mkdir(exist_ok=True)
-    (folder / "cfg.json").write_bytes(text.encode(encoding, errors="replace"))
-    (folder / WEIGHTS).write_bytes(weights)
+    (folder / "cfg.json").write_bytes(files[0])
+    (folder / WEIGHTS).write_bytes(files[1])
 
     def load() -> Any:
         return load_scaffold_sae(folder)
@@ -404,8 +401,9 @@ def test_hostile_files_are_one_line_or_load_as_they_are(
         (selected,) = resolve_saes(load_saes([folder]), "cpu", "")
         return selected.sae
 
+    n_read = 0
     for use in (load, select):
-        with little_time_and_memory(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 sae = use()
@@ -414,6 +412,22 @@ def test_hostile_files_are_one_line_or_load_as_they_are(
                 assert "\n" not in str(error)
                 continue
         if use is load:
-            for name, expected in safetensors.torch.load(weights).items():
+            for name, expected in safetensors.torch.load(files[1]).items():
                 assert torch.equal(sae.state_dict()[name].to(expected), expected), name
         assert json.dumps(sae.cfg.to_dict())
+        n_read += 1
+    return n_read == 2
+
+
+@settings(
+    max_examples=400,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(files=hostile_files())
+def test_hostile_files_are_one_line_or_load_as_they_are(
+    files: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with little_time_and_memory():
+        sae_is_read(files, tmp_path_factory.getbasetemp() / "hostile")

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from saelens_scaffold import (
     upload_scaffold_saes,
 )
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.hub import commits as hub_commits
 from saelens_scaffold.hub.commits import HubUploadError
 from saelens_scaffold.hub.findings import without_directories
 from saelens_scaffold.saes.facts import weights_sha256
@@ -202,6 +205,33 @@ def test_the_card_of_a_scaffold_sae_without_scaffold(hub: HubServer) -> None:
     assert '"sae/jumprelu"' in snippets[1]
     for snippet in snippets:
         exec(compile(snippet, "card", "exec"), {})
+
+
+def test_what_a_killed_upload_leaves_goes_with_the_next(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    sae = save_sae(tmp_path / "sae")
+    commit = hub_commits.HubUpload._commit
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> Any:
+        left = tmp_path / "left"
+        shutil.copytree(tmp_path / "tmp", left)
+        raise Killed
+
+    monkeypatch.setattr(hub_commits.HubUpload, "_commit", killed)
+    with pytest.raises(Killed):
+        upload({"sae": sae})
+    (tmp_path / "tmp").rmdir()  # an exception leaves nothing
+    (tmp_path / "left").rename(tmp_path / "tmp")
+    assert [*(tmp_path / "tmp").rglob("sae_weights.safetensors")]
+    monkeypatch.setattr(hub_commits.HubUpload, "_commit", commit)
+    upload({"sae": sae})
+    assert [*(tmp_path / "tmp").iterdir()] == []
 
 
 def test_no_path_of_the_users_machine_is_published(

@@ -67,6 +67,13 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder as of `tempfile`, but one that a killed process leaves goes with the next."""
+    with workspace(Path(tempfile.gettempdir(), "saelens-scaffold")) as folder:
+        yield folder
+
+
+@contextmanager
 def workspace(path: Path) -> Iterator[Path]:
     """
     An empty folder beside a path, of this block's own, removed in the end.

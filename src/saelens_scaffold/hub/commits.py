@@ -5,13 +5,13 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import huggingface_hub as hf
 from huggingface_hub import errors
 
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import temporary_folder
 from saelens_scaffold._util.untrusted import without_token
 from saelens_scaffold.hub.model_card import TEMPLATES, model_card
 from saelens_scaffold.hub.sources import README, Upload, write_files
@@ -79,8 +79,8 @@ class HubUpload:
             self._open_repository()
             for sae in self.upload.progress(self.upload.saes, "Uploading SAEs"):
                 self.doing = f"uploading {sae.sae_id}"
-                with TemporaryDirectory() as folder:
-                    files = write_files(self.upload, sae, Path(folder))
+                with temporary_folder() as folder:
+                    files = write_files(self.upload, sae, folder)
                     own = re.compile(f"{re.escape(sae.sae_id)}/({_SAE_FILES})")
                     old = set(filter(own.fullmatch, self.remote_files)) - set(files)
                     url = self._commit(files, old, f"Upload SAE {sae.sae_id}")
@@ -223,8 +223,8 @@ def look(upload: Upload) -> None:
     Writes every file once to learn its size, and compares the card with an existing one.
     """
     for sae in upload.progress(upload.saes, "Writing files"):
-        with TemporaryDirectory() as folder:
-            for path, file in write_files(upload, sae, Path(folder)).items():
+        with temporary_folder() as folder:
+            for path, file in write_files(upload, sae, folder).items():
                 upload.files[path] = file.stat().st_size
     existing, remote_files = _known_of_repository(upload)
     upload.readme = model_card(upload, remote_files)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, errors, utils
 
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.files import temporary_folder
 from saelens_scaffold.hub.commits import HubUpload, look
 from saelens_scaffold.hub.model_card import TEMPLATES, add_figure
 from saelens_scaffold.hub.sources import SAESource, Upload
@@ -111,12 +111,12 @@ def _carry_out(upload: Upload, saes: Any, eval_results: Any, dry_run: bool) -> N
         raise UserError(f"{repo_id!r:.200} is no repository's id: {error}") from error
     if "/" not in repo_id:
         raise UserError(f"{repo_id!r} lacks the owner; write USER/{repo_id}")
-    with TemporaryDirectory() as folder, ExitStack() as stack:
+    with temporary_folder() as folder, ExitStack() as stack:
         if not upload.show_progress and not utils.are_progress_bars_disabled():
             utils.disable_progress_bars()  # huggingface_hub's, for each file
             stack.callback(utils.enable_progress_bars)
-        upload.gather(saes, eval_results, Path(folder, "saes"))
-        add_figure(upload, Path(folder))
+        upload.gather(saes, eval_results, folder / "saes")
+        add_figure(upload, folder)
         if dry_run:
             look(upload)
         else:

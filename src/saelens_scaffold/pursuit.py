@@ -75,7 +75,7 @@ class GradientPursuit:
         sae: SAE with a linear decoder.
 
     Raises:
-        UserError: It is no autoencoder, or its decoder is not linear.
+        UserError: It is no autoencoder.
     """
 
     def __init__(self, sae: SAE[Any]):
@@ -87,7 +87,6 @@ class GradientPursuit:
         if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
             decoder = decoder / decoder.norm(dim=1, keepdim=True)
         self._decoder = decoder
-        self._check_decoder()
         self._dictionary = _Dictionary(decoder[self._rank :])
 
     @torch.no_grad()
@@ -97,8 +96,10 @@ class GradientPursuit:
         l0: int | torch.Tensor | None = None,
         batch_tokens: int | None = None,
     ) -> torch.Tensor:
-        """See `encode`."""
+        """The function `encode` for this SAE."""
         sae, rank = self.sae, self._rank
+        of_heads = sae.cfg.reshape_activations == "hook_z"
+        self._check_decoder(x.shape[-2 if of_heads else -1 :])
         sae_in = sae.process_sae_in(x)
         acts = sae_in.new_zeros(*sae_in.shape[:-1], sae.cfg.d_sae)
         if l0 is None or rank:
@@ -123,11 +124,10 @@ class GradientPursuit:
             flat.index_put_(places, weights.to(flat), accumulate=True)
         return acts
 
-    def _check_decoder(self) -> None:
-        """See that the decoder is f W_dec + b_dec, whatever the SAE's class."""
+    def _check_decoder(self, features: torch.Size) -> None:
+        """See that tokens of a shape are decoded by f W_dec + b_dec, whatever the class."""
         sae = self.sae
-        shape = (1, 1, -1) if sae.cfg.reshape_activations == "hook_z" else (1, -1)
-        x = torch.linspace(-1, 1, sae.cfg.d_in).to(sae.W_dec).view(shape)
+        x = torch.linspace(-1, 1, features.numel()).to(sae.W_dec).view(1, *features)
         acts = torch.linspace(0, 1, sae.cfg.d_sae).to(sae.W_dec).expand(1, -1)
         # Run-time normalisation remembers the scale of its last input, once.
         sae.process_sae_in(x)
@@ -269,6 +269,6 @@ def _argmax(products: torch.Tensor) -> torch.Tensor:
     rest = products[:, n_groups * _GROUP :]
     largest = torch.cat([groups.amax(dim=2), rest], dim=1).argmax(dim=1, keepdim=True)
     group = largest.clamp(max=n_groups - 1)
-    place = groups.take_along_dim(group.unsqueeze(2), dim=1).squeeze(1)
-    place = place.argmax(dim=1, keepdim=True) + group * _GROUP
+    tokens = torch.arange(len(products), device=products.device)
+    place = groups[tokens, group[:, 0]].argmax(dim=1, keepdim=True) + group * _GROUP
     return place.where(largest < n_groups, largest + n_groups * (_GROUP - 1))

@@ -104,7 +104,7 @@ def test_topk_becomes_a_threshold_at_which_k_latents_fire(rescale: bool):
     metadata: Any = form.cfg.metadata
     assert metadata.k == 4 and metadata.threshold_calibration["n_tokens"] == len(x)
 
-    absorbed = absorb_scaffold(form, [x], rank=2)
+    absorbed = absorb_scaffold(sae, [x], rank=2, calibration=x)
     expected = form(x) + optimum(x, x - form(x), 2)
     assert torch.allclose(absorbed(x).double(), expected, atol=1e-4)
 

@@ -106,13 +106,12 @@ def _load(name: str) -> SelectedSAE:
 def _check(config: AbsorbConfig, source: SelectedSAE) -> None:
     """Find everything that is named, before anything is run."""
     absorption.check_has_jumprelu_form(source.sae)
-    d_in, most = source.sae.cfg.d_in, min(source.sae.cfg.d_in, source.sae.cfg.d_sae) - 1
+    d_in = source.sae.cfg.d_in
     model = model_config(lm.known_model_name(config.model_name))
     check_activations(model, source.hook_name, d_in)
-    if config.rank is not None and config.rank > most - source.rank:
-        raise UserError(
-            f"rank is {config.rank}; it must be at most {most - source.rank}"
-        )
+    largest = d_in - 1 - source.rank
+    if config.rank is not None and config.rank > largest:
+        raise UserError(f"rank is {config.rank}; it must be at most {largest}")
     if config.n_tokens <= d_in:
         raise UserError(
             f"n_tokens is {config.n_tokens}; a scaffold at {d_in} dimensions needs more "
@@ -147,14 +146,15 @@ def absorb(
     ((hooked, _),) = lm.by_hook_point(model, [source])
     # The model's activations have their heads flattened.
     reshape, sae.cfg.reshape_activations = sae.cfg.reshape_activations, "none"
-    base = _prepared(config, hooked, source, TokenStream(config, model, [source]))
+    base = _prepared(config, hooked, source)
     stream = TokenStream(config, model, [source])
     sums = LeastSquares(base.cfg.d_in, base.cfg.d_in, device)
     for x in _activations(hooked, stream, config.n_tokens, "Fitting"):
         scaled = absorption.scaled_error(base, x)
         sums.update(scaled.x, scaled.error)
     scaffold = absorption.fitted_scaffold(sums)
-    largest = max(config.rank or 0, base.cfg.d_in // 4)
+    d_in = base.cfg.d_in
+    largest = max(config.rank or 0, min(d_in // 4, d_in - 1 - source.rank))
     held_out = _HeldOut(sae, base, scaffold.of_rank(largest))
     if config.held_out_split is not None:
         other = replace(config, dataset_split=config.held_out_split)
@@ -195,16 +195,13 @@ def _activations(
 
 
 def _prepared(
-    config: AbsorbConfig,
-    hooked: lm.HookedModel,
-    source: SelectedSAE,
-    stream: TokenStream,
+    config: AbsorbConfig, hooked: lm.HookedModel, source: SelectedSAE
 ) -> ScaffoldJumpReLUSAE:
     """The SAE in JumpReLU form, without its dense latents if they are to go."""
     is_topk = source.sae.cfg.architecture() == "topk"
     if not is_topk and config.drop_dense is None:
         return absorption.jumprelu_form(source.sae)
-    sampled = ActivationSample()
+    sampled, stream = ActivationSample(), TokenStream(config, hooked.model, [source])
     n_tokens = min(config.n_tokens, _SAMPLED_FROM)
     for x in _activations(hooked, stream, n_tokens, "Sampling"):
         sampled.add(x)

@@ -242,9 +242,14 @@ def without_latents(
     Args:
         sae: The SAE.
         latents: Their indices among all latents.
+
+    Raises:
+        UserError: They are all of its dictionary.
     """
     kept = torch.ones(sae.cfg.d_sae, dtype=torch.bool, device=sae.W_dec.device)
     kept[latents] = False
+    if not kept[sae.cfg.scaffold_rank :].any():
+        raise UserError("no latent of the dictionary would be left; take out fewer")
     smaller = _with_latents(
         sae,
         sae.cfg.scaffold_rank,

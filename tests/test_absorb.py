@@ -19,13 +19,14 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
-from eval_helpers import D_MODEL, HOOK, eval_sae
+from eval_helpers import D_MODEL, HOOK, eval_sae, write_texts
 from helpers import D_IN, D_SAE, activations, scaffold_sae, train
 from saelens_scaffold import ScaffoldJumpReLUSAE, absorb, load_scaffold_sae
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.dense_latents import DenseLatentsEvalConfig
 from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.saes import load_saes
+from saelens_scaffold.models import load_stdlib_text
 from saelens_scaffold.saes.absorption import (
     absorb_scaffold,
     jumprelu_form,
@@ -271,26 +272,34 @@ def at_hook(architecture: str) -> Any:
 
 
 TOPK: dict[str, dict[str, int]] = defaultdict(dict, topk={"k": 12})
-TEXT: dict[str, Any] = {
-    "dataset": "python-stdlib",
-    "n_tokens": 5000,
-    "held_out_tokens": 4000,
-    "device": "cpu",
-}
 
 
-def dense_latents(path: Path, tmp_path: Path, n_tokens: int) -> dict[str, Any]:
-    """What the evaluation says of an SAE on held-out text."""
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Text to fit on, and other text."""
+    folder = tmp_path_factory.mktemp("text")
+    pieces = [row["text"][:20_000] for row in load_stdlib_text("test")]  # type: ignore[index]
+    write_texts(folder / "train.jsonl", pieces[:8])
+    write_texts(folder / "test.jsonl", pieces[8:16])
+    return {
+        "dataset": str(folder),
+        "held_out_split": "test",
+        "n_tokens": 5000,
+        "held_out_tokens": 4000,
+        "device": "cpu",
+    }
+
+
+def dense_latents(sae: Path, text: dict[str, Any]) -> dict[str, Any]:
+    """What the evaluation says of an SAE on the held-out text."""
     config = DenseLatentsEvalConfig(
         model_name="py-neox",
-        dataset="python-stdlib",
+        dataset=text["dataset"],
         dataset_split="test",
-        n_tokens=n_tokens,
+        n_tokens=text["held_out_tokens"],
         n_bootstrap=2,
     )
-    results = run_eval(
-        "dense_latents", config, load_saes([path]), "cpu", tmp_path / "eval"
-    )
+    results = run_eval("dense_latents", config, load_saes([sae]), "cpu", sae.parent)
     (result,) = results.values()
     return result["eval_result_metrics"]
 
@@ -299,7 +308,7 @@ def dense_latents(path: Path, tmp_path: Path, n_tokens: int) -> dict[str, Any]:
     "source", ["standard", "topk", "gated", "jumprelu", "gemma_scope", "sae_bench"]
 )
 def test_held_out_text_is_explained_no_worse(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, tmp_path: Path, text: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     sae = (
         release(source, eval_sae(), tmp_path / "release", monkeypatch)
@@ -307,12 +316,10 @@ def test_held_out_text_is_explained_no_worse(
         else at_hook(source)
     )
     sae.save_model(tmp_path / "sae")
-    absorb.run(str(tmp_path / "sae"), output_path=str(tmp_path / "new"), **TEXT)
+    absorb.run(str(tmp_path / "sae"), output_path=str(tmp_path / "new"), **text)
     numbers = json.loads((tmp_path / "new" / "absorb.json").read_text())
     curve, rank = numbers["explained_variance_by_rank"], numbers["rank"]
-    before, after = (
-        dense_latents(tmp_path / name, tmp_path, 4000) for name in ("sae", "new")
-    )
+    before, after = (dense_latents(tmp_path / name, text) for name in ("sae", "new"))
 
     def explained(metrics: dict[str, Any]) -> float:
         return metrics["reconstruction_quality"]["explained_variance"]
@@ -335,24 +342,19 @@ def test_held_out_text_is_explained_no_worse(
     assert torch.allclose(absorbed.to_jumprelu()(x), absorbed(x), atol=1e-4)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command(
+    tmp_path: Path, text: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
     eval_sae().save_model(tmp_path / "sae")
-    text = [
-        "--dataset",
-        "python-stdlib",
-        "--n_tokens",
-        "3000",
-        "--held_out_tokens",
-        "2000",
-    ]
+    fields = {**text, "n_tokens": 3000, "rank": 6, "drop_dense": 0.3}
+    options = [word for name, v in fields.items() for word in (f"--{name}", str(v))]
     new, sae = str(tmp_path / "new"), str(tmp_path / "sae")
-    argv = ["absorb", sae, "--output_path", new, *text, "--rank", "6"]
-    assert main([*argv, "--drop_dense", "0.3"]) == 0
+    assert main(["absorb", sae, "--output_path", new, *options]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"\| 6 +\| .* \| chosen \|", printed)
     assert "scaffold_rank 6" in printed and "dense latents taken out" in printed
 
-    metrics = dense_latents(tmp_path / "new", tmp_path, 2000)
+    metrics = dense_latents(tmp_path / "new", text)
     absorbed = SAE.load_from_disk(new)
     n_dropped: Any = absorbed.cfg.metadata.n_dropped_latents
     assert absorbed.cfg.d_sae == 96 + 6 - n_dropped and n_dropped > 0
@@ -362,23 +364,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "scaffold_jumprelu" in capsys.readouterr().out
 
 
-def test_heads_of_the_model(tmp_path: Path):
+def test_heads_of_the_model(tmp_path: Path, text: dict[str, Any]):
     hook, fields = "blocks.0.attn.hook_z", {"reshape_activations": "hook_z"}
     eval_sae(hook_name=hook, **fields).save_model(tmp_path / "sae")
     new = tmp_path / "new"
-    absorb.run(str(tmp_path / "sae"), output_path=str(new), rank=5, **TEXT)
+    absorb.run(str(tmp_path / "sae"), output_path=str(new), rank=5, **text)
     numbers = json.loads((new / "absorb.json").read_text())
-    found = dense_latents(new, tmp_path, 4000)["reconstruction_quality"]
+    found = dense_latents(new, text)["reconstruction_quality"]
     expected = numbers["explained_variance_by_rank"][5]
     assert found["explained_variance"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_scaffold_that_fits_too_few_tokens_is_made_smaller(tmp_path: Path):
+def test_a_scaffold_that_fits_too_few_tokens_is_made_smaller(
+    tmp_path: Path, text: dict[str, Any]
+):
     """Of 300 tokens, a map of 200 ranks reproduces the errors, and no others."""
     sae = eval_sae()
     sae.threshold.data.fill_(1.0)
     sae.save_model(tmp_path / "sae")
-    few = {**TEXT, "n_tokens": 300, "rank": 250}
+    few = {**text, "n_tokens": 300, "rank": 250}
     said = absorb.run(str(tmp_path / "sae"), output_path=str(tmp_path / "new"), **few)
     numbers = json.loads((tmp_path / "new" / "absorb.json").read_text())
     assert numbers["rank"] < 250

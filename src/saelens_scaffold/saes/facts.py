@@ -36,7 +36,13 @@ def weights_sha256(sae: SAE[Any], dtype: torch.dtype | None = None) -> str:
 
 
 def trained_k(metadata: Any) -> float | None:
-    """The k in an SAE's metadata: SAELens's object, or the dictionary from a file."""
+    """
+    The k in an SAE's metadata: SAELens's object, or the dictionary from a file.
+
+    None if there is none, or latents that fired have been taken out.
+    """
+    if metadata.get("n_dropped_latents"):
+        return None
     details = metadata.get("training_architecture_details")
     for k in (metadata.get("k"), details.get("k") if isinstance(details, dict) else 0):
         if isinstance(k, (int, float)) and not isinstance(k, bool) and k > 0:
@@ -87,6 +93,13 @@ _ACTIVATIONS_ON_CPU, _ACTIVATIONS_ON_GPU = 2**21, 2**26
 # Share of active latents below which a sparse product is faster.
 _SPARSE_BELOW = 0.05
 _SPARSE_DTYPES = (torch.float32, torch.float64)
+
+
+def tokens_at_once(sae: SAE[Any]) -> int:
+    """Number of tokens whose activations are to be held at once."""
+    on_cpu = sae.W_dec.device.type == "cpu"
+    at_once = _ACTIVATIONS_ON_CPU if on_cpu else _ACTIVATIONS_ON_GPU
+    return max(1, at_once // sae.cfg.d_sae)
 
 
 class ActiveLatents:
@@ -174,9 +187,7 @@ class FiringStatistics:
         n_sequences, n_sparse = weights.shape[1], len(self.fired)
         counts = torch.zeros(n_sequences * n_sparse, device=x.device)
         errors = torch.zeros(n_sequences, device=x.device)
-        on_cpu = x.device.type == "cpu"
-        at_once = _ACTIVATIONS_ON_CPU if on_cpu else _ACTIVATIONS_ON_GPU
-        n_tokens = max(1, at_once // self.sae.cfg.d_sae)
+        n_tokens = tokens_at_once(self.sae)
         for part, of in zip(x.split(n_tokens), sequence.split(n_tokens), strict=True):
             active = ActiveLatents(self.sae.encode(part))
             error = (part - active.decode(self.sae)).float().pow(2).sum(dim=1)

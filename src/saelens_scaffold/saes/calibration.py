@@ -149,9 +149,6 @@ def calibrated_threshold(
     """
     The threshold that on average k sparse latents per token exceed.
 
-    It is exact for these activations: the midpoint between the last active pre-activation
-    and the first inactive one. 0 if fewer are positive.
-
     Args:
         sae: A BatchTopK or Matryoshka BatchTopK SAE, plain or with a scaffold.
         activations: Batches of shape (n_tokens, ...), at the scale that the SAE takes.
@@ -159,13 +156,31 @@ def calibrated_threshold(
     rank = getattr(sae.cfg, "scaffold_rank", 0)
     # at once: a long training is sampled in thousands of batches of few tokens
     tokens = torch.cat([*activations])
-    n_active = round(sae.cfg.k * len(tokens))
-    largest = sae.W_enc.new_empty(0)
+    blocks = tokens.split(max(1, _BLOCK_ELEMENTS // sae.cfg.d_sae))
+    encoded = (sae.encode_with_hidden_pre(x.to(sae.W_enc))[1] for x in blocks)
+    return threshold_at_l0(sae.cfg.k, (h[..., rank:] for h in encoded), len(tokens))
+
+
+@torch.no_grad()
+def threshold_at_l0(
+    l0: float, pre_activations: Iterable[torch.Tensor], n_tokens: int
+) -> float:
+    """
+    The threshold that on average l0 latents per token exceed.
+
+    It is exact for these pre-activations: the midpoint between the last active one and the
+    first inactive one. 0 if fewer are positive.
+
+    Args:
+        l0: Active latents per token.
+        pre_activations: In batches, of any shape.
+        n_tokens: Number of tokens.
+    """
+    n_active = round(l0 * n_tokens)
+    largest = torch.empty(0)
     cut = 0.0
-    for x in tokens.split(max(1, _BLOCK_ELEMENTS // sae.cfg.d_sae)):
-        _, hidden_pre = sae.encode_with_hidden_pre(x.to(sae.W_enc))
-        above = hidden_pre[..., rank:]
-        largest = torch.cat([largest, above[above > cut]])
+    for above in pre_activations:
+        largest = torch.cat([largest.to(above), above[above > cut]])
         if len(largest) > n_active:
             largest = largest.topk(n_active + 1).values
             cut = float(largest[-1])

@@ -89,6 +89,13 @@ _SPARSE_BELOW = 0.05
 _SPARSE_DTYPES = (torch.float32, torch.float64)
 
 
+def tokens_at_once(sae: SAE[Any]) -> int:
+    """Number of tokens whose activations are to be held at once."""
+    on_cpu = sae.W_dec.device.type == "cpu"
+    at_once = _ACTIVATIONS_ON_CPU if on_cpu else _ACTIVATIONS_ON_GPU
+    return max(1, at_once // sae.cfg.d_sae)
+
+
 class ActiveLatents:
     """
     The nonzero activations of a batch.
@@ -174,9 +181,7 @@ class FiringStatistics:
         n_sequences, n_sparse = weights.shape[1], len(self.fired)
         counts = torch.zeros(n_sequences * n_sparse, device=x.device)
         errors = torch.zeros(n_sequences, device=x.device)
-        on_cpu = x.device.type == "cpu"
-        at_once = _ACTIVATIONS_ON_CPU if on_cpu else _ACTIVATIONS_ON_GPU
-        n_tokens = max(1, at_once // self.sae.cfg.d_sae)
+        n_tokens = tokens_at_once(self.sae)
         for part, of in zip(x.split(n_tokens), sequence.split(n_tokens), strict=True):
             active = ActiveLatents(self.sae.encode(part))
             error = (part - active.decode(self.sae)).float().pow(2).sum(dim=1)

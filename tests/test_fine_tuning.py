@@ -6,8 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens import (
+    SAE,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    TrainingSAE,
+)
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
+from sae_lens.saes.matching_pursuit_sae import (
+    MatchingPursuitSAE,
+    MatchingPursuitSAEConfig,
+)
+from safetensors.torch import load_file
 
 from helpers import RANK, activations, scaffold_sae, train
 from saelens_scaffold import (
@@ -23,6 +34,7 @@ from saelens_scaffold.models import (
 )
 from saelens_scaffold.saes.fine_tuning import start_from
 from saelens_scaffold.training.export import export_checkpoint
+from saelens_scaffold.training.fine_tuning import check_pretrained, fine_tuned_sae
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -119,9 +131,13 @@ class Recorded(ResumableTrainingRunner):
             if not self.losses:
                 self.start, self.batch = trainer.sae.to_inference(), batch
                 self.start.fold_activation_norm_scaling_factor(scale)
+                untrained: Any = TrainingSAE.from_dict(trainer.sae.cfg.to_dict())
+                untrained.load_state_dict(trainer.sae.state_dict())
+                self.untrained = untrained
             output = step(batch)
-            self.losses.append(output.loss.item() / scale**2)
-            error = (batch - self.start(batch)).pow(2).sum(1).mean()
+            self.losses.append(output.loss.item())
+            x = batch * scale
+            error = (x - self.untrained(x)).pow(2).sum(1).mean()
             self.losses_of_start.append(error.item())
             return output
 
@@ -200,7 +216,118 @@ def test_training_goes_on_from_a_scaffold_sae(
     ]
     assert l0[0] == pytest.approx(l0[1].item(), rel=1e-3)
     if not matryoshka:  # whose loss has a term for each level
-        assert runner.losses[0] == pytest.approx(runner.losses_of_start[0], rel=0.05)
+        assert runner.losses[0] == pytest.approx(runner.losses_of_start[0], rel=1e-4)
         assert sum(runner.losses[-5:]) < sum(runner.losses_of_start[-5:])
     text = SAE.load_from_disk(tmp_path / "sae").cfg.metadata.measured["text"]
     assert "may have read" in text
+
+
+@pytest.mark.parametrize("sparse_encoder_input", INPUTS)
+def test_a_plain_sae_gets_the_scaffold_of_one_pass(
+    sparse_encoder_input: str, model: Any, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    cfg = runner_config(
+        tmp_path,
+        sparse_encoder_input=sparse_encoder_input,
+        from_pretrained_path=str(saved["plain"]),
+        d_sae=260,
+    )
+    runner = run(Recorded, cfg, model)
+    plain: Any = SAE.load_from_disk(saved["plain"])
+    x, start = runner.batch, runner.start
+    acts = plain.encode(x)
+    close: Any = {"atol": 1e-4 * acts.max().item(), "rtol": 1e-4}
+    norms = plain.W_dec.norm(dim=1)
+    ours = start.encode(x)[:, 4:] * start.W_dec[4:].norm(dim=1)
+    torch.testing.assert_close(ours, acts * norms, **close)
+    # more of the variance is explained than by the plain SAE, on later text
+    assert (x - start(x)).pow(2).sum() < 0.98 * (x - plain(x)).pow(2).sum()
+    # the scaffold reads and writes the principal part of the error's regression on x
+    s = start.scaffold(x)
+    assert torch.linalg.matrix_rank(s - s.mean(0), rtol=1e-4) == 4
+    assert sum(runner.losses[-5:]) < sum(runner.losses_of_start[-5:])
+
+
+def test_saelens_runner_takes_the_start(
+    model: Any, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    options = {"from_pretrained_path": str(saved["residual"])}
+    cfg = runner_config(tmp_path, normalize_activations="none", lr=1e-9, **options)
+    run(LanguageModelSAETrainingRunner, cfg, model, override_sae=fine_tuned_sae(cfg))
+    before, after = (
+        SAE.load_from_disk(saved["residual"]),
+        SAE.load_from_disk(cfg.output_path),
+    )
+    torch.testing.assert_close(after.W_dec, before.W_dec, atol=1e-5, rtol=0)
+    torch.testing.assert_close(after.W_enc, before.W_enc, atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="'expected_average_only_in' needs activations"):
+        fine_tuned_sae(runner_config(tmp_path, **options))
+    options["from_pretrained_path"] = str(saved["plain"])
+    with pytest.raises(UserError, match="without a scaffold in .* needs activations"):
+        fine_tuned_sae(runner_config(tmp_path, normalize_activations="none", **options))
+
+
+def test_a_resumed_training_does_not_start_again(
+    model: Any, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "from_pretrained_path": str(saved["plain"]),
+        "d_sae": 260,
+        "checkpoint_path": str(tmp_path / "checkpoints"),
+    }
+    run(Recorded, runner_config(tmp_path, n_checkpoints=1, **options), model)
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
+    weights = load_file(checkpoint / "sae_weights.safetensors")
+    cfg = runner_config(tmp_path, resume_from_checkpoint=str(checkpoint), **options)
+    runner = Recorded(
+        cfg, override_dataset=load_stdlib_text("train"), override_model=model
+    )
+    trained = runner.run()
+    assert len(runner.losses) < 12
+    start = trained.to_inference()
+    for name in "W_dec", "b_dec":
+        close = torch.nn.functional.cosine_similarity(
+            getattr(start, name).flatten(), weights[name].flatten(), dim=0
+        )
+        assert close > 0.99
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("residual", {"d_in": 128}, "has d_in 256, not 128"),
+    ("residual", {"scaffold_rank": 5}, "has scaffold_rank 4, not 5"),
+    ("residual", {"d_sae": 512}, "has d_sae 260; the SAE to train has 512"),
+    ("plain", {"d_sae": 256}, "has d_sae 256, to which a scaffold of rank 4 adds 4"),
+    ("residual", {"hook_name": "blocks.2.hook_resid_post"}, "has hook_name"),
+    ("residual", {"model_name": "gpt2"}, "has model_name 'py-neox', not 'gpt2'"),
+    (
+        "residual",
+        {"normalize_activations": "layer_norm", "aux_loss_coefficient": 0.0},
+        "has normalize_activations 'none', not 'layer_norm'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), WRONG)
+def test_what_does_not_fit_is_one_line(
+    name: str,
+    changes: dict[str, Any],
+    message: str,
+    saved: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    path = str(saved[name])
+    cfg = runner_config(tmp_path, from_pretrained_path=path, **changes)
+    for check in check_pretrained, ResumableTrainingRunner:
+        with pytest.raises(UserError) as raised:
+            check(cfg)
+        said = str(raised.value)
+        assert said.startswith(f"from_pretrained_path {path!r} {message}")
+        assert "\n" not in said
+
+
+def test_architectures_that_are_no_start_are_refused(tmp_path: Path) -> None:
+    sae = MatchingPursuitSAE(MatchingPursuitSAEConfig(d_in=256, d_sae=256))
+    sae.save_model(tmp_path / "pursuit")
+    cfg = runner_config(tmp_path, from_pretrained_path=str(tmp_path / "pursuit"))
+    with pytest.raises(UserError, match="architecture 'matching_pursuit'; .* standard"):
+        check_pretrained(cfg)

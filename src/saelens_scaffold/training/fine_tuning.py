@@ -148,32 +148,28 @@ def check_pretrained(cfg: RunnerConfig) -> None:
         )
     metadata = saved.get("metadata")
     known = read_runner_config(path) | (metadata if isinstance(metadata, dict) else {})
-    for name, then, now in (
-        ("d_in", saved.get("d_in"), wanted.d_in),
-        ("scaffold_rank", saved.get("scaffold_rank") if has_scaffold else rank, rank),
-        *(
-            (name, known.get(name), getattr(cfg, name))
-            for name in ("hook_name", "hook_head_index")
-            if known.get(name) is not None
-        ),
-        (
-            "normalize_activations",
+    model_name = known.get("model_name")
+    if model_name and _short(str(model_name)) == _short(cfg.model_name):
+        known["model_name"] = cfg.model_name
+    found = {
+        "d_in": (saved.get("d_in"), wanted.d_in),
+        "scaffold_rank": (saved.get("scaffold_rank") if has_scaffold else rank, rank),
+        "normalize_activations": (
             _run_time(saved.get("normalize_activations")),
             _run_time(wanted.normalize_activations),
         ),
-    ):
+    }
+    for name in ("model_name", "hook_name", "hook_head_index"):
+        if known.get(name) is not None:
+            found[name] = (known[name], getattr(cfg, name))
+    for name, (then, now) in found.items():
         if then != now:
             raise UserError(f"{named} has {name} {then!r:.100}, not {now!r}")
-    model_name = known.get("model_name")
-    if model_name and _short(str(model_name)) != _short(cfg.model_name):
-        raise UserError(
-            f"{named} is of model_name {model_name!r:.100}, not {cfg.model_name!r}"
-        )
     d_sae, added = saved.get("d_sae"), 0 if has_scaffold else rank
     if not isinstance(d_sae, int) or d_sae + added != wanted.d_sae:
-        plus = f", which a scaffold of rank {rank} adds to" if added else ""
+        more = f", to which a scaffold of rank {rank} adds {rank}" if added else ""
         raise UserError(
-            f"{named} has d_sae {d_sae!r:.100}{plus}; the SAE to train has {wanted.d_sae}"
+            f"{named} has d_sae {d_sae!r:.100}{more}; the SAE to train has {wanted.d_sae}"
         )
 
 

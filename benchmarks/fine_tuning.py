@@ -116,9 +116,9 @@ def plain(k: float, stream: list[torch.Tensor], steps: int, seed: int) -> SAE[An
         return SAE.load_from_disk(folder)
 
 
-def scaffold_sae(seed: int, rank: int = RANK) -> Any:
+def scaffold_sae(seed: int, rank: int = RANK, **fields: Any) -> Any:
     cfg = ScaffoldBatchTopKTrainingSAEConfig(
-        d_in=D_IN, d_sae=D_DICTIONARY + rank, k=K, scaffold_rank=rank
+        d_in=D_IN, d_sae=D_DICTIONARY + rank, k=K, scaffold_rank=rank, **fields
     )
     return initial_sae(cfg, seed)
 
@@ -127,7 +127,7 @@ def fine_tuned(
     saved: SAE[Any], later: list[torch.Tensor], steps: int, seed: int, rank: int = RANK
 ) -> SAE[Any]:
     """The SAE with an absorbed scaffold, after so many steps."""
-    sae = scaffold_sae(seed, rank)
+    sae = scaffold_sae(seed, rank, sparse_encoder_input="activation")
     made = trainer(sae, iter(later), max(steps, 1))
     start(made, saved)
     if steps > 0:

@@ -9,9 +9,10 @@ from saelens_scaffold.saes.scaffold_jumprelu_sae import ScaffoldJumpReLUSAE
 # Singular values of I - B A below which W_enc[:, r:] says nothing of what it was before the
 # residual input was folded in; rounding in single precision is below.
 _TOLERANCE = 1e-5
-# What encoders of a folded residual input need is a tenth of their norm; what others would
-# need, where the scaffold takes nearly all of its subspace, is tens of times their norm.
-_MAX_GROWTH = 5.0
+# How many times its norm an encoder may grow. Of a folded residual input it grows by a tenth,
+# of an absorbed scaffold by up to ten. From a hundred on, where little changes of the scaffold
+# are large ones of what the encoder reads, the first steps destroy the SAE.
+_MAX_GROWTH = 20.0
 
 
 @torch.no_grad()

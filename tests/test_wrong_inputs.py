@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sae_lens import AbsTopKSAE, AbsTopKSAEConfig, StandardSAE, StandardSAEConfig
 
 from eval_helpers import HOOK, eval_sae
 from helpers import scaffold_sae
@@ -54,6 +55,7 @@ EXPERIMENT: dict[str, Any] = {
 }
 EVAL = ["dense_latents", "--sae_path", "sae", "--dataset", "python-stdlib"]
 RANK = ["--model", "py-neox", "--hook_name", HOOK, "--dataset", "python-stdlib"]
+NEW = ["--output_path", "new", "--dataset", "./text"]
 UPLOAD = ["--repo_id", "user/saes", "--dry-run"]
 
 
@@ -150,6 +152,28 @@ CASES: list[tuple[list[str], str]] = [
     (["rank", *RANK, "--device", "cuda:99"], "cuda:99"),
     (["rank", *RANK, "--llm_dtype", "float31"], "float31"),
     (["rank", *RANK, "--output_path", "file/new"], "file"),
+    (["absorb", "plain"], "--output_path"),
+    (["absorb", *NEW], "SAE"),
+    (["absorb", "nowhere", *NEW], "nowhere"),
+    (["absorb", "text", *NEW], "text"),
+    (["absorb", "checkpoint", *NEW], "export CHECKPOINT OUTPUT"),
+    (["absorb", "gemma-scope-2b-pt-res/layer_0", *NEW], "has no SAE 'layer_0'"),
+    (["absorb", "signed", *NEW], "'abstopk' has no JumpReLU form"),
+    (["absorb", "narrow", *NEW], "d_in is 128"),
+    (["absorb", "plain", *NEW, "--output_path", "sae"], "sae exists already"),
+    (["absorb", "plain", *NEW, "--output_path", "file/new"], "file"),
+    (["absorb", "plain", *NEW, "--rank", "256"], "rank is 256; it must be at most 255"),
+    (["absorb", "sae", *NEW, "--rank", "252"], "rank is 252; it must be at most 251"),
+    (["absorb", "plain", *NEW, "--rank", "-1"], "rank"),
+    (["absorb", "plain", *NEW, "--drop_dense", "1.5"], "drop_dense is 1.5"),
+    (["absorb", "plain", *NEW, "--n_tokens", "256"], "more than 256 tokens"),
+    (["absorb", "plain", *NEW, "--held_out_tokens", "0"], "--held_out_tokens"),
+    (["absorb", "plain", *NEW, "--held_out_split", "dev"], "dev"),
+    (["absorb", "plain", *NEW, "--dataset", "./no-such-text"], "no-such-text"),
+    (["absorb", "plain", *NEW, "--text_column", "body"], "body"),
+    (["absorb", "plain", *NEW, "--model", "no-such-model"], "no-such-model"),
+    (["absorb", "plain", *NEW, "--context_size", "1024"], "1024"),
+    (["absorb", "plain", *NEW, "--device", "cuda:99"], "cuda:99"),
     (["compare"], "CONFIG.yaml"),
     (["compare", "nowhere.yaml"], "nowhere.yaml"),
     (["compare", "file"], "file"),
@@ -236,6 +260,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     eval_sae(rank=4).save_model(folder / "broken")
     (folder / "broken" / "sae_weights.safetensors").write_bytes(b"not weights")
     eval_sae().save_model(folder / "plain")
+    fields: Any = {"d_sae": 64, "metadata": eval_sae().cfg.metadata}
+    AbsTopKSAE(AbsTopKSAEConfig(256, k=4, **fields)).save_model(folder / "signed")
+    StandardSAE(StandardSAEConfig(128, **fields)).save_model(folder / "narrow")
     for name in "checkpoint", "cut-off":
         scaffold_sae().save_model(folder / name)
     scaffold_sae("scaffold_matryoshka").save_model(folder / "nested")
@@ -287,7 +314,7 @@ def test_one_line_names_the_culprit(
 def test_there_are_ten_of_each_command() -> None:
     commands = [argv[0] for argv, _ in CASES]
     assert all(commands.count(command) >= 10 for command in set(commands))
-    assert len(set(commands)) == 8
+    assert len(set(commands)) == 9
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from saelens_scaffold.saes import (
     validation,
 )
 from saelens_scaffold.saes.calibration import threshold_at_l0
-from saelens_scaffold.saes.facts import scaffold_rank, tokens_at_once
+from saelens_scaffold.saes.facts import scaffold_rank, tokens_at_once, weights_sha256
 from saelens_scaffold.saes.least_squares import LeastSquares
 from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
 
+_WITH_JUMPRELU_FORM = ("standard", "topk", "jumprelu", "gated", "scaffold_jumprelu")
 _OF_OTHER_WEIGHTS = ("weights_sha256", "measured", "scaffold_view", "scaffold_rank")
 
 
@@ -67,6 +68,7 @@ def absorb_scaffold(
     batches: Iterable[torch.Tensor],
     rank: int,
     drop_latents: torch.Tensor | None = None,
+    calibration: torch.Tensor | None = None,
 ) -> ScaffoldJumpReLUSAE:
     """
     Give an SAE the best scaffold that one pass over activations can give.
@@ -76,24 +78,28 @@ def absorb_scaffold(
     activations count.
 
     Args:
-        sae: An SAE in inference form (`standard`, `jumprelu`, `gated`), or one of
-            `jumprelu_form`.
+        sae: An SAE in inference form: `standard`, `topk`, `jumprelu`, `gated` or
+            `scaffold_jumprelu`; see `jumprelu_form`.
         batches: Activations as the SAE takes them, shape (n_tokens, d_in), or
             (n_tokens, n_heads, d_head) for `reshape_activations="hook_z"`.
         rank: Rank of the scaffold. That of an SAE with a scaffold grows by as much.
         drop_latents: Indices of latents that the scaffold takes the place of.
+        calibration: Activations to find the threshold of a `topk` SAE on.
 
     Raises:
         UserError: The SAE has no such form, or there are not more tokens than dimensions.
     """
-    base = jumprelu_form(sae)
+    base = jumprelu_form(sae, calibration)
     if drop_latents is not None:
         base = without_latents(base, drop_latents)
     sums = LeastSquares(base.cfg.d_in, base.cfg.d_in, base.W_dec.device)
     for x in batches:
         scaled = scaled_error(base, x)
         sums.update(scaled.x, scaled.error)
-    return add_scaffold(base, fitted_scaffold(sums).of_rank(rank))
+    absorbed = add_scaffold(base, fitted_scaffold(sums).of_rank(rank))
+    metadata: Any = absorbed.cfg.metadata
+    metadata.absorbed |= {"rank": rank, "n_tokens": sums.n}
+    return absorbed
 
 
 def fitted_scaffold(sums: LeastSquares) -> Scaffold:
@@ -157,8 +163,7 @@ def jumprelu_form(
     validation.check_scale_is_known(sae.cfg.normalize_activations)
     if isinstance(sae, ScaffoldMixin):
         sae = sae.to_inference()
-    if isinstance(sae, ScaffoldJumpReLUSAE) and sae.dtype.itemsize >= 4:
-        return sae
+    check_has_jumprelu_form(sae)
     dtype = torch.promote_types(sae.dtype, torch.float32)
     own: Any = sae.cfg
     values = {f.name: getattr(own, f.name) for f in fields(SAEConfig)}
@@ -168,8 +173,12 @@ def jumprelu_form(
     )
     for name in _OF_OTHER_WEIGHTS:
         vars(cfg.metadata).pop(name, None)
+    architecture, metadata = own.architecture(), cfg.metadata
+    metadata.absorbed = {
+        "architecture": architecture,
+        "weights_sha256": weights_sha256(sae),
+    }
     weights = {name: of.to(dtype) for name, of in sae.state_dict().items()}
-    architecture = own.architecture()
     if architecture == "gated":
         ratio = weights.pop("r_mag").exp()
         weights["W_enc"] = weights["W_enc"] * ratio
@@ -178,12 +187,6 @@ def jumprelu_form(
         weights["threshold"] = weights["b_enc"] - ratio * weights.pop("b_gate")
     elif architecture in ("standard", "topk"):
         weights["threshold"] = torch.zeros_like(weights["b_enc"])
-    elif architecture not in ("jumprelu", ScaffoldJumpReLUSAEConfig.architecture()):
-        raise UserError(
-            f"architecture {architecture!r} has no JumpReLU form; an SAE that is "
-            "given a scaffold is a standard, topk, jumprelu (BatchTopK is saved as that), "
-            "gated or scaffold_jumprelu SAE"
-        )
     if getattr(own, "rescale_acts_by_decoder_norm", False):
         norms = sae.get_W_dec_norm().to(dtype)
         weights["W_enc"], weights["b_enc"] = (
@@ -194,6 +197,19 @@ def jumprelu_form(
     if architecture == "topk":
         _calibrate(form, own.k, calibration)
     return form
+
+
+def check_has_jumprelu_form(sae: SAE[Any]) -> None:
+    """
+    Raises:
+        UserError: The SAE has no such form.
+    """
+    architecture = sae.cfg.architecture()
+    if architecture not in _WITH_JUMPRELU_FORM:
+        raise UserError(
+            f"architecture {architecture!r} has no JumpReLU form, as "
+            f"{', '.join(_WITH_JUMPRELU_FORM)} have (BatchTopK SAEs are saved as jumprelu)"
+        )
 
 
 def _calibrate(
@@ -226,10 +242,15 @@ def without_latents(
     Args:
         sae: The SAE.
         latents: Their indices among all latents.
+
+    Raises:
+        UserError: They are all of its dictionary.
     """
     kept = torch.ones(sae.cfg.d_sae, dtype=torch.bool, device=sae.W_dec.device)
     kept[latents] = False
-    return _with_latents(
+    if not kept[sae.cfg.scaffold_rank :].any():
+        raise UserError("no latent of the dictionary would be left; take out fewer")
+    smaller = _with_latents(
         sae,
         sae.cfg.scaffold_rank,
         W_enc=sae.W_enc[:, kept],
@@ -238,6 +259,8 @@ def without_latents(
         W_dec=sae.W_dec[kept],
         b_dec=sae.b_dec,
     )
+    smaller.cfg.metadata.n_dropped_latents = int((~kept).sum())
+    return smaller
 
 
 @torch.no_grad()
@@ -252,10 +275,10 @@ def add_scaffold(sae: ScaffoldJumpReLUSAE, scaffold: Scaffold) -> ScaffoldJumpRe
         sae: The SAE; see `jumprelu_form`.
         scaffold: At the scale of its weights.
     """
-    A, B, mean_x, mean_error = (of.double() for of in scaffold)
+    A, B, mean_x, mean_error = scaffold
     b_dec = sae.b_dec + mean_error.to(sae.b_dec)
     # what the encoders subtract from x, and what they subtract more than before
-    subtracted = b_dec.double() * sae.cfg.apply_b_dec_to_input
+    subtracted = b_dec.to(mean_x) * sae.cfg.apply_b_dec_to_input
     shift = (b_dec - sae.b_dec) * sae.cfg.apply_b_dec_to_input
     b_scaffold = ((subtracted - mean_x) @ A).to(sae.b_enc)
     return _with_latents(

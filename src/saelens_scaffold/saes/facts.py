@@ -36,7 +36,13 @@ def weights_sha256(sae: SAE[Any], dtype: torch.dtype | None = None) -> str:
 
 
 def trained_k(metadata: Any) -> float | None:
-    """The k in an SAE's metadata: SAELens's object, or the dictionary from a file."""
+    """
+    The k in an SAE's metadata: SAELens's object, or the dictionary from a file.
+
+    None if there is none, or latents that fired have been taken out.
+    """
+    if metadata.get("n_dropped_latents"):
+        return None
     details = metadata.get("training_architecture_details")
     for k in (metadata.get("k"), details.get("k") if isinstance(details, dict) else 0):
         if isinstance(k, (int, float)) and not isinstance(k, bool) and k > 0:

@@ -55,6 +55,8 @@ class _Metadata(BaseModel):
     n_sparsity_tokens: _Count | None = None
     scaffold_view: Literal["whole", "sparse"] | None = None
     scaffold_rank: _Count | None = None
+    absorbed: dict[str, Any] | None = None
+    n_dropped_latents: _Count | None = None
     weights_sha256: _Text | None = None
 
 

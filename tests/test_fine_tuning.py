@@ -18,9 +18,20 @@ from sae_lens.saes.matching_pursuit_sae import (
     MatchingPursuitSAE,
     MatchingPursuitSAEConfig,
 )
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file
 
-from helpers import RANK, activations, scaffold_sae, train
+from helpers import (
+    D_IN,
+    D_SAE,
+    RANK,
+    activations,
+    batches,
+    scaffold_sae,
+    train,
+    trainer_for,
+)
 from saelens_scaffold import (
     ResumableTrainingRunner,
     ScaffoldBatchTopKTrainingSAEConfig,
@@ -34,7 +45,11 @@ from saelens_scaffold.models import (
 )
 from saelens_scaffold.saes.fine_tuning import start_from
 from saelens_scaffold.training.export import export_checkpoint
-from saelens_scaffold.training.fine_tuning import check_pretrained, fine_tuned_sae
+from saelens_scaffold.training.fine_tuning import (
+    check_pretrained,
+    fine_tuned_sae,
+    start,
+)
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -80,6 +95,66 @@ def test_what_the_residual_lacks_is_not_read_from_it() -> None:
     saved = train(scaffold_sae(sparse_encoder_input="activation")).to_inference()
     with pytest.raises(UserError, match="train with 'activation'"):
         start_from(scaffold_sae(), saved)
+
+
+@pytest.mark.parametrize("sparse_encoder_input", INPUTS)
+@pytest.mark.parametrize(
+    "norm", ["expected_average_only_in", "covariance_whitening", "layer_norm"]
+)
+def test_the_start_has_the_scale_of_the_training(
+    norm: Any, sparse_encoder_input: Any
+) -> None:
+    options: dict[str, Any] = {
+        "normalize_activations": norm,
+        "sparse_encoder_input": sparse_encoder_input,
+        "aux_loss_coefficient": 0.0,
+    }
+    saved = train(scaffold_sae(**options)).to_inference()
+    x = activations(500)
+    before, acts = saved(x), saved.encode(x)
+    trainer = trainer_for(scaffold_sae(seed=1, **options), 1, batches())
+    start(trainer, saved)
+    # as the trainer does at the end
+    sae, scaler = trainer.sae, trainer.activation_scaler
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if (white := scaler.whitening) is not None:
+        sae.fold_activation_whitening(white.mean, white.matrix, white.inverse_matrix)
+    after = sae.to_inference()
+    torch.testing.assert_close(after(x), before, atol=1e-4, rtol=1e-4)
+    assert ((after.encode(x) != 0) == (acts != 0)).float().mean() > 0.9999
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("sae_class", [StandardSAE, TopKSAE])
+def test_an_unused_latent_of_a_plain_sae_stays_unused(
+    sae_class: Any, rescale: bool
+) -> None:
+    torch.manual_seed(0)
+    of_topk = {"k": 4} if sae_class is TopKSAE else {}
+    cfg_class = TopKSAEConfig if of_topk else StandardSAEConfig
+    plain = sae_class(cfg_class(d_in=D_IN, d_sae=D_SAE, **of_topk))
+    plain.W_dec.data[5] = 0
+    trainer = trainer_for(
+        scaffold_sae(
+            d_sae=D_SAE + RANK,
+            rescale_acts_by_decoder_norm=rescale,
+            sparse_encoder_input="activation",
+        ),
+        steps=5,
+        data=batches(),
+    )
+    start(trainer, plain)
+    x = activations(500)
+    assert torch.equal(
+        trainer.sae.W_dec[RANK:].norm(dim=1) > 0,
+        torch.arange(D_SAE).ne(5) | torch.tensor(rescale),
+    )
+    inference = trainer.sae.to_inference()
+    assert not (
+        inference.encode(x)[:, RANK + 5] * inference.W_dec[RANK + 5].norm()
+    ).any()
+    assert trainer.fit()(x).isfinite().all()
 
 
 def runner_config(folder: Path, **changes: Any) -> LanguageModelSAERunnerConfig[Any]:

@@ -132,7 +132,7 @@ def test_an_unused_latent_of_a_plain_sae_stays_unused(
 ) -> None:
     torch.manual_seed(0)
     of_topk = {"k": 4} if sae_class is TopKSAE else {}
-    cfg_class = TopKSAEConfig if of_topk else StandardSAEConfig
+    cfg_class: Any = TopKSAEConfig if of_topk else StandardSAEConfig
     plain = sae_class(cfg_class(d_in=D_IN, d_sae=D_SAE, **of_topk))
     plain.W_dec.data[5] = 0
     trainer = trainer_for(
@@ -194,6 +194,9 @@ class Recorded(ResumableTrainingRunner):
     """Keeps losses, and the inference form with which the training begins."""
 
     n_measured_tokens = 1024
+    start: Any
+    batch: torch.Tensor
+    untrained: Any
 
     def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
         self.losses: list[float] = []
@@ -329,10 +332,8 @@ def test_saelens_runner_takes_the_start(
     options = {"from_pretrained_path": str(saved["residual"])}
     cfg = runner_config(tmp_path, normalize_activations="none", lr=1e-9, **options)
     run(LanguageModelSAETrainingRunner, cfg, model, override_sae=fine_tuned_sae(cfg))
-    before, after = (
-        SAE.load_from_disk(saved["residual"]),
-        SAE.load_from_disk(cfg.output_path),
-    )
+    before = SAE.load_from_disk(saved["residual"])
+    after = SAE.load_from_disk(tmp_path / "sae")
     torch.testing.assert_close(after.W_dec, before.W_dec, atol=1e-5, rtol=0)
     torch.testing.assert_close(after.W_enc, before.W_enc, atol=1e-4, rtol=0)
     with pytest.raises(UserError, match="'expected_average_only_in' needs activations"):

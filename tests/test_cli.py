@@ -349,15 +349,21 @@ def test_interrupted_training_says_how_to_resume_and_resumes(
     assert (sae.W_dec[:4] * B).sum(1).min() > 0.99
 
 
-@pytest.mark.parametrize("architecture", ["scaffold_batchtopk", "standard"])
-def test_training_starts_from_what_saelens_can_continue(
+@pytest.mark.parametrize(
+    "architecture", ["scaffold_batchtopk", "scaffold_jumprelu", "standard"]
+)
+def test_training_starts_from_a_checkpoint_or_a_saved_sae(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
     options = training_options(tmp_path, d_sae=64, lr=1e-9, training_tokens=1024)
     torch.manual_seed(1)
-    start: Any = scaffold_sae(d_in=256, d_sae=64, calibrate_threshold=False)
+    start: Any = scaffold_sae(
+        d_in=256, d_sae=64, scaffold_rank=4, calibrate_threshold=False
+    )
+    if architecture == "scaffold_jumprelu":
+        start = start.to_inference()
     if architecture == "standard":
         # one name for both forms, so SAELens continues a saved SAE, too
         start = StandardSAE(StandardSAEConfig(d_in=256, d_sae=64))

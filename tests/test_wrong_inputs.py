@@ -61,7 +61,8 @@ UPLOAD = ["--repo_id", "user/saes", "--dry-run"]
 
 
 def train(**changes: object) -> list[str]:
-    return ["train", *(f"--{name}={v}" for name, v in {**TRAIN, **changes}.items())]
+    options = {name: v for name, v in {**TRAIN, **changes}.items() if v is not None}
+    return ["train", *(f"--{name}={v}" for name, v in options.items())]
 
 
 def compare(**changes: object) -> list[str]:
@@ -101,9 +102,15 @@ CASES: list[tuple[list[str], str]] = [
         train(from_pretrained_path="text"),
         "from_pretrained_path 'text' is no checkpoint",
     ),
-    (train(from_pretrained_path="sae"), "architecture 'scaffold_jumprelu'"),
-    (train(from_pretrained_path="plain"), "architecture 'jumprelu'"),
-    (train(from_pretrained_path="nested"), "architecture 'scaffold_matryoshka'"),
+    (train(from_pretrained_path="sae"), "has d_sae 96; the SAE to train has 512"),
+    (train(from_pretrained_path="plain"), "96, to which a scaffold of rank 4 adds 4;"),
+    (train(from_pretrained_path="nested"), "has d_in 16, not 256"),
+    (
+        train(
+            architecture="batchtopk", scaffold_rank=None, from_pretrained_path="plain"
+        ),
+        "architecture 'jumprelu'",
+    ),
     (["run", "json.tool"], "-m"),
     (["run", "-mjson.tool"], "-m"),
     (["run", "--verbose", "-m", "json.tool"], "--verbose"),

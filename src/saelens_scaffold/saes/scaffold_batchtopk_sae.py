@@ -337,6 +337,10 @@ class ScaffoldBatchTopKTrainingSAE(
             self.W_dec[:rank] = start.B.to(self.W_dec)
             if start.b_dec is not None:
                 self.b_dec.copy_(start.b_dec)
+        self.mark_scaffold_initialized()
+
+    def mark_scaffold_initialized(self) -> None:
+        """Have the first training step leave the scaffold as it is."""
         self.scaffold_is_initialized.fill_(True)
         self._awaits_start = False
 

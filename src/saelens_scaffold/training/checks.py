@@ -7,11 +7,7 @@ from typing import Any
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
-from sae_lens.constants import (
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    TRAINER_STATE_FILENAME,
-)
+from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import str_to_dtype
 
@@ -24,6 +20,11 @@ from saelens_scaffold.models.hook_points import (
 )
 from saelens_scaffold.saes.validation import MAX_CFG_BYTES, read_json_object
 from saelens_scaffold.training.data import training_data
+from saelens_scaffold.training.fine_tuning import (
+    check_is_sae,
+    check_pretrained,
+    is_fine_tuning,
+)
 
 RunnerConfig = LanguageModelSAERunnerConfig[Any]
 
@@ -45,8 +46,11 @@ def check_runner_config(cfg: RunnerConfig) -> None:
     _check_sae(cfg)
     for field in ("device", "llm_device", "act_store_device"):
         _check_device(field, getattr(cfg, field))
-    for field in ("from_pretrained_path", "resume_from_checkpoint"):
-        _check_checkpoint(field, getattr(cfg, field), cfg.sae.architecture())
+    _check_checkpoint("resume_from_checkpoint", cfg, TRAINER_STATE_FILENAME)
+    if is_fine_tuning(cfg):
+        check_pretrained(cfg)
+    else:
+        _check_checkpoint("from_pretrained_path", cfg)
     if cfg.use_cached_activations:
         _check_exists("cached_activations_path", cfg.cached_activations_path)
     check_language_model(cfg, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
@@ -123,23 +127,17 @@ def _check_exists(field: str, path: str | None) -> None:
         raise UserError(f"{field} {path!r} does not exist")
 
 
-def _check_checkpoint(field: str, path: str | None, architecture: str) -> None:
+def _check_checkpoint(field: str, cfg: RunnerConfig, *others: str) -> None:
     """See that the SAE in a directory is of the architecture that is to be trained."""
+    path, architecture = getattr(cfg, field), cfg.sae.architecture()
     if path is None:
         return
-    _check_exists(field, path)
-    named, directory = f"{field} {path!r}", Path(path)
-    needed = [SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME]
-    if field == "resume_from_checkpoint":
-        needed.append(TRAINER_STATE_FILENAME)
-    for name in needed:
-        if not (directory / name).is_file():
-            raise UserError(f"{named} is no checkpoint: it has no {name}")
-    saved = read_json_object(directory / SAE_CFG_FILENAME, MAX_CFG_BYTES)
+    check_is_sae(field, path, *others)
+    saved = read_json_object(Path(path) / SAE_CFG_FILENAME, MAX_CFG_BYTES)
     # SAELens would train what is there, whatever was asked for
     if (found := saved.get("architecture", "standard")) != architecture:
         raise UserError(
-            f"{named} holds an SAE of architecture {found!r}; training one of "
+            f"{field} {path!r} holds an SAE of architecture {found!r}; training one of "
             f"{architecture!r} can only start from a checkpoint of {architecture!r}"
         )
 

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, LanguageModelSAETrainingRunner
+from sae_lens import (
+    SAE,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+)
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
@@ -33,6 +37,7 @@ from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.facts import l0_warning
+from saelens_scaffold.training import fine_tuning
 from saelens_scaffold.training.activation_stream import ActivationStream
 from saelens_scaffold.training.measurement import Measurement, NotMeasuredError, measure
 
@@ -70,6 +75,13 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
 
     Training stops where the loss or a weight is not finite, before it is saved.
 
+    A scaffold SAE can start from what `cfg.from_pretrained_path` holds: a saved scaffold
+    SAE, a checkpoint, or an SAE without a scaffold, which gets one first. SAELens would
+    train whatever is there.
+
+    Raises:
+        UserError: The training cannot start from that SAE.
+
     Attributes:
         checkpoints_until_saved: Whether only the last checkpoint is kept, and none once
             the SAE has been saved.
@@ -91,6 +103,21 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
     _n_sparsity_tokens: int | None = None
     _first_epoch: Any = None
     _unchecked_losses: list[torch.Tensor]
+    _pretrained: SAE[Any] | None = None
+
+    def __init__(
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        override_dataset: Any = None,
+        override_model: Any = None,
+        override_sae: TrainingSAE[Any] | None = None,
+    ):
+        if override_sae is None and fine_tuning.is_fine_tuning(cfg):
+            if cfg.resume_from_checkpoint is None:
+                override_sae, self._pretrained = fine_tuning.begin(cfg)
+            else:
+                override_sae = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
+        super().__init__(cfg, override_dataset, override_model, override_sae)
 
     @override
     def run(self) -> Any:
@@ -109,6 +136,9 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         trainer.step = partial(self._checked_step, trainer, trainer.step)
         save = trainer.save_checkpoint
         trainer.save_checkpoint = partial(self._save_finite, trainer, save)
+        if self._pretrained is not None:
+            fine_tuning.start(trainer, self._pretrained)
+            self._pretrained = None
         try:
             sae = trainer.fit()
             self._check_finite(trainer)

@@ -310,7 +310,7 @@ def check_can_be_used(sae: SAE[Any]) -> None:
             have values that cannot be.
     """
     check_metadata(vars(sae.cfg.metadata))
-    _check_is_autoencoder(sae)
+    check_is_autoencoder(sae)
     for name in ("model_name", "hook_name"):
         value = sae.cfg.metadata.get(name)
         if not isinstance(value, str) or not value.strip():
@@ -318,7 +318,7 @@ def check_can_be_used(sae: SAE[Any]) -> None:
     check_scale_is_known(sae.cfg.normalize_activations)
 
 
-def _check_is_autoencoder(sae: SAE[Any]) -> None:
+def check_is_autoencoder(sae: SAE[Any]) -> None:
     """See that `decode(encode(x))` is the reconstruction of x, token by token."""
     architecture, metadata = sae.cfg.architecture(), sae.cfg.metadata
     read, written = metadata.hook_name, metadata.hook_name_out

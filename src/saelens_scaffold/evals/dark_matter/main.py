@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformer_lens import HookedTransformer
@@ -28,7 +29,8 @@ from saelens_scaffold.evals.model import (
 )
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.tokens import TokenStream
-from saelens_scaffold.saes.facts import reconstruct
+from saelens_scaffold.pursuit import GradientPursuit
+from saelens_scaffold.saes.facts import reconstruct, scaffold_rank
 
 PURSUIT = " by pursuit"
 """After an SAE's key: its errors with activations by gradient pursuit."""
@@ -105,12 +107,18 @@ class _HookPoint:
     earlier: Mapping[str, SelectedSAE]
     n_sequences: int = 0
 
+    @cached_property
+    def pursuits(self) -> dict[str, GradientPursuit]:
+        """Gradient pursuit with each SAE, by its key, if it is asked for."""
+        saes = self.saes if self.config.pursuit else ()
+        return {sae.key: GradientPursuit(sae.sae) for sae in saes}
+
     def measure(
         self, model: HookedTransformer, device: str
     ) -> tuple[Metrics, dict[str, torch.Tensor], TokenStream]:
         """Metrics, cross-entropies as of `Metrics.cross_entropy`, and the text."""
         config, keys = self.config, [sae.key for sae in self.saes]
-        with_pursuit = keys + [key + PURSUIT for key in keys if config.pursuit]
+        with_pursuit = keys + [key + PURSUIT for key in self.pursuits]
         widths = {
             key: self.earlier[key].sae.cfg.d_in for key in keys if key in self.earlier
         }
@@ -168,19 +176,20 @@ class _Run:
         self._at = at
         self._run = HookedBatch(at.hooked, tokens, counts)
         follows = predicting_text(tokens, counts, stream.tokenizer)
-        self._kept = follows[counts]
         self.clean = CleanPredictions(self._run.above(self._run.full), tokens, follows)
-        self._of_all = {sae.key: reconstruct(sae.sae, self._run.x) for sae in at.saes}
-        x = _at_least_float32(self._run.x[self._kept])
-        reconstructions = {
-            key: _at_least_float32(of[self._kept])
-            for key, (of, _) in self._of_all.items()
-        }
-        l0 = {key: of[self._kept] for key, (_, of) in self._of_all.items()}
+        x, kept = self._run.x, follows[counts]
+        self._of_all = {sae.key: reconstruct(sae.sae, x) for sae in at.saes}
+        found = {key: (of[kept], l0[kept]) for key, (of, l0) in self._of_all.items()}
+        for key, pursuit in at.pursuits.items():
+            acts = pursuit.encode(x[kept], found[key][1])
+            l0 = acts[:, scaffold_rank(pursuit.sae) :].count_nonzero(dim=1)
+            found[key + PURSUIT] = pursuit.sae.decode(acts), l0
         self.batch = Batch(
-            x=x,
-            reconstructions=reconstructions,
-            l0=l0,
+            x=_at_least_float32(x[kept]),
+            reconstructions={
+                key: _at_least_float32(of) for key, (of, _) in found.items()
+            },
+            l0={key: l0 for key, (_, l0) in found.items()},
             token=tokens[follows],
             loss=self.clean.surprise[follows],
             sequence=follows.nonzero()[:, 0],
@@ -230,12 +239,15 @@ def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
 def check(config: DarkMatterEvalConfig, saes: Sequence[SelectedSAE]) -> None:
     """
     Raises:
-        UserError: A baseline or an earlier SAE cannot be one, or there are fewer tokens to
-            fit on than inputs of a map.
+        UserError: A baseline or an earlier SAE cannot be one, there are fewer tokens to fit
+            on than inputs of a map, or pursuit is on and a decoder is not linear.
     """
     plain_twins(config.baseline, saes, saes)
     earlier = _earlier(config, saes, saes)
     for sae in saes:
+        # what stands in for an SAE that is not trained yet has other weights
+        if config.pursuit and len(sae.sae.W_dec) == sae.sae.cfg.d_sae:
+            GradientPursuit(sae.sae)
         n_inputs = sae.sae.cfg.d_in
         if sae.key in earlier:
             n_inputs += 2 * earlier[sae.key].sae.cfg.d_in

@@ -157,12 +157,16 @@ def test_equals_a_reference_in_memory(
         "r_squared_error_from_norm": r_squared(
             norm_test, x_norm_test @ lstsq(x_norm, norm)
         ),
-        "r_squared_squared_nonlinear_error": of_norm(squared(e - fit @ w), squared(left)),
+        "r_squared_squared_nonlinear_error": of_norm(
+            squared(e - fit @ w), squared(left)
+        ),
         "r_squared_squared_activation": of_norm(squared(fit), squared(test)),
     }
     for category, of in expected.items():
         for name, value in of.items():
-            assert metrics[category][name] == pytest.approx(float(value), abs=1e-4), name
+            assert metrics[category][name] == pytest.approx(float(value), abs=1e-4), (
+                name
+            )
 
     # the paper's scaling: the error norm of this SAE from the other's
     inputs = []
@@ -210,7 +214,9 @@ def test_single_numbers_predict_as_in_a_reference(
         for t in test["token"]
     ]
     expected = r_squared(test["y"], torch.stack(means)[:, None])
-    assert norms["r_squared_error_from_token"] == pytest.approx(float(expected), abs=1e-4)
+    assert norms["r_squared_error_from_token"] == pytest.approx(
+        float(expected), abs=1e-4
+    )
 
 
 @torch.no_grad()
@@ -330,9 +336,9 @@ def test_an_earlier_sae_gives_further_inputs(
     early, late = eval_sae(), eval_sae(seed=1, hook_name=LATER)
     saes = {"early": early, "late": late}
     found = evaluate(tmp_path, saes, earlier=earlier)
-    assert found["early"]["eval_result_metrics"]["earlier"] == {
-        name: None for name in found["late"]["eval_result_metrics"]["earlier"]
-    }
+    assert found["early"]["eval_result_metrics"]["earlier"] == dict.fromkeys(
+        found["late"]["eval_result_metrics"]["earlier"]
+    )
     assert found["early"]["error_scaling"] == []  # at another hook point
 
     inputs, errors, totals = [], [], []
@@ -383,12 +389,18 @@ def test_pursuit(
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"n_fit_tokens": 256}, "n_fit_tokens is 256; the linear map to the error of SAE"),
+        (
+            {"n_fit_tokens": 256},
+            "n_fit_tokens is 256; the linear map to the error of SAE",
+        ),
         ({"baseline": "none"}, "baseline is 'none'; it must be one of the SAEs"),
         ({"baseline": "late"}, "it must be an SAE at blocks.0.hook_resid_post"),
         ({"earlier": "none"}, "earlier is 'none'; it must be one of the SAEs"),
         ({"earlier": "late"}, "no SAE in the call is at a later hook point"),
-        ({"earlier": {"early": "late"}}, "a hook point before blocks.0.hook_resid_post"),
+        (
+            {"earlier": {"early": "late"}},
+            "a hook point before blocks.0.hook_resid_post",
+        ),
         ({"earlier": "early", "n_fit_tokens": 768}, "has 768 inputs and needs more"),
     ],
 )
@@ -426,7 +438,9 @@ def test_an_sae_without_linear_decoder_cannot_be_pursued():
 def test_a_text_of_too_few_tokens(tmp_path: Path):
     text = write_texts(tmp_path / "short.jsonl", ["def f(x):\n    return x\n" * 12] * 2)
     with pytest.raises(UserError, match=r"tokens to fit on; a map of 256 inputs needs"):
-        evaluate(tmp_path, {"sae": eval_sae()}, dataset=str(text), dataset_split="train")
+        evaluate(
+            tmp_path, {"sae": eval_sae()}, dataset=str(text), dataset_split="train"
+        )
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -455,19 +469,170 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     at = arguments.index("--sae_path") + 1
     assert main([*arguments[:at], str(tmp_path / "third"), *arguments[at:]]) == 0
     said = capsys.readouterr().err
-    assert "plain: measuring again, measured with other weights of the SAE third" in said
+    assert (
+        "plain: measuring again, measured with other weights of the SAE third" in said
+    )
 
 
 # ---- planted errors, whose parts are known
 
-N, D, KEY = 200_000, 8, "sae"
+N, D, PER_SEQUENCE = 400_000, 6, 100
+MEAN, SCALES = torch.linspace(-1, 2, D), torch.linspace(0.5, 2, D)
 
 
-def planted(seed: int = 0, n: int = N) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations with a mean, and errors xW plus one that is linear in its squared norm."""
-    g, structure = (torch.Generator().manual_seed(s) for s in (seed, 99))
-    scales = torch.linspace(0.5, 2, D)
-    x = torch.randn(n, D, generator=g) * scales + 1
-    w = torch.randn(D, D, generator=structure) / 4
-    signs = torch.randint(0, 2, (n, D), generator=g) * 2.0 - 1
-    return x, x @ w, signs  # type: ignore[return-value]
+def measured(
+    x: torch.Tensor, errors: dict[str, torch.Tensor], **scalars: torch.Tensor
+) -> Metrics:
+    """Half of the tokens fitted on, half tested on."""
+    fallback = torch.zeros(len(x), dtype=torch.long)
+    l0, loss, token = (scalars.get(of, fallback) for of in ("l0", "loss", "token"))
+    batches = [
+        Batch(
+            x=x[at],
+            reconstructions={key: x[at] - e[at] for key, e in errors.items()},
+            l0=dict.fromkeys(errors, l0[at]),
+            token=token[at],
+            loss=loss[at],
+            sequence=torch.arange(len(at)) // PER_SEQUENCE,
+        )
+        for at in torch.arange(len(x)).split(len(x) // 20)
+    ]
+    linear = LinearErrors(D, [*errors], {}, "cpu")
+    for batch in batches[:10]:
+        linear.fit(batch)
+    norms = NormPredictions(linear, [*errors], True, int(token.max()) + 1, "cpu")
+    for batch in batches[:10]:
+        norms.fit(batch)
+    norms.solve()
+    bootstrap = SequenceBootstrap(200, seed=0)
+    for batch in batches[10:]:
+        weights = bootstrap.draw(len(batch.x) // PER_SEQUENCE)
+        linear.test(batch, weights)
+        norms.test(batch, weights)
+    return Metrics(linear, norms, 0.95)
+
+
+def gaussian(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
+    """Standard normal numbers, and activations made of them, shape (N, D)."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(N, D, generator=g)
+    return z, MEAN + SCALES * z, g
+
+
+def selected(key: str) -> SelectedSAE:
+    return SelectedSAE(key, "custom_sae", eval_sae())
+
+
+def test_planted_vectors_are_found():
+    z, x, g = gaussian(0)
+    w = torch.randn(D, D, generator=g) / 3
+    # linear in x, and of mean zero and not correlated with it: E[z (z² - 1)] = E[z³] = 0
+    amplitudes = torch.linspace(0.2, 1, D)
+    sae = selected("a")
+    metrics = measured(x, {sae.key: x @ w + amplitudes * (z.pow(2) - 1)})
+
+    covariance = torch.diag(SCALES.pow(2))
+    products = covariance + torch.outer(MEAN, MEAN)
+    linear, total = (w.T @ products @ w).trace(), covariance.trace()
+    nonlinear = 2 * amplitudes.pow(2)  # Var[z²] = 2
+    explained = (w.T @ covariance @ w).diagonal()
+    expected = {
+        "fvu": (linear + nonlinear.sum()) / total,
+        "fvu_linear": linear / total,
+        "fvu_nonlinear": nonlinear.sum() / total,
+        "fvu_nonlinear_with_intercept": nonlinear.sum() / total,
+        "fvu_in_sample": (linear + nonlinear.sum()) / total,
+        "fvu_nonlinear_in_sample": nonlinear.sum() / total,
+        "r_squared": (explained / (explained + nonlinear)).mean(),
+        "r_squared_in_sample": (explained / (explained + nonlinear)).mean(),
+        "r_squared_pooled": explained.sum() / (explained + nonlinear).sum(),
+        "share_linear": linear / (linear + nonlinear.sum()),
+        "share_nonlinear": nonlinear.sum() / (linear + nonlinear.sum()),
+    }
+    found = {
+        **vars(metrics.reconstruction(sae)),
+        **vars(metrics.linear_error(sae.key)),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=0.01), name
+    low, high = found["fvu_nonlinear_ci_low"], found["fvu_nonlinear_ci_high"]
+    assert low <= float(expected["fvu_nonlinear"]) <= high
+
+
+def directions(norms: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """Errors of given norms, whose directions have nothing to do with activations."""
+    of = torch.randn(N, D, generator=g)
+    return norms[:, None] * of / of.norm(dim=1, keepdim=True)
+
+
+def test_planted_norms_are_found():
+    z, x, g = gaussian(1)
+    token = torch.randint(0, 20, (N,), generator=g)
+    l0 = torch.randint(0, 9, (N,), generator=g)
+    loss = torch.randn(N, generator=g)
+    by_token = torch.linspace(-0.3, 0.3, 20)
+    parts = {
+        "x": 0.3 * z[:, 0],
+        "l0": 0.1 * l0.float(),
+        "loss": 0.2 * loss,
+        "token": by_token[token],
+        "rest": 0.1 * torch.randn(N, generator=g),
+    }
+    sae = selected("a")
+    norms = 5 + torch.stack([*parts.values()]).sum(dim=0)
+    error = directions(norms, g)
+    metrics = measured(x, {sae.key: error}, token=token, l0=l0, loss=loss)
+    found = vars(metrics.norm_metrics(sae, [])[0])
+    names = {"x": "error", **{of: f"error_from_{of}" for of in ("l0", "loss", "token")}}
+    for part, name in names.items():
+        both = torch.stack([norms, parts[part]])[:, N // 2 :]
+        expected = float(torch.corrcoef(both)[0, 1].pow(2))
+        assert found[f"r_squared_{name}"] == pytest.approx(expected, rel=0.01), name
+
+    # A map fitted on n tokens costs d / n out of sample, and seems to gain it in sample.
+    of_vector = vars(metrics.linear_error(sae.key))
+    cost = 2 * D / (N / 2)
+    for name in "r_squared", "r_squared_pooled":
+        low, high = of_vector[f"{name}_ci_low"], of_vector[f"{name}_ci_high"]
+        assert low - cost <= 0 <= high + cost
+        assert low <= 0 <= of_vector[f"{name}_in_sample"] < cost
+        assert abs(of_vector[name]) < cost
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_a_planted_squared_norm_is_found(intercept: bool):
+    z, x, g = gaussian(2)
+    v, constant, noise = torch.linspace(0.5, 1, D), 20.0, 1.0
+    squared = constant + z @ v + noise * torch.randn(N, generator=g)
+    sae = selected("a")
+    metrics = measured(x, {sae.key: directions(squared.sqrt(), g)})
+    variance = v.pow(2).sum() + noise**2
+    cross = MEAN * constant + SCALES * v
+    products = torch.diag(SCALES.pow(2)) + torch.outer(MEAN, MEAN)
+    of_map = cross @ torch.linalg.solve(products, cross)
+    left = noise**2 if intercept else variance + constant**2 - of_map
+    _, details, _ = metrics.norm_metrics(sae, [])
+    wanted = ("squared error norm", "activation", intercept)
+    (found,) = (d for d in details if (d.target, d.predictor, d.intercept) == wanted)
+    expected = float(1 - left / variance)
+    assert found.r_squared == pytest.approx(expected, rel=0.01)
+    assert found.r_squared_in_sample == pytest.approx(expected, rel=0.01)
+
+
+def test_a_planted_scaling_is_found():
+    z, x, g = gaussian(3)
+    left = 1 + torch.rand(N, generator=g)
+    linear = x @ (torch.eye(D) / 2)
+    smaller = linear + directions(left, g)
+    rest = 0.1 * torch.randn(N, generator=g)
+    norms = 2 + 0.5 * smaller.norm(dim=1) + 0.4 * left + rest
+    larger = directions(norms, g)
+    a, b = selected("a"), selected("b")
+    metrics = measured(x, {a.key: smaller, b.key: larger})
+    _, _, (scaling,) = metrics.norm_metrics(b, [a])
+    both = 1 - 0.01 / float(norms.var())
+    one = float(torch.corrcoef(torch.stack([norms, smaller.norm(dim=1)]))[0, 1].pow(2))
+    assert scaling.r_squared == pytest.approx(one, rel=0.01)
+    assert scaling.r_squared_with_nonlinear == pytest.approx(both, rel=0.01)
+    gain = (both - one) / (1 - one)
+    assert scaling.explained_by_nonlinear == pytest.approx(gain, rel=0.01)

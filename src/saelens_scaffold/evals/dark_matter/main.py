@@ -271,29 +271,27 @@ def _earlier(
     """
     by_name = {candidate.label: candidate for candidate in candidates}
     given = config.earlier or {}
-    is_for_all = isinstance(given, str)
-    for name in [given] if is_for_all else [*given, *given.values()]:
+    for name in [given] if isinstance(given, str) else [*given, *given.values()]:
         check_baseline(name, [*by_name], field="earlier")
     found: dict[str, SelectedSAE] = {}
-    for sae in saes:
+    for sae in candidates:
         name = named_for(config.earlier, sae.label)
         if name is None:
             continue
         if _is_before(by_name[name].hook_name, sae.hook_name):
             found[sae.key] = by_name[name]
-        elif not is_for_all:
+        elif isinstance(given, dict):
             raise UserError(
                 f"earlier is {name!r} at {by_name[name].hook_name}; it must be an SAE at a "
                 f"hook point before {sae.hook_name}, where {sae.label!r} is"
             )
-    if is_for_all and not any(
-        _is_before(by_name[given].hook_name, sae.hook_name) for sae in candidates
-    ):
+    if isinstance(given, str) and not found:
         raise UserError(
             f"earlier is {given!r} at {by_name[given].hook_name}; no SAE in the call is at a "
             "later hook point"
         )
-    return found
+    asked = {sae.key for sae in saes}
+    return {key: earlier for key, earlier in found.items() if key in asked}
 
 
 def _is_before(hook_name: str, other: str) -> bool:

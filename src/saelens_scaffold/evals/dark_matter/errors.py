@@ -24,7 +24,8 @@ class Batch:
         l0: Number of sparse latents active on each token, by the SAEs' keys, shape
             (n_tokens,).
         token: Ids of the tokens, shape (n_tokens,).
-        loss: The language model's loss on the next token, in nats, shape (n_tokens,).
+        loss: The language model's loss on the next token, in nats, shape (n_tokens,), where
+            norms are predicted.
         sequence: Index of each token's sequence in the language model's batch, shape
             (n_tokens,).
         earlier: Reconstruction and error of the earlier SAE, by the keys of those SAEs

@@ -127,7 +127,7 @@ class _HookPoint:
         stream = TokenStream(config, model, self.saes)
         n_fit = config.n_fit_tokens
         for tokens, counts in stream.batches(n_fit, "Fitting linear errors"):
-            errors.fit(_Run(self, stream, tokens, counts).batch)
+            errors.fit(_Run(self, stream, tokens, counts).batch())
         n_inputs = d_in + 2 * max(widths.values(), default=0)
         if errors.fitted.n <= n_inputs:
             raise UserError(
@@ -137,7 +137,7 @@ class _HookPoint:
         norms = NormPredictions(errors, keys, config.scaling, model.cfg.d_vocab, device)
         stream = TokenStream(config, model, self.saes)  # from the beginning
         for tokens, counts in stream.batches(n_fit, "Fitting norms"):
-            norms.fit(_Run(self, stream, tokens, counts).batch)
+            norms.fit(_Run(self, stream, tokens, counts).batch(with_losses=True))
         norms.solve()
         bootstrap = SequenceBootstrap(config.n_bootstrap, config.random_seed)
         losses, n_predictions = ReplicateSums(), 0
@@ -146,8 +146,9 @@ class _HookPoint:
                 _Run(self, stream, tokens, counts),
                 bootstrap.draw(len(tokens)),
             )
-            errors.test(run.batch, weights)
-            norms.test(run.batch, weights)
+            batch = run.batch(with_losses=True)
+            errors.test(batch, weights)
+            norms.test(batch, weights)
             sequence = torch.arange(len(tokens))
             losses.add(sequence, weights, **run.losses(errors))
             n_predictions += weights.double() @ run.clean.n_predictions
@@ -157,15 +158,8 @@ class _HookPoint:
 
 
 class _Run:
-    """
-    One batch of sequences through the language model and the SAEs.
+    """One batch of sequences through the language model and the SAEs."""
 
-    Attributes:
-        clean: Predictions with nothing changed.
-        batch: The tokens that count and that text follows.
-    """
-
-    @torch.no_grad()
     def __init__(
         self,
         at: _HookPoint,
@@ -173,27 +167,38 @@ class _Run:
         tokens: torch.Tensor,
         counts: torch.Tensor,
     ):
-        self._at = at
+        self._at, self._tokens, self._counts = at, tokens, counts
         self._run = HookedBatch(at.hooked, tokens, counts)
-        follows = predicting_text(tokens, counts, stream.tokenizer)
-        self.clean = CleanPredictions(self._run.above(self._run.full), tokens, follows)
-        x, kept = self._run.x, follows[counts]
+        self._follows = predicting_text(tokens, counts, stream.tokenizer)
+        x = self._run.x
         self._of_all = {sae.key: reconstruct(sae.sae, x) for sae in at.saes}
+
+    @cached_property
+    def clean(self) -> CleanPredictions:
+        """Predictions with nothing changed."""
+        logits = self._run.above(self._run.full)
+        return CleanPredictions(logits, self._tokens, self._follows)
+
+    @torch.no_grad()
+    def batch(self, with_losses: bool = False) -> Batch:
+        """The tokens that count and that text follows."""
+        follows = self._follows
+        x, kept = self._run.x, follows[self._counts]
         found = {key: (of[kept], l0[kept]) for key, (of, l0) in self._of_all.items()}
-        for key, pursuit in at.pursuits.items():
+        for key, pursuit in self._at.pursuits.items():
             acts = pursuit.encode(x[kept], found[key][1])
             l0 = acts[:, scaffold_rank(pursuit.sae) :].count_nonzero(dim=1)
             found[key + PURSUIT] = pursuit.sae.decode(acts), l0
-        self.batch = Batch(
+        return Batch(
             x=_at_least_float32(x[kept]),
             reconstructions={
                 key: _at_least_float32(of) for key, (of, _) in found.items()
             },
             l0={key: l0 for key, (_, l0) in found.items()},
-            token=tokens[follows],
-            loss=self.clean.surprise[follows],
+            token=self._tokens[follows],
+            loss=(self.clean.surprise if with_losses else follows.float())[follows],
             sequence=follows.nonzero()[:, 0],
-            earlier=self._earlier(tokens, follows),
+            earlier=self._earlier(self._tokens, follows),
         )
 
     def _earlier(

@@ -181,7 +181,7 @@ def test_until_something_is_trained_all_can_change(
 
 
 @pytest.mark.usefixtures("no_training")
-def test_scaffold_ablation_is_given_the_baseline_of_the_same_k(out: Path) -> None:
+def test_evaluations_of_twins_are_given_the_baseline_of_the_same_k(out: Path) -> None:
     ablation = {
         "n_tokens": 60,
         "n_fit_tokens": 60,
@@ -191,13 +191,19 @@ def test_scaffold_ablation_is_given_the_baseline_of_the_same_k(out: Path) -> Non
         "aligned_cosines": [],
         "topics": False,
     }
-    changes: dict[str, Any] = {"evaluations": {"scaffold_ablation": ablation}}
-    results = again(out, **changes)
+    dark_matter = {"n_tokens": 60, "n_fit_tokens": 300, "n_bootstrap": 5}
+    evaluations = {"scaffold_ablation": ablation, "dark_matter": dark_matter}
+    results = again(out, evaluations=evaluations)
     judged, plain = "scaffold_batchtopk-k_4-scaffold_rank_2-seed_0", NAME
-    of = {
-        sae["name"]: sae["evaluations"]["scaffold_ablation"] for sae in results["saes"]
-    }
-    assert of[judged]["cross_entropy"]["ce_ratio_baseline_aligned_latents"] > 0
+    of = {sae["name"]: sae["evaluations"] for sae in results["saes"]}
+    ablated, error = (of[judged][name] for name in evaluations)
+    assert ablated["cross_entropy"]["ce_ratio_baseline_aligned_latents"] > 0
+    taken = (
+        1
+        - error["reconstruction"]["fvu_linear"]
+        / (of[plain]["dark_matter"]["reconstruction"]["fvu_linear"])
+    )
+    assert error["scaffold"]["linear_error_taken"] == pytest.approx(taken)
     assert of[plain]["cross_entropy"]["ce_ratio_baseline_aligned_latents"] is None
     (file,) = (out / "eval_results/scaffold_ablation").glob(f"{judged}*.json")
     result = json.loads(file.read_text())

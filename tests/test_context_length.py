@@ -92,6 +92,7 @@ FIELDS = {
     "dense_latents": "context_size",
     "scaffold_ablation": "context_size",
     "core": "context_size",
+    "dark_matter": "context_size",
     "sparse_probing": "context_length",
     "tpp": "context_length",
     "scr": "context_length",

@@ -20,6 +20,8 @@ OPTIONS = [
     "--device=cpu",
     "--llm_batch_size=16",
     "--set=dense_latents.n_tokens=2000",
+    "--set=dark_matter.n_tokens=300",
+    "--set=dark_matter.n_fit_tokens=400",
     "--set=scaffold_ablation.n_tokens=300",
     "--set=scaffold_ablation.n_fit_tokens=1000",
     "--set=scaffold_ablation.n_random_draws=1",
@@ -33,7 +35,7 @@ OPTIONS = [
     "--set=tpp.n_values=[2,10]",
     "--set=tpp.probe_epochs=2",
 ]
-NAMES = ("dense_latents", "scaffold_ablation", "sparse_probing", "tpp")
+NAMES = ("dark_matter", "dense_latents", "scaffold_ablation", "sparse_probing", "tpp")
 
 
 def evaluate(folder: Path) -> int:
@@ -44,7 +46,7 @@ def evaluate(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds two SAEs, and the results of all four evaluations in `out`."""
+    """Holds two SAEs, and the results of all five evaluations in `out`."""
     folder = tmp_path_factory.mktemp("evaluations")
     eval_sae(seed=1).save_model(folder / "plain")
     eval_sae(rank=4).save_model(folder / "scaffold")
@@ -56,7 +58,7 @@ def test_finished_results_are_shown_and_not_measured_again(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {file: file.read_bytes() for file in (folder / "out").rglob("*.json")}
-    assert len(files) == 8
+    assert len(files) == 10
     assert evaluate(folder) == 0
     printed = capsys.readouterr().out
     header, _, *rows = (line for line in printed.splitlines() if line.startswith("|"))
@@ -77,7 +79,7 @@ def test_json_follows_the_committed_schemas(folder: Path) -> None:
             jsonschema.validate(content, schema)
             assert content["eval_type_id"] == name
             checked += 1
-    assert checked == 8
+    assert checked == 10
 
 
 def test_views_are_told(folder: Path) -> None:
@@ -90,5 +92,6 @@ def test_views_are_told(folder: Path) -> None:
         assert field(name, "scaffold", "scaffold_rank") == 4
         assert field(name, "plain", "judged_view") == "whole"
     assert field("dense_latents", "scaffold", "judged_view") == "sparse"
-    assert field("scaffold_ablation", "scaffold", "judged_view") == "whole"
+    for name in ("dark_matter", "scaffold_ablation"):
+        assert field(name, "scaffold", "judged_view") == "whole"
     assert "noisy" in field("tpp", "plain", "caveat")

@@ -80,3 +80,16 @@ def test_more_tokens_after_a_solution_count():
     sums.solve()
     sums.update(x[300:], y[300:])
     assert torch.allclose(sums.solve().weight, streamed(x, y, 600).solve().weight)
+
+
+def test_some_inputs_are_as_if_there_were_no_others():
+    x, y = pairs()
+    sums, columns = streamed(x, y, 100), [5, 0, 2]
+    sums.solve()
+    part = sums.of_inputs(columns)
+    sums.update(x, y)  # which is not of the part any more
+    expected = streamed(x[:, columns], y, 100)
+    for intercept in (True, False):
+        fit = part.solve(intercept)
+        assert torch.allclose(fit.weight, expected.solve(intercept).weight, rtol=1e-7)
+        assert torch.allclose(part.squared_error(fit), expected.squared_error(fit))

@@ -127,12 +127,14 @@ def test_repeated_rows_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "2 of the first 6 texts repeat others" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["dense_latents", "scaffold_ablation"])
+@pytest.mark.parametrize("name", ["dark_matter", "dense_latents", "scaffold_ablation"])
 def test_results_say_it(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     sae = eval_sae()
     sae.cfg.metadata.dataset_path = "python-stdlib"
     sae.save_model(tmp_path / "sae")
     settings = [f"{name}.n_tokens=500", f"{name}.n_bootstrap=5"]
+    if name == "dark_matter":
+        settings += [f"{name}.n_fit_tokens=500"]
     if name == "scaffold_ablation":
         settings += [f"{name}.topics=false", f"{name}.n_fit_tokens=500"]
     for split, seen in ("train", True), ("test", False):

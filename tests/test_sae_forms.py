@@ -148,6 +148,14 @@ FIELDS: dict[str, dict[str, Any]] = {
         "topics": False,
         "n_random_draws": 1,
     },
+    "dark_matter": {
+        "dataset": "python-stdlib",
+        "dataset_split": "test",
+        "n_fit_tokens": 600,
+        "n_tokens": 300,
+        "n_bootstrap": 5,
+        "scaling": False,
+    },
     "core": {
         "dataset": "python-stdlib",
         "n_eval_reconstruction_batches": 1,

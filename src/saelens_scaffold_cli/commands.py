@@ -143,8 +143,8 @@ class Eval(Command):
     printed, the others are kept, and the exit status is 1.
 
     evaluations:
-      of this package: dense_latents, scaffold_ablation, sparse_probing,
-        sparse_probing_sae_probes, tpp
+      of this package: dark_matter, dense_latents, scaffold_ablation,
+        sparse_probing, sparse_probing_sae_probes, tpp
       of SAEBench: absorption, autointerp, core, mdl, meta_structure, ravel, scr,
         unlearning
 
@@ -198,7 +198,7 @@ class Eval(Command):
     sae_batch_size: Count | None = None
     """Batch size of the SAEs."""
     baseline: str | None = option(None, metavar="SAE")
-    """Name of the SAE that dense_latents compares the others with."""
+    """Name of the SAE in the call that the others are compared with."""
     api_key_file: str | None = None
     """File with the OpenAI key of autointerp (default: $OPENAI_API_KEY)."""
     settings: list[str] | None = option(

@@ -208,7 +208,7 @@ class CompareConfig:
         for judged, baseline in self.baselines.items():
             if judged == baseline:
                 raise UserError(f"baselines: {judged} cannot be its own baseline")
-        for name in ("dense_latents", "scaffold_ablation"):
+        for name in ("dark_matter", "dense_latents", "scaffold_ablation"):
             if "baseline" in (self.evaluations.get(name) or {}):
                 raise UserError(f"{name} must have no baseline but that of `baselines`")
         known = known_evaluations() if self.reference else {}

@@ -23,6 +23,7 @@ from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run, runner_config
 from saelens_scaffold.compare.training import is_trained
 from saelens_scaffold.evals import runner
+from saelens_scaffold.evals.eval_configs import TwinsEvalConfig
 from saelens_scaffold.evals.jobs import Job, plan
 from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE, load_saes
@@ -151,7 +152,7 @@ class Evaluator:
         ]
 
     def _jobs(self, names: Sequence[str]) -> list[Job]:
-        """The evaluations; the scaffold ablation with baselines of the same k."""
+        """The evaluations; those that compare twins with baselines of the same k."""
         runs = [run for run in self.runs if run.name in names]
         baselines = {
             run.name: rival.name
@@ -163,7 +164,7 @@ class Evaluator:
         }
         return [
             replace(job, config=replace(job.config, baseline=baselines or None))
-            if job.evaluation.name == "scaffold_ablation"
+            if isinstance(job.config, TwinsEvalConfig)
             else job
             for job in self.jobs
         ]

@@ -89,12 +89,22 @@ class TextEvalConfig(LlmConfig):
     """Replicates of the bootstrap over sequences."""
 
 
-def check_baseline(name: str, labels: list[str]) -> None:
+@documented
+class TwinsEvalConfig(TextEvalConfig):
+    """For evaluations that compare each scaffold SAE with a plain twin."""
+
+    baseline: str | dict[str, str] | None = None
+    """Name of the plain SAE in the same call that the scaffold SAEs are compared with; or a
+    name for each scaffold SAE, by its name."""
+
+
+def check_baseline(name: str, labels: list[str], field: str = "baseline") -> None:
     """
     Raises:
-        UserError: The baseline that a configuration names is none of the SAEs in the call.
+        UserError: The baseline, or other SAE, that a configuration names is none of the
+            SAEs in the call.
     """
     if name not in labels:
         raise UserError(
-            f"baseline is {name!r}; it must be one of the SAEs in the call: {labels}"
+            f"{field} is {name!r}; it must be one of the SAEs in the call: {labels}"
         )

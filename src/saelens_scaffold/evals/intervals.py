@@ -52,6 +52,39 @@ class SequenceBootstrap:
         return torch.cat([torch.ones(1, n_sequences), counts])
 
 
+class ReplicateSums(dict[str, torch.Tensor]):
+    """
+    Sums over tokens in the sample and in every bootstrap replicate, by name.
+
+    Each has the shape (1 + n_replicates, n_columns), float64, on the CPU. The memory does
+    not depend on the number of tokens.
+    """
+
+    def add(
+        self,
+        sequence: torch.Tensor,
+        weights: torch.Tensor,
+        **values: torch.Tensor,
+    ) -> None:
+        """
+        Args:
+            sequence: Index of each token's sequence in the batch, shape (n_tokens,).
+            weights: Weight of each sequence in each replicate, as of `SequenceBootstrap`.
+            values: What is summed, by name, shape (n_tokens, n_columns) or (n_tokens,).
+        """
+        double = weights.double()
+        for name, value in values.items():
+            columns = value.view(len(value), -1)
+            # MPS has no float64
+            kept = columns.cpu() if columns.device.type == "mps" else columns
+            sums = kept.new_zeros(
+                weights.shape[1], columns.shape[1], dtype=torch.float64
+            )
+            sums.index_add_(0, sequence.to(kept.device), kept.double())
+            sums = double @ sums.cpu()
+            self[name] = self[name] + sums if name in self else sums
+
+
 def interval(statistics: torch.Tensor, confidence: float) -> Interval:
     """
     The percentile interval of a statistic that was computed for every replicate.

@@ -13,6 +13,7 @@ from saelens_scaffold._util.configs import config_fields, make_config, validatin
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.untrusted import file_name
 from saelens_scaffold.evals.base import Evaluation, Implementation, Result
+from saelens_scaffold.evals.baselines import others_of
 from saelens_scaffold.evals.data import check_text
 from saelens_scaffold.evals.model import check_model_name, choose_device
 from saelens_scaffold.evals.registry import evaluations_named
@@ -83,12 +84,11 @@ class Job:
         }
         if self.evaluation.data != "text" or hasattr(self.config, "text_column"):
             text = {}
-        others = {sae.label: sae for sae in saes}
         keys: dict[str, Key] = {}
         for sae in saes:
             if self.evaluation.tokens == "as_trained":
                 text["tokens"] = asdict(tokens_of(sae, self.config))
-            name = self.evaluation.name
+            name, others = self.evaluation.name, others_of(self.config, sae, saes)
             keys[sae.key] = result_key(name, self.config, sae, others, **text)
         return keys
 

@@ -25,6 +25,7 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import versions
 from saelens_scaffold._util.untrusted import check_own_file, file_name, read_json
+from saelens_scaffold.evals.baselines import OTHER_SAES, named_for
 from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.evals.result_schema import (
     check_result,
@@ -65,17 +66,18 @@ def result_key(
         evaluation: Name of the evaluation.
         config: Its configuration, a pydantic dataclass.
         sae: The SAE, in the form that is judged.
-        others: All SAEs of the call by label; one may be the SAE's baseline.
+        others: SAEs of the call that it depends on as well, by what they are to it, as
+            "baseline".
         more: Anything else, as a seed, or the text's column where the configuration does
             not have it.
     """
     fields = TypeAdapter(type(config)).dump_python(config_of(config, sae), mode="json")
     if "pca_rank" in fields:
         fields["pca_rank"] = fields["pca_rank"] or sae.subspace_rank
-    weights = {"sae": sae.sae.cfg.metadata.weights_sha256}
-    if fields.get("baseline") in others:
-        baseline = others[fields["baseline"]]
-        weights["baseline"] = baseline.sae.cfg.metadata.weights_sha256
+    weights = {
+        role: of.sae.cfg.metadata.weights_sha256
+        for role, of in {"sae": sae, **others}.items()
+    }
     return {
         "evaluation": {"name": evaluation, "hook_name": sae.hook_name, **more},
         "eval_config": {k: v for k, v in fields.items() if k not in _SPEED_ONLY},
@@ -87,10 +89,12 @@ def result_key(
 
 def config_of(config: Any, sae: SelectedSAE) -> Any:
     """The configuration as it applies to one SAE, which may be the others' baseline."""
-    given = getattr(config, "baseline", None)
-    own = given.get(sae.label) if isinstance(given, dict) else given
-    own = None if own == sae.label else own
-    return config if own == given else replace(config, baseline=own)
+    own = {
+        field: named_for(getattr(config, field), sae.label)
+        for field in OTHER_SAES
+        if hasattr(config, field)
+    }
+    return replace(config, **own) if own else config
 
 
 def fingerprints(fields: Mapping[str, Any]) -> dict[str, str | None]:

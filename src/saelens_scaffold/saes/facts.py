@@ -147,6 +147,34 @@ class ActiveLatents:
         return sae.decode(acts)
 
 
+def tokens_at_once(sae: SAE[Any]) -> int:
+    """How many tokens to encode at once, for speed and memory."""
+    on_cpu = sae.W_dec.device.type == "cpu"
+    at_once = _ACTIVATIONS_ON_CPU if on_cpu else _ACTIVATIONS_ON_GPU
+    return max(1, at_once // sae.cfg.d_sae)
+
+
+@torch.no_grad()
+def reconstruct(sae: SAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        sae: The SAE.
+        x: Activations, shape (n_tokens, d_in).
+
+    Returns:
+        x̂, shape (n_tokens, d_in), and the number of sparse latents active on each token,
+        shape (n_tokens,).
+    """
+    rank, parts = scaffold_rank(sae), []
+    for part in x.split(tokens_at_once(sae)):
+        active = ActiveLatents(sae.encode(part))
+        token = active.token[active.latent >= rank]
+        l0 = torch.bincount(token, minlength=len(part))
+        parts.append((active.decode(sae), l0))
+    reconstructions, l0s = zip(*parts, strict=True)
+    return torch.cat(reconstructions), torch.cat(l0s)
+
+
 class FiringStatistics:
     """
     Firing frequencies of the sparse latents of one SAE, and its reconstruction error.

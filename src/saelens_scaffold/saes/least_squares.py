@@ -1,5 +1,7 @@
 """Streaming least squares: linear maps from activations, from one pass over them."""
 
+from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from typing import NamedTuple
 
@@ -110,6 +112,16 @@ class LeastSquares:
         cross = self.covariance_xy + torch.outer(mean, self.mean_y)
         weight = self._inverse(*torch.linalg.eigh(products)) @ cross
         return LinearMap(weight, torch.zeros_like(self.mean_y))
+
+    def of_inputs(self, inputs: Sequence[int]) -> "LeastSquares":
+        """The same of some columns of x only, as they are now."""
+        columns = torch.tensor(inputs, device=self._device)
+        part = copy(self)
+        vars(part).pop("_directions", None)
+        part._x_sum, part._x_shift = self._x_sum[columns], self._x_shift[columns]
+        part._xx, part._xy = self._xx[columns][:, columns], self._xy[columns]
+        part._y_sum, part._y_squares = self._y_sum.clone(), self._y_squares.clone()
+        return part
 
     def reduced_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
         """

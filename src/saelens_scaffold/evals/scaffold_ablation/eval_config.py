@@ -3,13 +3,13 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from saelens_scaffold._util.configs import documented
-from saelens_scaffold.evals.eval_configs import ASCENDING, TextEvalConfig
+from saelens_scaffold.evals.eval_configs import ASCENDING, TwinsEvalConfig
 
 Cosine = Annotated[NonNegativeFloat, Field(lt=1)]
 
 
 @documented
-class ScaffoldAblationEvalConfig(TextEvalConfig):
+class ScaffoldAblationEvalConfig(TwinsEvalConfig):
     """Configuration of the scaffold ablation. Defaults with a source are the paper's
     (arXiv 2606.14040)."""
 
@@ -71,13 +71,3 @@ class ScaffoldAblationEvalConfig(TextEvalConfig):
     n_topic_latents: PositiveInt = 2048
     """How many of the alive sparse latents most aligned with the topics are ablated. More
     than are alive means all of them."""
-    baseline: str | dict[str, str] | None = None
-    """Name of the plain SAE in the same call whose latents aligned with the others'
-    scaffolds are ablated, too; or a name for each scaffold SAE, by its name."""
-
-    def baseline_of(self, name: str) -> str | None:
-        """Name of the baseline of the SAE of this name; None if it has none."""
-        baseline = self.baseline
-        if isinstance(baseline, dict):
-            baseline = baseline.get(name)
-        return None if baseline == name else baseline

@@ -12,12 +12,13 @@ import yaml
 from sae_lens import SAE
 
 from saelens_scaffold.evals.intervals import SequenceBootstrap, estimates
+from saelens_scaffold.evals.losses import CleanPredictions, predicting_text
 from saelens_scaffold.evals.model import HookedBatch, HookedModel
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation import eval_output as output
 from saelens_scaffold.evals.scaffold_ablation.fit import Fit, SAEFit, matched_frequency
-from saelens_scaffold.evals.tokens import TokenStream, is_text
+from saelens_scaffold.evals.tokens import TokenStream
 from saelens_scaffold.saes.facts import ActiveLatents
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.saes.subspaces import orthonormal_basis
@@ -312,8 +313,8 @@ def measure_losses(
     for tokens, counts in stream.batches(config.n_tokens, "Ablating"):
         weights = bootstrap.draw(len(tokens)).double()
         run = HookedBatch(hooked, tokens, counts)
-        is_predicted = is_text(tokens, stream.tokenizer)
-        clean = CleanPredictions(run.above(run.full), tokens, counts, is_predicted)
+        counts = predicting_text(tokens, counts, stream.tokenizer)
+        clean = CleanPredictions(run.above(run.full), tokens, counts)
         n_predictions += weights @ clean.n_predictions
         batch = {CLEAN.identity(): clean.losses}
         runs = {False: run}
@@ -349,80 +350,3 @@ def result_details(
             **change.fields(),
             **estimates(confidence, **figures, kl=kl),
         )
-
-
-class CleanPredictions:
-    """
-    Predictions of the language model when nothing is changed, for one batch.
-
-    Args:
-        logits: Shape (batch, seq, d_vocab).
-        tokens: Shape (batch, seq).
-        counts: Mask of the tokens at which predictions count, shape (batch, seq):
-            elsewhere the activations are not changed, and the predictions hardly.
-        is_predicted: Mask of the tokens whose predictions count, shape (batch, seq).
-
-    Attributes:
-        n_predictions: Number of predictions that count in each sequence, shape (batch,),
-            float64.
-        losses: Losses as of `compare`; the KL divergence is 0.
-    """
-
-    def __init__(
-        self,
-        logits: torch.Tensor,
-        tokens: torch.Tensor,
-        counts: torch.Tensor,
-        is_predicted: torch.Tensor,
-    ):
-        # what follows the last token of a sequence is not known, and never counts
-        self._targets = tokens.roll(-1, dims=1).flatten()
-        follows = is_predicted.roll(-1, dims=1)
-        follows[:, -1] = False
-        self._counts = (counts & follows).cpu().double()
-        self.n_predictions = self._counts.sum(dim=1)
-        flat = logits.flatten(0, 1)
-        self._probabilities = torch.empty_like(flat, dtype=torch.float32)
-        for rows, log_p in _log_softmax_in_parts(logits):
-            torch.exp(log_p, out=self._probabilities[rows])
-        _, self._clean_expectation = self._surprise_and_expectation(logits)
-        self.losses = self.compare(logits)
-
-    def compare(self, logits: torch.Tensor) -> torch.Tensor:
-        """
-        Losses of other predictions for the same batch.
-
-        Args:
-            logits: Shape (batch, seq, d_vocab).
-
-        Returns:
-            Sums over the predictions of each sequence, in nats, shape (2, batch), float64:
-            cross-entropy of the next token, and KL divergence from the clean prediction.
-        """
-        surprise, expectation = self._surprise_and_expectation(logits)
-        # KL(p || q) = E_p[log p] - E_p[log q], of which the first is the same for all q
-        both = torch.stack([surprise, self._clean_expectation - expectation])
-        by_token = both.cpu().double().view(2, *self._counts.shape)
-        return (by_token * self._counts).sum(dim=2)
-
-    def _surprise_and_expectation(
-        self, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """-log q(next token) and E_p[log q], both of shape (batch * seq,)."""
-        surprises: list[torch.Tensor] = []
-        expectations: list[torch.Tensor] = []
-        for rows, log_q in _log_softmax_in_parts(logits):
-            targets = self._targets[rows, None]
-            surprises.append(-log_q.gather(1, targets).squeeze(1))
-            p = self._probabilities[rows]
-            expectations.append(torch.bmm(p[:, None], log_q[:, :, None]).flatten())
-        return torch.cat(surprises), torch.cat(expectations)
-
-
-def _log_softmax_in_parts(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Log probabilities in float32, in parts small enough for a CPU's cache."""
-    flat = logits.flatten(0, 1)
-    step = max(1, (2**20 if flat.device.type == "cpu" else 2**26) // flat.shape[1])
-    for start in range(0, len(flat), step):
-        rows = slice(start, start + step)
-        yield rows, flat[rows].float().log_softmax(dim=-1)

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Call, Implementation, Result
+from saelens_scaffold.evals.baselines import plain_twins
 from saelens_scaffold.evals.data import text_seen_in_training
-from saelens_scaffold.evals.eval_configs import check_baseline
 from saelens_scaffold.evals.model import by_hook_point, load_language_model
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig, metrics
@@ -30,7 +29,7 @@ def measure(
     A plain SAE has no scaffold to remove, but the rest of its results lines up with the
     others'. As a baseline it lends scaffold SAEs its latents.
     """
-    baselines = _baselines(config, saes, [*saes, *call.companions])
+    baselines = plain_twins(config.baseline, saes, [*saes, *call.companions])
     needed = {sae.key: sae for sae in [*saes, *baselines.values()]}
     model = load_language_model(config.model_name, call.device, config.llm_dtype)
     text = (config.dataset, config.dataset_split, config.text_column)
@@ -77,44 +76,9 @@ def check(config: ScaffoldAblationEvalConfig, saes: Sequence[SelectedSAE]) -> No
     Raises:
         UserError: A baseline cannot be one, or the texts with topics cannot be used.
     """
-    _baselines(config, saes, saes)
+    plain_twins(config.baseline, saes, saes)
     if config.topics:
         read_topics(config)
-
-
-def _baselines(
-    config: ScaffoldAblationEvalConfig,
-    saes: Sequence[SelectedSAE],
-    candidates: Sequence[SelectedSAE],
-) -> dict[str, SelectedSAE]:
-    """
-    The baselines of the scaffold SAEs that have one, by the scaffold SAEs' keys.
-
-    Raises:
-        UserError: A baseline is not among the candidates, has a scaffold itself, or another
-            hook point.
-    """
-    by_name = {candidate.label: candidate for candidate in candidates}
-    given = config.baseline or {}
-    for name in [given] if isinstance(given, str) else [*given, *given.values()]:
-        check_baseline(name, [*by_name])
-    found: dict[str, SelectedSAE] = {}
-    for sae in saes:
-        name = config.baseline_of(sae.label)
-        if name is None or not sae.rank:
-            continue
-        baseline = found[sae.key] = by_name[name]
-        if baseline.rank:
-            raise UserError(
-                f"baseline is {name!r}, whose scaffold has rank {baseline.rank}; it must "
-                "be a plain SAE"
-            )
-        if baseline.hook_name != sae.hook_name:
-            raise UserError(
-                f"baseline is {name!r} at {baseline.hook_name}; it must be an SAE at "
-                f"{sae.hook_name}, where {sae.label!r} is"
-            )
-    return found
 
 
 IMPLEMENTATION = Implementation(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from saelens_scaffold_cli.parsing import CommandParser, Count, option, parser_of
 
 Dtype = Literal["float32", "float64", "float16", "bfloat16"]
+ModelClass = Literal["HookedTransformer", "TransformerBridge", "AutoModelForCausalLM"]
 
 
 class Output(NamedTuple):
@@ -178,6 +179,8 @@ class Eval(Command):
     model_name: str | None = option(None, "--model", "--model_name", metavar="MODEL")
     """Language model: a name in TransformerLens, the directory of a local model, or
     py-neox (default: the one the SAEs were trained on)."""
+    model_class_name: ModelClass | None = None
+    """Its class (default: that which the SAEs were trained on)."""
     dataset: str | None = None
     """Text: a dataset on the Hub, a local file or directory, or python-stdlib."""
     dataset_split: str | None = None

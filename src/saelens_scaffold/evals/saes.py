@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from sae_bench.sae_bench_utils import general_utils, sae_selection_utils
@@ -20,6 +20,7 @@ from sae_lens.util import str_to_dtype
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.untrusted import file_name
 from saelens_scaffold.evals.base import View
+from saelens_scaffold.models.language_models import ModelClass
 from saelens_scaffold.saes import (
     ScaffoldJumpReLUSAE,
     ScaffoldJumpReLUSAEConfig,
@@ -377,3 +378,21 @@ def common_model_name(selected_saes: SelectedSAEs) -> str:
             "of one model together, or name it: --model"
         )
     return models.pop()
+
+
+def common_model_class(saes: Sequence[SAE[Any]]) -> ModelClass:
+    """
+    The class of the language model that SAEs were trained on, as their metadata have it;
+    HookedTransformer where they have none.
+
+    Raises:
+        UserError: They name several, or one that nothing can be evaluated on.
+    """
+    named = {sae.cfg.metadata.model_class_name or "HookedTransformer" for sae in saes}
+    known = get_args(ModelClass)
+    if len(named) > 1 or not named <= {*known}:
+        raise UserError(
+            f"model_class_name of the SAEs is {' and '.join(sorted(named))}; name one class "
+            f"to evaluate them on, {', '.join(known)}: --model_class_name"
+        )
+    return cast(ModelClass, named.pop())

@@ -9,14 +9,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("sae_bench")
 
+from eval_helpers import write_texts
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.model import HookedModel, activations_at
-from saelens_scaffold.models import embedded_model_path
+from saelens_scaffold.models import embedded_model_path, load_stdlib_chunks
 from saelens_scaffold.models.language_models import (
     ModelClass,
     load_language_model,
     residual_post,
 )
+from saelens_scaffold_cli import main
 
 CLASSES: tuple[Any, ...] = get_args(ModelClass)
 LLAMA_LIKE: dict[str, Any] = {
@@ -50,9 +52,7 @@ def local_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     for family, shape in FAMILIES.items():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(
-            family, vocab_size=len(tokenizer), **ids, **shape
-        )
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **ids, **shape)
         model = AutoModelForCausalLM.from_config(config)
         for weights in model.parameters():
             weights.data += 0.05 * torch.randn_like(weights)
@@ -92,7 +92,8 @@ def test_every_route_computes_what_transformers_does(
             lambda _, __, output: outputs.__setitem__("last", output)
         )
         changed = reference(tokens).logits
-        handle.remove(), last.remove()
+        for each in (handle, last):
+            each.remove()
 
     model = load_language_model(path, "cpu", model_class_name=model_class)
     for name in ("blocks.1.hook_resid_post", residual_post(model, 1)):
@@ -152,3 +153,89 @@ def test_all_routes_read_the_same_tokens(local_models: Path):
         for of in CLASSES
     ]
     assert all(torch.equal(each, tokens[0]) for each in tokens[1:])
+
+
+# ---- from training to evaluations, by the commands
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few modules of the standard library, labelled by their packages."""
+    chunks = load_stdlib_chunks("test", 300, ("asyncio", "json"), per_label=40)
+    texts, labels = [*chunks["text"]], [*chunks["label"]]
+    return write_texts(tmp_path_factory.mktemp("texts") / "t.jsonl", texts, labels)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_and_evaluated_by_every_route(
+    local_models: Path,
+    texts: Path,
+    tmp_path: Path,
+    family: str,
+    model_class: ModelClass,
+    capsys: pytest.CaptureFixture[str],
+):
+    path = str(local_models / family)
+    hook_name = "blocks.1.hook_resid_post"
+    if model_class == "AutoModelForCausalLM":
+        prefix = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
+        hook_name = f"{prefix.get(family, 'model.layers')}.1"
+    sae = tmp_path / "sae"
+    trained = [
+        f"--model_name={path}",
+        f"--model_class_name={model_class}",
+        f"--hook_name={hook_name}",
+        "--architecture=scaffold_batchtopk",
+        "--d_in=32",
+        "--d_sae=64",
+        "--k=4",
+        "--scaffold_rank=2",
+        f"--dataset_path={texts}",
+        "--context_size=32",
+        "--training_tokens=2048",
+        "--train_batch_size_tokens=128",
+        "--n_batches_in_buffer=4",
+        "--store_batch_size_prompts=4",
+        "--log_to_wandb=False",
+        f"--output_path={sae}",
+        f"--checkpoint_path={tmp_path / 'checkpoints'}",
+    ]
+    if (family, model_class) == ("gemma2", "HookedTransformer"):
+        assert main(["train", *trained]) == 2
+        assert "--model_class_name TransformerBridge" in capsys.readouterr().err
+        return
+    assert main(["train", *trained]) == 0
+    names = "dense_latents,scaffold_ablation,core,sparse_probing"
+    evaluated = [
+        f"--sae_path={sae}",
+        f"--dataset={texts}",
+        f"--labelled_dataset={texts}",
+        f"--output_path={tmp_path / 'results'}",
+        f"--artifacts_path={tmp_path / 'artifacts'}",
+        "--llm_batch_size=4",
+        "--random_seeds=1",
+        *(
+            f"--set={setting}"
+            for setting in (
+                "dense_latents.n_tokens=500",
+                "scaffold_ablation.n_tokens=500",
+                "scaffold_ablation.n_fit_tokens=500",
+                "scaffold_ablation.topic_train_size=20",
+                "scaffold_ablation.topic_test_size=10",
+                "core.n_eval_reconstruction_batches=1",
+                "core.n_eval_sparsity_variance_batches=1",
+                "sparse_probing.context_length=32",
+                "sparse_probing.probe_train_set_size=20",
+                "sparse_probing.probe_test_set_size=10",
+                "sparse_probing.k_values=[1]",
+            )
+        ),
+    ]
+    assert main(["eval", names, *evaluated]) == 0
+    if family == "gpt2":
+        rank = ["--n_tokens=500", f"--dataset={texts}", f"--sae_path={sae}"]
+        assert main(["rank", *rank, f"--output_path={tmp_path / 'rank'}"]) == 2
+        model = [f"--model={path}", f"--model_class_name={model_class}"]
+        of_model = [*rank[:2], f"--hook_name={hook_name}", *model]
+        assert main(["rank", *of_model, f"--output_path={tmp_path / 'rank'}"]) == 0

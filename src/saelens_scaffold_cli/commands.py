@@ -244,6 +244,8 @@ class Rank(Command):
     """Hook point, as in blocks.12.hook_resid_post (default: that of the SAE)."""
     sae_path: str | None = None
     """A plain SAE that was trained there, whose dense latents count."""
+    model_class_name: ModelClass | None = None
+    """Its class (default: the SAE's, else HookedTransformer)."""
     dataset: str = "Skylion007/openwebtext"
     """Text: a dataset on the Hub, a local file or directory, or python-stdlib."""
     dataset_split: str | None = None

@@ -33,6 +33,7 @@ from saelens_scaffold.saes.scaffold_start import principal_subspace
 from saelens_scaffold.saes.validation import ESTIMATED_SCALES
 from saelens_scaffold.training import runner
 from saelens_scaffold.training.data import override_dataset
+from saelens_scaffold.training.model import override_model
 
 Wave = list[Run]
 """SAEs that are trained together, on one pass of the language model."""
@@ -313,7 +314,7 @@ class WaveTrainer:
         model = self._model if hook_names == self._hook_names else None
         data: Any = {"override_dataset": override_dataset(cfg), "override_saes": saes}
         with loading(cfg.model_name):
-            made = _WaveRunner(cfg, override_model=model, **data)
+            made = _WaveRunner(cfg, override_model=model or override_model(cfg), **data)
         made.calibrated = [
             run.name
             for run in wave

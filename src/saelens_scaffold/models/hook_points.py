@@ -31,13 +31,18 @@ def model_config(model_name: str, **changes: Any) -> Any:
     Raises:
         UserError: There is no such model, or its configuration cannot be read.
     """
+    name = model_name
     if Path(model_name).is_dir():
-        register_local_model(model_name)
-    official_name(model_name)
+        # TransformerLens would read the config.json there, and not the one it needs
+        name = official_name(register_local_model(model_name))
+    official_name(name)
     try:
-        return get_pretrained_model_config(model_name, **changes)
+        config = get_pretrained_model_config(name, **changes)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error
+    if name != model_name:
+        config.model_name = model_name
+    return config
 
 
 def context_length(

@@ -70,6 +70,7 @@ def load_language_model(
     device: str,
     dtype: str = "float32",
     model_class_name: ModelClass = "HookedTransformer",
+    **keywords: Any,
 ) -> LanguageModel:
     """
     Load a language model, its weights unprocessed.
@@ -80,6 +81,7 @@ def load_language_model(
         device: Where to put it.
         dtype: As in "float32".
         model_class_name: Its class.
+        keywords: More for the loading function of that class.
 
     Raises:
         UserError: There is no such model, or its files cannot be had.
@@ -89,14 +91,16 @@ def load_language_model(
     with loading(model_name):
         if model_class_name == "HookedTransformer":
             load = HookedTransformer.from_pretrained_no_processing
-            return load(name, device=device, dtype=torch_dtype)
+            return load(name, device=device, dtype=torch_dtype, **keywords)
         path = transformers_name(model_name)
         if model_class_name == "TransformerBridge":
             boot = TransformerBridge.boot_transformers
-            bridge = boot(path, device=device, dtype=torch_dtype)
+            bridge = boot(path, device=device, dtype=torch_dtype, **keywords)
             bridge.cfg.model_name = name
             return bridge
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch_dtype, **keywords
+        )
         tokenizer = AutoTokenizer.from_pretrained(path)
         return TransformersModel(model.to(device).eval(), tokenizer, name)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import jaxtyping
 import pandas as pd
 import torch
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, general_utils
@@ -86,9 +87,13 @@ def lent_model(module: ModuleType, model: LanguageModel) -> Replacement:
     A module that loads a `HookedTransformer` gets this one.
 
     SAEBench loads its model in every call; here it is loaded, and checked against the
-    SAEs, once for all seeds.
+    SAEs, once for all seeds. Its functions check their arguments' types, and TransformerLens's
+    bridge is no `HookedTransformer`.
     """
-    return replaced((vars(module), {"HookedTransformer": _loader_of(model)}))
+    return replaced(
+        (vars(module), {"HookedTransformer": _loader_of(model)}),
+        (vars(jaxtyping.config), {"jaxtyping_disable": True}),
+    )
 
 
 def _loader_of(model: LanguageModel) -> SimpleNamespace:

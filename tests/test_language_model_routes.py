@@ -1,5 +1,6 @@
 """One language model through HookedTransformer, TransformerLens's bridge and transformers."""
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("sae_bench")
 
-from eval_helpers import write_texts
+from eval_helpers import eval_sae, write_texts
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.model import HookedModel, activations_at
 from saelens_scaffold.models import embedded_model_path, load_stdlib_chunks
@@ -219,8 +220,9 @@ def test_trained_and_evaluated_by_every_route(
             f"--set={setting}"
             for setting in (
                 "dense_latents.n_tokens=500",
-                "scaffold_ablation.n_tokens=500",
-                "scaffold_ablation.n_fit_tokens=500",
+                "scaffold_ablation.n_tokens=200",
+                "scaffold_ablation.n_fit_tokens=200",
+                "scaffold_ablation.n_random_draws=1",
                 "scaffold_ablation.topic_train_size=20",
                 "scaffold_ablation.topic_test_size=10",
                 "core.n_eval_reconstruction_batches=1",
@@ -239,3 +241,40 @@ def test_trained_and_evaluated_by_every_route(
         model = [f"--model={path}", f"--model_class_name={model_class}"]
         of_model = [*rank[:2], f"--hook_name={hook_name}", *model]
         assert main(["rank", *of_model, f"--output_path={tmp_path / 'rank'}"]) == 0
+
+
+def test_an_sae_is_judged_alike_by_every_route(texts: Path, tmp_path: Path):
+    sae = eval_sae(rank=4)
+    sae.save_model(tmp_path / "sae")
+    results: list[dict[str, Any]] = []
+    for model_class in CLASSES:
+        arguments = [
+            f"--sae_path={tmp_path / 'sae'}",
+            f"--model_class_name={model_class}",
+            f"--dataset={texts}",
+            f"--output_path={tmp_path / model_class}",
+            "--set=dense_latents.n_tokens=500",
+            "--set=scaffold_ablation.n_tokens=500",
+            "--set=scaffold_ablation.n_fit_tokens=500",
+            "--set=scaffold_ablation.n_random_draws=1",
+            "--set=scaffold_ablation.topics=false",
+        ]
+        assert main(["eval", "dense_latents,scaffold_ablation", *arguments]) == 0
+        (dense,) = (tmp_path / model_class / "dense_latents").glob("*.json")
+        (ablation,) = (tmp_path / model_class / "scaffold_ablation").glob("*.json")
+        results.append(
+            {
+                "counts": json.loads(dense.read_text())["eval_result_details"],
+                "ratios": json.loads(ablation.read_text())["eval_result_metrics"],
+            }
+        )
+    first, *others = results
+    assert first["counts"][0]["count"] > 0
+    for other in others:
+        assert [of["count"] for of in other["counts"]] == [
+            of["count"] for of in first["counts"]
+        ]
+        for name, value in first["ratios"]["cross_entropy"].items():
+            assert other["ratios"]["cross_entropy"][name] == pytest.approx(
+                value, abs=1e-4
+            ), name

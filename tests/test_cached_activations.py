@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
 from saelens_scaffold.models import load_stdlib_chunks, register_embedded_model
@@ -23,7 +25,9 @@ def test_rows_are_tensors_beside_any_torchvision():
     assert done.returncode == 0, done.stderr
 
 
-def test_training_from_cached_activations(tmp_path: Path, capsys):
+def test_training_from_cached_activations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     chunks = load_stdlib_chunks("train", 1000, ("json",), per_label=30)
     chunks.to_json(tmp_path / "text.jsonl")
     text, cache = str(tmp_path / "text.jsonl"), str(tmp_path / "cache")
@@ -39,9 +43,8 @@ def test_training_from_cached_activations(tmp_path: Path, capsys):
         device="cpu",
         **at,
     )
-    CacheActivationsRunner(
-        cfg, override_dataset=chunks.select_columns(["text"]).to_iterable_dataset()
-    ).run()
+    rows: Any = chunks.select_columns(["text"]).to_iterable_dataset()
+    CacheActivationsRunner(cfg, override_dataset=rows).run()
 
     options = [
         "--model_name=py-neox",

@@ -285,10 +285,10 @@ class Compare(Command):
     the command to go on after an interruption.
 
     example, offline; then see what would be trained with Gemma-2-2B:
-      saelens-scaffold compare benchmarks/paper/py-neox.yaml
-      saelens-scaffold compare benchmarks/paper/gemma-2-2b-layer-12.yaml --plan
+      saelens-scaffold compare paper/py-neox
+      saelens-scaffold compare paper/gemma-2-2b-layer-12 --plan
     and show the paper's figures beside those of the first again:
-      saelens-scaffold compare benchmarks/paper/py-neox.yaml --reference
+      saelens-scaffold compare paper/py-neox --reference
 
     a configuration:
       model_name: py-neox
@@ -306,8 +306,8 @@ class Compare(Command):
       evaluation_data: {dataset: python-stdlib}
     """
 
-    config: str = option(metavar="CONFIG.yaml")
-    """The experiment."""
+    config: str = option(metavar="CONFIG")
+    """The experiment: a file, or the name of one in this package, as paper/py-neox."""
     output_path: str | None = None
     """Folder for everything (default: CONFIG-output)."""
     plan: bool = False

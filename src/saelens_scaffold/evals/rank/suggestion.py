@@ -58,6 +58,8 @@ def suggest_rank(
     given = {name: value for name, value in text_fields.items() if value is not None}
     fields = {"n_tokens": 100_000, **given}
     loaded = selected_saes.load_saes([sae_path] if sae_path else [])
+    if len(loaded) > 1:
+        raise UserError(f"{sae_path} holds {len(loaded)} SAEs; name one of them")
     if loaded and "model_name" not in fields:
         fields["model_name"] = selected_saes.common_model_name(loaded)
     if loaded and "model_class_name" not in fields:

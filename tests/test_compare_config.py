@@ -1,5 +1,6 @@
 """The configuration of `saelens-scaffold compare`, and the SAEs that it means."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path

@@ -96,7 +96,9 @@ class ScaffoldMixin(_SAE):
 
     def scaffold_coordinates(self, x: torch.Tensor) -> torch.Tensor:
         """
-        The scaffold's coordinates z = (x - b_dec) A, which are the first latents of `encode`.
+        The scaffold's coordinates z = (x - b_dec) A.
+
+        In inference form they are the first latents of `encode`.
 
         Args:
             x: Activations, as for `scaffold`.

@@ -1,5 +1,6 @@
 """The configuration of `saelens-scaffold compare`, and the SAEs that it means."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -346,10 +347,12 @@ def test_what_will_be_compared_with_what() -> None:
 
 
 def test_experiments_that_come_with_the_project_make_sense() -> None:
-    files = sorted(Path("benchmarks/paper").glob("*.yaml"))
-    assert len(files) >= 2
-    for file in files:
-        experiment = read_config(file)
+    with pytest.raises(UserError) as error:
+        read_config("paper/another")
+    names = re.findall(r"paper/[\w-]+", str(error.value).partition(";")[2])
+    assert {"paper/py-neox", "paper/gemma-2-2b-layer-12"} <= {*names}
+    for name in names:
+        experiment = read_config(name)
         architectures = {run.arm.architecture for run in runs_of(experiment)}
         assert {"scaffold_batchtopk", "scaffold_matryoshka"} < architectures
         # every figure of the abstract of arXiv 2606.14040

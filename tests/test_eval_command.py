@@ -370,7 +370,7 @@ def test_mistakes_are_found_before_anything_runs(
     ("arguments", "message"),
     [
         ([], "no SAE is named"),
-        (["--sae_path", "nope"], "nope is not an SAE's directory"),
+        (["--sae_path", "nope"], "nope holds no SAE"),
         (["--sae_path", "sae", "sae"], "named twice"),
         (
             ["--sae_regex_pattern=(", "--sae_block_pattern=x"],
@@ -444,3 +444,11 @@ def test_schemas_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_load_saes_names_are_those_of_the_table(saes: dict[str, str]) -> None:
     assert [name for name, _ in load_saes(list(saes.values()))] == list(saes)
+
+
+def test_saes_are_found_below_a_folder(tmp_path: Path) -> None:
+    for name in ("a", "deep/b"):
+        scaffold_sae().to_inference().save_model(tmp_path / name)
+    # which belongs to the SAE
+    scaffold_sae().to_jumprelu().save_model(tmp_path / "a" / "jumprelu")
+    assert [name for name, _ in load_saes([tmp_path])] == ["a", "b"]

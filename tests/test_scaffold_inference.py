@@ -239,3 +239,13 @@ def test_an_sae_trained_in_triton_can_be_used_without(tmp_path: Path):
     sae.cfg.kernels = "triton"
     sae.save_model(tmp_path)
     assert ScaffoldJumpReLUSAE.load_from_disk(tmp_path).cfg.kernels == "auto"
+
+
+def test_coordinates_are_the_first_latents_and_repr_tells_the_shape(architecture: str):
+    sae = scaffold_sae(architecture)
+    x = activations(50)
+    for each in (sae, sae.to_inference()):
+        z = each.scaffold_coordinates(x)
+        assert torch.allclose(z @ each.W_dec[:RANK], each.scaffold(x), atol=1e-5)
+        assert f"d_in={D_IN}, d_sae={D_SAE}, scaffold_rank={RANK}" in repr(each)
+    assert torch.allclose(z, sae.to_inference().encode(x)[:, :RANK], atol=1e-5)

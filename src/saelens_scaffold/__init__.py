@@ -5,6 +5,7 @@ Importing this package registers the architectures `scaffold_batchtopk`,
 `scaffold_matryoshka` (training) and `scaffold_jumprelu` (inference) with SAELens.
 """
 
+from saelens_scaffold._util.compat import let_rows_be_tensors
 from saelens_scaffold.hub.upload import upload_scaffold_saes
 from saelens_scaffold.models.local import register_local_model
 from saelens_scaffold.plugins.hookspecs import hookimpl
@@ -42,3 +43,4 @@ __all__ = [
 ]
 
 register_architectures()
+let_rows_be_tensors()

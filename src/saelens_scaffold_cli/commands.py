@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from saelens_scaffold_cli.parsing import CommandParser, Count, option, parser_of
 
 Dtype = Literal["float32", "float64", "float16", "bfloat16"]
+ModelClass = Literal["HookedTransformer", "TransformerBridge", "AutoModelForCausalLM"]
 
 
 class Output(NamedTuple):
@@ -178,6 +179,8 @@ class Eval(Command):
     model_name: str | None = option(None, "--model", "--model_name", metavar="MODEL")
     """Language model: a name in TransformerLens, the directory of a local model, or
     py-neox (default: the one the SAEs were trained on)."""
+    model_class_name: ModelClass | None = None
+    """Its class (default: that which the SAEs were trained on)."""
     dataset: str | None = None
     """Text: a dataset on the Hub, a local file or directory, or python-stdlib."""
     dataset_split: str | None = None
@@ -241,6 +244,8 @@ class Rank(Command):
     """Hook point, as in blocks.12.hook_resid_post (default: that of the SAE)."""
     sae_path: str | None = None
     """A plain SAE that was trained there, whose dense latents count."""
+    model_class_name: ModelClass | None = None
+    """Its class (default: the SAE's, else HookedTransformer)."""
     dataset: str = "Skylion007/openwebtext"
     """Text: a dataset on the Hub, a local file or directory, or python-stdlib."""
     dataset_split: str | None = None
@@ -280,10 +285,10 @@ class Compare(Command):
     the command to go on after an interruption.
 
     example, offline; then see what would be trained with Gemma-2-2B:
-      saelens-scaffold compare benchmarks/paper/py-neox.yaml
-      saelens-scaffold compare benchmarks/paper/gemma-2-2b-layer-12.yaml --plan
+      saelens-scaffold compare paper/py-neox
+      saelens-scaffold compare paper/gemma-2-2b-layer-12 --plan
     and show the paper's figures beside those of the first again:
-      saelens-scaffold compare benchmarks/paper/py-neox.yaml --reference
+      saelens-scaffold compare paper/py-neox --reference
 
     a configuration:
       model_name: py-neox
@@ -301,8 +306,8 @@ class Compare(Command):
       evaluation_data: {dataset: python-stdlib}
     """
 
-    config: str = option(metavar="CONFIG.yaml")
-    """The experiment."""
+    config: str = option(metavar="CONFIG")
+    """The experiment: a file, or the name of one in this package, as paper/py-neox."""
     output_path: str | None = None
     """Folder for everything (default: CONFIG-output)."""
     plan: bool = False

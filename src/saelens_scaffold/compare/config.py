@@ -37,6 +37,13 @@ TRAINING_DEFAULTS: dict[str, Any] = _TABLE["defaults"]
 """Defaults of an experiment that SAELens has others of."""
 
 
+_PACKAGED = {
+    f"paper/{file.stem}": file
+    for file in sorted(Path(__file__).with_name("paper").glob("*.yaml"))
+}
+"""Experiments that come with this package, by name."""
+
+
 def _dtype_name(name: str) -> str:
     str_to_dtype(name)  # raises for an unknown one
     return name
@@ -243,15 +250,24 @@ def _check_reference(
 
 def read_config(path: str | Path) -> CompareConfig:
     """
-    Read an experiment from a YAML file.
+    Read an experiment.
+
+    Args:
+        path: A YAML file, or the name of one that comes with this package, as in
+            "paper/py-neox".
 
     Raises:
         UserError: There is no such file, it is not YAML, or a field is missing, unknown or
             has a wrong value.
     """
     path = Path(path)
+    packaged = _PACKAGED.get(path.as_posix())
+    if packaged and not path.exists():
+        path = packaged
     if not path.is_file():
-        raise UserError(f"there is no configuration {path}")
+        raise UserError(
+            f"there is no configuration {path}; this package has {', '.join(_PACKAGED)}"
+        )
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must be a mapping of fields to values")

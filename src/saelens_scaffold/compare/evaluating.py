@@ -174,7 +174,8 @@ def _stand_in(run: Run, config: CompareConfig) -> StandardSAE:
     """A small SAE in place of one that is not trained yet, with its metadata."""
     cfg = runner_config(config, [run])
     tokens = {name: getattr(cfg, name) for name in TOKEN_FIELDS}
-    metadata = SAEMetadata(model_name=cfg.model_name, hook_name=run.hook_name, **tokens)
+    of_model = {name: getattr(cfg, name) for name in ("model_name", "model_class_name")}
+    metadata = SAEMetadata(hook_name=run.hook_name, **of_model, **tokens)
     stand_in = StandardSAE(StandardSAEConfig(run.config.d_in, 1, metadata=metadata))
     stand_in.W_dec.data = torch.nn.functional.normalize(stand_in.W_dec.data)
     # single latents are judged without the scaffold

@@ -19,8 +19,12 @@ from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 from saelens_scaffold._util.errors import UserError, one_line, shown
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.config import AXIS_FIELDS, CompareConfig
+<<<<<<< HEAD
 from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.saes.validation import ESTIMATED_SCALES
+=======
+from saelens_scaffold.models.language_models import known_model_name
+>>>>>>> anymodel
 from saelens_scaffold.training.checks import check_language_model, check_steps
 from saelens_scaffold.training.pretokenized import adopt_tokenization
 
@@ -167,7 +171,7 @@ def runner_config(
         cfg = WaveConfig(
             saes={run.name: run.config for run in wave},
             hook_names={run.name: run.hook_name for run in wave},
-            model_name=known_model_name(config.model_name),
+            model_name=_model_name(config, training),
             dataset_path=config.dataset_path,
             device=device,
             seed=config.data_seed,
@@ -191,6 +195,14 @@ def runner_config(
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {one_line(error):.500}") from error
     return cfg
+
+
+def _model_name(config: CompareConfig, training: Mapping[str, Any]) -> str:
+    """The model's name for SAELens: by other classes a local one is loaded by its path."""
+    model_class = training.get("model_class_name", "HookedTransformer")
+    if model_class == "HookedTransformer":
+        return known_model_name(config.model_name)
+    return config.model_name
 
 
 def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
@@ -218,7 +230,8 @@ def check_training(config: CompareConfig, runs: Sequence[Run]) -> None:
         if dtype not in DTYPE_FROM_STRING:
             problem = f"model_from_pretrained_kwargs has the dtype {shown(dtype)}"
             raise UserError(f"{problem}; allowed are {', '.join(DTYPE_FROM_STRING)}")
-        if re.match(r"blocks\.\d+\.", run.hook_name) is None:
+        of_modules = cfg.model_class_name == "AutoModelForCausalLM"
+        if not of_modules and re.match(r"blocks\.\d+\.", run.hook_name) is None:
             problem = "must be a hook point of a layer, blocks.N.NAME"
             raise UserError(f"hook_name {shown(run.hook_name)} {problem}")
     alike = {(r.hook_name, r.config.d_in, repr(r.training)): r for r in runs}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 # Whoever only asks for names and metrics needs no SAEBench.
 if TYPE_CHECKING:
     from saelens_scaffold.evals.saes import SelectedSAE
+    from saelens_scaffold.models.language_models import ModelClass
 
 View = Literal["whole", "sparse"]
 """The form of a scaffold SAE that is judged: all of it, or its dictionary alone."""
@@ -117,6 +118,8 @@ class Call:
         text_column: Its column, likewise.
         api_key: Key of the OpenAI API.
         companions: SAEs of the call that are not measured, since they have results.
+        model_class_name: Class of the language model, for SAEBench, whose configurations
+            have none.
     """
 
     device: str
@@ -126,6 +129,7 @@ class Call:
     text_column: str = "text"
     api_key: str | None = None
     companions: Sequence["SelectedSAE"] = ()
+    model_class_name: "ModelClass" = "HookedTransformer"
 
 
 class EvaluationError(RuntimeError):

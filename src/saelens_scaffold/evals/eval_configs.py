@@ -7,6 +7,7 @@ from sae_bench.evals.base_eval_output import BaseEvalConfig
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.models.language_models import ModelClass
 from saelens_scaffold.saes.metadata import TokenId
 
 
@@ -49,6 +50,9 @@ class LlmConfig(ModelConfig):
     """LLM batch size, in sequences or texts."""
     llm_dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
     """LLM data type, also that of the SAEs."""
+    model_class_name: ModelClass = "HookedTransformer"
+    """Class of the language model, as in SAELens; TransformerBridge for TransformerLens's.
+    By default that which the SAEs were trained on."""
 
 
 @documented

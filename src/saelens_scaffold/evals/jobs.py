@@ -15,11 +15,12 @@ from saelens_scaffold._util.untrusted import file_name
 from saelens_scaffold.evals.base import Evaluation, Implementation, Result
 from saelens_scaffold.evals.baselines import others_of
 from saelens_scaffold.evals.data import check_text
-from saelens_scaffold.evals.model import check_model_name, choose_device
+from saelens_scaffold.evals.model import choose_device
 from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import (
     SelectedSAE,
     SelectedSAEs,
+    common_model_class,
     common_model_name,
     resolve_saes,
 )
@@ -31,6 +32,7 @@ from saelens_scaffold.evals.tokens import (
     tokens_of,
 )
 from saelens_scaffold.models.datasets import EMBEDDED_DATASET_NAME
+from saelens_scaffold.models.language_models import ModelClass, check_model_name
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Job:
         dataset_split: Split of the text, where the configuration does not have it.
         text_column: Its column, likewise.
         api_key: Key of the OpenAI API.
+        model_class_name: Class of the language model.
     """
 
     evaluation: Evaluation
@@ -59,6 +62,7 @@ class Job:
     dataset_split: str = "train"
     text_column: str = "text"
     api_key: str | None = None
+    model_class_name: ModelClass = "HookedTransformer"
 
     @property
     def store_path(self) -> Path:
@@ -84,6 +88,12 @@ class Job:
         }
         if self.evaluation.data != "text" or hasattr(self.config, "text_column"):
             text = {}
+<<<<<<< HEAD
+=======
+        if self.model_class_name != "HookedTransformer":
+            text["model_class_name"] = self.model_class_name
+        others = {sae.label: sae for sae in saes}
+>>>>>>> anymodel
         keys: dict[str, Key] = {}
         for sae in saes:
             if self.evaluation.tokens == "as_trained":
@@ -116,7 +126,7 @@ class Job:
                 common_tokens(saes, self.config)
             # asked for again once all is done, and raises where the metadata cannot be
             other_tokens([self.evaluation], saes)
-            check_context_size(self.config, saes)
+            check_context_size(self.config, saes, self.model_class_name)
             self.implementation.check(self.config, saes)
         except UserError as error:
             raise UserError(f"{self.evaluation.name}: {error}") from error
@@ -142,7 +152,7 @@ def plan(
         artifacts_path: Folder for stored activations, probes and texts.
         device: Where to compute; by default a GPU where there is one.
         api_key_file: File with the key of the OpenAI API.
-        options: model_name, dataset, dataset_split, labelled_dataset, text_column,
+        options: model_name, model_class_name, dataset, dataset_split, labelled_dataset, text_column,
             label_column, random_seeds, llm_batch_size, llm_dtype, sae_batch_size and
             baseline, as the flags of `saelens-scaffold eval`. None takes each evaluation's
             own default.
@@ -158,6 +168,9 @@ def plan(
     _check_datasets(options, reads_text)
     api_key = _api_key(api_key_file) if "autointerp" in evaluations else None
     device = choose_device(device)
+    model_class = options.pop("model_class_name", None) or common_model_class(
+        [sae.sae for sae in saes]
+    )
     used = {"dataset_split", "text_column"} if reads_text else set()
     text = (_dataset_split(options) or "train", options.get("text_column", "text"))
     jobs: list[Job] = []
@@ -174,7 +187,9 @@ def plan(
                 raise UserError(
                     f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
                 )
-        _add_language_model(values, evaluation, config_class, selected_saes)
+        _add_language_model(
+            values, evaluation, config_class, selected_saes, model_class
+        )
         # SAEBench's core has a context size of its own
         own = evaluation.tokens == "as_trained" and known["context_size"].default
         if own and "context_size" not in values:
@@ -185,7 +200,8 @@ def plan(
             raise UserError(f"{evaluation.name}: {error}") from error
         folder = Path(output_path, file_name(evaluation.name))
         where = (device, folder, Path(artifacts_path))
-        jobs.append(Job(evaluation, implementation, config, *where, *text, api_key))
+        of_job = (evaluation, implementation, config, *where, *text, api_key)
+        jobs.append(Job(*of_job, getattr(config, "model_class_name", model_class)))
     unused = [name for name in options if name not in used | {"model_name"}]
     if api_key_file is not None and api_key is None:
         unused.append("api_key_file")
@@ -231,9 +247,10 @@ def _add_language_model(
     evaluation: Evaluation,
     config_class: type,
     selected_saes: SelectedSAEs,
+    model_class: ModelClass,
 ) -> None:
     """
-    Name the SAEs' language model, and the batch size and dtype that SAEBench uses for it,
+    Name the SAEs' language model and its class, and the batch size and dtype that SAEBench uses for it,
     where they were not given.
 
     Raises:
@@ -243,7 +260,9 @@ def _add_language_model(
     if "model_name" not in fields:
         return
     values["model_name"] = values.get("model_name") or common_model_name(selected_saes)
-    check_model_name(values["model_name"])
+    if "model_class_name" in fields:
+        model_class = values.setdefault("model_class_name", model_class)
+    check_model_name(values["model_name"], model_class)
     short_name = values["model_name"].rpartition("/")[2]
     batch_size = activation_collection.LLM_NAME_TO_BATCH_SIZE.get(short_name)
     dtype = activation_collection.LLM_NAME_TO_DTYPE.get(short_name)

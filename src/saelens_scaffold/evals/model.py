@@ -1,85 +1,23 @@
 """The language model of an evaluation, cut in two at the SAEs' hook point."""
 
-import re
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from copy import copy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from sae_bench.sae_bench_utils import general_utils
 from transformer_lens import HookedTransformer
-from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-from saelens_scaffold._util.errors import UserError, loading
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.saes import SelectedSAE
-from saelens_scaffold.models import EMBEDDED_MODEL_NAME, register_embedded_model
-from saelens_scaffold.models.local import official_name, register_local_model
-
-
-def load_language_model(
-    model_name: str, device: str, dtype: str = "float32"
-) -> HookedTransformer:
-    """
-    Load a model as SAEBench does, its weights unprocessed.
-
-    Args:
-        model_name: Of TransformerLens, "py-neox" for the embedded model, or the directory
-            of a local model.
-        device: Where to put it.
-        dtype: As in "float32".
-
-    Raises:
-        UserError: TransformerLens knows no such model, or its files cannot be had.
-    """
-    name, torch_dtype = known_model_name(model_name), general_utils.str_to_dtype(dtype)
-    load = HookedTransformer.from_pretrained_no_processing
-    with loading(model_name):
-        return load(name, device=device, dtype=torch_dtype)
-
-
-def known_model_name(model_name: str) -> str:
-    """
-    Make a model known to TransformerLens, if it is local or the embedded one.
-
-    Returns:
-        Its name, without a slash if it is local: SAEBench makes file names of it.
-
-    Raises:
-        UserError: No model is named, or the directory cannot be registered.
-        UserError: A local model lacks a file.
-    """
-    if not model_name:
-        raise UserError(
-            "model_name is empty; give a model of TransformerLens, the directory of a "
-            f"local model, or {EMBEDDED_MODEL_NAME!r}"
-        )
-    if model_name == EMBEDDED_MODEL_NAME:
-        return register_embedded_model()
-    if Path(model_name).is_dir():
-        return register_local_model(model_name, name=_slashless_name(model_name))
-    return model_name
-
-
-def _slashless_name(directory: str) -> str:
-    name = Path(directory).resolve().name
-    known = {official.lower() for official in OFFICIAL_MODEL_NAMES}
-    short = {official.rpartition("/")[2] for official in known}
-    # a copy of a model that TransformerLens knows must not take its name
-    return f"{name}-local" if name.lower() in known | short else name
-
-
-def check_model_name(model_name: str) -> None:
-    """
-    See, without loading it, that a language model can be loaded by its name.
-
-    Raises:
-        UserError: TransformerLens knows no such model, or a local one lacks a file.
-    """
-    official_name(known_model_name(model_name))
+from saelens_scaffold.models.language_models import (
+    HookPoint,
+    LanguageModel,
+    residual_post,
+)
 
 
 def choose_device(device: str | None) -> str:
@@ -107,27 +45,23 @@ class HookedModel:
         model: The language model.
         hook_name: The hook point, as in "blocks.12.hook_resid_post".
 
+    Attributes:
+        point: The hook point in this model.
+
     Raises:
         UserError: The model has no such hook point, or it is in no layer.
     """
 
-    def __init__(self, model: HookedTransformer, hook_name: str):
-        layer = re.match(r"blocks\.(\d+)\.", hook_name)
-        if hook_name not in model.hook_dict or layer is None:
-            examples = [n for n in model.hook_dict if n.endswith("hook_resid_post")]
-            raise UserError(
-                f"the model {model.cfg.model_name} has no hook point {hook_name!r}; it has, "
-                f"for instance, {examples[0]} to {examples[-1]}"
-            )
+    def __init__(self, model: LanguageModel, hook_name: str):
         self.model = model
         self.hook_name = hook_name
-        self.is_residual_post = hook_name.endswith(".hook_resid_post")
+        self.point = HookPoint(model, hook_name)
         # What the rerun of a batch starts with: the output of a layer is the next one's
         # input, any other hook point is met on the way through its own layer.
-        self._layer = int(layer[1]) + self.is_residual_post
+        self._layer = self.point.layer + self.point.is_residual_post
 
     @torch.no_grad()
-    def below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """
         Run the layers up to the hook point, once for a batch.
 
@@ -136,18 +70,24 @@ class HookedModel:
 
         Returns:
             Activations at the hook point, shape (batch, seq, d_in), heads flattened; and
-            the residual stream that `above` goes on from, shape (batch, seq, d_model).
+            what `above` goes on from.
         """
-        if self.is_residual_post:
-            x = self.model(tokens, stop_at_layer=self._layer)
-            return x, x
-        start = f"blocks.{self._layer}.hook_resid_pre"
-        found = activations_at(self.model, tokens, [self.hook_name, start])
-        return found[self.hook_name], found[start]
+        if isinstance(self.model, HookedTransformer):
+            if self.point.is_residual_post:
+                x = self.model(tokens, stop_at_layer=self._layer)
+                return x, x
+            start = f"blocks.{self._layer}.hook_resid_pre"
+            found = activations_at(self.model, tokens, [self.hook_name, start])
+            return found[self.hook_name], found[start]
+        names = [self.hook_name]
+        if self._layer and not self.point.is_residual_post:
+            names.append(residual_post(self.model, self._layer - 1))
+        found = activations_at(self.model, tokens, names)
+        return found[self.hook_name], (tokens, found[names[-1]])
 
     @torch.no_grad()
     def above(
-        self, start: torch.Tensor, x: torch.Tensor, stop_at_layer: int | None = None
+        self, start: Any, x: torch.Tensor, final_residual: bool = False
     ) -> torch.Tensor:
         """
         Run the layers above the hook point from other activations there.
@@ -155,17 +95,56 @@ class HookedModel:
         Args:
             start: What `below` returned second.
             x: The activations to go on with, shape (batch, seq, d_in).
-            stop_at_layer: As in TransformerLens: the residual stream before that layer,
-                instead of the logits.
+            final_residual: Whether to stop after the last layer.
 
         Returns:
-            Logits, shape (batch, seq, d_vocab), or the residual stream.
+            Logits, shape (batch, seq, d_vocab), or the residual stream after the last layer.
         """
-        layers: Any = {"start_at_layer": self._layer, "stop_at_layer": stop_at_layer}
-        if self.is_residual_post:
-            return self.model(x, **layers)
-        replace = (self.hook_name, partial(_replace, replacement=x))
-        return self.model.run_with_hooks(start, fwd_hooks=[replace], **layers)
+        n_layers, hooks = self.model.cfg.n_layers, []
+        if self.point.is_residual_post:
+            if final_residual and self._layer == n_layers:
+                return x
+            start = x if isinstance(self.model, HookedTransformer) else (start[0], x)
+        else:
+            hooks.append((self.point.name, partial(_replace, replacement=x)))
+        if isinstance(self.model, HookedTransformer):
+            stop = n_layers if final_residual else None
+            layers: Any = {"start_at_layer": self._layer, "stop_at_layer": stop}
+            return self.model.run_with_hooks(start, fwd_hooks=hooks, **layers)
+        tokens, residual = start
+        skipped = list(self.model.blocks)[: self._layer]
+        with _skipping(skipped, residual), self.model.hooks(fwd_hooks=hooks):
+            if not final_residual:
+                return self.model(tokens)
+            last = residual_post(self.model, n_layers - 1)
+            return activations_at(self.model, tokens, [last])[last]
+
+
+@contextmanager
+def _skipping(
+    layers: Sequence[torch.nn.Module], output: torch.Tensor
+) -> Iterator[None]:
+    """
+    Layers that compute nothing, and of which the last has this output.
+
+    transformers runs all of a model's layers in a loop, with masks and positions that it
+    makes of the tokens' shape, so that a run that begins at a layer is one with the others
+    skipped.
+    """
+
+    def forward(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden
+
+    for layer in layers:
+        # by itself, since the bridge's modules hand attributes on to others
+        vars(layer)["forward"] = forward
+    if layers:
+        vars(layers[-1])["forward"] = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
 
 
 class HookedBatch:
@@ -212,16 +191,14 @@ class HookedBatch:
         full[self._counts] = x.to(full.dtype)
         return full
 
-    def above(
-        self, full: torch.Tensor, stop_at_layer: int | None = None
-    ) -> torch.Tensor:
+    def above(self, full: torch.Tensor, final_residual: bool = False) -> torch.Tensor:
         """As `HookedModel.above`, from these activations."""
-        return self._hooked.above(self._start, full, stop_at_layer)
+        return self._hooked.above(self._start, full, final_residual)
 
 
 @torch.no_grad()
 def activations_at(
-    model: HookedTransformer, tokens: torch.Tensor, hook_names: Sequence[str]
+    model: LanguageModel, tokens: torch.Tensor, hook_names: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """
     Activations at hook points, from one run of the layers below the last of them.
@@ -234,15 +211,18 @@ def activations_at(
     Returns:
         Shape (batch, seq, d_in) for each hook point, heads flattened.
     """
-    layers = [int(hook_name.split(".")[1]) for hook_name in hook_names]
+    points = {hook_name: HookPoint(model, hook_name) for hook_name in hook_names}
+    last = max(point.layer for point in points.values())
     _, cache = model.run_with_cache(
-        tokens, stop_at_layer=max(layers) + 1, names_filter=list(hook_names)
+        tokens,
+        stop_at_layer=last + 1,
+        names_filter=[point.name for point in points.values()],
     )
-    return {hook_name: cache[hook_name].flatten(2) for hook_name in hook_names}
+    return {name: cache[point.name].flatten(2) for name, point in points.items()}
 
 
 def by_hook_point(
-    model: HookedTransformer, saes: Sequence[SelectedSAE]
+    model: LanguageModel, saes: Sequence[SelectedSAE]
 ) -> list[tuple[HookedModel, list[SelectedSAE]]]:
     """
     Group SAEs by hook point, and see that each fits the model there.

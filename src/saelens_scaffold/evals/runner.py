@@ -215,7 +215,9 @@ def _measure(
     with _artifacts_in(job.artifacts_path) as artifacts:
         text = (job.dataset_split, job.text_column)
         folders = (artifacts, job.store_path)
-        call = Call(job.device, *folders, *text, job.api_key, companions)
+        call = Call(
+            job.device, *folders, *text, job.api_key, companions, job.model_class_name
+        )
         for sae, result in job.implementation.measure(job.config, missing, call):
             if output_class is not None:
                 output = output_class(

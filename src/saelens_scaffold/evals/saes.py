@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from sae_bench.sae_bench_utils import general_utils, sae_selection_utils
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
@@ -20,11 +20,13 @@ from sae_lens.util import str_to_dtype
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.untrusted import file_name
 from saelens_scaffold.evals.base import View
+from saelens_scaffold.models.language_models import ModelClass
 from saelens_scaffold.saes import (
     ScaffoldJumpReLUSAE,
     ScaffoldJumpReLUSAEConfig,
     validation,
 )
+from saelens_scaffold.saes.directories import sae_directories
 from saelens_scaffold.saes.facts import scaffold_rank, weights_sha256
 from saelens_scaffold.saes.forms import fold_decoder_norms
 from saelens_scaffold.saes.metadata import check_metadata
@@ -102,7 +104,8 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
     Load SAEs from their directories, each under a name of its own.
 
     Args:
-        paths: Directories that SAELens's `save_model` or `save_inference_model` wrote.
+        paths: Directories that SAELens's `save_model` or `save_inference_model` wrote, or
+            directories with such below them.
 
     Returns:
         `selected_saes` for any `run_eval` of SAEBench or of this package. A name is the
@@ -110,18 +113,13 @@ def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[An
         "seed-0/BatchTopK" and "seed-1/BatchTopK".
 
     Raises:
-        UserError: A directory, or its configuration or weights, are missing.
+        UserError: A directory holds no SAE.
         InvalidSAEError: A scaffold SAE's files cannot be used.
         UserError: A directory is named twice, or holds no SAE that SAELens can read.
     """
-    directories = [Path(path) for path in paths]
-    for directory in directories:
-        for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-            if not (directory / file).is_file():
-                raise UserError(
-                    f"{directory} is not an SAE's directory: it has no {file} (SAELens's "
-                    "save_model and save_inference_model write it)"
-                )
+    directories = [
+        directory for path in paths for _, directory in sae_directories(Path(path))
+    ]
     selected: list[tuple[str, SAE[Any]]] = []
     for directory, name in zip(directories, _names(directories), strict=True):
         _check_form(directory)
@@ -377,3 +375,21 @@ def common_model_name(selected_saes: SelectedSAEs) -> str:
             "of one model together, or name it: --model"
         )
     return models.pop()
+
+
+def common_model_class(saes: Sequence[SAE[Any]]) -> ModelClass:
+    """
+    The class of the language model that SAEs were trained on, as their metadata have it;
+    HookedTransformer where they have none.
+
+    Raises:
+        UserError: They name several, or one that nothing can be evaluated on.
+    """
+    named = {sae.cfg.metadata.model_class_name or "HookedTransformer" for sae in saes}
+    known = get_args(ModelClass)
+    if len(named) > 1 or not named <= {*known}:
+        raise UserError(
+            f"model_class_name of the SAEs is {' and '.join(sorted(named))}; name one class "
+            f"to evaluate them on, {', '.join(known)}: --model_class_name"
+        )
+    return cast(ModelClass, named.pop())

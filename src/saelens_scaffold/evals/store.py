@@ -19,14 +19,16 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from pydantic import TypeAdapter
-from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import versions
 from saelens_scaffold._util.untrusted import check_own_file, file_name, read_json
+<<<<<<< HEAD
 from saelens_scaffold.evals.baselines import OTHER_SAES, named_for
 from saelens_scaffold.evals.model import known_model_name
+=======
+>>>>>>> anymodel
 from saelens_scaffold.evals.result_schema import (
     check_result,
     evaluation_name,
@@ -34,6 +36,7 @@ from saelens_scaffold.evals.result_schema import (
 )
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models.datasets import EMBEDDED_DATASET_NAME
+from saelens_scaffold.models.language_models import transformers_name
 from saelens_scaffold.models.stdlib import read_stdlib
 
 Key = dict[str, dict[str, Any]]
@@ -333,10 +336,10 @@ def model_fingerprint(model_name: str) -> str | None:
     Returns:
         None for a model of the Hub that has not been downloaded.
     """
-    official = get_official_model_name(known_model_name(model_name))
-    if Path(official).is_dir():
-        return content_hash(Path(official))
-    config = try_to_load_from_cache(official, "config.json")
+    name = transformers_name(model_name)
+    if Path(name).is_dir():
+        return content_hash(Path(name))
+    config = try_to_load_from_cache(name, "config.json")
     return Path(config).parent.name if isinstance(config, str) else None
 
 

@@ -13,16 +13,19 @@ from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.util import get_special_token_ids
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.configs import documented, make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Evaluation
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
-from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models.datasets import open_dataset, rows_with
 from saelens_scaffold.models.hook_points import check_context
+from saelens_scaffold.models.language_models import (
+    LanguageModel,
+    ModelClass,
+    known_model_name,
+)
 from saelens_scaffold.saes.metadata import (
     ExcludedTokens,
     Positions,
@@ -221,13 +224,18 @@ def _given(config: Any) -> dict[str, Any]:
     return given
 
 
-def check_context_size(config: Any, saes: Sequence[SelectedSAE]) -> None:
+def check_context_size(
+    config: Any,
+    saes: Sequence[SelectedSAE],
+    model_class_name: ModelClass = "HookedTransformer",
+) -> None:
     """
     See, without loading it, that a language model has room for an evaluation's sequences.
 
     Args:
         config: The evaluation's configuration, with the name of the model.
         saes: Where its context_size is None, theirs counts.
+        model_class_name: Class of the language model.
 
     Raises:
         UserError: It has not.
@@ -235,7 +243,10 @@ def check_context_size(config: Any, saes: Sequence[SelectedSAE]) -> None:
     model_name = getattr(config, "model_name", None)
     for field in set(_CONTEXT_FIELDS).intersection(vars(config) if model_name else ()):
         size = getattr(config, field) or common_tokens(saes, config).context_size
-        check_context(size, known_model_name(str(model_name)), field=field)
+        name = str(model_name)
+        if model_class_name == "HookedTransformer":
+            name = known_model_name(name)
+        check_context(size, name, model_class_name, field=field)
 
 
 class TokenStream:
@@ -258,7 +269,7 @@ class TokenStream:
     def __init__(
         self,
         config: TextEvalConfig,
-        model: HookedTransformer,
+        model: LanguageModel,
         saes: Sequence[SelectedSAE],
     ):
         self.selection = common_tokens(saes, config)
@@ -272,7 +283,7 @@ class TokenStream:
         self._device = model.cfg.device
         self._sequences = self._read(model)
 
-    def _read(self, model: HookedTransformer) -> Iterator[torch.Tensor]:
+    def _read(self, model: LanguageModel) -> Iterator[torch.Tensor]:
         """
         Sequences of shape (context_size,), on the CPU, until the text ends.
 

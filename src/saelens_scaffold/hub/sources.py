@@ -18,6 +18,7 @@ from saelens_scaffold._util import untrusted
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.hub import findings
 from saelens_scaffold.saes import sae_ids, validation
+from saelens_scaffold.saes.directories import sae_directories
 from saelens_scaffold.saes.facts import weights_sha256
 from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.runner_config import MIN_SPARSITY_TOKENS, n_sparsity_tokens
@@ -246,30 +247,11 @@ def _saes_in(path: Path) -> Iterator[tuple[str, Path]]:
         yield sae_ids.sae_id_of_path(sae_id), directory
 
 
-def _directories_in(path: Path) -> Iterator[tuple[Path, Path]]:
+def _directories_in(path: Path) -> list[tuple[Path, Path]]:
     if not path.is_dir():
         raise UserError(f"{path} is no directory")
-    if _is_sae(path):
-        yield Path(path.resolve().name), path
-        return
     root = path / findings.SAES_FOLDER if findings.run_files(path) else path
-    found: list[Path] = []
-    for file in sorted(root.rglob(constants.SAE_CFG_FILENAME)):
-        # what lies in an SAE's directory belongs to it, as a plain form saved there
-        is_inside_another = any(other in file.parents for other in found)
-        if _is_sae(file.parent) and not is_inside_another:
-            found.append(file.parent)
-            yield file.parent.relative_to(root), file.parent
-    if not found:
-        raise UserError(
-            f"{path} holds no SAE: no directory in it has {constants.SAE_CFG_FILENAME} and "
-            f"{constants.SAE_WEIGHTS_FILENAME}, as SAELens's save_model writes them"
-        )
-
-
-def _is_sae(directory: Path) -> bool:
-    names = (constants.SAE_CFG_FILENAME, constants.SAE_WEIGHTS_FILENAME)
-    return all((directory / name).is_file() for name in names)
+    return sae_directories(root)
 
 
 def _checked(source: SAESource, folder: Path) -> tuple[Path, SAE[Any]]:

@@ -39,7 +39,7 @@ def open_dataset(
         name: "python-stdlib" for the embedded text; a directory that `save_to_disk` of
             the datasets library wrote, or one of data files; a .parquet, .jsonl, .json or
             .csv file; else a dataset's name on the Hub.
-        split: The split. A single file has none, and is all of any split.
+        split: The split. A single file is the split "train".
         subset: The dataset's configuration on the Hub, as "all" of "cais/mmlu".
         chunked: Whether the embedded text is wanted in short labelled pieces.
         streaming: Whether data files are read row by row; by default those of the Hub.
@@ -53,6 +53,10 @@ def open_dataset(
         return (load_stdlib_chunks if chunked else load_stdlib_text)(split)  # type: ignore[arg-type]
     loaded = _load(name, subset, streaming)
     if not isinstance(loaded, _SPLIT_DATASETS):
+        if Path(name).is_file() and split != "train":
+            raise UserError(
+                f"dataset {name!r} has no split {split!r}; a single file is the split 'train'"
+            )
         return loaded
     if split not in loaded:
         raise UserError(

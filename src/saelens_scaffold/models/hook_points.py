@@ -4,14 +4,19 @@ import copy
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
-from transformers import AutoConfig
+from transformers import AutoModelForCausalLM
 
 from saelens_scaffold._util.errors import UserError, one_line
+from saelens_scaffold.models.language_models import (
+    ModelClass,
+    layers_name,
+    transformers_config,
+)
 from saelens_scaffold.models.local import official_name, register_local_model
 
 
@@ -26,13 +31,18 @@ def model_config(model_name: str, **changes: Any) -> Any:
     Raises:
         UserError: There is no such model, or its configuration cannot be read.
     """
+    name = model_name
     if Path(model_name).is_dir():
-        register_local_model(model_name)
-    official_name(model_name)
+        # TransformerLens would read the config.json there, and not the one it needs
+        name = official_name(register_local_model(model_name))
+    official_name(name)
     try:
-        return get_pretrained_model_config(model_name, **changes)
+        config = get_pretrained_model_config(name, **changes)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error
+    if name != model_name:
+        config.model_name = model_name
+    return config
 
 
 def context_length(
@@ -56,12 +66,9 @@ def context_length(
     if model_class_name == "HookedTransformer":
         changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
         return model_config(model_name, **changes).n_ctx
-    if model_class_name != "AutoModelForCausalLM":
+    if model_class_name not in get_args(ModelClass):
         return None
-    try:
-        config = AutoConfig.from_pretrained(model_name, **keywords)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model_name {model_name!r}: {one_line(error)}") from error
+    config = transformers_config(model_name, **keywords)
     # Rotary embeddings can be computed for more positions, but mean nothing there.
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -136,26 +143,54 @@ def width_at(config: Any, hook_name: str, head_index: int | None = None) -> int 
 
 
 def check_activations(
-    config: Any,
+    model_name: str,
     hook_name: str,
     d_in: int | None = None,
     head_index: int | None = None,
+    model_class_name: str = "HookedTransformer",
+    **keywords: Any,
 ) -> None:
     """
-    Check that a language model has the activations that an SAE reads.
+    Check that a language model has the activations that an SAE reads, without its weights.
 
     Args:
-        config: TransformerLens's configuration of the language model.
-        hook_name: As in "blocks.12.hook_resid_post".
+        model_name: As for `context_length`, like model_class_name and keywords.
+        hook_name: As in "blocks.12.hook_resid_post", or "model.layers.12" of transformers.
         d_in: Width of the SAE's input, if known.
         head_index: As for `width_at`.
 
     Raises:
         UserError: It does not.
     """
-    name, width = config.model_name, width_at(config, hook_name, head_index)
+    if model_class_name == "HookedTransformer":
+        changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
+        config = model_config(model_name, **changes)
+        width = width_at(config, hook_name, head_index)
+    elif model_class_name == "AutoModelForCausalLM":
+        width = _width_in_transformers(model_name, hook_name, **keywords)
+    else:  # known once it is loaded
+        return
     if None not in (d_in, width) and d_in != width:
-        raise UserError(f"d_in is {d_in}; {name} has width {width} at {hook_name}")
+        raise UserError(
+            f"d_in is {d_in}; {model_name} has width {width} at {hook_name}"
+        )
+
+
+def _width_in_transformers(
+    model_name: str, hook_name: str, **keywords: Any
+) -> int | None:
+    """As `width_at`, of a module of transformers."""
+    config = transformers_config(model_name, **keywords)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = layers_name(model)
+    if hook_name not in dict(model.named_modules()):
+        raise UserError(
+            f"{model_name} has no module {hook_name!r}; its layers are {layers}.0 to "
+            f"{layers}.{len(model.get_submodule(layers)) - 1}"
+        )
+    is_layer = re.fullmatch(rf"{re.escape(layers)}\.\d+", hook_name)
+    return config.get_text_config().hidden_size if is_layer else None
 
 
 def _one_layer(config: Any) -> HookedTransformer:

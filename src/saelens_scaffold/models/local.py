@@ -93,8 +93,8 @@ def register_local_model(path: str | os.PathLike[str], name: str | None = None) 
     except Exception as error:  # a config.json can fail in any way
         raise UserError(
             f"TransformerLens cannot read the model in {text}: {error} "
-            "(SAELens with model_class_name='AutoModelForCausalLM' takes the path of any "
-            "model; Gemma, up to version 3, is known to TransformerLens by its Hub name only)"
+            "(it reads Gemma by its Hub name only; any model can be read on the modules of "
+            "transformers: --model_class_name TransformerBridge, or AutoModelForCausalLM)"
         ) from error
 
     if official not in OFFICIAL_MODEL_NAMES:

@@ -83,11 +83,7 @@ class ScaffoldMixin(_SAE):
             s, of the shape and scale of x.
         """
         rank = self.cfg.scaffold_rank
-        # b_dec makes an encoder bias of the scaffold redundant, so it is not trained. It
-        # is zero unless whitening is folded with apply_b_dec_to_input=False.
-        b_enc = self.b_enc[:rank].detach()
-        z = self.process_sae_in(x) @ self.W_enc[:, :rank] + b_enc
-        s = z @ self.W_dec[:rank]
+        s = self.scaffold_coordinates(x) @ self.W_dec[:rank]
         if fix_gauge:
             # on the CPU, since MPS has no double precision
             basis = orthonormal_basis(self.W_dec[:rank].cpu()).to(s)
@@ -97,6 +93,29 @@ class ScaffoldMixin(_SAE):
         s_and_zero = torch.stack([s, torch.zeros_like(s)])
         s, offset = self.run_time_activation_norm_fn_out(s_and_zero)
         return self.reshape_fn_out(s - offset, self.d_head)
+
+    def scaffold_coordinates(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        The scaffold's coordinates z = (x - b_dec) A.
+
+        In inference form they are the first latents of `encode`.
+
+        Args:
+            x: Activations, as for `scaffold`.
+
+        Returns:
+            z, shape (..., r), signed.
+        """
+        rank = self.cfg.scaffold_rank
+        # b_dec makes an encoder bias of the scaffold redundant, so it is not trained. It
+        # is zero unless whitening is folded with apply_b_dec_to_input=False.
+        b_enc = self.b_enc[:rank].detach()
+        return self.process_sae_in(x) @ self.W_enc[:, :rank] + b_enc
+
+    def extra_repr(self) -> str:
+        """Width and rank, for `repr`."""
+        cfg = self.cfg
+        return f"d_in={cfg.d_in}, d_sae={cfg.d_sae}, scaffold_rank={cfg.scaffold_rank}"
 
     def _finish_decode(self, written: torch.Tensor) -> torch.Tensor:
         """The reconstruction from the sum of the latents' contributions, shape (..., d_in)."""

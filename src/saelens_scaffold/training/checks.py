@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
@@ -16,8 +16,8 @@ from saelens_scaffold._util.files import make_writable
 from saelens_scaffold.models.hook_points import (
     check_activations,
     check_context,
-    model_config,
 )
+from saelens_scaffold.models.language_models import ModelClass
 from saelens_scaffold.saes.validation import MAX_CFG_BYTES, read_json_object
 from saelens_scaffold.training.data import training_data
 from saelens_scaffold.training.fine_tuning import (
@@ -29,7 +29,7 @@ from saelens_scaffold.training.fine_tuning import (
 RunnerConfig = LanguageModelSAERunnerConfig[Any]
 
 _COUNTS = ("context_size", "n_batches_in_buffer", "store_batch_size_prompts")
-_MODEL_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
+_MODEL_CLASSES = (*get_args(ModelClass), "HookedMamba")
 
 
 def check_runner_config(cfg: RunnerConfig) -> None:
@@ -159,6 +159,6 @@ def check_language_model(
         )
     keywords = cfg.model_from_pretrained_kwargs or {}
     check_context(cfg.context_size, name, kind, **keywords)
-    if kind == "HookedTransformer":
-        changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
-        check_activations(model_config(name, **changes), hook_name, d_in, head_index)
+    where = (hook_name, d_in, head_index)
+    if kind in get_args(ModelClass):
+        check_activations(name, *where, kind, **keywords)

@@ -21,6 +21,7 @@ from saelens_scaffold._util.files import is_disk_full
 from saelens_scaffold.models import local as local_models
 from saelens_scaffold.training.checks import check_runner_config
 from saelens_scaffold.training.data import override_dataset
+from saelens_scaffold.training.model import override_model
 from saelens_scaffold.training.pretokenized import adopt_tokenization
 from saelens_scaffold.training.runner import ResumableTrainingRunner
 
@@ -56,11 +57,13 @@ def train(args: Sequence[str]) -> str:
     if keep_last:
         cfg.n_checkpoints, cfg.save_final_checkpoint = _N_CHECKPOINTS, True
     check_runner_config(cfg)
-    # that data handed over are not those of the configuration, which here they are
-    sae_lens.logger.addFilter(lambda said: "passed in a dataset" not in said.msg)
+    # that what is handed over is not that of the configuration, which here it is
+    sae_lens.logger.addFilter(lambda said: "You just passed in a" not in said.msg)
     dataset = override_dataset(cfg)
     with loading(cfg.model_name):
-        runner = ResumableTrainingRunner(cfg, override_dataset=dataset)
+        runner = ResumableTrainingRunner(
+            cfg, override_dataset=dataset, override_model=override_model(cfg)
+        )
     runner.checkpoints_until_saved = keep_last
     try:
         runner.run()

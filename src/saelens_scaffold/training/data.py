@@ -12,6 +12,7 @@ from saelens_scaffold.models.datasets import (
     open_dataset,
 )
 from saelens_scaffold.models.hook_points import model_config
+from saelens_scaffold.models.language_models import transformers_name
 from saelens_scaffold.training.pretokenized import (
     TOKEN_COLUMNS,
     check_row_lengths,
@@ -49,7 +50,7 @@ def training_data(cfg: Any) -> AnyDataset:
         raise UserError(f"dataset_path: {error}") from error
     if _is_pretokenized(cfg, rows):
         check_row_lengths(rows, name, cfg.context_size)
-        tokenizer_name = cfg.model_name
+        tokenizer_name = transformers_name(cfg.model_name)
         if cfg.model_class_name == "HookedTransformer":
             tokenizer_name = model_config(cfg.model_name).tokenizer_name
         check_tokenizer(name, tokenizer_name)

@@ -122,7 +122,9 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def run(self) -> Any:
         # the store replaces this iterator whenever it starts the text over
-        self._first_epoch = getattr(self.activations_store, "iterable_sequences", None)
+        if not self.cfg.use_cached_activations:
+            store = self.activations_store
+            self._first_epoch = getattr(store, "iterable_sequences", None)
         with interruptible():
             return super().run()
 

@@ -15,6 +15,7 @@ from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalCon
 from saelens_scaffold.evals.eval_configs import check_baseline
 from saelens_scaffold.evals.saes import SelectedSAE, label_of
 from saelens_scaffold.evals.tokens import TokenStream, tokens_of
+from saelens_scaffold.models.language_models import load_language_model
 from saelens_scaffold.saes.facts import FiringStatistics, TextStatistics, l0_warning
 from saelens_scaffold.saes.subspaces import orthonormal_basis, share_in_subspace
 
@@ -76,7 +77,9 @@ def l0_warning_of(result: Mapping[str, Any]) -> str | None:
 def _sums_over_tokens(
     config: DenseLatentsEvalConfig, saes: list[SelectedSAE], device: str
 ) -> list[_Sums]:
-    model = lm.load_language_model(config.model_name, device, config.llm_dtype)
+    model = load_language_model(
+        config.model_name, device, config.llm_dtype, config.model_class_name
+    )
     groups = {at.hook_name: group for at, group in lm.by_hook_point(model, saes)}
     text = {
         hook_name: TextStatistics(group[0].sae.cfg.d_in, config.n_bootstrap, device)

@@ -20,7 +20,11 @@ from saelens_scaffold.evals import saes as selected_saes
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
 from saelens_scaffold.evals.rank import analysis as ranks
 from saelens_scaffold.evals.tokens import TokenStream, check_context_size, common_tokens
-from saelens_scaffold.models.hook_points import check_activations, model_config
+from saelens_scaffold.models.hook_points import check_activations
+from saelens_scaffold.models.language_models import (
+    check_model_name,
+    load_language_model,
+)
 from saelens_scaffold.saes.facts import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.saes.subspaces import ActivationMoments
 
@@ -54,8 +58,13 @@ def suggest_rank(
     given = {name: value for name, value in text_fields.items() if value is not None}
     fields = {"n_tokens": 100_000, **given}
     loaded = selected_saes.load_saes([sae_path] if sae_path else [])
+    if len(loaded) > 1:
+        raise UserError(f"{sae_path} holds {len(loaded)} SAEs; name one of them")
     if loaded and "model_name" not in fields:
         fields["model_name"] = selected_saes.common_model_name(loaded)
+    if loaded and "model_class_name" not in fields:
+        of_saes = [sae for _, sae in loaded]
+        fields["model_class_name"] = selected_saes.common_model_class(of_saes)
     if fields.get("dataset") == text_data.EMBEDDED_DATASET_NAME:
         fields.setdefault("dataset_split", "test")
     config = make_config(TextEvalConfig, fields)
@@ -64,10 +73,12 @@ def suggest_rank(
     hook_name = hook_name or (sae.hook_name if sae else None)
     if hook_name is None:
         raise UserError("name the hook point: --hook_name, or --sae_path")
-    model = model_config(lm.known_model_name(config.model_name))
+    check_model_name(config.model_name, config.model_class_name)
     tokens = common_tokens([sae] if sae else [], config)
-    check_activations(model, hook_name)
-    check_context_size(config, [sae] if sae else [])
+    check_activations(
+        config.model_name, hook_name, model_class_name=config.model_class_name
+    )
+    check_context_size(config, [sae] if sae else [], config.model_class_name)
     text = (config.dataset, config.dataset_split, config.text_column)
     text_data.check_text(*text, tokens.context_size)
     folder = Path(output_path)
@@ -111,7 +122,9 @@ def analyse_rank(
         if plain.hook_name != hook_name:
             at = f"was trained at {plain.hook_name}, not at {hook_name}"
             raise UserError(f"SAE {plain.label!r} {at}")
-    model = lm.load_language_model(config.model_name, device, config.llm_dtype)
+    model = load_language_model(
+        config.model_name, device, config.llm_dtype, config.model_class_name
+    )
     hooked = lm.HookedModel(model, hook_name)
     lm.by_hook_point(model, saes)  # sees that it fits
     any_tokens = torch.zeros(1, 2, dtype=torch.long, device=device)

@@ -11,20 +11,20 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from tqdm import tqdm
-from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import labelled_data
-from saelens_scaffold.evals import model as lm
 from saelens_scaffold.evals.base import Bounds, Call, Implementation, Result
 from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.intervals import student_interval
 from saelens_scaffold.evals.saebench import read_result
+from saelens_scaffold.evals.saebench.language_model import lent_language_model
 from saelens_scaffold.evals.saebench.replacements import judged_saes, rows_per_class
 from saelens_scaffold.evals.saes import SelectedSAE, result_file_name
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
 from saelens_scaffold.evals.tokens import tokens_of
+from saelens_scaffold.models.language_models import LanguageModel, known_model_name
 
 _DEFAULT_SEED = 42  # SAEBench's
 
@@ -138,7 +138,7 @@ class SeedRun(NamedTuple):
     config: Any
     call: Call
     texts: list[labelled_data.LabelledText]
-    model: HookedTransformer
+    model: LanguageModel
     folder: Path
 
 
@@ -189,8 +189,7 @@ class ProbingEvaluation:
         """Run SAEBench with each seed, and yield means and intervals of each SAE."""
         texts = self._checked_texts(config, saes)
         dtype = getattr(config, "llm_dtype", "float32")
-        model = lm.load_language_model(config.model_name, call.device, dtype)
-        lm.by_hook_point(model, saes)  # checks that they fit the model
+        model = lent_language_model(config.model_name, dtype, saes, call)
         by_seed: list[dict[str, Any]] = []
         for seed in tqdm(config.random_seeds, desc="Seeds"):
             seeds = {"random_seed": seed, "random_seeds": [seed]}
@@ -271,7 +270,7 @@ class ProbingEvaluation:
         probes are drawn from as well. Left to the first SAE of each hook point, it would
         give this one other draws than those after it. So a stand-in does it first.
         """
-        model_name = lm.known_model_name(run.config.model_name)
+        model_name = known_model_name(run.config.model_name, run.call.model_class_name)
         run = run._replace(config=replace(run.config, model_name=model_name))
         if self.probes_follow_activations:
             first_of_hook = {sae.hook_name: sae.sae for sae in reversed(saes)}

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -24,10 +24,14 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import data as text_data
 from saelens_scaffold.evals.base import Call, EvaluationError, Implementation, Result
 from saelens_scaffold.evals.data import text_seen_in_training
-from saelens_scaffold.evals.model import known_model_name
 from saelens_scaffold.evals.saebench import read_result, replacements
+from saelens_scaffold.evals.saebench.language_model import lent_language_model
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
 from saelens_scaffold.evals.tokens import common_tokens
+from saelens_scaffold.models.language_models import (
+    known_model_name,
+    transformers_name,
+)
 from saelens_scaffold.training.pretokenized import token_column
 
 _RESULTS = Path("results")
@@ -111,6 +115,14 @@ class _Passthrough:
         """
         self.check(config, saes)
         request = self._request(config, saes, call)
+        # SAEBench loads a HookedTransformer itself
+        lent: AbstractContextManager[None] = nullcontext()
+        if call.model_class_name != "HookedTransformer" and hasattr(
+            request.main, "HookedTransformer"
+        ):
+            dtype = getattr(config, "llm_dtype", None) or config.dtype
+            model = lent_language_model(config.model_name, dtype, saes, call)
+            lent = replacements.lent_model(request.main, model)
         errors = _LoggedErrors()
         unfinished: list[str] = []
         try:
@@ -119,6 +131,7 @@ class _Passthrough:
                 errors.of("sae_bench"),
                 replacements.judged_saes(saes),
                 replacements.nan_stays(),
+                lent,
             ):
                 _RESULTS.mkdir()
                 with replacements.local_tokens():
@@ -152,7 +165,9 @@ class _Passthrough:
             setattr(config, self.text_field, text)
         has_model = hasattr(config, "model_name")
         if has_model:
-            config.model_name = known_model_name(config.model_name)
+            config.model_name = known_model_name(
+                config.model_name, call.model_class_name
+            )
         pairs: list[tuple[str, Any]] = []
         for sae in saes:
             is_object = sae.sae_id == CUSTOM_SAE_ID
@@ -204,7 +219,7 @@ def _official(model_name: str) -> str:
     try:
         return get_official_model_name(known_model_name(model_name))
     except ValueError:
-        return model_name
+        return transformers_name(model_name)
 
 
 def _text_for_saelens(dataset: str, call: Call, reads_tokens: bool) -> str:

@@ -12,17 +12,18 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import jaxtyping
 import pandas as pd
 import torch
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, general_utils
 from sae_lens.training import activations_store
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
-from transformer_lens import HookedTransformer
 
 from saelens_scaffold.evals.labelled_data import LabelledText, TextsByLabel
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
 from saelens_scaffold.evals.tokens import TokenSelection
+from saelens_scaffold.models.language_models import LanguageModel
 
 Tasks = Mapping[str, pd.DataFrame]
 """sae-probes' tasks by name, with the columns "prompt" and "target" (1 or 0)."""
@@ -82,17 +83,21 @@ def nan_stays() -> Replacement:
     return replaced((vars(core), {"replace_nans_with_negative_one": keep}))
 
 
-def lent_model(module: ModuleType, model: HookedTransformer) -> Replacement:
+def lent_model(module: ModuleType, model: LanguageModel) -> Replacement:
     """
     A module that loads a `HookedTransformer` gets this one.
 
     SAEBench loads its model in every call; here it is loaded, and checked against the
-    SAEs, once for all seeds.
+    SAEs, once for all seeds. Its functions check their arguments' types, and TransformerLens's
+    bridge is no `HookedTransformer`.
     """
-    return replaced((vars(module), {"HookedTransformer": _loader_of(model)}))
+    return replaced(
+        (vars(module), {"HookedTransformer": _loader_of(model)}),
+        (vars(jaxtyping.config), {"jaxtyping_disable": True}),
+    )
 
 
-def _loader_of(model: HookedTransformer) -> SimpleNamespace:
+def _loader_of(model: LanguageModel) -> SimpleNamespace:
     return SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
 
 
@@ -131,7 +136,7 @@ def rows_per_class(set_size: int) -> int:
     return set_size // 2
 
 
-def sae_probes_tasks(tasks: Tasks, model: HookedTransformer) -> Replacement:
+def sae_probes_tasks(tasks: Tasks, model: LanguageModel) -> Replacement:
     """
     sae-probes runs other tasks, on a model whose context may be short.
 

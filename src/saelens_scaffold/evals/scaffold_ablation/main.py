@@ -5,7 +5,12 @@ from collections.abc import Iterator, Sequence
 from saelens_scaffold.evals.base import Call, Implementation, Result
 from saelens_scaffold.evals.baselines import plain_twins
 from saelens_scaffold.evals.data import text_seen_in_training
+<<<<<<< HEAD
 from saelens_scaffold.evals.model import by_hook_point, load_language_model
+=======
+from saelens_scaffold.evals.eval_configs import check_baseline
+from saelens_scaffold.evals.model import by_hook_point
+>>>>>>> anymodel
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig, metrics
 from saelens_scaffold.evals.scaffold_ablation import eval_output as output
@@ -17,6 +22,7 @@ from saelens_scaffold.evals.scaffold_ablation.interventions import (
 )
 from saelens_scaffold.evals.scaffold_ablation.topics import TopicProbes, read_topics
 from saelens_scaffold.evals.tokens import TokenStream
+from saelens_scaffold.models.language_models import load_language_model
 
 
 def measure(
@@ -31,7 +37,9 @@ def measure(
     """
     baselines = plain_twins(config.baseline, saes, [*saes, *call.companions])
     needed = {sae.key: sae for sae in [*saes, *baselines.values()]}
-    model = load_language_model(config.model_name, call.device, config.llm_dtype)
+    model = load_language_model(
+        config.model_name, call.device, config.llm_dtype, config.model_class_name
+    )
     text = (config.dataset, config.dataset_split, config.text_column)
     seen = text_seen_in_training(saes, *text)
     for hooked, at_hook in by_hook_point(model, list(needed.values())):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -117,11 +118,15 @@ class TopicProbes:
         selection = self._selection = replace(stream.selection, seqpos_slice=[None])
         to_tokens = partial(
             hooked.model.to_tokens,
-            prepend_bos=selection.prepend_bos,
+            prepend_bos=False,
+            truncate=False,
             move_to_device=False,
         )
-        size = selection.context_size
-        self._tokens = [to_tokens(text)[0, :size] for text, _ in texts]
+        tokenizer: Any = hooked.model.tokenizer
+        bos = [tokenizer.bos_token_id] if selection.prepend_bos else []
+        first, size = torch.tensor(bos, dtype=torch.long), selection.context_size
+        tokens = (torch.cat([first, to_tokens(text)[0]]) for text, _ in texts)
+        self._tokens = [of_text[:size] for of_text in tokens]
         # texts of similar length share a batch, since padding is computed and dropped
         self._order = sorted(range(len(texts)), key=lambda i: len(self._tokens[i]))
         self._n_train = sum(map(len, train.values()))
@@ -272,13 +277,12 @@ class _TextBatch:
             in_text &= selection.counts(tokens, tokenizer, special=True)
             self.runs[True] = run.changing(in_text.to(device))
         self._weights = _pooling_weights(counts, config.topic_pooling)[..., None]
-        self._n_layers = hooked.model.cfg.n_layers
 
     def features(self, x: torch.Tensor, special_tokens: bool) -> _Features:
         """What a probe reads of each text with other activations of those tokens."""
         run = self.runs[special_tokens]
         full = run.full_with(x)
-        last = run.above(full, stop_at_layer=self._n_layers)
+        last = run.above(full, final_residual=True)
         return {
             place: (acts.float() * self._weights).sum(dim=1).cpu()
             for place, acts in zip(_PLACES, (full, last), strict=True)

@@ -20,9 +20,18 @@ from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.evals import data as text_data
 from saelens_scaffold.evals import model as lm
 from saelens_scaffold.evals.eval_configs import OpenShare, TextEvalConfig
-from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE, load_saes
+from saelens_scaffold.evals.saes import (
+    CUSTOM_SAE_ID,
+    SelectedSAE,
+    common_model_class,
+    load_saes,
+)
 from saelens_scaffold.evals.tokens import TokenStream, check_context_size, common_tokens
-from saelens_scaffold.models.hook_points import check_activations, model_config
+from saelens_scaffold.models.hook_points import check_activations
+from saelens_scaffold.models.language_models import (
+    check_model_name,
+    load_language_model,
+)
 from saelens_scaffold.saes import ScaffoldJumpReLUSAE, absorption, validation
 from saelens_scaffold.saes.calibration import ActivationSample
 from saelens_scaffold.saes.facts import FiringStatistics
@@ -75,6 +84,7 @@ def run(
         raise UserError(f"{output_path} exists already; remove it or name another")
     source = _load(sae)
     given.setdefault("model_name", source.sae.cfg.metadata.model_name or "")
+    given.setdefault("model_class_name", common_model_class([source.sae]))
     if given.get("dataset") == text_data.EMBEDDED_DATASET_NAME:
         given.setdefault("held_out_split", "test")
     config = make_config(AbsorbConfig, given)
@@ -99,7 +109,10 @@ def _load(name: str) -> SelectedSAE:
         except (HTTP_ERROR, OSError, ValueError) as error:
             raise UserError(f"SAE {name!r}: {one_line(error)}") from error
     else:
-        ((_, sae),) = load_saes([name])
+        loaded = load_saes([name])
+        if len(loaded) > 1:
+            raise UserError(f"{name} holds {len(loaded)} SAEs; name one of them")
+        ((_, sae),) = loaded
     with validation.named(f"SAE {name!r}"):
         validation.check_can_be_used(sae)
     # SAEs of half precision, too, are fitted and saved in single precision
@@ -111,8 +124,11 @@ def _check(config: AbsorbConfig, source: SelectedSAE) -> None:
     """Find everything that is named, before anything is run."""
     absorption.check_has_jumprelu_form(source.sae)
     d_in = source.sae.cfg.d_in
-    model = model_config(lm.known_model_name(config.model_name))
-    check_activations(model, source.hook_name, d_in)
+    model_class = config.model_class_name
+    check_model_name(config.model_name, model_class)
+    check_activations(
+        config.model_name, source.hook_name, d_in, model_class_name=model_class
+    )
     largest = d_in - 1 - source.rank
     if config.rank is not None and config.rank > largest:
         raise UserError(f"rank is {config.rank}; it must be at most {largest}")
@@ -121,7 +137,7 @@ def _check(config: AbsorbConfig, source: SelectedSAE) -> None:
             f"n_tokens is {config.n_tokens}; a scaffold at {d_in} dimensions needs more "
             f"than {d_in} tokens, and says little with fewer than {10 * d_in}"
         )
-    check_context_size(config, [source])
+    check_context_size(config, [source], model_class)
     tokens = common_tokens([source], config)
     for split in {config.dataset_split, config.held_out_split} - {None}:
         name, column = config.dataset, config.text_column
@@ -146,7 +162,9 @@ def absorb(
         UserError: See `run`.
     """
     sae = source.sae.to(device=device)
-    model = lm.load_language_model(config.model_name, device, config.llm_dtype)
+    model = load_language_model(
+        config.model_name, device, config.llm_dtype, config.model_class_name
+    )
     ((hooked, _),) = lm.by_hook_point(model, [source])
     # The model's activations have their heads flattened.
     reshape, sae.cfg.reshape_activations = sae.cfg.reshape_activations, "none"

@@ -459,6 +459,8 @@ class Absorb(Command):
     model_name: str | None = option(None, "--model", "--model_name", metavar="MODEL")
     """Language model: a name in TransformerLens, the directory of a local model, or
     py-neox (default: the one the SAE was trained on)."""
+    model_class_name: ModelClass | None = None
+    """Its class (default: that which the SAE was trained on)."""
     dataset: str = "Skylion007/openwebtext"
     """Text: a dataset on the Hub, a local file or directory, or python-stdlib."""
     dataset_split: str = "train"

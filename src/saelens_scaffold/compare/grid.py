@@ -19,12 +19,8 @@ from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 from saelens_scaffold._util.errors import UserError, one_line, shown
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.config import AXIS_FIELDS, CompareConfig
-<<<<<<< HEAD
-from saelens_scaffold.evals.model import known_model_name
-from saelens_scaffold.saes.validation import ESTIMATED_SCALES
-=======
 from saelens_scaffold.models.language_models import known_model_name
->>>>>>> anymodel
+from saelens_scaffold.saes.validation import ESTIMATED_SCALES
 from saelens_scaffold.training.checks import check_language_model, check_steps
 from saelens_scaffold.training.pretokenized import adopt_tokenization
 

@@ -315,22 +315,8 @@ class WaveTrainer:
         model = self._model if hook_names == self._hook_names else None
         data: Any = {"override_dataset": override_dataset(cfg), "override_saes": saes}
         with loading(cfg.model_name):
-<<<<<<< HEAD
-            made = _WaveRunner(cfg, override_model=model, **data)
-        made.calibrated = [*filter(cfg.calibrate_thresholds.get, cfg.saes)]
-=======
             made = _WaveRunner(cfg, override_model=model or override_model(cfg), **data)
-        made.calibrated = [
-            run.name
-            for run in wave
-            if self.config.calibrate_thresholds
-            and isinstance(run.config, BatchTopKTrainingSAEConfig)
-            and getattr(run.config, "calibrate_threshold", True)
-        ]
-        made.centred = [run.name for run in wave if run.centre_b_dec]
-        scales = {run.config.normalize_activations for run in self.runs}
-        made.scales = not scales.isdisjoint(ESTIMATED_SCALES)
->>>>>>> anymodel
+        made.calibrated = [*filter(cfg.calibrate_thresholds.get, cfg.saes)]
         self._model, self._hook_names = made.model, hook_names
         for hook_name in hook_names - set(made.model.hook_dict):
             raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")

@@ -88,12 +88,8 @@ class Job:
         }
         if self.evaluation.data != "text" or hasattr(self.config, "text_column"):
             text = {}
-<<<<<<< HEAD
-=======
         if self.model_class_name != "HookedTransformer":
             text["model_class_name"] = self.model_class_name
-        others = {sae.label: sae for sae in saes}
->>>>>>> anymodel
         keys: dict[str, Key] = {}
         for sae in saes:
             if self.evaluation.tokens == "as_trained":

@@ -24,11 +24,7 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import versions
 from saelens_scaffold._util.untrusted import check_own_file, file_name, read_json
-<<<<<<< HEAD
 from saelens_scaffold.evals.baselines import OTHER_SAES, named_for
-from saelens_scaffold.evals.model import known_model_name
-=======
->>>>>>> anymodel
 from saelens_scaffold.evals.result_schema import (
     check_result,
     evaluation_name,

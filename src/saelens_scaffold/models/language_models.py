@@ -37,7 +37,7 @@ class TransformersModel(HookedProxyLM):
 
     Attributes:
         cfg: What TransformerLens's configuration says of its models: model_name, n_ctx,
-            n_layers, device.
+            n_layers, d_vocab, device.
         layers_name: Name of the list of its decoder layers, as in "model.layers".
     """
 
@@ -51,6 +51,7 @@ class TransformersModel(HookedProxyLM):
             model_name=name,
             n_ctx=config.max_position_embeddings,
             n_layers=config.num_hidden_layers,
+            d_vocab=config.vocab_size,
             device=str(model.device),
         )
         self.layers_name = layers_name(model)

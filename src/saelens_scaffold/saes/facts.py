@@ -147,13 +147,6 @@ class ActiveLatents:
         return sae.decode(acts)
 
 
-def tokens_at_once(sae: SAE[Any]) -> int:
-    """How many tokens to encode at once, for speed and memory."""
-    on_cpu = sae.W_dec.device.type == "cpu"
-    at_once = _ACTIVATIONS_ON_CPU if on_cpu else _ACTIVATIONS_ON_GPU
-    return max(1, at_once // sae.cfg.d_sae)
-
-
 @torch.no_grad()
 def reconstruct(sae: SAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """

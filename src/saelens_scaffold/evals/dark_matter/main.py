@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Call, Implementation, Result
@@ -25,10 +24,10 @@ from saelens_scaffold.evals.model import (
     HookedModel,
     activations_at,
     by_hook_point,
-    load_language_model,
 )
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.tokens import TokenStream
+from saelens_scaffold.models.language_models import LanguageModel, load_language_model
 from saelens_scaffold.pursuit import GradientPursuit
 from saelens_scaffold.saes.facts import reconstruct, scaffold_rank
 
@@ -46,7 +45,9 @@ def measure(
     known = [*saes, *call.companions]
     twins = plain_twins(config.baseline, saes, known)
     earlier = _earlier(config, saes, known)
-    model = load_language_model(config.model_name, call.device, config.llm_dtype)
+    model = load_language_model(
+        config.model_name, call.device, config.llm_dtype, config.model_class_name
+    )
     text = (config.dataset, config.dataset_split, config.text_column)
     seen = text_seen_in_training(saes, *text)
     for hooked, at_hook in by_hook_point(model, known):
@@ -114,7 +115,7 @@ class _HookPoint:
         return {sae.key: GradientPursuit(sae.sae) for sae in saes}
 
     def measure(
-        self, model: HookedTransformer, device: str
+        self, model: LanguageModel, device: str
     ) -> tuple[Metrics, dict[str, torch.Tensor], TokenStream]:
         """Metrics, cross-entropies as of `Metrics.cross_entropy`, and the text."""
         config, keys = self.config, [sae.key for sae in self.saes]
@@ -301,7 +302,7 @@ def _earlier(
 
 def _is_before(hook_name: str, other: str) -> bool:
     """Whether a hook point is another one, in the same layer or an earlier one."""
-    layers = [re.match(r"blocks\.(\d+)\.", name) for name in (hook_name, other)]
+    layers = [re.search(r"\.(\d+)(?:\.|$)", name) for name in (hook_name, other)]
     first, second = (int(layer[1]) if layer else -1 for layer in layers)
     return hook_name != other and 0 <= first <= second
 

@@ -5,12 +5,7 @@ from collections.abc import Iterator, Sequence
 from saelens_scaffold.evals.base import Call, Implementation, Result
 from saelens_scaffold.evals.baselines import plain_twins
 from saelens_scaffold.evals.data import text_seen_in_training
-<<<<<<< HEAD
-from saelens_scaffold.evals.model import by_hook_point, load_language_model
-=======
-from saelens_scaffold.evals.eval_configs import check_baseline
 from saelens_scaffold.evals.model import by_hook_point
->>>>>>> anymodel
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig, metrics
 from saelens_scaffold.evals.scaffold_ablation import eval_output as output

@@ -48,7 +48,7 @@ def random_sae(architecture: str = "standard", seed: int = 0, **fields: Any) -> 
     sae.W_dec.data = torch.randn_like(sae.W_dec) * (0.2 + torch.rand(len(sae.W_dec), 1))
     sae.W_dec.data[::5] = sae.W_dec[1::5][: len(sae.W_dec[::5])] + 0.3 * sae.W_dec[::5]
     sae.b_dec.data = torch.randn_like(sae.b_dec)
-    return sae.to(dtype=sae.dtype)
+    return sae.to(dtype=sae.dtype).requires_grad_(False)
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -174,6 +174,13 @@ def test_one_latent_is_the_best_multiple_of_the_largest_product():
     acts = pursuit.encode(sae, x, 1)
     assert torch.allclose(acts[range(50), latent], expected, rtol=1e-5)
     assert (acts > 0).sum() == 50
+
+
+def test_autocast_changes_nothing():
+    sae, x = random_sae(), activations(60)
+    expected = pursuit.encode(sae, x, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pursuit.encode(sae, x, 8), expected)
 
 
 @settings(max_examples=30, deadline=None)

@@ -230,21 +230,21 @@ def test_less_error_of_a_trained_sae(residuals: torch.Tensor):
     sae = sae_class(cfg)
     sae.b_dec.data = residuals.mean(dim=0)
     trainer_for(sae, 60, data(), batch_size=256).fit()
-    with torch.no_grad():
-        encoded = sae.encode(residuals)
+    sae.requires_grad_(False)
+    encoded = sae.encode(residuals)
     acts = pursuit.encode(sae, residuals)
     centred = residuals - residuals.mean(dim=0)
     before, after = (
         float((residuals - sae.decode(a)).square().sum() / centred.square().sum())
-        for a in (encoded.detach(), acts)
+        for a in (encoded, acts)
     )
     assert after < 0.95 * before
     assert acts.count_nonzero() <= encoded.count_nonzero()
 
     few = torch.arange(0, len(residuals), 50)
     budgets = encoded[few].count_nonzero(dim=1)
-    decoder = (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).detach()
-    expected = references(residuals[few] - sae.b_dec.detach(), decoder, budgets)
+    decoder = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
+    expected = references(residuals[few] - sae.b_dec, decoder, budgets)
     assert error(acts[few], expected) < 1e-4
 
 

@@ -2,15 +2,13 @@
 
 The loop is written anew from its formulas: dense weights, batches of 256 tokens (its
 default), and as many steps for all of a batch as its largest budget has. Its steps cost
-alike, so a few are timed. All times are CPU times of one thread, so other work on the
-machine counts little, and both take turns.
+alike, so a few are timed. Times are CPU times of one thread, taken in turns.
 
-The budgets are those of a BatchTopK SAE that is trained on py-neox first, in a minute. Without sizes
-it is pursued itself; with sizes, a random dictionary is, with budgets of the same spread
-about their mean.
+A BatchTopK SAE is trained on py-neox first, and pursued with each token's own L0. Then
+come random dictionaries, with budgets of the same spread about their mean.
 
     python benchmarks/bench_pursuit.py
-    python benchmarks/bench_pursuit.py --d_in 768 --d_sae 16384 --l0 80
+    python benchmarks/bench_pursuit.py --random 768 16384 24 --random 2304 65536 24
 """
 
 import argparse
@@ -32,6 +30,7 @@ from saelens_scaffold.models import load_stdlib_text
 from saelens_scaffold.pursuit import GradientPursuit
 
 BATCH = 256
+MAX_ACTIVATIONS = 2**24
 
 
 def loop_step(
@@ -117,20 +116,53 @@ def trained(o: argparse.Namespace) -> tuple[Any, torch.Tensor]:
 
 
 def random_dictionary(
-    o: argparse.Namespace, budgets: torch.Tensor
+    d_in: int, d_sae: int, l0: int, budgets: torch.Tensor
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """A dictionary of unit rows, sparse sums of them with noise, and scaled budgets."""
     torch.manual_seed(0)
-    sae = StandardSAE(StandardSAEConfig(d_in=o.d_in, d_sae=o.d_sae))
-    sae.W_dec.data = torch.nn.functional.normalize(torch.randn(o.d_sae, o.d_in), dim=1)
-    latents = torch.randint(o.d_sae, (o.tokens, max(1, o.l0 // 2)))
+    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=d_sae))
+    sae.W_dec.data = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
+    budgets = budgets[: MAX_ACTIVATIONS // d_sae]
+    latents = torch.randint(d_sae, (len(budgets), max(1, l0 // 2)))
     strength = torch.rand(latents.shape)
     x = torch.nn.functional.embedding_bag(
         latents, sae.W_dec.data, per_sample_weights=strength, mode="sum"
     )
     x += 0.02 * torch.randn_like(x)
-    scaled = budgets[: o.tokens] * o.l0 / budgets.float().mean()
-    return sae, x, scaled.round().long()
+    return sae, x, (budgets * l0 / budgets.float().mean()).round().long()
+
+
+def compare(
+    sae: Any, x: torch.Tensor, budgets: torch.Tensor, o: argparse.Namespace
+) -> None:
+    decoder = torch.nn.functional.normalize(sae.W_dec.data, dim=1)
+    targets = x - sae.b_dec
+    of_batches = torch.stack([part.max() for part in budgets.split(BATCH)])
+    mean, largest = float(budgets.float().mean()), float(of_batches.float().mean())
+    equal = round(mean)
+    pursuit = GradientPursuit(sae)
+    first = seconds(lambda: pursuit.encode(x, budgets)) / len(x)
+    times: dict[str, list[float]] = {"step": [], "own": [], "equal": []}
+    for _ in range(o.repeats):
+        step = seconds_per_step(targets, decoder, budgets, o.steps)
+        times["step"].append(step / BATCH)
+        times["own"].append(seconds(lambda: pursuit.encode(x, budgets)) / len(x))
+        at_equal = seconds(lambda: pursuit.encode(x[:BATCH], equal)) / BATCH
+        times["equal"].append(at_equal)
+    step, own, at_equal = (sorted(of)[len(of) // 2] for of in times.values())
+    print(
+        f"\nd_in {x.shape[1]}, d_sae {len(decoder)}, {len(x):,} tokens; budgets: mean "
+        f"{mean:.1f}, mean of the largest of {BATCH} tokens {largest:.1f}\n\n"
+        "| budgets | loop, µs a token | pursuit, µs a token | ratio |\n"
+        "|---|---:|---:|---:|"
+    )
+    for name, n_steps, ours in (
+        ("own L0", largest, own),
+        ("own L0, first call", largest, first),
+        (f"{equal} for all", equal, at_equal),
+    ):
+        loop = step * n_steps
+        print(f"| {name} | {1e6 * loop:.0f} | {1e6 * ours:.0f} | {loop / ours:.1f} |")
 
 
 @torch.no_grad()
@@ -138,55 +170,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--d_in", type=int)
-    parser.add_argument("--d_sae", type=int, default=16384)
-    parser.add_argument("--l0", type=int, default=24)
+    parser.add_argument(
+        "--random",
+        type=int,
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("D_IN", "D_SAE", "L0"),
+    )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8, help="of the loop, to time")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--train_steps", type=int, default=300)
+    parser.add_argument("--train_steps", type=int, default=100)
     o = parser.parse_args()
     torch.set_num_threads(1)
     with torch.enable_grad():
         sae, x = trained(o)
     x = x[: o.tokens]
     acts = sae.encode(x).to_dense()
+    centred = (x - x.mean(dim=0)).square().sum()
+    for name, of in (("encode", acts), ("pursuit", GradientPursuit(sae).encode(x))):
+        fvu = (x - sae.decode(of)).square().sum() / centred
+        print(f"{name}: FVU {fvu:.3f}, L0 {of.count_nonzero() / len(x):.1f}")
     budgets = acts.count_nonzero(dim=1)
-    decoder = torch.nn.functional.normalize(sae.W_dec.data, dim=1)
-    if o.d_in is None:
-        centred = (x - x.mean(dim=0)).square().sum()
-        pursued = GradientPursuit(sae).encode(x)
-        for name, of in (("encode", acts), ("gradient pursuit", pursued)):
-            fvu = (x - sae.decode(of)).square().sum() / centred
-            l0 = of.count_nonzero() / len(x)
-            print(f"{name}: FVU {fvu:.3f}, L0 {l0:.1f}")
-    else:
-        sae, x, budgets = random_dictionary(o, budgets)
-        decoder = sae.W_dec.data
-    targets = x - sae.b_dec
-    of_batches = torch.stack([part.max() for part in budgets.split(BATCH)])
-    mean, largest = budgets.float().mean(), of_batches.float().mean()
-    pursuit = GradientPursuit(sae)
-    first = seconds(lambda: pursuit.encode(x, budgets))
-    equal = round(float(mean))
-    times: dict[str, list[float]] = {"step": [], "own": [], "equal": []}
-    for _ in range(o.repeats):
-        step = seconds_per_step(targets, decoder, budgets, o.steps)
-        times["step"].append(step / BATCH)
-        times["own"].append(seconds(lambda: pursuit.encode(x, budgets)) / len(x))
-        times["equal"].append(seconds(lambda: pursuit.encode(x[:BATCH], equal)) / BATCH)
-    step, own, at_equal = (sorted(of)[len(of) // 2] for of in times.values())
-    loop = step * float(largest)
-    print(
-        f"\nd_in {x.shape[1]}, d_sae {len(decoder)}, {len(x):,} tokens; budgets: mean "
-        f"{mean:.1f}, mean of the largest of {BATCH} tokens {largest:.1f}\n\n"
-        "| | loop, µs a token | pursuit, µs a token | ratio |\n|---|---:|---:|---:|\n"
-        f"| own L0 | {1e6 * loop:.0f} | {1e6 * own:.0f} | {loop / own:.1f} |\n"
-        f"| own L0, first call | {1e6 * loop:.0f} | {1e6 * first / len(x):.0f} | "
-        f"{loop * len(x) / first:.1f} |\n"
-        f"| {equal} for all | {1e6 * step * equal:.0f} | {1e6 * at_equal:.0f} | "
-        f"{step * equal / at_equal:.1f} |"
-    )
+    compare(sae, x, budgets, o)
+    for d_in, d_sae, l0 in o.random:
+        compare(*random_dictionary(d_in, d_sae, l0, budgets), o)
 
 
 if __name__ == "__main__":

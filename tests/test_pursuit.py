@@ -48,7 +48,7 @@ def random_sae(architecture: str = "standard", seed: int = 0, **fields: Any) -> 
     sae.W_dec.data = torch.randn_like(sae.W_dec) * (0.2 + torch.rand(len(sae.W_dec), 1))
     sae.W_dec.data[::5] = sae.W_dec[1::5][: len(sae.W_dec[::5])] + 0.3 * sae.W_dec[::5]
     sae.b_dec.data = torch.randn_like(sae.b_dec)
-    return sae.to(dtype=sae.dtype)
+    return sae.to(dtype=sae.dtype).requires_grad_(False)
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -176,6 +176,13 @@ def test_one_latent_is_the_best_multiple_of_the_largest_product():
     assert (acts > 0).sum() == 50
 
 
+def test_autocast_changes_nothing():
+    sae, x = random_sae(), activations(60)
+    expected = pursuit.encode(sae, x, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pursuit.encode(sae, x, 8), expected)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 99),
@@ -223,21 +230,21 @@ def test_less_error_of_a_trained_sae(residuals: torch.Tensor):
     sae = sae_class(cfg)
     sae.b_dec.data = residuals.mean(dim=0)
     trainer_for(sae, 60, data(), batch_size=256).fit()
-    with torch.no_grad():
-        encoded = sae.encode(residuals)
+    sae.requires_grad_(False)
+    encoded = sae.encode(residuals)
     acts = pursuit.encode(sae, residuals)
     centred = residuals - residuals.mean(dim=0)
     before, after = (
         float((residuals - sae.decode(a)).square().sum() / centred.square().sum())
-        for a in (encoded.detach(), acts)
+        for a in (encoded, acts)
     )
     assert after < 0.95 * before
     assert acts.count_nonzero() <= encoded.count_nonzero()
 
     few = torch.arange(0, len(residuals), 50)
     budgets = encoded[few].count_nonzero(dim=1)
-    decoder = (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).detach()
-    expected = references(residuals[few] - sae.b_dec.detach(), decoder, budgets)
+    decoder = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
+    expected = references(residuals[few] - sae.b_dec, decoder, budgets)
     assert error(acts[few], expected) < 1e-4
 
 

@@ -27,11 +27,13 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.saes.facts import scaffold_rank
 from saelens_scaffold.saes.validation import check_is_autoencoder
 
-# Inner products at once, of tokens with latents: 16 MB, for a CPU's cache.
-_PRODUCTS = 2**22
+# Inner products at once, of tokens with latents: 16 MB, for a CPU's cache. Products of
+# matrices need some hundred tokens all the same.
+_PRODUCTS, _MIN_TOKENS = 2**22, 256
 _MAX_GRAM_BYTES = 2**31
-# Multiplications by fetched rows take as long as this many in a product of matrices.
-_COST_OF_FETCHING = 10
+# A multiplication by a row that is fetched takes as long as this many in a product of
+# matrices, for rows in a CPU's cache, and in memory.
+_CACHE_BYTES, _COST_IN_CACHE, _COST_IN_MEMORY = 2**25, 5, 15
 _GROUP = 64
 
 
@@ -116,9 +118,13 @@ class GradientPursuit:
         targets = targets.reshape(-1, sae.cfg.d_in)
         targets = targets - flat[:, :rank].to(targets) @ self._decoder[:rank]
         # Tokens of like budgets, so that those of a batch end together.
-        at_once = batch_tokens or max(1, _PRODUCTS // sae.cfg.d_sae)
+        at_once = batch_tokens or max(_MIN_TOKENS, _PRODUCTS // sae.cfg.d_sae)
         for tokens in budgets.argsort(descending=True).split(at_once):
-            latents, weights = self._dictionary.pursue(targets[tokens], budgets[tokens])
+            # Autocast's precision would choose other latents.
+            with torch.autocast(acts.device.type, enabled=False):
+                latents, weights = self._dictionary.pursue(
+                    targets[tokens], budgets[tokens]
+                )
             places = tokens.unsqueeze(1), latents + rank
             # A latent that was clamped and chosen again is there twice.
             flat.index_put_(places, weights.to(flat), accumulate=True)
@@ -180,8 +186,10 @@ class _Dictionary:
     def __init__(self, rows: torch.Tensor):
         self._rows = rows
         n = len(rows)
-        self._gram = None
-        if n * n * rows.element_size() <= _MAX_GRAM_BYTES:
+        n_bytes = n * n * rows.element_size()
+        cost = _COST_IN_CACHE if n_bytes <= _CACHE_BYTES else _COST_IN_MEMORY
+        self._max_fetched = rows.shape[1] // cost if n_bytes <= _MAX_GRAM_BYTES else 0
+        if self._max_fetched:
             self._gram = rows.new_empty(n, n)
             self._known = torch.zeros(n, dtype=torch.bool, device=rows.device)
 
@@ -208,7 +216,8 @@ class _Dictionary:
                 x[:n], first_products[:n], support[:, :step], w[:, :step]
             )
             chosen = _argmax(products)
-            self._prepare(chosen)
+            if step < self._max_fetched:
+                self._prepare(chosen)
             active = w > 0
             active[:, step:] = ~((support[:, :step] == chosen) & active[:, :step]).any(
                 dim=1, keepdim=True
@@ -233,15 +242,13 @@ class _Dictionary:
         n_active = support.shape[1]
         if n_active == 0:
             return first_products
-        if self._gram is None or _COST_OF_FETCHING * n_active > x.shape[1]:
+        if n_active > self._max_fetched:
             return (x - self._sums(support, weights, self._rows)) @ self._rows.T
         explained = self._sums(support, weights, self._gram)
         return torch.sub(first_products, explained, out=explained)
 
     def _prepare(self, chosen: torch.Tensor) -> None:
         """Compute the rows of D D^T of latents that were never chosen before."""
-        if self._gram is None:
-            return
         new = chosen[~self._known[chosen]].unique()
         self._gram[new] = self._rows[new] @ self._rows.T
         self._known[new] = True

@@ -220,7 +220,7 @@ def test_evaluations_of_twins_are_given_the_baseline_of_the_same_k(out: Path) ->
     } <= in_curves
     # what it was made from says so, too
     written = file.read_bytes()
-    again(out, **changes)
+    again(out, evaluations=evaluations)
     assert file.read_bytes() == written
-    again(out, **changes, baselines={})
+    again(out, evaluations=evaluations, baselines={})
     assert json.loads(file.read_text())["eval_config"]["baseline"] is None

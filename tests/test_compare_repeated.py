@@ -198,13 +198,14 @@ def test_evaluations_of_twins_are_given_the_baseline_of_the_same_k(out: Path) ->
     of = {sae["name"]: sae["evaluations"] for sae in results["saes"]}
     ablated, error = (of[judged][name] for name in evaluations)
     assert ablated["cross_entropy"]["ce_ratio_baseline_aligned_latents"] > 0
-    taken = (
-        1
-        - error["reconstruction"]["fvu_linear"]
-        / (of[plain]["dark_matter"]["reconstruction"]["fvu_linear"])
+    left, of_twin = (
+        of[name]["dark_matter"]["reconstruction"]["fvu_linear"]
+        for name in (judged, plain)
     )
-    assert error["scaffold"]["linear_error_taken"] == pytest.approx(taken)
-    assert of[plain]["cross_entropy"]["ce_ratio_baseline_aligned_latents"] is None
+    taken = error["scaffold"]["linear_error_taken"]
+    assert taken == pytest.approx(1 - left / of_twin)
+    of_plain = of[plain]["scaffold_ablation"]["cross_entropy"]
+    assert of_plain["ce_ratio_baseline_aligned_latents"] is None
     (file,) = (out / "eval_results/scaffold_ablation").glob(f"{judged}*.json")
     result = json.loads(file.read_text())
     assert result["eval_config"]["baseline"] == plain
@@ -219,7 +220,7 @@ def test_evaluations_of_twins_are_given_the_baseline_of_the_same_k(out: Path) ->
     } <= in_curves
     # what it was made from says so, too
     written = file.read_bytes()
-    again(out, **changes)
+    again(out, evaluations=evaluations)
     assert file.read_bytes() == written
-    again(out, **changes, baselines={})
+    again(out, evaluations=evaluations, baselines={})
     assert json.loads(file.read_text())["eval_config"]["baseline"] is None

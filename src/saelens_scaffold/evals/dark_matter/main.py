@@ -55,7 +55,8 @@ def measure(
         if not group:
             continue
         if not config.scaling:
-            at_hook = list({s.key: s for s in [*group, *twins.values()]}.values())
+            needed = {*seen, *(twin.key for twin in twins.values())}
+            at_hook = [sae for sae in at_hook if sae.key in needed]
         at = _HookPoint(config, hooked, at_hook, earlier)
         metrics, losses, stream = at.measure(model, call.device)
         for sae in group:
@@ -143,11 +144,9 @@ class _HookPoint:
         bootstrap = SequenceBootstrap(config.n_bootstrap, config.random_seed)
         losses, n_predictions = ReplicateSums(), 0
         for tokens, counts in stream.batches(config.n_tokens, "Testing"):
-            run, weights = (
-                _Run(self, stream, tokens, counts),
-                bootstrap.draw(len(tokens)),
-            )
+            run = _Run(self, stream, tokens, counts)
             batch = run.batch(with_losses=True)
+            weights = bootstrap.draw(len(tokens))
             errors.test(batch, weights)
             norms.test(batch, weights)
             sequence = torch.arange(len(tokens))
@@ -226,7 +225,7 @@ class _Run:
         `Metrics.cross_entropy`."""
         run, found = self._run, {"clean": self.clean.losses[0]}
         for key, (reconstruction, _) in self._of_all.items():
-            linear = errors.map_of(key)(run.x)
+            linear = errors.map_of(key)(_at_least_float32(run.x))
             instead = {
                 "reconstruction": reconstruction,
                 "linear": reconstruction + linear,

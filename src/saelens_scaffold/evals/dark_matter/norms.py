@@ -10,10 +10,8 @@ from saelens_scaffold.evals.intervals import ReplicateSums
 from saelens_scaffold.saes.least_squares import LeastSquares, LinearMap
 
 ERROR, SQUARED_ERROR = "error norm", "squared error norm"
-SQUARED_NONLINEAR, SQUARED_RECONSTRUCTION = (
-    "squared nonlinear error norm",
-    "squared reconstruction norm",
-)
+SQUARED_NONLINEAR = "squared nonlinear error norm"
+SQUARED_RECONSTRUCTION = "squared reconstruction norm"
 SQUARED_X = "squared activation norm"
 X, NORM_X, L0, LOSS, TOKEN = "activation", "activation norm", "l0", "loss", "token"
 NONLINEAR = "nonlinear error norm"
@@ -52,6 +50,11 @@ class NormPredictions:
         scaling: Whether those of each are predicted from those of the others.
         n_vocab: Number of ids of tokens.
         device: Where to compute.
+
+    Attributes:
+        sums: Sums over the test tokens.
+        predictions: All predictions, once solved.
+        in_sample: R² of each on the tokens fitted on.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class NormPredictions:
         self._by_token = _TokenMeans(n_vocab, len(targets))
         self.sums = ReplicateSums()
         self.predictions: list[Prediction] = []
+        self.in_sample: list[float] = []
 
     def fit(self, batch: Batch) -> None:
         """Add tokens to fit on."""
@@ -98,17 +102,13 @@ class NormPredictions:
 
     def solve(self) -> None:
         """Fit all predictions."""
-        asked = [
-            (Prediction(target, predictor, bool(intercept), key, other), columns)
-            for target, predictor, intercept, key, other, columns in self._asked()
-        ]
+        variances = self._moments.variance_y
+        n_inputs = self._errors.d_in + len(self._inputs)
         maps: dict[tuple[tuple[int, ...], bool], tuple[LinearMap, torch.Tensor]] = {}
-        weights, biases, in_sample, targets = [], [], [], []
-        variances, d_inputs = (
-            self._moments.variance_y,
-            self._errors.d_in + len(self._inputs),
-        )
-        for prediction, columns in asked:
+        weights: list[torch.Tensor] = []
+        biases: list[torch.Tensor] = []
+        self.predictions, self.in_sample = [], []
+        for prediction, columns in self._asked():
             found = columns, prediction.intercept
             if found not in maps:
                 part = self._moments.of_inputs(columns)
@@ -116,40 +116,39 @@ class NormPredictions:
                 maps[found] = fit, 1 - part.squared_error(fit) / variances
             fit, explained = maps[found]
             target = self._targets[prediction.key, prediction.target]
-            weight = fit.weight.new_zeros(d_inputs)
+            weight = fit.weight.new_zeros(n_inputs)
             weight[list(columns)] = fit.weight[:, target]
             weights.append(weight)
             biases.append(fit.bias[target])
-            in_sample.append(float(explained[target]))
-            targets.append(target)
+            self.predictions.append(prediction)
+            self.in_sample.append(float(explained[target]))
         self._map = LinearMap(torch.stack(weights, dim=1), torch.stack(biases))
         by_token = [
             Prediction(norm, TOKEN, True, key)
             for key in self._keys
             for norm in (SQUARED_ERROR, ERROR)
         ]
-        tokens = [self._targets[of.key, of.target] for of in by_token]
-        self._token_targets = tokens
-        self._target_of = torch.tensor(targets + tokens)
-        self.predictions = [prediction for prediction, _ in asked] + by_token
-        self.in_sample = in_sample + self._by_token.r_squared()[tokens].tolist()
+        self._token_targets = [self._targets[of.key, of.target] for of in by_token]
+        self.predictions += by_token
+        self.in_sample += self._by_token.r_squared()[self._token_targets].tolist()
+        targets = [self._targets[of.key, of.target] for of in self.predictions]
+        self._target_of = torch.tensor(targets)
 
-    def _asked(self) -> Iterator[tuple[str, str, bool, str, str, tuple[int, ...]]]:
-        """Target, predictor, intercept, SAE, other SAE, and columns of the inputs."""
+    def _asked(self) -> Iterator[tuple[Prediction, tuple[int, ...]]]:
+        """Predictions by least squares, and the columns of the inputs that they take."""
         x, column = tuple(range(self._errors.d_in)), self._inputs
         for key, target in self._targets:
             for intercept in (False, True):
-                yield target, X, intercept, key, "", x
+                yield Prediction(target, X, intercept, key), x
         for key in self._keys:
             for target in (SQUARED_ERROR, ERROR):
-                for predictor, owner in ((NORM_X, ""), (L0, key), (LOSS, "")):
-                    at = (column[owner, predictor],)
-                    yield target, predictor, True, key, "", at
+                for name, owner in ((NORM_X, ""), (L0, key), (LOSS, "")):
+                    yield Prediction(target, name, True, key), (column[owner, name],)
             for other in self._keys if self._scaling else ():
                 if other != key:
-                    norm, nonlinear = column[other, ERROR], column[other, NONLINEAR]
-                    yield ERROR, ERROR, True, key, other, (norm,)
-                    yield ERROR, NONLINEAR, True, key, other, (norm, nonlinear)
+                    norms = (column[other, ERROR], column[other, NONLINEAR])
+                    yield Prediction(ERROR, ERROR, True, key, other), norms[:1]
+                    yield Prediction(ERROR, NONLINEAR, True, key, other), norms
 
     def test(self, batch: Batch, weights: torch.Tensor) -> None:
         """As of `LinearErrors`."""

@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import MARKDOWN
@@ -75,7 +76,7 @@ def evaluate(paths: list[Path], output: Path) -> str:
     settings += [
         f"core.n_eval_{of}_batches=10" for of in ("reconstruction", "sparsity_variance")
     ]
-    where = {
+    where: Any = {
         "output_path": output / "eval_results",
         "artifacts_path": output / "artifacts",
     }

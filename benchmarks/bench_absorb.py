@@ -43,7 +43,7 @@ def write_inputs(folder: Path) -> None:
         weights.unlink()
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     hook_name = "blocks.0.hook_resid_post"
-    metadata = SAEMetadata(hook_name=hook_name, context_size=64)
+    metadata = SAEMetadata(model_name="model", hook_name=hook_name, context_size=64)
     sae = JumpReLUSAE(JumpReLUSAEConfig(D_IN, D_SAE, metadata=metadata))
     sae.b_enc.data.fill_(-2 * sae.W_enc.data.norm(dim=0).mean().item())
     sae.save_model(folder / "sae")

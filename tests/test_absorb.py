@@ -362,9 +362,11 @@ def test_the_command(
 
 def test_heads_of_the_model(tmp_path: Path, text: dict[str, Any]):
     fields: Any = {"reshape_activations": "hook_z"}
-    eval_sae(hook_name="blocks.0.attn.hook_z", **fields).save_model(tmp_path / "sae")
-    new = tmp_path / "new"
-    absorb.run(str(tmp_path / "sae"), output_path=str(new), rank=5, **text)
+    sae = eval_sae(hook_name="blocks.0.attn.hook_z", **fields)
+    sae.cfg.metadata.model_name = None  # told instead
+    sae.save_model(tmp_path / "sae")
+    new, fields = tmp_path / "new", {**text, "model_name": "py-neox", "rank": 5}
+    absorb.run(str(tmp_path / "sae"), output_path=str(new), **fields)
     numbers = json.loads((new / "absorb.json").read_text())
     found = dense_latents(new, text)["reconstruction_quality"]
     expected = numbers["explained_variance_by_rank"][5]

@@ -388,6 +388,17 @@ def test_a_scaffold_that_fits_too_few_tokens_is_made_smaller(
     assert "as rank 250 explains less of held-out text" in said
 
 
+def test_held_out_text_of_the_same_split_follows(tmp_path: Path, text: dict[str, Any]):
+    eval_sae().save_model(tmp_path / "sae")
+    found: list[dict[str, Any]] = []
+    for split in "train", None:
+        fields = {**text, "held_out_split": split, "n_tokens": 1000, "rank": 2}
+        new = tmp_path / str(split)
+        absorb.run(str(tmp_path / "sae"), output_path=str(new), **fields)
+        found.append(json.loads((new / "absorb.json").read_text()))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("of_input", "of_ranks", "rank", "chosen"),
     [

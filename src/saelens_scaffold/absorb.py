@@ -78,6 +78,8 @@ def run(
     if given.get("dataset") == text_data.EMBEDDED_DATASET_NAME:
         given.setdefault("held_out_split", "test")
     config = make_config(AbsorbConfig, given)
+    if config.held_out_split == config.dataset_split or Path(config.dataset).is_file():
+        config.held_out_split = None  # which would be the text that is fitted
     device = lm.choose_device(device)
     _check(config, source)
     make_writable(Path(output_path).parent)

@@ -110,7 +110,8 @@ def evaluate(paths: list[Path], output: Path) -> str:
                 for p in members
             ]
             values = torch.tensor(
-                [metric.value(json.loads(f.read_text())) for f in files]
+                [metric.value(json.loads(f.read_text())) for f in files],
+                dtype=torch.float64,
             )
             cells.append(f"{values.mean():.3f} ± {values.std():.3f}")
         table.add_row(group, *cells)

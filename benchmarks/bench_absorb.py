@@ -46,6 +46,7 @@ def write_inputs(folder: Path) -> None:
     metadata = SAEMetadata(model_name="model", hook_name=hook_name, context_size=64)
     sae = JumpReLUSAE(JumpReLUSAEConfig(D_IN, D_SAE, metadata=metadata))
     sae.b_enc.data.fill_(-2 * sae.W_enc.data.norm(dim=0).mean().item())
+    sae.b_dec.data.fill_(1.0)  # which even few tokens show to be wrong
     sae.save_model(folder / "sae")
 
 

@@ -55,6 +55,7 @@ EXPERIMENT: dict[str, Any] = {
 }
 EVAL = ["dense_latents", "--sae_path", "sae", "--dataset", "python-stdlib"]
 RANK = ["--model", "py-neox", "--hook_name", HOOK, "--dataset", "python-stdlib"]
+GEMMA = "gemma-scope-2b-pt-res-canonical"
 NEW = ["--output_path", "new", "--dataset", "./text"]
 UPLOAD = ["--repo_id", "user/saes", "--dry-run"]
 
@@ -157,7 +158,8 @@ CASES: list[tuple[list[str], str]] = [
     (["absorb", "nowhere", *NEW], "nowhere"),
     (["absorb", "text", *NEW], "text"),
     (["absorb", "checkpoint", *NEW], "export CHECKPOINT OUTPUT"),
-    (["absorb", "gemma-scope-2b-pt-res/layer_0", *NEW], "has no SAE 'layer_0'"),
+    (["absorb", f"{GEMMA}/layer_0", *NEW], "has no SAE 'layer_0'"),
+    (["absorb", f"{GEMMA}/layer_12/width_16k/canonical", *NEW], GEMMA),
     (["absorb", "signed", *NEW], "'abstopk' has no JumpReLU form"),
     (["absorb", "narrow", *NEW], "d_in is 128"),
     (["absorb", "plain", *NEW, "--output_path", "sae"], "sae exists already"),

@@ -14,7 +14,7 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from saelens_scaffold._util.configs import documented, make_config
-from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.files import make_writable, new_directory
 from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.evals import data as text_data
@@ -27,6 +27,7 @@ from saelens_scaffold.saes import ScaffoldJumpReLUSAE, absorption, validation
 from saelens_scaffold.saes.calibration import ActivationSample
 from saelens_scaffold.saes.facts import FiringStatistics
 from saelens_scaffold.saes.least_squares import LeastSquares
+from saelens_scaffold.saes.loading import HTTP_ERROR
 from saelens_scaffold.saes.subspaces import ActivationMoments
 
 _SAMPLED_FROM = 100_000
@@ -93,7 +94,10 @@ def _load(name: str) -> SelectedSAE:
     if not Path(name).exists() and release in get_pretrained_saes_directory():
         if sae_id not in get_pretrained_saes_directory()[release].saes_map:
             raise UserError(f"SAELens's release {release} has no SAE {sae_id!r}")
-        sae = SAE.from_pretrained(release, sae_id)
+        try:
+            sae = SAE.from_pretrained(release, sae_id)
+        except (HTTP_ERROR, OSError, ValueError) as error:
+            raise UserError(f"SAE {name!r}: {one_line(error)}") from error
     else:
         ((_, sae),) = load_saes([name])
     with validation.named(f"SAE {name!r}"):

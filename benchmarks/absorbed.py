@@ -30,6 +30,7 @@ from saelens_scaffold.evals.saes import (
     result_file_name,
 )
 from saelens_scaffold.evals.tokens import TokenStream
+from saelens_scaffold.models import write_stdlib_dataset
 from saelens_scaffold.saes import absorption
 from saelens_scaffold.saes.facts import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.saes.least_squares import LeastSquares
@@ -55,13 +56,16 @@ def absorb(folder: Path, output: Path) -> None:
         firing.update_unsampled(sample)
         dense = (firing.fired > DENSE_THRESHOLD * len(sample)).nonzero()[:, 0]
         smaller = absorption.without_latents(base, firing.rank + dense)
-        for title, start in ("absorbed", base), ("dropped-absorbed", smaller):
+        for title, start, ranks in (
+            ("absorbed", base, RANKS),
+            ("dropped-absorbed", smaller, RANKS[1:]),
+        ):
             sums = LeastSquares(base.cfg.d_in, base.cfg.d_in, "cpu")
             for part in x.split(4096):
                 scaled = absorption.scaled_error(start, part)
                 sums.update(scaled.x, scaled.error)
             scaffold = absorption.fitted_scaffold(sums)
-            for rank in RANKS:
+            for rank in ranks:
                 absorbed = absorption.add_scaffold(start, scaffold.of_rank(rank))
                 absorbed.save_model(
                     output / "saes" / f"{sae.label}-{title}-rank_{rank}"
@@ -70,24 +74,30 @@ def absorb(folder: Path, output: Path) -> None:
 
 def evaluate(paths: list[Path], output: Path) -> str:
     """Means over seeds, with the standard deviation."""
-    names = "dense_latents,core"
-    settings = ["dense_latents.n_tokens=100000"]
-    settings += [
-        f"core.n_eval_{of}_batches=10" for of in ("reconstruction", "sparsity_variance")
+    text = write_stdlib_dataset(output / "text", "test")
+    settings = [
+        f"core.n_eval_{of}_batches=2" for of in ("reconstruction", "sparsity_variance")
     ]
-    where = {
-        "output_path": output / "eval_results",
-        "artifacts_path": output / "artifacts",
+    evaluations = {
+        "dense_latents": ("python-stdlib", ["dense_latents.n_tokens=100000"]),
+        "core": (str(text), [*settings, "core.batch_size_prompts=16"]),
     }
-    runner.evaluate(
-        names, settings, sae_path=[*map(str, paths)], dataset="python-stdlib", **where
-    )
+    for name, (dataset, settings) in evaluations.items():
+        report = runner.evaluate(
+            name,
+            settings,
+            sae_path=[*map(str, paths)],
+            dataset=dataset,
+            output_path=output / "eval_results",
+            artifacts_path=output / "artifacts",
+        )
+        print(report.text, *report.failures, sep="\n", flush=True)
     groups: dict[str, list[Path]] = {}
     for path in paths:
         groups.setdefault(re.sub(r"-seed_\d+", "", path.name), []).append(path)
     columns = [
         (evaluation.name, metric)
-        for evaluation in evaluations_named(names)
+        for evaluation in evaluations_named(",".join(evaluations))
         for metric in evaluation.metrics
         if metric.title in COLUMNS
     ]
@@ -100,7 +110,8 @@ def evaluate(paths: list[Path], output: Path) -> str:
                 for p in members
             ]
             values = torch.tensor(
-                [metric.value(json.loads(f.read_text())) for f in files]
+                [metric.value(json.loads(f.read_text())) for f in files],
+                dtype=torch.float64,
             )
             cells.append(f"{values.mean():.3f} ± {values.std():.3f}")
         table.add_row(group, *cells)

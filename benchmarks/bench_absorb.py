@@ -3,8 +3,8 @@ Peak memory of `saelens-scaffold absorb` at the size of Gemma Scope: d_in 2304, 
 
     python benchmarks/bench_absorb.py
 
-A random JumpReLU SAE, and a random language model of one layer. Beyond the weights: beyond
-what a process has that imports the package and loads both.
+A random JumpReLU SAE, and a random language model of one layer. What is beyond the weights
+of both includes Python and the libraries.
 """
 
 import resource
@@ -22,14 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from saelens_scaffold.models import embedded_model_path
 
 D_IN, D_SAE = 2304, 65_536
-LOAD = """
-import sys
-from saelens_scaffold.evals.model import load_language_model
-from saelens_scaffold.evals.saes import load_saes
-kept = load_language_model("model", "cpu"), load_saes(["sae"])
-status = open("/proc/self/status").read()
-print(status.split("VmRSS:")[1].split()[0])
-"""
 
 
 def write_inputs(folder: Path) -> None:
@@ -43,9 +35,10 @@ def write_inputs(folder: Path) -> None:
         weights.unlink()
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     hook_name = "blocks.0.hook_resid_post"
-    metadata = SAEMetadata(hook_name=hook_name, context_size=64)
+    metadata = SAEMetadata(model_name="model", hook_name=hook_name, context_size=64)
     sae = JumpReLUSAE(JumpReLUSAEConfig(D_IN, D_SAE, metadata=metadata))
-    sae.b_enc.data.fill_(-2 * float(sae.W_enc.norm(dim=0).mean()))
+    sae.b_enc.data.fill_(-2 * sae.W_enc.data.norm(dim=0).mean().item())
+    sae.b_dec.data.fill_(1.0)  # which even few tokens show to be wrong
     sae.save_model(folder / "sae")
 
 
@@ -53,16 +46,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_inputs(folder)
-        python = [sys.executable, "-c"]
-        loaded = subprocess.check_output([*python, LOAD], cwd=folder, text=True)
-        argv = [*python[:1], "-m", "saelens_scaffold", "absorb", "sae", "--model"]
-        argv += ["model", "--dataset", "python-stdlib", "--output_path", "new"]
-        argv += ["--n_tokens", "2400", "--held_out_tokens", "300", "--device", "cpu"]
-        subprocess.run(argv, cwd=folder, check=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    weights, gb = int(loaded), 2**20
-    print(f"loaded {weights / gb:.2f} GB, peak {peak / gb:.2f} GB")
-    print(f"beyond the weights: {(peak - weights) / gb:.2f} GB")
+        argv = [sys.executable, "-m", "saelens_scaffold", "absorb", "sae"]
+        argv += ["--model", "model", "--dataset", "python-stdlib", "--device", "cpu"]
+        argv += ["--n_tokens", "2400", "--held_out_tokens", "300"]
+        subprocess.run([*argv, "--output_path", "new"], cwd=folder, check=True)
+        files = [*folder.glob("sae/*.safetensors"), *folder.glob("model/*.safetensors")]
+        weights = sum(file.stat().st_size for file in files) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    print(
+        f"weights {weights:.2f} GB, peak {peak:.2f} GB, beyond {peak - weights:.2f} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +224,7 @@ def release(of: str, sae: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     path.mkdir()
     if of == "gemma_scope":
         names = {"W_enc": "w_enc", "W_dec": "w_dec"}
-        arrays = {names.get(name, name): t.numpy() for name, t in weights.items()}
+        arrays: Any = {names.get(name, name): t.numpy() for name, t in weights.items()}
         np.savez(path / "params.npz", **arrays)
         loader: Any = pretrained_sae_loaders.gemma_2_sae_huggingface_loader
         folder = "google/gemma-scope-2b-pt-res", "layer_0/width_16k/average_l0_1"
@@ -248,7 +247,7 @@ def release(of: str, sae: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     def download(filename: str, **_: Any) -> str:
         return str(path / Path(filename).name)
 
-    def converter(_: Any, device: str, cfg_overrides: Any) -> Any:
+    def converter(path: Any, device: str, cfg_overrides: Any) -> Any:
         return loader(*folder, device=device, cfg_overrides=overrides)[:2]
 
     monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
@@ -256,22 +255,18 @@ def release(of: str, sae: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 def at_hook(architecture: str) -> Any:
-    """An SAE of the embedded model whose reconstruction is better than none."""
+    """An SAE of the embedded model."""
     own = eval_sae()
     if architecture == "jumprelu":
         return own
-    sae = plain_sae(
-        architecture, d_in=D_MODEL, d_sae=96, hook_name=HOOK, **TOPK[architecture]
-    )
+    fields: Any = {"k": 12} if architecture == "topk" else {}
+    sae = plain_sae(architecture, d_in=D_MODEL, d_sae=96, hook_name=HOOK, **fields)
     sae.cfg.metadata.context_size = 64
     weights = {
         name: of for name, of in own.state_dict().items() if name in sae.state_dict()
     }
     sae.load_state_dict(weights, strict=False)
     return sae
-
-
-TOPK: dict[str, dict[str, int]] = defaultdict(dict, topk={"k": 12})
 
 
 @pytest.fixture(scope="module")
@@ -333,9 +328,10 @@ def test_held_out_text_is_explained_no_worse(
     if source != "topk":
         l0 = before["sparsity"]["l0_sparse"]
         assert after["sparsity"]["l0_sparse"] == pytest.approx(l0, abs=1e-3)
-    absorbed: Any = load_scaffold_sae(tmp_path / "new")
+    absorbed = load_scaffold_sae(tmp_path / "new")
     assert isinstance(absorbed, ScaffoldJumpReLUSAE)
-    assert absorbed.cfg.metadata.absorbed["weights_sha256"] == weights_sha256(sae)
+    metadata: Any = absorbed.cfg.metadata
+    assert metadata.absorbed["weights_sha256"] == weights_sha256(sae)
     x = torch.randn(50, D_MODEL)
     loaded = SAE.load_from_disk(tmp_path / "new")
     assert torch.equal(loaded(x), absorbed(x))
@@ -365,10 +361,12 @@ def test_the_command(
 
 
 def test_heads_of_the_model(tmp_path: Path, text: dict[str, Any]):
-    hook, fields = "blocks.0.attn.hook_z", {"reshape_activations": "hook_z"}
-    eval_sae(hook_name=hook, **fields).save_model(tmp_path / "sae")
-    new = tmp_path / "new"
-    absorb.run(str(tmp_path / "sae"), output_path=str(new), rank=5, **text)
+    fields: Any = {"reshape_activations": "hook_z"}
+    sae = eval_sae(hook_name="blocks.0.attn.hook_z", **fields)
+    sae.cfg.metadata.model_name = None  # told instead
+    sae.save_model(tmp_path / "sae")
+    new, fields = tmp_path / "new", {**text, "model_name": "py-neox", "rank": 5}
+    absorb.run(str(tmp_path / "sae"), output_path=str(new), **fields)
     numbers = json.loads((new / "absorb.json").read_text())
     found = dense_latents(new, text)["reconstruction_quality"]
     expected = numbers["explained_variance_by_rank"][5]
@@ -388,6 +386,17 @@ def test_a_scaffold_that_fits_too_few_tokens_is_made_smaller(
     assert numbers["rank"] < 250
     assert numbers["explained_variance"] >= numbers["explained_variance_before"]
     assert "as rank 250 explains less of held-out text" in said
+
+
+def test_held_out_text_of_the_same_split_follows(tmp_path: Path, text: dict[str, Any]):
+    eval_sae().save_model(tmp_path / "sae")
+    found: list[dict[str, Any]] = []
+    for split in "train", None:
+        fields = {**text, "held_out_split": split, "n_tokens": 1000, "rank": 2}
+        new = tmp_path / str(split)
+        absorb.run(str(tmp_path / "sae"), output_path=str(new), **fields)
+        found.append(json.loads((new / "absorb.json").read_text()))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,13 @@ def run(
     given = {name: value for name, value in fields.items() if value is not None}
     if Path(output_path).exists():
         raise UserError(f"{output_path} exists already; remove it or name another")
-    source = _load(sae)
-    given.setdefault("model_name", source.sae.cfg.metadata.model_name or "")
+    source = _load(sae, given.get("model_name"))
+    given.setdefault("model_name", source.sae.cfg.metadata.model_name)
     if given.get("dataset") == text_data.EMBEDDED_DATASET_NAME:
         given.setdefault("held_out_split", "test")
     config = make_config(AbsorbConfig, given)
+    if config.held_out_split == config.dataset_split or Path(config.dataset).is_file():
+        config.held_out_split = None  # which would be the text that is fitted
     device = lm.choose_device(device)
     _check(config, source)
     make_writable(Path(output_path).parent)
@@ -89,7 +91,8 @@ def run(
     return _said(output_path, config, absorbed, numbers)
 
 
-def _load(name: str) -> SelectedSAE:
+def _load(name: str, model_name: object) -> SelectedSAE:
+    """An SAE, which may not name its language model if that is given."""
     release, _, sae_id = name.partition("/")
     if not Path(name).exists() and release in get_pretrained_saes_directory():
         if sae_id not in get_pretrained_saes_directory()[release].saes_map:
@@ -100,6 +103,7 @@ def _load(name: str) -> SelectedSAE:
             raise UserError(f"SAE {name!r}: {one_line(error)}") from error
     else:
         ((_, sae),) = load_saes([name])
+    sae.cfg.metadata.model_name = sae.cfg.metadata.model_name or model_name
     with validation.named(f"SAE {name!r}"):
         validation.check_can_be_used(sae)
     # SAEs of half precision, too, are fitted and saved in single precision

@@ -313,13 +313,18 @@ def test_a_plain_sae_gets_the_scaffold_of_one_pass(
     runner = run(Recorded, cfg, model)
     plain: Any = SAE.load_from_disk(saved["plain"])
     x, start = runner.batch, runner.start
-    acts = plain.encode(x)
+    # the threshold of the short training is far too low; the start has that of k
+    acts = start.encode(x)[:, 4:]
+    # k is 8, and texts differ
+    assert (acts > 0).sum() / len(x) < 16 < (plain.encode(x) > 0).sum() / len(x)
+    norms = start.W_dec[4:].norm(dim=1) / plain.W_dec.norm(dim=1)
     close: Any = {"atol": 1e-4 * acts.max().item(), "rtol": 1e-4}
-    norms = plain.W_dec.norm(dim=1)
-    ours = start.encode(x)[:, 4:] * start.W_dec[4:].norm(dim=1)
-    torch.testing.assert_close(ours, acts * norms, **close)
-    # more of the variance is explained than by the plain SAE, on later text
-    assert (x - start(x)).pow(2).sum() < 0.98 * (x - plain(x)).pow(2).sum()
+    expected = torch.where(acts > 0, plain.encode(x) / norms, 0.0)
+    torch.testing.assert_close(acts, expected, **close)
+    # more of the variance is explained than by the same latents alone, on later text
+    b_dec = plain.b_dec
+    alone = (acts * norms) @ plain.W_dec + b_dec
+    assert (x - start(x)).pow(2).sum() < 0.9 * (x - alone).pow(2).sum()
     # the scaffold reads and writes the principal part of the error's regression on x
     s = start.scaffold(x)
     assert torch.linalg.matrix_rank(s - s.mean(0), rtol=1e-4) == 4

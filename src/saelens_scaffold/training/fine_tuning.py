@@ -1,12 +1,14 @@
 """Fine-tuning: trainings of scaffold SAEs that start from a saved SAE."""
 
 import math
+from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from sae_lens import SAE, LanguageModelSAERunnerConfig, TrainingSAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.training.sae_trainer import SAETrainer
@@ -20,6 +22,8 @@ from saelens_scaffold.saes import (
     validation,
 )
 from saelens_scaffold.saes.absorption import absorb_scaffold, jumprelu_form
+from saelens_scaffold.saes.calibration import N_SAMPLED_TOKENS, threshold_at_l0
+from saelens_scaffold.saes.facts import tokens_at_once
 from saelens_scaffold.saes.fine_tuning import start_from
 from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.runner_config import read_runner_config
@@ -104,11 +108,7 @@ def start(trainer: SAETrainer[Any, Any], saved: SAE[Any]) -> None:
     sae, stream, d_in = trainer.sae, trainer.data_provider, trainer.sae.cfg.d_in
     scaler: Any = trainer.activation_scaler
     if not isinstance(saved, ScaffoldJumpReLUSAE):
-        first = next(stream).to(sae.device)
-        form = jumprelu_form(saved, first)
-        n_batches = math.ceil(_TOKENS_PER_DIMENSION * d_in / len(first))
-        batches = (x.to(sae.device) for x in islice(stream, n_batches))
-        saved = absorb_scaffold(form, batches, sae.cfg.scaffold_rank)
+        saved = _absorbed(saved, sae.cfg, (x.to(sae.device) for x in stream))
     of_scale: Any = {
         "d_in": d_in,
         "data_provider": stream,
@@ -124,6 +124,29 @@ def start(trainer: SAETrainer[Any, Any], saved: SAE[Any]) -> None:
         mean = -white.mean @ white.matrix
         saved.fold_activation_whitening(mean, white.inverse_matrix, white.matrix)
     start_from(sae, saved)
+
+
+def _absorbed(
+    plain: SAE[Any], cfg: Any, stream: Iterator[torch.Tensor]
+) -> ScaffoldJumpReLUSAE:
+    """
+    An SAE with the scaffold that reduces its error most where, as in the training, k latents
+    fire per token: thresholds of running averages may be far too low.
+    """
+    first = next(stream)
+    n_first = math.ceil(N_SAMPLED_TOKENS / len(first))
+    sample = torch.cat([first, *islice(stream, n_first - 1)])
+    form = jumprelu_form(plain, sample)
+    if cfg.rescale_acts_by_decoder_norm:
+        form.fold_W_dec_norm()
+    parts = sample.split(tokens_at_once(form))
+    with torch.no_grad():
+        form.threshold.zero_()
+        acts = (form.encode(x) for x in parts)
+        form.threshold.fill_(threshold_at_l0(cfg.k, acts, len(sample)))
+    n_tokens = _TOKENS_PER_DIMENSION * cfg.d_in - len(sample)
+    more = islice(stream, max(0, math.ceil(n_tokens / len(first))))
+    return absorb_scaffold(form, chain(parts, more), cfg.scaffold_rank)
 
 
 def check_pretrained(cfg: RunnerConfig) -> None:

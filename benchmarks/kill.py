@@ -282,7 +282,7 @@ class Trials:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=60, help="of all commands")
     parser.add_argument("--others", type=int, default=2, help="of a kind and command")

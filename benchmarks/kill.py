@@ -119,7 +119,8 @@ def prepare(inputs: Path) -> None:
 
 def make_demo_small() -> None:
     """Make `demo --quick` train and evaluate on less."""
-    from saelens_scaffold.demo import language_model, main
+    demo: Any = import_module("saelens_scaffold.demo.main")
+    language_model: Any = import_module("saelens_scaffold.demo.language_model")
 
     config = language_model.read_config(language_model.CONFIG_PATH)
     config.sae.update(d_sae=128, matryoshka_widths=[32, 64, 128])
@@ -131,11 +132,11 @@ def make_demo_small() -> None:
     )
     language_model.read_config = lambda _: config
     language_model.QUICK["training_tokens"] = TRAINING["training_tokens"] // 2
-    settings = main.planted_settings(quick=True)
+    settings = demo.planted_settings(quick=True)
     settings["training"]["training_samples"] = 10_240
     settings["sae"].update(d_sae=128, matryoshka_widths=[32, 64, 128])
     settings["eval_samples"] = 1024
-    main.planted_settings = lambda _: settings
+    demo.planted_settings = lambda _: settings
 
 
 def start(argv: Sequence[str], folder: Path) -> int:

@@ -119,7 +119,8 @@ def prepare(inputs: Path) -> None:
 
 def make_demo_small() -> None:
     """Make `demo --quick` train and evaluate on less."""
-    from saelens_scaffold.demo import language_model, main
+    demo: Any = import_module("saelens_scaffold.demo.main")
+    language_model: Any = import_module("saelens_scaffold.demo.language_model")
 
     config = language_model.read_config(language_model.CONFIG_PATH)
     config.sae.update(d_sae=128, matryoshka_widths=[32, 64, 128])
@@ -131,10 +132,11 @@ def make_demo_small() -> None:
     )
     language_model.read_config = lambda _: config
     language_model.QUICK["training_tokens"] = TRAINING["training_tokens"] // 2
-    settings = main.planted_settings(quick=True)
+    settings = demo.planted_settings(quick=True)
     settings["training"]["training_samples"] = 10_240
+    settings["sae"].update(d_sae=128, matryoshka_widths=[32, 64, 128])
     settings["eval_samples"] = 1024
-    main.planted_settings = lambda _: settings
+    demo.planted_settings = lambda _: settings
 
 
 def start(argv: Sequence[str], folder: Path) -> int:
@@ -214,11 +216,10 @@ class Trials:
         self.expected = self.what_is_there(whole)
         files = filter(Path.is_file, whole.rglob("*"))
         self.size = sum(file.stat().st_size for file in files)
-        if (
-            command == "upload"
-        ):  # which has written all of this in the end, and removed it
+        if command == "upload":
+            # it removes each SAE's files before it writes the next one's
             blobs = hub.repositories[REPO].files().values()
-            self.size = sum(len(blob.content) for blob in blobs) // 2
+            self.size = sum(len(blob.content) for blob in blobs) // 4
 
     def what_is_there(self, folder: Path) -> dict[str, Any]:
         """Hashes of weights, metrics of results, by file; else that a file is there."""
@@ -282,7 +283,7 @@ class Trials:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=60, help="of all commands")
     parser.add_argument("--others", type=int, default=2, help="of a kind and command")
@@ -301,10 +302,13 @@ def main() -> int:
     with HubServer().running() as hub:
         os.environ["HF_ENDPOINT"] = hub.url
         import saelens_scaffold
+        from saelens_scaffold.models.datasets import open_dataset
 
         for module in walk_packages(saelens_scaffold.__path__, "saelens_scaffold."):
             if "triton" not in module.name:
                 import_module(module.name)
+        for split in ("train", "test"):
+            open_dataset("python-stdlib", split)  # which is then in memory
         make_demo_small()
         prepare(out / "inputs")
         problems = 0

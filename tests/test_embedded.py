@@ -214,10 +214,11 @@ def test_the_split_is_fixed(
     }
     assert set(test["path"]) < held_out
 
-    make_library(tmp_path, 400, 10_000)
-    set_library(monkeypatch, tmp_path)
+    make_library(tmp_path / "few", 400, 10_000)
+    set_library(monkeypatch, tmp_path / "few")
     few = set(load_stdlib_text("test")["path"])
-    make_library(tmp_path, 800, 10_000)
+    make_library(tmp_path / "many", 800, 10_000)
+    set_library(monkeypatch, tmp_path / "many")
     many = set(load_stdlib_text("test")["path"])
     assert few == {path for path in many if int(path[15:-3]) < 400}
     assert few < many

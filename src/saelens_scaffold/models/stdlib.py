@@ -112,7 +112,11 @@ def read_stdlib() -> list[SourceFile]:
         UserError: There is too little text: some distributions ship the standard library
             zipped or compiled.
     """
-    root = _library()
+    return [*_sources(_library())]
+
+
+@lru_cache(maxsize=1)  # one command opens the text several times, which takes seconds
+def _sources(root: Path) -> list[SourceFile]:
     sources: list[SourceFile] = []
     for file in root.rglob("*.py"):
         relative = file.relative_to(root)
@@ -189,8 +193,7 @@ def load_stdlib_text(split: Split, seed: int = 0) -> Dataset:
         UserError: The standard library contains too little text, or there is no such
             split.
     """
-    files = read_stdlib()
-    sources = _split(files, split, TEXT_TEST_FRACTION, CHUNK_CHARS, MIN_FILE_CHARS)
+    sources = [*_text_split(_library(), split)]
     random.Random(seed).shuffle(sources)
     columns = ("text", "path", "label")
     return Dataset.from_dict({c: [getattr(s, c) for s in sources] for c in columns})
@@ -332,10 +335,16 @@ def _split(
     ]
 
 
+@lru_cache(maxsize=2)
+def _text_split(library: Path, split: Split) -> list[SourceFile]:
+    files = _sources(library)
+    return _split(files, split, TEXT_TEST_FRACTION, CHUNK_CHARS, MIN_FILE_CHARS)
+
+
 @lru_cache(maxsize=1)  # takes seconds, and is called for labels, train and test in turn
-def _probing_splits(library: Path, chars: int) -> dict[Split, list[SourceFile]]:  # noqa: ARG001
-    """Both splits of labelled text; the library is the key of the cache."""
-    sources = read_stdlib()
+def _probing_splits(library: Path, chars: int) -> dict[Split, list[SourceFile]]:
+    """Both splits of labelled text."""
+    sources = _sources(library)
     return {
         split: _split(sources, split, PROBING_TEST_FRACTION, chars, chars)
         for split in ("train", "test")

@@ -150,7 +150,8 @@ def jumprelu_form(
     It has the latents and outputs of the SAE, in single precision at least. `standard` is
     a JumpReLU with the threshold 0, and so is `gated` with one threshold for each latent,
     as gate and magnitude read the same direction. `topk` is none: its fixed k becomes the
-    threshold at which k latents fire per token on average.
+    threshold at which k latents fire per token on average. Weights that are the same are
+    shared with the SAE, not copied.
 
     Args:
         sae: An SAE in inference form.
@@ -193,7 +194,7 @@ def jumprelu_form(
             weights[name] * norms for name in ("W_enc", "b_enc")
         )
         weights["W_dec"] = weights["W_dec"] / norms[:, None]
-    form = build_sae(ScaffoldJumpReLUSAE, cfg, weights)
+    form = build_sae(ScaffoldJumpReLUSAE, cfg, weights, copies=False)
     if architecture == "topk":
         _calibrate(form, own.k, calibration)
     return form
@@ -299,4 +300,4 @@ def _with_latents(
     values = {f.name: getattr(sae.cfg, f.name) for f in fields(sae.cfg)}
     sizes = {"d_sae": len(weights["W_dec"]), "scaffold_rank": rank}
     cfg = ScaffoldJumpReLUSAEConfig(**copy.deepcopy({**values, **sizes}))
-    return build_sae(ScaffoldJumpReLUSAE, cfg, weights)
+    return build_sae(ScaffoldJumpReLUSAE, cfg, weights, copies=False)

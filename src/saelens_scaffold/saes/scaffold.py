@@ -202,10 +202,13 @@ def check_scaffold_config(cfg: Any, *choices: str) -> None:
 
 @torch.no_grad()
 def build_sae(
-    sae_class: type[SAE[Any]], cfg: Any, state_dict: dict[str, torch.Tensor]
+    sae_class: type[SAE[Any]],
+    cfg: Any,
+    state_dict: dict[str, torch.Tensor],
+    copies: bool = True,
 ) -> Any:
     """
-    An SAE of `sae_class` that owns copies of the given weights.
+    An SAE of `sae_class` that owns copies of the given weights, or has these themselves.
 
     Built on the meta device first, as SAELens loads SAEs, so that no memory, time or
     random numbers go into an initialisation that is thrown away.
@@ -213,7 +216,9 @@ def build_sae(
     cfg = copy.deepcopy(cfg)
     device, cfg.device = cfg.device, "meta"
     sae = sae_class(cfg)
-    owned = {name: t.detach().clone().contiguous() for name, t in state_dict.items()}
+    owned = {name: t.detach() for name, t in state_dict.items()}
+    if copies:
+        owned = {name: t.clone().contiguous() for name, t in owned.items()}
     sae.load_state_dict(owned, assign=True)
     return sae.to(device=device)
 

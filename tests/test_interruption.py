@@ -103,3 +103,29 @@ def test_demo(tmp_path: Path, number: signal.Signals) -> None:
     assert "repeat the command" in written
     assert "Traceback" not in written
     assert not list(out.rglob("results.json"))
+
+
+def test_an_interruption_that_python_drops_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+
+    class Deleted:
+        def __init__(self, fails: bool) -> None:
+            self.fails = fails
+
+        def __del__(self) -> None:
+            if self.fails:
+                raise ValueError
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                pass
+
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        Deleted(fails=True)
+        assert len(shown) == 1
+        Deleted(fails=False)
+        raise_if_interrupted()
+    assert len(shown) == 1
+    assert sys.unraisablehook == shown.append

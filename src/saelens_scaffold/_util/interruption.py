@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM, which must not get lost in a library."""
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +39,12 @@ def interruptible() -> Iterator[None]:
         before = {}
     else:
         _interrupted_at, _held = None, False
+    shows = sys.unraisablehook
+    if before:
+        # what Python drops it shows, with a traceback
+        sys.unraisablehook = lambda dropped: (
+            None if dropped.exc_type is KeyboardInterrupt else shows(dropped)
+        )
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # as a shell does for what runs in the background
             signal.signal(number, _interrupt)
@@ -54,6 +61,7 @@ def interruptible() -> Iterator[None]:
                 signal.signal(number, handler)
         if before:
             _interrupted_at, _held = None, False
+            sys.unraisablehook = shows
 
 
 def raise_if_interrupted() -> None:

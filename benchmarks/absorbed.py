@@ -31,6 +31,7 @@ from saelens_scaffold.evals.saes import (
 )
 from saelens_scaffold.evals.tokens import TokenStream
 from saelens_scaffold.models import write_stdlib_dataset
+from saelens_scaffold.models.language_models import load_language_model
 from saelens_scaffold.saes import absorption
 from saelens_scaffold.saes.facts import DENSE_THRESHOLD, FiringStatistics
 from saelens_scaffold.saes.least_squares import LeastSquares
@@ -44,7 +45,7 @@ def absorb(folder: Path, output: Path) -> None:
     paths = sorted(folder.glob("batchtopk*"))
     saes = [SelectedSAE(name, CUSTOM_SAE_ID, sae) for name, sae in load_saes(paths)]
     name = str(saes[0].sae.cfg.metadata.model_name)
-    model = lm.load_language_model(name, "cpu")
+    model = load_language_model(name, "cpu")
     ((hooked, _),) = lm.by_hook_point(model, saes)
     text = TextEvalConfig(model_name=name, dataset="python-stdlib")
     batches = TokenStream(text, model, saes).batches(N_TOKENS, "Reading")

@@ -17,6 +17,8 @@ A latent of the support may be chosen again, and the clamp removes latents, so a
 most as many latents as its budget.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,7 +103,7 @@ class GradientPursuit:
         """The function `encode` for this SAE."""
         sae, rank = self.sae, self._rank
         of_heads = sae.cfg.reshape_activations == "hook_z"
-        self._check_decoder(x.shape[-2 if of_heads else -1 :])
+        self.check_decoder(x.shape[-2 if of_heads else -1 :])
         sae_in = sae.process_sae_in(x)
         acts = sae_in.new_zeros(*sae_in.shape[:-1], sae.cfg.d_sae)
         if l0 is None or rank:
@@ -130,10 +132,18 @@ class GradientPursuit:
             flat.index_put_(places, weights.to(flat), accumulate=True)
         return acts
 
-    def _check_decoder(self, features: torch.Size) -> None:
-        """See that tokens of a shape are decoded by f W_dec + b_dec, whatever the class."""
+    def check_decoder(self, features: Sequence[int]) -> None:
+        """
+        See that tokens are decoded by f W_dec + b_dec, whatever the class of the SAE.
+
+        Args:
+            features: Shape of the activations of a token as the SAE takes them.
+
+        Raises:
+            UserError: They are not.
+        """
         sae = self.sae
-        x = torch.linspace(-1, 1, features.numel()).to(sae.W_dec).view(1, *features)
+        x = torch.linspace(-1, 1, math.prod(features)).to(sae.W_dec).view(1, *features)
         acts = torch.linspace(0, 1, sae.cfg.d_sae).to(sae.W_dec).expand(1, -1)
         # Run-time normalisation remembers the scale of its last input, once.
         sae.process_sae_in(x)

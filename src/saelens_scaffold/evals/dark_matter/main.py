@@ -252,7 +252,9 @@ def check(config: DarkMatterEvalConfig, saes: Sequence[SelectedSAE]) -> None:
     for sae in saes:
         # what stands in for an SAE that is not trained yet has other weights
         if config.pursuit and len(sae.sae.W_dec) == sae.sae.cfg.d_sae:
-            GradientPursuit(sae.sae)
+            pursuit = GradientPursuit(sae.sae)
+            if sae.sae.cfg.reshape_activations == "none":
+                pursuit.check_decoder([sae.sae.cfg.d_in])
         n_inputs = sae.sae.cfg.d_in
         if sae.key in earlier:
             n_inputs += 2 * earlier[sae.key].sae.cfg.d_in

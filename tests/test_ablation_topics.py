@@ -202,7 +202,9 @@ def test_choices_must_be_lists(mmlu: Path, tmp_path: Path) -> None:
     dataset = dataset.map(lambda row: {"choices": " ".join(row["choices"])})
     dataset.to_json(str(tmp_path / "a.jsonl"))
     with pytest.raises(ValueError, match="'choices' holds str, not a list of answers"):
-        read_topics(config(tmp_path / "a.jsonl", topic_answer_choices=True))
+        read_topics(
+            config(tmp_path / "a.jsonl", topic_answer_choices=True, topic_split="train")
+        )
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
 from saelens_scaffold.compare.training import WaveTrainer  # noqa: E402
 from saelens_scaffold.evals import runner  # noqa: E402
 from saelens_scaffold.evals.jobs import Job  # noqa: E402
+from saelens_scaffold.evals.store import ResultStore  # noqa: E402
 from saelens_scaffold.plugins import manager as plugins  # noqa: E402
 from test_compare_page import visit  # noqa: E402
 
@@ -712,7 +713,8 @@ def test_reference_is_of_chosen_pairs_and_says_what_it_leaves_out(
     for file in (out / "eval_results/dense_latents").glob("batchtopk-k_6-*.json"):
         result = json.loads(file.read_text())
         result["eval_result_metrics"]["sparsity"]["l0_total"] = 0
-        file.write_text(json.dumps(result))
+        key = json.loads(file.with_suffix(".key").read_text())
+        ResultStore(file.parent).keep(file.name, key, result)
     (all_k,) = SMALL["reference"]
     one = {**all_k, "where": {"k": 4, "seed": 1}}
     difference = {**all_k, "against_baseline": "difference", "where": {"k": 4}}

@@ -110,7 +110,9 @@ def test_no_result_of_another_configuration_stays(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr("saelens_scaffold.evals.model.load_language_model", fail)
+    monkeypatch.setattr(
+        "saelens_scaffold.evals.dense_latents.main.load_language_model", fail
+    )
     with pytest.raises(EvaluationsFailed, match="no luck") as raised:
         again(out, evaluations={"dense_latents": {**DENSE, "n_tokens": 700}})
     assert all(not sae["evaluations"] for sae in raised.value.results["saes"])

@@ -13,7 +13,6 @@ pytest.importorskip("sae_bench")
 
 from eval_helpers import HOOK, eval_sae  # noqa: E402
 from saelens_scaffold._util.errors import UserError  # noqa: E402
-from saelens_scaffold.evals import model as lm  # noqa: E402
 from saelens_scaffold.evals.rank import suggest_rank  # noqa: E402
 from saelens_scaffold.evals.registry import EVALUATIONS  # noqa: E402
 from saelens_scaffold.evals.saes import SelectedSAE  # noqa: E402
@@ -130,7 +129,10 @@ def test_the_context_that_an_sae_was_trained_at_counts_by_default(
     with pytest.raises(UserError, match="context_size is 1024"):
         check_context_size(config, selected(1024))
 
-    monkeypatch.setattr(lm, "load_language_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "saelens_scaffold.evals.rank.suggestion.load_language_model",
+        lambda *_: pytest.fail("loaded"),
+    )
     selected(1024)[0].sae.save_model(tmp_path / "sae")
     with pytest.raises(UserError, match="context_size is 1024"):
         suggest_rank(

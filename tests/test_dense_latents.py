@@ -40,7 +40,7 @@ def config(**overrides: Any) -> DenseLatentsEvalConfig:
     kwargs: dict[str, Any] = {
         "model_name": "py-neox",
         "dataset": "python-stdlib",
-        "dataset_split": "test",
+        "dataset_split": "train" if "dataset" in overrides else "test",
         "n_tokens": 5_000,
         "n_bootstrap": 50,
         **overrides,
@@ -452,6 +452,10 @@ def too_short(tmp_path: Path) -> dict[str, Any]:
         (too_short, "no text of 64 tokens"),
         (lambda _: {"dataset": "./nowhere.jsonl"}, "no such file"),
         (lambda _: {"dataset_split": "validation"}, "'train' and 'test'"),
+        (
+            lambda tmp_path: {**too_short(tmp_path), "dataset_split": "test"},
+            "has no split 'test'; a single file is the split 'train'",
+        ),
         (lambda _: {"context_size": 4096}, "has room for 512"),
         (lambda _: {"baseline": "other"}, r"baseline is 'other'; .*\['sae'\]"),
         (lambda _: {"model_name": ""}, "model_name is empty"),

@@ -70,7 +70,7 @@ def test_local_text_is_compared(tmp_path: Path):
         tmp_path / "partly.jsonl", [prose(2), "x" * 77 + prose(1)[900:1900] + prose(3)]
     )
     assert ask(training, fresh).seen is False
-    assert ask(training, tmp_path / "." / "train.jsonl", "test").seen is True
+    assert ask(training, tmp_path / "." / "train.jsonl").seen is True
     found = ask(training, partly)
     assert found.seen is True
     n_chars = 3000 + 77 + 1000 + 3000

@@ -560,7 +560,7 @@ def test_unusable_text_is_refused_before_anything_is_run(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(
-        "saelens_scaffold.evals.model.load_language_model",
+        "saelens_scaffold.evals.saebench.over_seeds.lent_language_model",
         lambda *_: pytest.fail("the model was loaded"),
     )
     results = tmp_path / "results"

@@ -258,7 +258,7 @@ def test_folder_is_seen_to_before_the_work(
         ({"model_name": "py-neox"}, "name the hook point"),
         ({"model_name": "py-neox", "hook_name": "nowhere"}, "no hook point 'nowhere'"),
         ({"hook_name": HOOK}, "model_name is empty"),
-        ({"sae_path": "/nowhere"}, "not an SAE's directory"),
+        ({"sae_path": "/nowhere"}, "holds no SAE"),
         ({"model_name": "py-neox", "hook_name": HOOK, "n_tokens": 0}, "n_tokens"),
         (
             {"model_name": "py-neox", "hook_name": HOOK, "n_tokens": 256},

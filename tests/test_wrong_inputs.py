@@ -176,7 +176,7 @@ CASES: list[tuple[list[str], str]] = [
     (["absorb", "plain", *NEW, "--model", "no-such-model"], "no-such-model"),
     (["absorb", "plain", *NEW, "--context_size", "1024"], "1024"),
     (["absorb", "plain", *NEW, "--device", "cuda:99"], "cuda:99"),
-    (["compare"], "CONFIG.yaml"),
+    (["compare"], "CONFIG"),
     (["compare", "nowhere.yaml"], "nowhere.yaml"),
     (["compare", "file"], "file"),
     (["compare", "experiment.yaml", "--memory_gb", "8"], "--memory_gb"),

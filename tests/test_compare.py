@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from filelock import FileLock
 from sae_lens import SAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import load_file
+from wandb.errors import UsageError
 
 from saelens_scaffold_cli import main
 
@@ -151,6 +153,29 @@ def test_report_has_every_number_and_where_it_comes_from(unbroken: Path) -> None
         cell = by_name[row["sae"]]["metrics"][row["metric"]]
         assert row["value"] == ("" if cell["value"] is None else str(cell["value"]))
     assert "A small &lt;experiment&gt;" in (unbroken / "report.html").read_text()
+
+
+def test_a_training_is_logged_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    grid = {**SMALL["grid"], "k": [4], "seed": [0]}
+    dense = {"dense_latents": SMALL["evaluations"]["dense_latents"]}
+    changes = {"grid": grid, "evaluations": dense, "wandb_project": "experiments"}
+    file = write(tmp_path, **changes)
+    compare(read_config(file), tmp_path / "out")
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (file_of_run,) = run.glob("*.wandb")
+    logged = file_of_run.read_bytes()
+    trained = [file.name for file in (tmp_path / "out" / "saes").iterdir()]
+    assert len(trained) == 2
+    assert all(
+        f"{name}/metrics/explained_variance".encode() in logged for name in trained
+    )
+
+    monkeypatch.setattr("wandb.init", Mock(side_effect=UsageError("no key")))
+    with pytest.raises(UserError, match="no key .or leave wandb_project out"):
+        compare(read_config(file), tmp_path / "another")
 
 
 def test_comparisons_are_at_the_measured_sparsity(unbroken: Path) -> None:

@@ -173,7 +173,7 @@ def runner_config(
             seed=config.data_seed,
             checkpoint_path=None,
             output_path=None,
-            logger=LoggingConfig(log_to_wandb=False),
+            logger=_logger(config, wave),
             calibrate_thresholds={
                 run.name: config.calibrate_thresholds
                 and isinstance(run.config, BatchTopKTrainingSAEConfig)
@@ -191,6 +191,18 @@ def runner_config(
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {one_line(error):.500}") from error
     return cfg
+
+
+def _logger(config: CompareConfig, wave: Sequence[Run]) -> LoggingConfig:
+    """What is logged of each SAE under its name: SAELens's metrics, and no weights."""
+    if config.wandb_project is None:
+        return LoggingConfig(log_to_wandb=False)
+    others = f" and {len(wave) - 1} more" if len(wave) > 1 else ""
+    return LoggingConfig(
+        wandb_project=config.wandb_project,
+        run_name=f"{config.hook_name} {wave[0].name}{others}",
+        log_weights_to_wandb=False,
+    )
 
 
 def _model_name(config: CompareConfig, training: Mapping[str, Any]) -> str:

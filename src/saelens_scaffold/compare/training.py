@@ -16,8 +16,9 @@ import torch
 from sae_lens import constants
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
+from wandb.errors import UsageError
 
-from saelens_scaffold._util.errors import UserError, loading, shown
+from saelens_scaffold._util.errors import UserError, loading, one_line, shown
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold._util.untrusted import read_json
@@ -271,6 +272,10 @@ class WaveTrainer:
             started = time.monotonic()
             try:
                 self._runner(wave, folder).run()
+            except UsageError as error:
+                raise UserError(
+                    f"{one_line(error)} (or leave wandb_project out)"
+                ) from error
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("sae_bench")
@@ -278,3 +279,46 @@ def test_an_sae_is_judged_alike_by_every_route(texts: Path, tmp_path: Path):
             assert other["ratios"]["cross_entropy"][name] == pytest.approx(
                 value, abs=1e-4
             ), name
+
+
+def test_a_comparison_on_a_local_gemma(local_models: Path, texts: Path, tmp_path: Path):
+    training = {
+        "model_class_name": "AutoModelForCausalLM",
+        "training_tokens": 1024,
+        "train_batch_size_tokens": 128,
+        "context_size": 32,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 4,
+    }
+    experiment = {
+        "model_name": str(local_models / "gemma2"),
+        "hook_name": "model.layers.1",
+        "dataset_path": str(texts),
+        "sae": {"d_in": 32, "d_sae": 64},
+        "grid": {
+            "architecture": ["batchtopk", "scaffold_batchtopk"],
+            "k": [4],
+            "scaffold_rank": [2],
+        },
+        "training": training,
+        "evaluations": {
+            "dense_latents": {"n_tokens": 200, "n_bootstrap": 5},
+            "dark_matter": {"n_tokens": 100, "n_fit_tokens": 200, "n_bootstrap": 5},
+        },
+        "evaluation_data": {"dataset": str(texts), "llm_batch_size": 4},
+    }
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+    out = tmp_path / "out"
+    assert main(["compare", str(file), f"--output_path={out}"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["saes"]) == 2
+    for sae in results["saes"]:
+        assert {"dense_latents", "dark_matter"} == {*sae["evaluations"]}
+
+    one = str(out / "saes" / "batchtopk-k_4-seed_0")
+    absorbed = [one, f"--dataset={texts}", "--n_tokens=300", "--held_out_tokens=100"]
+    saved = tmp_path / "absorbed"
+    assert main(["absorb", *absorbed, "--rank=2", f"--output_path={saved}"]) == 0
+    metadata = json.loads((saved / "cfg.json").read_text())["metadata"]
+    assert metadata["model_class_name"] == "AutoModelForCausalLM"

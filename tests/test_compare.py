@@ -40,10 +40,12 @@ from saelens_scaffold.evals import runner  # noqa: E402
 from saelens_scaffold.evals.jobs import Job  # noqa: E402
 from saelens_scaffold.evals.store import ResultStore  # noqa: E402
 from saelens_scaffold.plugins import manager as plugins  # noqa: E402
+from saelens_scaffold.training.metrics_log import MetricsLog  # noqa: E402
 from test_compare_page import visit  # noqa: E402
 
 SMALL: dict[str, Any] = {
     "title": "A small <experiment>",
+    "log_metrics": True,
     "model_name": "py-neox",
     "hook_name": "blocks.0.hook_resid_post",
     "dataset_path": "python-stdlib",
@@ -172,6 +174,17 @@ def test_a_training_is_logged_where_that_is_asked_for(
     assert all(
         f"{name}/metrics/explained_variance".encode() in logged for name in trained
     )
+
+    rows = [*csv.DictReader((tmp_path / "out" / "training.csv").open())]
+    logged_rows = {(int(row["step"]), row["sae"]) for row in rows}
+    assert logged_rows == {(step, name) for step in (10, 20, 30) for name in trained}
+    explained = [row for row in rows if row["metric"] == "metrics/explained_variance"]
+    assert len(explained) == len(logged_rows)
+    assert all(-1 < float(row["value"]) < 1 for row in explained)
+    log = MetricsLog(tmp_path / "out" / "training.csv")
+    log.forget_after(20, [trained[0]])
+    kept = {(int(r["step"]), r["sae"]) for r in csv.DictReader(log.file.open())}
+    assert kept == logged_rows - {(30, trained[0])}
 
     monkeypatch.setattr("wandb.init", Mock(side_effect=UsageError("no key")))
     with pytest.raises(UserError, match="no key .or leave wandb_project out"):
@@ -308,6 +321,9 @@ def test_killed_twice_with_the_same_results(unbroken: Path, tmp_path: Path) -> N
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     leftovers = [*out.glob("**/.*"), *(out / "training").glob("*/checkpoints")]
     assert not leftovers
+    # what the repeated steps had logged is there once
+    logged = [sorted((of / "training.csv").open()) for of in (out, unbroken)]
+    assert logged[0] == logged[1]
 
 
 def stop() -> None:

@@ -180,6 +180,8 @@ class CompareConfig:
     """SAEs that are trained together, on one pass of the language model; by default as many as memory holds"""
     wandb_project: str | None = None
     """Project of Weights & Biases that the training is logged to, with a run for each wave; by default none"""
+    log_metrics: bool = False
+    """Whether the metrics of the training are written to training.csv while it runs, every 10 steps"""
     data_seed: int = 42
     """Seed of the order of the activations, which is the same for all SAEs"""
     b_dec_init: Literal["mean", "zeros"] = "mean"

@@ -37,6 +37,7 @@ from saelens_scaffold.saes.runner_config import read_runner_config
 from saelens_scaffold.saes.scaffold_start import principal_subspace
 from saelens_scaffold.training import runner
 from saelens_scaffold.training.data import override_dataset
+from saelens_scaffold.training.metrics_log import MetricsLog
 from saelens_scaffold.training.model import override_model
 
 Wave = list[Run]
@@ -322,6 +323,8 @@ class WaveTrainer:
         with loading(cfg.model_name):
             made = _WaveRunner(cfg, override_model=model or override_model(cfg), **data)
         made.calibrated = [*filter(cfg.calibrate_thresholds.get, cfg.saes)]
+        if self.config.log_metrics:
+            made.metrics_log = MetricsLog(self.training_path.with_name("training.csv"))
         self._model, self._hook_names = made.model, hook_names
         for hook_name in hook_names - set(made.model.hook_dict):
             raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")

@@ -40,6 +40,7 @@ from saelens_scaffold.saes.facts import l0_warning
 from saelens_scaffold.training import fine_tuning
 from saelens_scaffold.training.activation_stream import ActivationStream
 from saelens_scaffold.training.measurement import Measurement, NotMeasuredError, measure
+from saelens_scaffold.training.metrics_log import MetricsLog
 
 logger = logging.getLogger(__name__)
 
@@ -303,9 +304,11 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         calibrated: Names of the BatchTopK SAEs, plain or scaffold, whose threshold is
             calibrated at the end of training, all on the same activations. By default
             the scaffold SAEs with `calibrate_threshold`.
+        metrics_log: Where metrics are logged, if anywhere.
     """
 
     calibrated: Collection[str] | None = None
+    metrics_log: MetricsLog | None = None
     _stream: ActivationStream
     _batches: SampledBatches
     _resume_from: str | None = None
@@ -330,7 +333,9 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         trainer.data_provider = self._batches
         calibrated = self._calibrate_here()
         # a proxy, since a cycle of references would keep the optimizers alive
-        trainer._update_pbar = partial(_update_progress, weakref.proxy(trainer))  # type: ignore
+        trainer._update_pbar = partial(
+            _update_progress, weakref.proxy(trainer), self.metrics_log
+        )  # type: ignore
         if self._resume_from is None:
             self._stream.begin()
             self.before_first_step(trainer)
@@ -361,6 +366,8 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         n_samples = trainer.n_training_samples
         for each in (trainer, *trainer.trainers.values()):
             each.n_training_steps = n_samples // self.cfg.train_batch_size_tokens
+        if self.metrics_log is not None:
+            self.metrics_log.forget_after(trainer.n_training_steps, {*trainer.trainers})
         thresholds = trainer.checkpoint_thresholds
         trainer.checkpoint_thresholds = [at for at in thresholds if at >= n_samples]
         device = self.cfg.act_store_device or self.cfg.device
@@ -398,6 +405,14 @@ def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
     return TrainingSAE.from_dict(cfg.to_dict())
 
 
-def _update_progress(trainer: MultiSAETrainer, _: Any, pbar: Any, *__: Any) -> None:
+def _update_progress(
+    trainer: MultiSAETrainer,
+    metrics_log: MetricsLog | None,
+    outputs: Any,
+    pbar: Any,
+    *_: Any,
+) -> None:
     """Show progress alone; SAELens adds the name and loss of each SAE, here too many."""
+    if metrics_log is not None:
+        metrics_log.add(trainer, outputs)
     pbar.update(trainer.n_training_samples - pbar.n)

@@ -148,10 +148,10 @@ def plan(
         artifacts_path: Folder for stored activations, probes and texts.
         device: Where to compute; by default a GPU where there is one.
         api_key_file: File with the key of the OpenAI API.
-        options: model_name, model_class_name, dataset, dataset_split, labelled_dataset, text_column,
-            label_column, random_seeds, llm_batch_size, llm_dtype, sae_batch_size and
-            baseline, as the flags of `saelens-scaffold eval`. None takes each evaluation's
-            own default.
+        options: model_name, model_class_name, dataset, dataset_split, labelled_dataset,
+            text_column, label_column, random_seeds, llm_batch_size, llm_dtype,
+            sae_batch_size and baseline, as the flags of `saelens-scaffold eval`. None takes
+            each evaluation's own default.
 
     Raises:
         UserError: Something is missing, or makes no sense.
@@ -177,19 +177,11 @@ def plan(
         used |= {option for option, _, _ in offered}
         values = {field: value for _, field, value in offered}
         values |= evaluations[evaluation.name]
-        known = config_fields(config_class)
-        for field in evaluations[evaluation.name]:
-            if field not in known:
-                raise UserError(
-                    f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
-                )
+        _check_fields(evaluation, config_class, values)
         _add_language_model(
             values, evaluation, config_class, selected_saes, model_class
         )
-        # SAEBench's core has a context size of its own
-        own = evaluation.tokens == "as_trained" and known["context_size"].default
-        if own and "context_size" not in values:
-            values["context_size"] = common_tokens(saes).context_size
+        _add_context_size(values, evaluation, config_class, saes)
         try:
             config = make_config(config_class, {**evaluation.defaults, **values})
         except UserError as error:
@@ -238,6 +230,30 @@ def _offered(
     return [of for of in offered if of[1] in fields and of[2] is not None]
 
 
+def _check_fields(
+    evaluation: Evaluation, config_class: type, values: Mapping[str, Any]
+) -> None:
+    known = config_fields(config_class)
+    for field in values:
+        if field not in known:
+            raise UserError(
+                f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
+            )
+
+
+def _add_context_size(
+    values: dict[str, Any],
+    evaluation: Evaluation,
+    config_class: type,
+    saes: Sequence[SelectedSAE],
+) -> None:
+    """Take the SAEs' context size where a configuration, as of SAEBench's core, has its own."""
+    if evaluation.tokens != "as_trained" or "context_size" in values:
+        return
+    if config_fields(config_class)["context_size"].default:
+        values["context_size"] = common_tokens(saes).context_size
+
+
 def _add_language_model(
     values: dict[str, Any],
     evaluation: Evaluation,
@@ -246,8 +262,8 @@ def _add_language_model(
     model_class: ModelClass,
 ) -> None:
     """
-    Name the SAEs' language model and its class, and the batch size and dtype that SAEBench uses for it,
-    where they were not given.
+    Name the SAEs' language model and its class, and the batch size and dtype that SAEBench
+    uses for it, where they were not given.
 
     Raises:
         UserError: The SAEs name no model, or several, or there is no such model.

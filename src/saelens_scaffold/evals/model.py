@@ -56,6 +56,7 @@ class HookedModel:
         self.model = model
         self.hook_name = hook_name
         self.point = HookPoint(model, hook_name)
+        self.point.check(model)
         # What the rerun of a batch starts with: the output of a layer is the next one's
         # input, any other hook point is met on the way through its own layer.
         self._layer = self.point.layer + self.point.is_residual_post

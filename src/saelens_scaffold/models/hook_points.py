@@ -20,17 +20,18 @@ from saelens_scaffold.models.language_models import (
 from saelens_scaffold.models.local import official_name, register_local_model
 
 
-def model_config(model_name: str, **changes: Any) -> Any:
+def model_config(model_name: str, **keywords: Any) -> Any:
     """
     TransformerLens's configuration of a language model.
 
     Args:
         model_name: A name in TransformerLens, or the directory of a local model.
-        changes: n_ctx and first_n_layers, if not the model's own.
+        keywords: What the model is loaded with; of these, n_ctx and first_n_layers count.
 
     Raises:
         UserError: There is no such model, or its configuration cannot be read.
     """
+    changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
     name = model_name
     if Path(model_name).is_dir():
         # TransformerLens would read the config.json there, and not the one it needs
@@ -64,8 +65,7 @@ def context_length(
         UserError: There is no such model, or its configuration cannot be read.
     """
     if model_class_name == "HookedTransformer":
-        changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
-        return model_config(model_name, **changes).n_ctx
+        return model_config(model_name, **keywords).n_ctx
     if model_class_name not in get_args(ModelClass):
         return None
     config = transformers_config(model_name, **keywords)
@@ -163,8 +163,7 @@ def check_activations(
         UserError: It does not.
     """
     if model_class_name == "HookedTransformer":
-        changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
-        config = model_config(model_name, **changes)
+        config = model_config(model_name, **keywords)
         width = width_at(config, hook_name, head_index)
     elif model_class_name == "AutoModelForCausalLM":
         width = _width_in_transformers(model_name, hook_name, **keywords)

@@ -218,24 +218,39 @@ class HookPoint:
         is_residual_post: Whether it is the layer's output.
 
     Raises:
-        UserError: The model has no such hook point, or it is in no layer.
+        UserError: It is in no layer of such a model.
     """
 
     def __init__(self, model: LanguageModel, name: str):
-        of_layer = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post|(?:\w+\.)+(\d+)", name)
-        if name not in model.hook_dict and of_layer is not None:
-            name = residual_post(model, int(of_layer[1] or of_layer[2]))
         prefix = getattr(model, "layers_name", "blocks")
+        of_layer = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post|(?:\w+\.)+(\d+)", name)
+        if of_layer is not None and not name.startswith(f"{prefix}."):
+            name = residual_post(model, int(of_layer[1] or of_layer[2]))
         layer = re.match(rf"{re.escape(prefix)}\.(\d+)(?:\.|$)", name)
-        if name not in model.hook_dict or layer is None:
-            last = model.cfg.n_layers - 1
-            raise UserError(
-                f"the model {model.cfg.model_name} has no hook point {name!r}; it has, for "
-                f"instance, {residual_post(model, 0)} to {residual_post(model, last)}"
-            )
+        if layer is None:
+            raise _no_hook_point(model, name)
         self.name = name
         self.layer = int(layer[1])
         self.is_residual_post = name == residual_post(model, self.layer)
+
+    def check(self, model: LanguageModel) -> None:
+        """
+        See that the model has it; not for each batch, since the bridge collects its hook
+        points anew.
+
+        Raises:
+            UserError: It has not.
+        """
+        if self.name not in model.hook_dict:
+            raise _no_hook_point(model, self.name)
+
+
+def _no_hook_point(model: LanguageModel, name: str) -> UserError:
+    last = model.cfg.n_layers - 1
+    return UserError(
+        f"the model {model.cfg.model_name} has no hook point {name!r}; it has, for "
+        f"instance, {residual_post(model, 0)} to {residual_post(model, last)}"
+    )
 
 
 def residual_post(model: LanguageModel, layer: int) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
+from saelens_scaffold._util.files import new_file
+
 _COLUMNS = ("step", "sae", "metric", "value")
 
 
@@ -40,11 +42,14 @@ class MetricsLog:
             csv.writer(file).writerows([_COLUMNS, *rows] if is_new else rows)
 
     def forget_after(self, step: int, saes: Collection[str]) -> None:
-        """Remove rows of steps that a resumed training of these SAEs repeats."""
+        """Remove rows of steps that a training of these SAEs, begun or resumed, repeats."""
         if not self.file.exists():
             return
         with self.file.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
         kept = [row for row in rows if row[1] not in saes or int(row[0]) <= step]
-        with self.file.open("w", newline="", encoding="utf-8") as file:
+        with (
+            new_file(self.file) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             csv.writer(file).writerows([header, *kept])

@@ -341,6 +341,9 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
             self.before_first_step(trainer)
         else:
             self._load_checkpoint(trainer, Path(self._resume_from))
+        if self.metrics_log is not None:
+            # of an attempt that ended before its first checkpoint as well
+            self.metrics_log.forget_after(trainer.n_training_steps, {*trainer.trainers})
         saes = trainer.fit()
         for name in calibrated:
             sample = self._batches.samples[self.cfg.hook_names_per_sae[name]]
@@ -366,8 +369,6 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         n_samples = trainer.n_training_samples
         for each in (trainer, *trainer.trainers.values()):
             each.n_training_steps = n_samples // self.cfg.train_batch_size_tokens
-        if self.metrics_log is not None:
-            self.metrics_log.forget_after(trainer.n_training_steps, {*trainer.trainers})
         thresholds = trainer.checkpoint_thresholds
         trainer.checkpoint_thresholds = [at for at in thresholds if at >= n_samples]
         device = self.cfg.act_store_device or self.cfg.device

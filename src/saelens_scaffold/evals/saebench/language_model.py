@@ -20,8 +20,9 @@ def lent_language_model(
     Raises:
         UserError: The model cannot be loaded, or the SAEs do not fit it.
     """
-    is_hooked = call.model_class_name == "HookedTransformer"
-    model_class = call.model_class_name if is_hooked else "TransformerBridge"
+    model_class = call.model_class_name
+    if model_class == "AutoModelForCausalLM":
+        model_class = "TransformerBridge"
     model = load_language_model(model_name, call.device, dtype, model_class)
     for hooked, group in by_hook_point(model, saes):
         for sae in group:

@@ -55,17 +55,19 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("integers", [True, False])
 @pytest.mark.parametrize(
     ("d_sae", "d_in", "dtype"),
-    [(40, 16, "float64"), (300, 16, "float64"), (700, 640, "float32")],
+    [(40, 16, "float64"), (40, 16, "float32"), (300, 16, "float64")]
+    + [(700, 640, "float32"), (1000, 64, "float32")],
 )
 def test_reconstructions_and_supports_are_the_papers(
-    gram: bool, d_sae: int, d_in: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+    integers: bool, d_sae: int, d_in: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pursuit, "_MAX_GRAM_BYTES", 2**31 if gram else 0)
+    monkeypatch.setattr(pursuit, "_MIN_LATENTS", 0 if integers else 2**31)
     sae = random_sae(d_sae=d_sae, d_in=d_in, dtype=dtype)
     x = torch.randn(60, d_in, dtype=sae.dtype)
+    x[:, 3] *= 30  # as a few coordinates of a residual stream are
     budgets = torch.randint(0, 25, (60,))
     expected = references(x - sae.b_dec, sae.W_dec, budgets)
 
@@ -163,6 +165,17 @@ def test_tokens_without_anything_to_pursue():
     assert torch.equal(acts[2], torch.zeros(D_SAE))
     assert error(sae.decode(acts)[1], x[1]) < 1e-5
     assert pursuit.encode(sae, x[:0]).shape == (0, D_SAE)
+
+
+def test_what_is_not_a_number_harms_no_other_token():
+    sae = random_sae(d_sae=1000)
+    x = torch.randn(30, D_IN)
+    expected = pursuit.encode(sae, x, 5)
+    x[3], x[4], x[5] = torch.nan, torch.inf, sae.b_dec
+    acts = pursuit.encode(sae, x, 5)
+    others = [i for i in range(30) if i not in (3, 4, 5)]
+    assert torch.allclose(acts[others], expected[others], rtol=1e-5)
+    assert not acts[5].any()
 
 
 def test_one_latent_is_the_best_multiple_of_the_largest_product():

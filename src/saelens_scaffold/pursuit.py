@@ -18,6 +18,7 @@ most as many latents as its budget.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,11 +33,13 @@ from saelens_scaffold.saes.validation import check_is_autoencoder
 # Inner products at once, of tokens with latents: 16 MB, for a CPU's cache. Products of
 # matrices need some hundred tokens all the same.
 _PRODUCTS, _MIN_TOKENS = 2**22, 256
-_MAX_GRAM_BYTES = 2**31
-# A multiplication by a row that is fetched takes as long as this many in a product of
-# matrices, for rows in a CPU's cache, and in memory.
-_CACHE_BYTES, _COST_IN_CACHE, _COST_IN_MEMORY = 2**25, 5, 15
-_GROUP = 64
+_INT8_MAX = 127
+# Error of an inner product by rounding one factor: steps of the rounding, times the norm of
+# the other.
+_MAX_ERROR = 4
+# Of a token, to compute exactly. With more, as where nothing is left to explain, all are.
+_MAX_CANDIDATES = 256
+_MIN_LATENTS, _ROWS_AT_ONCE, _GROUP = 512, 2**12, 64
 
 
 def encode(
@@ -71,7 +74,7 @@ def encode(
 
 class GradientPursuit:
     """
-    Encodes by gradient pursuit, and keeps the products of decoder rows between batches.
+    Encodes by gradient pursuit, and keeps what is computed of the decoder between batches.
 
     The SAE's weights must not change meanwhile.
 
@@ -176,15 +179,17 @@ def _budgets(l0: int | torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 class _Dictionary:
     """
-    Rows of a decoder, and their products with each other.
+    Rows of a decoder, and the search for the one with the largest inner product.
 
-    The inner products of all residuals with all rows are by far the most work. Two ways
-    lead to them, of which each step takes the cheaper:
+    That search, of all residuals with all rows in each step, is by far the most work. Where
+    the CPU has instructions for it, products of 8-bit integers find a few candidates, of
+    which the exact products decide:
 
-    - r D^T, one product of matrices for all tokens: d_in multiplications a latent.
-    - x D^T - w (D D^T): one for each latent of the support, though of rows that have to
-      be fetched. The rows of D D^T are computed when they are first needed, and there is
-      memory for them up to some 23,000 latents.
+    - Rows and residuals are rotated at random, which changes no product. No coordinate is
+      then much larger than the others, as a few of a residual stream are.
+    - Both are rounded up or down at random, without bias, so errors average out whatever
+      the data. By Hoeffding's inequality a product errs by more than `_MAX_ERROR` allows
+      with a probability below 4 exp(-2 x 4²), 1e-13.
 
     The paper's code takes three products of matrices of a token's d_in x d_sae a step, and
     takes as many steps for all tokens of a batch as the largest budget has.
@@ -195,13 +200,24 @@ class _Dictionary:
 
     def __init__(self, rows: torch.Tensor):
         self._rows = rows
-        n = len(rows)
-        n_bytes = n * n * rows.element_size()
-        cost = _COST_IN_CACHE if n_bytes <= _CACHE_BYTES else _COST_IN_MEMORY
-        self._max_fetched = rows.shape[1] // cost if n_bytes <= _MAX_GRAM_BYTES else 0
-        if self._max_fetched:
-            self._gram = rows.new_empty(n, n)
-            self._known = torch.zeros(n, dtype=torch.bool, device=rows.device)
+        self._rotation = None
+        if _has_integer_products(rows):
+            self._generator = torch.Generator().manual_seed(0)
+            square = rows.shape[1], rows.shape[1]
+            noise = torch.randn(square, generator=self._generator)
+            self._rotation = torch.linalg.qr(noise)[0]
+            self._rows = rows @ self._rotation
+            self._largest_norm = rows.norm(dim=1).amax()
+            self._unit = self._rows.abs().amax() / _INT8_MAX
+            # A whole number of groups: the last row again
+            n_padding = -len(rows) % _GROUP
+            parts = self._rows, self._rows[-1:].expand(n_padding, -1)
+            rounded = [
+                self._round(some / self._unit)
+                for part in parts
+                for some in part.split(_ROWS_AT_ONCE)
+            ]
+            self._integers = torch.cat(rounded).T
 
     def pursue(
         self, x: torch.Tensor, budgets: torch.Tensor
@@ -215,77 +231,125 @@ class _Dictionary:
             The latents that each token chose, step by step, and their weights, 0 where
             clamped, both of shape (n_tokens, max(budgets)).
         """
+        if self._rotation is not None:
+            x = x @ self._rotation
         steps = torch.arange(int(budgets[:1].sum()), device=budgets.device)
         latents = budgets.new_zeros(len(x), len(steps), dtype=torch.long)
         weights = x.new_zeros(len(x), len(steps))
-        first_products = x @ self._rows.T
-        unfinished = (budgets.unsqueeze(1) > steps).sum(dim=0).tolist()
-        for step, n in enumerate(unfinished):
+        residual = x.clone()
+        for step, n in enumerate((budgets.unsqueeze(1) > steps).sum(dim=0).tolist()):
             support, w = latents[:n, : step + 1], weights[:n, : step + 1]
-            products = self._products(
-                x[:n], first_products[:n], support[:, :step], w[:, :step]
-            )
-            chosen = _argmax(products)
-            if step < self._max_fetched:
-                self._prepare(chosen)
+            residual = residual[:n]
+            chosen = self._best(residual)
             active = w > 0
             active[:, step:] = ~((support[:, :step] == chosen) & active[:, :step]).any(
                 dim=1, keepdim=True
             )
             support[:, step:] = chosen
-            gradient = products.gather(1, support) * active
-            direction = self._sums(support, gradient, self._rows)
+            gradient = self._products(residual, support) * active
+            direction = self._sums(support, gradient)
             length = gradient.square().sum(dim=1) / direction.square().sum(dim=1)
             # 0 / 0 where nothing is left to explain, as for x = 0
             length = length.nan_to_num(0, 0, 0).unsqueeze(1)
-            w.addcmul_(gradient, length).clamp_(min=0)
+            w.addcmul_(gradient, length)
+            residual.addcmul_(direction, length, value=-1)
+            clamped = (w < 0).any(dim=1).nonzero().squeeze(1)
+            if len(clamped):
+                w.clamp_(min=0)
+                explained = self._sums(support[clamped], w[clamped])
+                residual[clamped] = x[clamped] - explained
         return latents, weights
 
-    def _products(
-        self,
-        x: torch.Tensor,
-        first_products: torch.Tensor,
-        support: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """Inner products of the residuals with all rows, shape (n_tokens, n_latents)."""
-        n_active = support.shape[1]
-        if n_active == 0:
-            return first_products
-        if n_active > self._max_fetched:
-            return (x - self._sums(support, weights, self._rows)) @ self._rows.T
-        explained = self._sums(support, weights, self._gram)
-        return torch.sub(first_products, explained, out=explained)
+    def _products(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Inner products of each token with its latents, shape (n_tokens, n_latents)."""
+        if x.device.type != "cpu":
+            return torch.bmm(self._rows[latents], x.unsqueeze(2)).squeeze(2)
+        n_tokens, n_latents = latents.shape
+        counts = latents.new_full((n_tokens,), n_latents)
+        return self._products_of_pairs(x, latents.flatten(), counts).view_as(latents)
 
-    def _prepare(self, chosen: torch.Tensor) -> None:
-        """Compute the rows of D D^T of latents that were never chosen before."""
-        new = chosen[~self._known[chosen]].unique()
-        self._gram[new] = self._rows[new] @ self._rows.T
-        self._known[new] = True
-
-    @staticmethod
-    def _sums(
-        support: torch.Tensor, weights: torch.Tensor, table: torch.Tensor
+    def _products_of_pairs(
+        self, x: torch.Tensor, latents: torch.Tensor, counts: torch.Tensor
     ) -> torch.Tensor:
-        """Weighted sum of each token's rows of a table, shape (n_tokens, d)."""
+        """
+        Inner products, without copies of the rows.
+
+        Args:
+            x: Shape (n_tokens, d_in).
+            latents: Those of the first token, then of the second, ..., shape (n_pairs,).
+            counts: How many latents each token has, shape (n_tokens,).
+
+        Returns:
+            Shape (n_pairs,).
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            pairs = torch.sparse_csr_tensor(
+                F.pad(counts.cumsum(0), (1, 0)),
+                latents,
+                x.new_zeros(len(latents)),
+                (len(x), len(self._rows)),
+                check_invariants=False,
+            )
+        return torch.sparse.sampled_addmm(pairs, x, self._rows.T, beta=0).values()
+
+    def _sums(self, latents: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of each token's latents, shape (n_tokens, d_in)."""
         return F.embedding_bag(
-            support, table, mode="sum", per_sample_weights=weights.contiguous()
+            latents, self._rows, mode="sum", per_sample_weights=weights.contiguous()
         )
 
+    def _best(self, x: torch.Tensor) -> torch.Tensor:
+        """The latent of the largest inner product with each token, shape (n_tokens, 1)."""
+        if self._rotation is None:
+            return (x @ self._rows.T).argmax(dim=1, keepdim=True)
+        tiny = torch.finfo(x.dtype).tiny
+        unit = (x.abs().amax(dim=1) / _INT8_MAX).clamp(min=tiny)
+        rounded = self._round(x / unit.unsqueeze(1))
+        products = torch._int_mm(rounded, self._integers).unflatten(1, (-1, _GROUP))
+        largest = products.amax(dim=2)
+        norm = rounded.float().norm(dim=1)
+        error = _MAX_ERROR * (self._largest_norm / self._unit + norm)
+        least = largest.amax(dim=1) - 2 * error
+        tokens, groups = (largest >= least.unsqueeze(1)).nonzero(as_tuple=True)
+        of_groups = products[tokens, groups] >= least[tokens].unsqueeze(1)
+        which, places = of_groups.nonzero(as_tuple=True)
+        tokens = tokens[which]
+        candidates = (groups[which] * _GROUP + places).clamp(max=len(self._rows) - 1)
+        counts = tokens.bincount(minlength=len(x))
+        undecided = counts > _MAX_CANDIDATES
+        if undecided.any():
+            decided = ~undecided[tokens]
+            tokens, candidates = tokens[decided], candidates[decided]
+            counts[undecided] = 0
 
-def _argmax(products: torch.Tensor) -> torch.Tensor:
-    """
-    The first largest of each row, shape (n_rows, 1).
+        exact = self._products_of_pairs(x, candidates, counts)
+        largest = x.new_full((len(x),), -torch.inf)
+        largest.scatter_reduce_(0, tokens, exact, "amax")
+        best = torch.full_like(counts, len(self._rows))
+        first = candidates.where(exact == largest[tokens], len(self._rows))
+        best.scatter_reduce_(0, tokens, first, "amin")
+        if undecided.any():
+            best[undecided] = (x[undecided] @ self._rows.T).argmax(dim=1)
+        # Without a largest, where something is not a number, any will do.
+        return best.clamp(max=len(self._rows) - 1).unsqueeze(1)
 
-    On a CPU in a fifth of the time of `torch.argmax`, which compares one by one.
-    """
-    n_groups = products.shape[1] // _GROUP
-    if n_groups == 0:
-        return products.argmax(dim=1, keepdim=True)
-    groups = products[:, : n_groups * _GROUP].unflatten(1, (n_groups, _GROUP))
-    rest = products[:, n_groups * _GROUP :]
-    largest = torch.cat([groups.amax(dim=2), rest], dim=1).argmax(dim=1, keepdim=True)
-    group = largest.clamp(max=n_groups - 1)
-    tokens = torch.arange(len(products), device=products.device)
-    place = groups[tokens, group[:, 0]].argmax(dim=1, keepdim=True) + group * _GROUP
-    return place.where(largest < n_groups, largest + n_groups * (_GROUP - 1))
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
+        """Integers next to x, drawn so that x is their mean, shape (n, d_in)."""
+        noise = torch.rand(x.shape[1], generator=self._generator)
+        return (x + noise).floor().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
+
+
+def _has_integer_products(rows: torch.Tensor) -> bool:
+    """Whether products of 8-bit integers are fast here, and exact."""
+    if (
+        rows.device.type != "cpu"
+        or rows.dtype != torch.float32
+        or len(rows) < _MIN_LATENTS
+        or not torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    ):
+        return False
+    # Instructions older than VNNI add in 16 bits, and saturate.
+    ones = torch.full((32, 64), _INT8_MAX, dtype=torch.int8)
+    expected = 64 * _INT8_MAX**2
+    return bool((torch._int_mm(ones, ones.T) == expected).all())

@@ -18,7 +18,7 @@ EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("bench,test" if sys.version_in
 # The lowest sae-lens that pyproject.toml declares, for test-min.
 SAE_LENS_MIN = $(shell sed -n 's/^ *"sae-lens>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: help demo test test-min lint docs-check record clean
+.PHONY: help demo test test-min lint docs docs-check record clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ lint: $(VENV)/.installed ## Check style, format, types and the direction of impo
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/lint-imports
 
+docs: $(VENV)/.installed-docs ## Build the documentation's site, checking its links
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
 docs-check: $(VENV)/.installed ## Find numbers in README and docs that no recorded run contains
 	$(VENV)/bin/python tests/docs_check.py
 
@@ -47,13 +50,17 @@ record: $(VENV)/.installed ## Run recorded commands again, hours in all (RECORD=
 	for name in $(RECORD); do PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python benchmarks/record.py $$name || exit 1; done
 
 clean: ## Remove the environments and all that the tools leave behind
-	rm -rf $(VENV) $(VENV_MIN) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_MIN) build dist site .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(call create_venv,$(VENV))
 	@echo "Installing saelens-scaffold[$(EXTRAS)] into $(VENV): several GB, and minutes, with PyTorch"
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(VENV_MIN)/.installed: pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-# Everything here needs no more than Python >= 3.10, < 3.14, and a package index.
+# Everything here needs no more than Python >= 3.10, < 3.15, and a package index.
 # `make PYTHON=python3.12 test` chooses the interpreter for a new environment.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ TEST_ARGS ?= -n 2
 RECORD ?= $(basename $(notdir $(wildcard benchmarks/recorded/*.txt)))
 
 # SAEBench needs numpy < 2, which has no wheels for Python 3.13; with a compiler at hand
-# `make EXTRAS=bench,test` builds it there.
+# `make EXTRAS=bench,test` builds it there. Without it, the tests that need it are left out.
 EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("bench,test" if sys.version_info < (3, 13) else "test")')
 
 # The lowest sae-lens that pyproject.toml declares, for test-min.
@@ -73,8 +73,8 @@ $(VENV_MIN)/.installed: pyproject.toml constraints.txt
 # Debian's python3 comes without ensurepip, hence without a usable venv module.
 define create_venv
 { test -x $(1)/bin/python && test -x $(1)/bin/pip; } || { \
-  $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' \
-    || { echo "$(PYTHON) is missing, or not a Python >= 3.10, < 3.14: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }; \
+  $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 15))' \
+    || { echo "$(PYTHON) is missing, or not a Python >= 3.10, < 3.15: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }; \
   $(PYTHON) -m venv $(1) \
     || $(PYTHON) -m virtualenv -q $(1) \
     || { echo "$(PYTHON) cannot create a virtual environment. Install its venv module (Debian, Ubuntu: apt install python3-venv) or virtualenv, or choose another interpreter: make PYTHON=..." >&2; exit 1; }; \

@@ -8,9 +8,28 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # the other cores. Set before torch is imported, and inherited by subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from importlib.util import find_spec  # noqa: E402
+
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # Without a GPU, Triton's kernels run where Triton interprets them, which it must know
 # when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Without the extra [bench], as where there are no wheels of numpy < 2, tests that need
+# SAEBench are left out: modules that are about it, and what is marked `sae_bench`.
+HAS_SAE_BENCH = find_spec("sae_bench") is not None
+if not HAS_SAE_BENCH:
+    collect_ignore = ["test_probing_evals.py", "test_sae_bench.py", "test_sae_forms.py"]
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if HAS_SAE_BENCH:
+        return
+    left_out = [item for item in items if item.get_closest_marker("sae_bench")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]

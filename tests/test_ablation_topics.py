@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("sae_bench")
-
 from datasets import (
     ClassLabel,
     Dataset,

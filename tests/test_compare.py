@@ -16,32 +16,28 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from playwright.sync_api import sync_playwright
 from sae_lens import SAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import load_file
 from wandb.errors import UsageError
 
+from chromium import launch
+from saelens_scaffold import hookimpl
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.compare import CompareConfig, compare, read_config
+from saelens_scaffold.compare.config import ConfigChanged
+from saelens_scaffold.compare.experiment import EvaluationsFailed, make_plan
+from saelens_scaffold.compare.grid import runs_of
+from saelens_scaffold.compare.metrics import ComparisonMetric
+from saelens_scaffold.compare.training import WaveTrainer
+from saelens_scaffold.evals import runner
+from saelens_scaffold.evals.jobs import Job
+from saelens_scaffold.evals.store import ResultStore
+from saelens_scaffold.plugins import manager as plugins
+from saelens_scaffold.training.metrics_log import MetricsLog
 from saelens_scaffold_cli import main
-
-pytest.importorskip("sae_bench")
-
-from playwright.sync_api import sync_playwright  # noqa: E402
-
-from chromium import launch  # noqa: E402
-from saelens_scaffold import hookimpl  # noqa: E402
-from saelens_scaffold._util.errors import UserError  # noqa: E402
-from saelens_scaffold.compare import CompareConfig, compare, read_config  # noqa: E402
-from saelens_scaffold.compare.config import ConfigChanged  # noqa: E402
-from saelens_scaffold.compare.experiment import EvaluationsFailed, make_plan  # noqa: E402
-from saelens_scaffold.compare.grid import runs_of  # noqa: E402
-from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
-from saelens_scaffold.compare.training import WaveTrainer  # noqa: E402
-from saelens_scaffold.evals import runner  # noqa: E402
-from saelens_scaffold.evals.jobs import Job  # noqa: E402
-from saelens_scaffold.evals.store import ResultStore  # noqa: E402
-from saelens_scaffold.plugins import manager as plugins  # noqa: E402
-from saelens_scaffold.training.metrics_log import MetricsLog  # noqa: E402
-from test_compare_page import visit  # noqa: E402
+from test_compare_page import visit
 
 SMALL: dict[str, Any] = {
     "title": "A small <experiment>",

@@ -10,11 +10,8 @@ import pytest
 import torch
 import yaml
 
-pytest.importorskip("sae_bench")
-
-
-from saelens_scaffold._util.errors import UserError  # noqa: E402
-from saelens_scaffold.compare.config import (  # noqa: E402
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.compare.config import (
     CompareConfig,
     ConfigChanged,
     check_unchanged,
@@ -22,12 +19,12 @@ from saelens_scaffold.compare.config import (  # noqa: E402
     read_config,
 )
 from saelens_scaffold.compare.grid import (
-    check_training,  # noqa: E402
-    runs_of,  # noqa: E402
+    check_training,
+    runs_of,
 )
-from saelens_scaffold.compare.table import plan_text  # noqa: E402
-from saelens_scaffold.compare.training import plan_waves  # noqa: E402
-from saelens_scaffold.training.runner import initial_sae  # noqa: E402
+from saelens_scaffold.compare.table import plan_text
+from saelens_scaffold.compare.training import plan_waves
+from saelens_scaffold.training.runner import initial_sae
 
 CONFIG: dict[str, Any] = {
     "model_name": "py-neox",

@@ -16,9 +16,6 @@ from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from chromium import launch
-
-pytest.importorskip("sae_bench")
-
 from saelens_scaffold.compare.report.page import log_axis, page, styles, write_page
 from saelens_scaffold.compare.table import comparison_text, estimate, number, p_value
 

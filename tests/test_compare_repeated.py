@@ -10,13 +10,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("sae_bench")
-
-from saelens_scaffold.compare import compare, read_config  # noqa: E402
-from saelens_scaffold.compare.config import ConfigChanged  # noqa: E402
-from saelens_scaffold.compare.experiment import EvaluationsFailed  # noqa: E402
-from saelens_scaffold.compare.training import WaveTrainer  # noqa: E402
-from test_compare import SMALL, findings, stop, write  # noqa: E402
+from saelens_scaffold.compare import compare, read_config
+from saelens_scaffold.compare.config import ConfigChanged
+from saelens_scaffold.compare.experiment import EvaluationsFailed
+from saelens_scaffold.compare.training import WaveTrainer
+from test_compare import SMALL, findings, stop, write
 
 DENSE = SMALL["evaluations"]["dense_latents"]
 TINY: dict[str, Any] = {

@@ -10,16 +10,14 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from scipy import stats
 
-pytest.importorskip("sae_bench")
-
-from saelens_scaffold.compare.comparisons import (  # noqa: E402
-    MeasuredSAE,  # noqa: E402
+from saelens_scaffold.compare.comparisons import (
+    MeasuredSAE,
     compare_arms,
     curves,
 )
-from saelens_scaffold.compare.grid import Arm, Run  # noqa: E402
-from saelens_scaffold.compare.metrics import ComparisonMetric  # noqa: E402
-from saelens_scaffold.compare.statistics import (  # noqa: E402
+from saelens_scaffold.compare.grid import Arm, Run
+from saelens_scaffold.compare.metrics import ComparisonMetric
+from saelens_scaffold.compare.statistics import (
     holm,
     judge,
     judge_interpolated,

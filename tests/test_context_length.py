@@ -9,20 +9,18 @@ import torch
 import transformers
 from sae_lens.saes.sae import SAEMetadata
 
-pytest.importorskip("sae_bench")
-
-from eval_helpers import HOOK, eval_sae  # noqa: E402
-from saelens_scaffold._util.errors import UserError  # noqa: E402
-from saelens_scaffold.evals.rank import suggest_rank  # noqa: E402
-from saelens_scaffold.evals.registry import EVALUATIONS  # noqa: E402
-from saelens_scaffold.evals.saes import SelectedSAE  # noqa: E402
-from saelens_scaffold.evals.tokens import check_context_size  # noqa: E402
-from saelens_scaffold.models import (  # noqa: E402
+from eval_helpers import HOOK, eval_sae
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals.rank import suggest_rank
+from saelens_scaffold.evals.registry import EVALUATIONS
+from saelens_scaffold.evals.saes import SelectedSAE
+from saelens_scaffold.evals.tokens import check_context_size
+from saelens_scaffold.models import (
     embedded_model_path,
     load_embedded_model,
     register_embedded_model,
 )
-from saelens_scaffold.models.hook_points import (  # noqa: E402
+from saelens_scaffold.models.hook_points import (
     check_context,
     context_length,
 )

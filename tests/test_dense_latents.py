@@ -11,12 +11,9 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-pytest.importorskip("sae_bench")
-
 from pydantic import TypeAdapter, ValidationError
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_helpers import D_MODEL, HOOK, eval_sae, write_texts
 from saelens_scaffold.evals.dense_latents import (

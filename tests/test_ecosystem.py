@@ -217,6 +217,7 @@ def test_hooked_sae_transformer(
     assert not torch.allclose(without_error, clean, atol=1e-1)
 
 
+@pytest.mark.sae_bench
 @torch.no_grad()
 def test_saebench_core_sees_the_whole_reconstruction(
     trained: dict[str, ScaffoldJumpReLUSAE],
@@ -224,7 +225,8 @@ def test_saebench_core_sees_the_whole_reconstruction(
     used_tokens: list[torch.Tensor],
     tmp_path: Path,
 ):
-    core = pytest.importorskip("sae_bench.evals.core.main")
+    from sae_bench.evals.core import main as core
+
     sae = trained["batchtopk"]
     dataset = write_stdlib_dataset(tmp_path / "text", "test")
     n = 2

@@ -11,30 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from helpers import scaffold_sae, train
-from saelens_scaffold_cli import main
-
-pytest.importorskip("sae_bench")
-
-from pydantic import Field  # noqa: E402
-from pydantic.dataclasses import dataclass  # noqa: E402
-from sae_bench.evals.base_eval_output import (  # noqa: E402
-    BaseEvalConfig,
-    BaseEvalOutput,
-    BaseMetricCategories,
-    BaseMetrics,
-    BaseResultDetail,
-)
-
-from saelens_scaffold.evals import json_schemas, registry  # noqa: E402
-from saelens_scaffold.evals.base import (  # noqa: E402
+from saelens_scaffold.evals import json_schemas, registry
+from saelens_scaffold.evals.base import (
     Call,
     Evaluation,
     Implementation,
     Metric,
 )
-from saelens_scaffold.evals.saes import load_saes  # noqa: E402
+from saelens_scaffold.evals.eval_output import EvalOutput
+from saelens_scaffold.evals.saes import load_saes
+from saelens_scaffold_cli import main
 
 QUICK_CORE = [
     "--dataset=python-stdlib",
@@ -48,7 +38,7 @@ QUICK_CORE = [
 
 
 @dataclass
-class FakeEvalConfig(BaseEvalConfig):
+class FakeEvalConfig:
     model_name: str = Field(default="", title="Model", description="The model.")
     dataset: str = Field(default="python-stdlib", description="A text.")
     random_seed: int = Field(default=42, title="Seed", description="100 % random")
@@ -62,7 +52,7 @@ class FakeEvalConfig(BaseEvalConfig):
 
 
 @dataclass
-class FakeMetrics(BaseMetrics):
+class FakeMetrics:
     count: int = Field(title="Count")
     count_ci_low: float = Field(title="Count (low)")
     count_ci_high: float = Field(title="Count (high)")
@@ -70,17 +60,13 @@ class FakeMetrics(BaseMetrics):
 
 
 @dataclass
-class FakeMetricCategories(BaseMetricCategories):
+class FakeMetricCategories:
     fake: FakeMetrics = Field(title="Fake")
 
 
 @dataclass
-class FakeEvalOutput(
-    BaseEvalOutput[FakeEvalConfig, FakeMetricCategories, BaseResultDetail]
-):
+class FakeEvalOutput(EvalOutput):
     eval_config: FakeEvalConfig
-    eval_id: str
-    datetime_epoch_millis: int
     eval_result_metrics: FakeMetricCategories
     eval_type_id: str = Field(default="dense_latents")
 
@@ -180,16 +166,6 @@ def test_help_imports_nothing_heavy_and_names_all_evaluations() -> None:
     )
     named = set(registry.EVALUATIONS) - {"fake", "other"}
     assert all(name in done.stdout for name in named)
-
-
-def test_without_sae_bench_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("saelens_scaffold_cli.find_spec", lambda _: None)
-    with pytest.raises(SystemExit) as exit:
-        main(["eval", "core", "--sae_path", "x"])
-    assert exit.value.code == 2
-    assert 'pip install "saelens-scaffold[bench]"' in capsys.readouterr().err
 
 
 def test_core_and_a_failing_evaluation(run: Any, saes: dict[str, str]) -> None:
@@ -342,6 +318,13 @@ def test_local_text_of_another_column(run: Any, saes: dict[str, str]) -> None:
         (["fake", "--set=fake.limit=many"], "fake: limit is 'many': Input should be"),
         (["fake", "--label_column=x"], "label_column means nothing to fake"),
         (["core", "--baseline=x"], "baseline means nothing to core"),
+        *(
+            (
+                [f"fake,{name}", "--baseline=x", "--dataset=python-stdlib"],
+                f"{name}: baseline is 'x'; it must be one of the SAEs in the call: ",
+            )
+            for name in ("dark_matter", "dense_latents", "scaffold_ablation")
+        ),
         (["fake", "--model=nope"], "there is no language model 'nope'"),
         (["fake", "--model=./nope"], "there is no language model './nope'"),
         (["fake", "--device=nope"], "device 'nope' cannot be used"),
@@ -435,8 +418,7 @@ def test_schemas_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "fake", "other":
         monkeypatch.delitem(registry.EVALUATIONS, name)
     for output_class, path in json_schemas.output_classes():
-        json_schemas.generate_json_schema(output_class, "schema.json")
-        current = Path("schema.json").read_text()
+        current = json_schemas.json_schema(output_class)
         assert path.is_file() and path.read_text() == current, (
             f"{path} is out of date; run python -m saelens_scaffold.evals.json_schemas"
         )

@@ -4,11 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("sae_bench")
-
 import jsonschema
+import pytest
 
 from eval_helpers import eval_sae
 from saelens_scaffold.evals import json_schemas

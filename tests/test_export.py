@@ -231,7 +231,6 @@ def test_plain_forms(form: Any, folder: Path, x: torch.Tensor, tmp_path: Path) -
 def test_train_export_and_evaluate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("sae_bench")
     torch.manual_seed(0)
     ResumableTrainingRunner(
         LanguageModelSAERunnerConfig(
@@ -303,7 +302,6 @@ def test_nothing_takes_an_sae_whose_scale_is_missing(
     name: str, advised: bool, folder: Path, tmp_path: Path
 ) -> None:
     """Whether a checkpoint, or what `save_inference_model` makes of one."""
-    pytest.importorskip("sae_bench")
     directory = checkpoint_of(folder, name)
     if advised:
         TrainingSAE.load_from_disk(directory).save_inference_model(tmp_path / "sae")
@@ -315,7 +313,6 @@ def test_nothing_takes_an_sae_whose_scale_is_missing(
 
 
 def test_saes_in_memory_whose_scale_is_missing_are_refused(folder: Path) -> None:
-    pytest.importorskip("sae_bench")
     from saelens_scaffold import upload_scaffold_saes
     from saelens_scaffold.evals.saes import resolve_saes
 

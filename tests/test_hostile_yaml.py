@@ -10,21 +10,19 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("sae_bench")
-
-from saelens_scaffold._util.configs import make_config  # noqa: E402
-from saelens_scaffold._util.errors import UserError, shown  # noqa: E402
-from saelens_scaffold._util.yaml_files import (  # noqa: E402
+from saelens_scaffold._util.configs import make_config
+from saelens_scaffold._util.errors import UserError, shown
+from saelens_scaffold._util.yaml_files import (
     MAX_CHARACTERS,
     MAX_DEPTH,
     read_yaml,
 )
-from saelens_scaffold.compare.config import (  # noqa: E402
+from saelens_scaffold.compare.config import (
     MAX_SAES,
     CompareConfig,
     read_config,
 )
-from saelens_scaffold.evals.runner import evaluate  # noqa: E402
+from saelens_scaffold.evals.runner import evaluate
 
 EXPERIMENT: dict[str, Any] = {
     "model_name": "py-neox",

@@ -9,8 +9,6 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-pytest.importorskip("sae_bench")
-
 from eval_helpers import eval_sae, write_texts
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.model import HookedModel, activations_at

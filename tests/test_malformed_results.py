@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("sae_bench")
-
 from sae_lens import SAE
 
 from hub_fixtures import REPO, save_sae

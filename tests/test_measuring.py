@@ -359,7 +359,6 @@ def test_a_warning_where_l0_and_k_differ_by_more_than_a_tenth(
 def test_the_dense_latent_evaluation_warns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("sae_bench")
     for name, k in ("right", None), ("wrong", 3.0), ("unknown", None):
         sae = eval_sae(rank=RANK)
         sae.cfg.metadata.k = k

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("sae_bench")
-
 from eval_helpers import eval_sae
 from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.evals.base import Evaluation, Metric

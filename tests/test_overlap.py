@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("sae_bench")
-
 from eval_helpers import eval_sae, write_texts
 from saelens_scaffold.evals import data as overlap
 from saelens_scaffold.evals.data import TextSeenInTraining, text_seen_in_training

@@ -729,7 +729,6 @@ def test_two_packages_with_a_plugin_of_one_name(
 
 
 def test_plugin_offers_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sae_bench")
     from saelens_scaffold.evals import registry
     from saelens_scaffold.evals.base import Evaluation
 
@@ -753,7 +752,6 @@ def test_plugin_offers_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_evaluation_of_the_documentation_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pytest.importorskip("sae_bench")
     from saelens_scaffold.evals.registry import evaluations_named
     from saelens_scaffold.evals.runner import run_eval
 

@@ -15,29 +15,27 @@ from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
 from sae_lens.training.activations_store import ActivationsStore
 from transformers import AutoTokenizer
 
-pytest.importorskip("sae_bench")
-
-from eval_helpers import HOOK, eval_sae  # noqa: E402
-from saelens_scaffold._util.errors import UserError  # noqa: E402
-from saelens_scaffold.evals import data as text_data  # noqa: E402
-from saelens_scaffold.evals import runner  # noqa: E402
-from saelens_scaffold.evals.dense_latents import DenseLatentsEvalConfig  # noqa: E402
-from saelens_scaffold.evals.eval_configs import TextEvalConfig  # noqa: E402
-from saelens_scaffold.evals.jobs import Job  # noqa: E402
-from saelens_scaffold.evals.rank.suggestion import analyse_rank  # noqa: E402
-from saelens_scaffold.evals.registry import EVALUATIONS  # noqa: E402
-from saelens_scaffold.evals.saes import SelectedSAE  # noqa: E402
-from saelens_scaffold.models import (  # noqa: E402
+from eval_helpers import HOOK, eval_sae
+from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals import data as text_data
+from saelens_scaffold.evals import runner
+from saelens_scaffold.evals.dense_latents import DenseLatentsEvalConfig
+from saelens_scaffold.evals.eval_configs import TextEvalConfig
+from saelens_scaffold.evals.jobs import Job
+from saelens_scaffold.evals.rank.suggestion import analyse_rank
+from saelens_scaffold.evals.registry import EVALUATIONS
+from saelens_scaffold.evals.saes import SelectedSAE
+from saelens_scaffold.models import (
     embedded_model_path,
     load_embedded_model,
     load_stdlib_text,
 )
-from saelens_scaffold.models.datasets import open_dataset  # noqa: E402
-from saelens_scaffold.training.pretokenized import (  # noqa: E402
+from saelens_scaffold.models.datasets import open_dataset
+from saelens_scaffold.training.pretokenized import (
     pretokenized_rows,
     token_column,
 )
-from saelens_scaffold_cli import main  # noqa: E402
+from saelens_scaffold_cli import main
 
 ROW = 48
 """Tokens of a row."""

@@ -13,10 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-
-pytest.importorskip("sae_bench")
-
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from pydantic import TypeAdapter
 from sae_bench.evals.scr_and_tpp import main as sae_bench_tpp
@@ -32,6 +28,7 @@ from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_probes import utils_data
+from scipy import stats
 
 from helpers import scaffold_sae
 from pickles import Planted, own_pickles_only

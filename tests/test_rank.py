@@ -10,8 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("sae_bench")
-
 from eval_helpers import HOOK, eval_sae
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.rank import suggest_rank, suggestion

@@ -69,7 +69,6 @@ def test_python_of_the_training_page_runs(executed: Path) -> None:
 def test_the_readmes_example_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("sae_bench")
     example = next(b for b in code_blocks(README, "bash") if "scaffold train" in b)
     write_text, *commands = example.replace("\\\n", "").splitlines()
     with working_in(tmp_path):
@@ -121,7 +120,6 @@ def test_the_first_examples_card_says_what_was_measured(
     executed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SAELens's own runner measures no inference form: nothing, until `eval` has."""
-    pytest.importorskip("sae_bench")
     sae = executed / SAE_ID
 
     def card() -> str:

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("sae_bench")
-
 from eval_helpers import eval_sae
 from saelens_scaffold.evals import store
 from saelens_scaffold.evals.store import ResultStore, differences, stored_results

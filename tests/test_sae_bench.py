@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("sae_bench")
-
 from sae_bench.evals.absorption import common as absorption_common
 from sae_bench.evals.absorption import feature_absorption
 from sae_bench.evals.absorption import main as absorption

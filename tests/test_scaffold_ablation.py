@@ -13,9 +13,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-pytest.importorskip("sae_bench")
-
 from pydantic import TypeAdapter, ValidationError
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from transformer_lens import HookedTransformer

@@ -3,10 +3,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("sae_bench")
-
 from saelens_scaffold.evals.runner import _artifacts_in
 
 

@@ -15,8 +15,6 @@ from sae_lens import LanguageModelSAERunnerConfig, StandardTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 from transformer_lens import HookedTransformer
 
-pytest.importorskip("sae_bench")
-
 from eval_helpers import D_MODEL, HOOK, eval_sae, write_texts
 from saelens_scaffold._util.configs import make_config
 from saelens_scaffold._util.errors import UserError

@@ -30,8 +30,6 @@ from saelens_scaffold.saes.validation import InvalidSAEError
 from saelens_scaffold_cli import main
 from test_upload_validation import WEIGHTS, little_time_and_memory
 
-pytest.importorskip("sae_bench")
-
 __all__ = ["hub"]  # a fixture
 
 

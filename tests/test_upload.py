@@ -115,6 +115,36 @@ def test_both_forms_come_back_and_are_the_original(
     assert isinstance(load_scaffold_sae(REPO, "a/layer_0/jumprelu"), JumpReLUSAE)
 
 
+def test_an_sae_in_memory_is_uploaded_like_its_directory(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    sae = save_sae(tmp_path / "sae")
+    sparsity = load_file(tmp_path / "sae" / "sparsity.safetensors")["sparsity"]
+    beside = {
+        "log_feature_sparsity": {"sae": sparsity},
+        "runner_cfg": {"sae": RUNNER_CFG},
+    }
+    upload({"sae": tmp_path / "sae"}, hf_revision="directory")
+    upload({"sae": sae}, hf_revision="memory", **beside)
+    files = [
+        {path: file.content for path, file in hub.repositories[REPO].files(of).items()}
+        for of in ("directory", "memory")
+    ]
+    assert "sae/sparsity.safetensors" in files[0]
+    assert files[0] == files[1]
+
+
+def test_what_is_beside_an_sae_in_memory_is_checked(tmp_path: Path) -> None:
+    sae = save_sae(tmp_path / "sae")
+    for saes in {"sae": sae}, {"other": tmp_path / "sae"}:
+        with pytest.raises(UserError, match="log_feature_sparsity is of 'other'"):
+            beside = {"other": torch.zeros(96)}
+            upload(saes, dry_run=True, log_feature_sparsity=beside)
+    with pytest.raises(InvalidSAEError, match=r"SAE 'sae': .*sparsity"):
+        beside = {"sae": torch.zeros(95)}
+        upload({"sae": sae}, dry_run=True, log_feature_sparsity=beside)
+
+
 def test_the_plain_form_loads_where_this_package_cannot_be_imported(
     hub: HubServer, tmp_path: Path
 ) -> None:
@@ -237,7 +267,6 @@ def test_what_a_killed_upload_leaves_goes_with_the_next(
 def test_no_path_of_the_users_machine_is_published(
     hub: HubServer, tmp_path: Path
 ) -> None:
-    pytest.importorskip("sae_bench")
     from saelens_scaffold.evals.store import ResultStore, _current_versions
 
     home = "/home/alice/private"

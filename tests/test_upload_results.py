@@ -9,8 +9,6 @@ import pytest
 import yaml
 from sae_lens import SAE
 
-pytest.importorskip("sae_bench")
-
 from eval_helpers import HOOK, eval_sae
 from hub_fixtures import REPO, hub, paths_in, save_sae
 from hub_server import HubServer

@@ -498,7 +498,6 @@ def test_other_forms_of_the_same_trap(tmp_path: Path) -> None:
 
 
 def test_evaluations_load_scaffold_saes_checked(tmp_path: Path) -> None:
-    pytest.importorskip("sae_bench")
     from saelens_scaffold.evals.saes import load_saes
 
     sae = save_sae(tmp_path / "sae")

@@ -14,8 +14,6 @@ from eval_helpers import HOOK, eval_sae
 from helpers import scaffold_sae
 from saelens_scaffold_cli import main
 
-pytest.importorskip("sae_bench")
-
 TRAIN = {
     "architecture": "scaffold_batchtopk",
     "scaffold_rank": 4,

@@ -5,14 +5,15 @@ stands beside it, so that help, the version and errors in the options come at on
 """
 
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from saelens_scaffold_cli.commands import COMMANDS, Command, Output
 from saelens_scaffold_cli.parsing import CommandParser
@@ -33,14 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: Help or the version has been printed, the options are wrong, or a
             module that was run exits by itself.
     """
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         _parser().parse_args(argv[:1] or ["--help"])
     prog = f"saelens-scaffold {argv[0]}"
     command = COMMANDS[argv[0]].parse(argv[1:])
-    if command.needs_sae_bench and find_spec("sae_bench") is None:
-        install = 'pip install "saelens-scaffold[bench]"'
-        sys.exit(_failed(prog, f"SAEBench is not installed; {install}", 2))
     try:
         output = _run(command, prog)
     except KeyboardInterrupt as interruption:
@@ -116,6 +116,18 @@ def _show(output: Output) -> None:
 def _failed(prog: str, message: str, status: int) -> int:
     print(f"{prog}: error: {message}", file=sys.stderr)
     return status
+
+
+def _complete() -> NoReturn:
+    """Answer a shell that asks what a command line can go on with."""
+    import argcomplete
+
+    parser = CommandParser("saelens-scaffold", "")
+    commands = parser.add_subparsers()
+    for name, command in COMMANDS.items():
+        commands.choices[name] = command.parser()
+    argcomplete.autocomplete(parser)
+    sys.exit(1)
 
 
 def _parser() -> CommandParser:

@@ -34,7 +34,6 @@ class Command:
     debug: bool = field(default=False, kw_only=True)
     """Show the traceback of an error, also of a mistake in the input."""
 
-    needs_sae_bench: ClassVar[bool] = True
     forwards: ClassVar[bool] = False
     """Whether it runs another command line, whose output is left as it is."""
     interrupts_itself: ClassVar[bool] = False
@@ -74,7 +73,6 @@ class Forwarding(Command):
 
     args: list[str]
 
-    needs_sae_bench = False
     forwards = True
     if_interrupted = ""
 
@@ -383,7 +381,6 @@ class Upload(Command):
     datasets: list[str] | None = option(None, metavar="ID")
     """The training data on the Hub (default: found by its name)."""
 
-    needs_sae_bench = False
     if_interrupted = "SAEs are complete or not there; repeat the command to go on."
 
     def run(self) -> Output:
@@ -416,7 +413,6 @@ class Export(Command):
     """Plain form of a scaffold SAE, which SAELens loads alone: the whole SAE, with the
     same outputs, or its sparse dictionary (default: the scaffold SAE itself)."""
 
-    needs_sae_bench = False
     if_interrupted = "There is no {output_path}."
 
     def run(self) -> Output:

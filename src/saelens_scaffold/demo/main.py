@@ -2,11 +2,11 @@
 
 import sys
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable
+from saelens_scaffold.demo.language_model import language_model_half
 from saelens_scaffold.demo.planted import planted_half, planted_settings
 from saelens_scaffold.demo.report import half_text, write_picture
 
@@ -35,16 +35,11 @@ def run(
     """
     if seeds < 1:
         raise UserError(f"seeds is {seeds}; it must be at least 1")
-    if find_spec("sae_bench") is None:
-        raise UserError('demo needs SAEBench: pip install "saelens-scaffold[bench]"')
     output_path = Path(output_path)
     make_writable(output_path)
     numbers = [*range(seed, seed + seeds)]
     # libraries print their progress to stdout
     with redirect_stdout(sys.stderr):
-        # not at the top: it needs SAEBench
-        from saelens_scaffold.demo.language_model import language_model_half
-
         # first, since it refuses a folder with SAEs of other settings
         of_model = language_model_half(numbers, quick, output_path / "language_model")
         settings = planted_settings(quick)

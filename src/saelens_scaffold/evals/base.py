@@ -7,7 +7,9 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
-# Whoever only asks for names and metrics needs no SAEBench.
+from saelens_scaffold._util.errors import UserError
+
+# Names and metrics can be asked for without PyTorch.
 if TYPE_CHECKING:
     from saelens_scaffold.evals.saes import SelectedSAE
     from saelens_scaffold.models.language_models import ModelClass
@@ -150,8 +152,8 @@ class Implementation:
     Attributes:
         config_class: Pydantic dataclass of its configuration.
         measure: Measures SAEs.
-        output_class: SAEBench output class of its results; None if `measure` yields
-            results that are complete already.
+        output_class: Pydantic dataclass of its results, an `EvalOutput` or SAEBench's; None
+            if `measure` yields results that are complete already.
         check: Raises `UserError` before long work if the configuration does not go with
             the SAEs, or its text cannot be read.
         warning: A line on a result that the user should not overlook; None if all is well.
@@ -195,5 +197,17 @@ class Evaluation:
     batch_divisor: int = 1
 
     def load(self) -> Implementation:
-        """Its code, imported."""
-        return resolve_name(self.implementation)
+        """
+        Its code, imported.
+
+        Raises:
+            UserError: It needs SAEBench, which is not installed.
+        """
+        try:
+            return resolve_name(self.implementation)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in ("sae_bench", "sae_probes"):
+                raise
+            install = 'pip install "saelens-scaffold[bench]"'
+            raise UserError(f"{self.name} needs SAEBench: {install}") from error

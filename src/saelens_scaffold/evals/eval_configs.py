@@ -3,7 +3,6 @@
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
-from sae_bench.evals.base_eval_output import BaseEvalConfig
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
@@ -32,7 +31,7 @@ ASCENDING = AfterValidator(_ascending)
 
 
 @documented
-class ModelConfig(BaseEvalConfig):
+class ModelConfig:
     """Language model and confidence, for every evaluation of this package."""
 
     model_name: str = ""

@@ -6,7 +6,6 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 import torch
 from pydantic import Field
-from sae_bench.evals.base_eval_output import DEFAULT_DISPLAY
 
 from saelens_scaffold.evals.base import UNBOUNDED, Bounds, within
 
@@ -120,7 +119,7 @@ def student_interval(
         least_spread: What their standard deviation is known to be at least.
         bounds: The least and the largest value that there can be.
     """
-    # imported here, since scipy is SAEBench's dependency and takes its time to load
+    # imported here, since scipy takes its time to load
     from scipy import stats
 
     sample = torch.tensor(values, dtype=torch.float64)
@@ -137,8 +136,8 @@ Class = TypeVar("Class")
 
 HAS_INTERVAL = "has a confidence interval"
 
-Shown = Annotated[T, Field(json_schema_extra=DEFAULT_DISPLAY)]
-"""A field that user interfaces show by default."""
+Shown = Annotated[T, Field(json_schema_extra={"ui_default_display": True})]
+"""A field that user interfaces show by default, as marked in SAEBench's schemas."""
 
 WithInterval = Annotated[T, HAS_INTERVAL]
 """A field NAME with the ends of its interval in NAME_ci_low and NAME_ci_high."""

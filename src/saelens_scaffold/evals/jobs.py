@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_bench.sae_bench_utils import activation_collection
-
 from saelens_scaffold._util.configs import config_fields, make_config, validating
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.untrusted import file_name
@@ -33,6 +31,14 @@ from saelens_scaffold.evals.tokens import (
 )
 from saelens_scaffold.models.datasets import EMBEDDED_DATASET_NAME
 from saelens_scaffold.models.language_models import ModelClass, check_model_name
+
+_OF_LANGUAGE_MODELS = {
+    "pythia-70m-deduped": (512, "float32"),
+    "pythia-160m-deduped": (256, "float32"),
+    **dict.fromkeys(("gemma-2-2b", "gemma-2-2b-it"), (32, "bfloat16")),
+    **dict.fromkeys(("gemma-2-9b", "gemma-2-9b-it"), (32, "bfloat16")),
+}
+"""Batch sizes and dtypes of language models, as in SAEBench."""
 
 
 @dataclass(frozen=True)
@@ -276,8 +282,7 @@ def _add_language_model(
         model_class = values.setdefault("model_class_name", model_class)
     check_model_name(values["model_name"], model_class)
     short_name = values["model_name"].rpartition("/")[2]
-    batch_size = activation_collection.LLM_NAME_TO_BATCH_SIZE.get(short_name)
-    dtype = activation_collection.LLM_NAME_TO_DTYPE.get(short_name)
+    batch_size, dtype = _OF_LANGUAGE_MODELS.get(short_name, (None, None))
     batch_size = batch_size and max(1, batch_size // evaluation.batch_divisor)
     found = (("llm_batch_size", batch_size, 32), ("llm_dtype", dtype, "float32"))
     for name, of_model, fallback in found:

@@ -1,26 +1,26 @@
-"""JSON schemas of the results, as SAEBench generates its own, and descriptions of metrics.
+"""JSON schemas of the results, as SAEBench has them of its own, and descriptions of metrics.
 
 `python -m saelens_scaffold.evals.json_schemas` writes each beside its output class. They are
 committed, so that programs that read results can rely on them without importing anything.
 """
 
 import inspect
+import json
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
-from sae_bench.evals.base_eval_output import BaseEvalOutput
-from sae_bench.evals.generate_json_schemas import generate_json_schema
 
 from saelens_scaffold._util.files import new_file
 from saelens_scaffold.evals.base import Evaluation
 from saelens_scaffold.evals.registry import EVALUATIONS
 
 
-def output_classes() -> Iterator[tuple[type[BaseEvalOutput], Path]]:
+def output_classes() -> Iterator[tuple[type[Any], Path]]:
     """The output class of every evaluation of this package, and the file of its schema."""
     for evaluation in EVALUATIONS.values():
         output_class = evaluation.load().output_class
@@ -29,11 +29,16 @@ def output_classes() -> Iterator[tuple[type[BaseEvalOutput], Path]]:
             yield output_class, Path(inspect.getfile(output_class)).with_name(name)
 
 
+def json_schema(output_class: type[Any]) -> str:
+    """The JSON schema of an output class."""
+    return json.dumps(TypeAdapter(output_class).json_schema(), indent=2)
+
+
 def main() -> None:
     """Write all schemas."""
     for output_class, path in output_classes():
         with new_file(path) as file:
-            generate_json_schema(output_class, str(file))
+            file.write_text(json_schema(output_class), encoding="utf-8")
         print(path)
 
 

@@ -1,14 +1,13 @@
 """The language model of an evaluation, cut in two at the SAEs' hook point."""
 
-import sys
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
-from sae_bench.sae_bench_utils import general_utils
 from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.errors import UserError
@@ -22,14 +21,17 @@ from saelens_scaffold.models.language_models import (
 
 def choose_device(device: str | None) -> str:
     """
-    The device that was asked for, else the one that SAEBench chooses.
+    The device that was asked for, else a GPU where there is one.
 
     Raises:
         UserError: It cannot be used.
     """
     if device is None:
-        with redirect_stdout(sys.stderr):
-            return general_utils.setup_environment()
+        if torch.backends.mps.is_available():
+            return "mps"
+        # SAEBench's setting, before the first allocation: contexts differ in length
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device)
     except (AssertionError, RuntimeError) as error:

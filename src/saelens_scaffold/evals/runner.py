@@ -11,9 +11,10 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
+import sae_lens
 import torch
-from sae_bench import sae_bench_utils
 
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.files import make_writable, workspace
@@ -207,9 +208,10 @@ def _measure(
 ) -> Iterator[tuple[SelectedSAE, Result]]:
     """The complete results of SAEs, measured."""
     about_this_run = {
-        "eval_id": sae_bench_utils.get_eval_uuid(),
-        "sae_bench_commit_hash": sae_bench_utils.get_sae_bench_version(),
-        "sae_lens_version": sae_bench_utils.get_sae_lens_version(),
+        "eval_id": str(uuid4()),
+        # to SAEBench, the commit of whatever repository the user works in
+        "sae_bench_commit_hash": "Unknown",
+        "sae_lens_version": sae_lens.__version__,
     }
     output_class = job.implementation.output_class
     with _artifacts_in(job.artifacts_path) as artifacts:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from sae_bench.sae_bench_utils import general_utils, sae_selection_utils
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import str_to_dtype
 
 from saelens_scaffold._util.errors import UserError, one_line
@@ -96,7 +96,7 @@ class SelectedSAE:
 
 def result_file_name(release: str, sae_id: str = CUSTOM_SAE_ID) -> str:
     """Name of the file with an SAE's result, as in SAEBench; UserError if it cannot be one."""
-    return file_name(general_utils.get_results_filepath("", release, sae_id))
+    return file_name(f"{release}_{sae_id}_eval_results.json".replace("/", "_"))
 
 
 def load_saes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, SAE[Any]]]:
@@ -175,15 +175,22 @@ def select_saes(
 
 def _released_saes(release: str, sae_id: str) -> list[tuple[str, Any]]:
     try:
-        found = sae_selection_utils.get_saes_from_regex(release, sae_id)
+        releases, ids = re.compile(release), re.compile(sae_id)
     except re.error as error:
         raise UserError(f"not a regular expression: {error}") from error
+    found = [
+        (name, of_release)
+        for name, lookup in get_pretrained_saes_directory().items()
+        if releases.fullmatch(name)
+        for of_release in lookup.saes_map
+        if ids.fullmatch(of_release)
+    ]
     if not found:
         raise UserError(
             f"no SAE of SAELens's releases matches the release {release!r} and the id "
             f"{sae_id!r} (in full)"
         )
-    return [*found]
+    return found
 
 
 def _check_form(directory: Path) -> None:
@@ -232,7 +239,6 @@ def resolve_saes(
         except validation.InvalidSAEError:
             raise
         except ValueError as error:
-            # SAEBench takes the layer from the SAE's metadata
             raise UserError(f"SAE {release!r}: {error}") from error
         wanted = str_to_dtype(dtype) if dtype else sae.dtype
         # Of the weights as they are given, by which `upload` finds their results.
@@ -289,9 +295,23 @@ def _formatted(release: str, sae: SAE[Any], view: View) -> SAE[Any]:
             )
     if view == "sparse" and isinstance(judged, ScaffoldMixin):
         judged = judged.sparse_sae()
-    # the rest of what SAEBench does to an SAE that it loads
-    general_utils._standardize_sae_cfg(judged.cfg)
+    _complete_layer(judged.cfg.metadata)
     return judged
+
+
+def _complete_layer(metadata: SAEMetadata) -> None:
+    """
+    Raises:
+        ValueError: The SAE's metadata do not say what it was trained on.
+    """
+    for name in ("hook_name", "model_name"):
+        if metadata[name] is None:
+            raise ValueError(f"its metadata have no {name}")
+    layer = re.search(r"\d+", str(metadata.hook_name))
+    if metadata.hook_layer is None:
+        if layer is None:
+            raise ValueError(f"its hook_name {metadata.hook_name!r} is in no layer")
+        metadata.hook_layer = int(layer[0])
 
 
 def _scaffold_of_plain_form(sae: JumpReLUSAE) -> ScaffoldJumpReLUSAE | None:

@@ -3,9 +3,8 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.saes.sae import SAE
@@ -14,13 +13,11 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.untrusted import check_own_file, read_json
 from saelens_scaffold.evals.base import Metric
 from saelens_scaffold.evals.registry import EVALUATIONS, known_evaluations
+from saelens_scaffold.evals.store import StoredResult, stored_results
 from saelens_scaffold.evals.table import metric_cell
 from saelens_scaffold.saes.facts import DENSE_THRESHOLD, weights_sha256
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.training.measurement import Measurement
-
-if TYPE_CHECKING:
-    from saelens_scaffold.evals.store import StoredResult
 
 SAES_FOLDER = "saes"
 """Folder of the SAEs in a run of `compare`."""
@@ -62,7 +59,7 @@ class Facts:
 
 
 def facts_of(
-    results: "Sequence[StoredResult]",
+    results: Sequence[StoredResult],
     measurement: Measurement | None,
     reduction: Reduction | None,
 ) -> Facts:
@@ -125,28 +122,19 @@ def _cells(content: dict[str, Any]) -> dict[str, str]:
     return {path: metric_cell(content, metric) for path, metric in _METRICS.items()}
 
 
-def read_results(folders: Sequence[Path]) -> "list[StoredResult]":
+def read_results(folders: Sequence[Path]) -> list[StoredResult]:
     """
     All results of `saelens-scaffold eval` in these folders.
 
     Raises:
-        UserError: A folder is missing, a file cannot be read, or SAEBench is missing.
+        UserError: A folder is missing, or a file cannot be read.
     """
     if not folders:
         return []
-    if find_spec("sae_bench") is None:
-        raise UserError(
-            f"checking the results in {folders[0]} needs SAEBench: "
-            'pip install "saelens-scaffold[bench]"'
-        )
-    from saelens_scaffold.evals.store import stored_results
-
     return [result for folder in folders for result in stored_results(folder)]
 
 
-def results_of(
-    sae: SAE[Any], results: "Sequence[StoredResult]"
-) -> "list[StoredResult]":
+def results_of(sae: SAE[Any], results: Sequence[StoredResult]) -> list[StoredResult]:
     """
     The results of this SAE, by the hash of its weights.
 

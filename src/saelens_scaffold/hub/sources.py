@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from huggingface_hub import HfApi
@@ -48,6 +48,39 @@ Directories: TypeAlias = Path | str | Sequence[Path | str]
 SAESources: TypeAlias = Mapping[str, SAESource] | Directories
 
 Item = TypeVar("Item")
+
+
+class Beside(NamedTuple):
+    """
+    What lies beside an SAE's weights in its directory, of SAEs that have none.
+
+    Attributes:
+        log_feature_sparsity: The log10 of the firing frequencies in training, by id.
+        runner_cfg: Configurations of SAELens's runner, or the same as dictionaries, by id.
+    """
+
+    log_feature_sparsity: Mapping[str, torch.Tensor]
+    runner_cfg: Mapping[str, Any]
+
+    def check_ids(self, known: Collection[str]) -> None:
+        """
+        Raises:
+            UserError: One is of no such SAE.
+        """
+        for name, by_id in self._asdict().items():
+            for sae_id in by_id.keys() - known:
+                raise UserError(
+                    f"{name} is of {sae_id!r}; of SAEs that are not in a directory there "
+                    f"are {sorted(known)}"
+                )
+
+    def write(self, sae_id: str, folder: Path) -> None:
+        """Write the files that SAELens's runner writes."""
+        if (sparsity := self.log_feature_sparsity.get(sae_id)) is not None:
+            _write_sparsity(sparsity, folder)
+        if (cfg := self.runner_cfg.get(sae_id)) is not None:
+            content = cfg if isinstance(cfg, Mapping) else cfg.to_dict()
+            _write_json(content, folder / constants.RUNNER_CFG_FILENAME)
 
 
 @dataclass(frozen=True)
@@ -145,7 +178,11 @@ class Upload:
         return tqdm(items, desc=description, disable=not self.show_progress)
 
     def gather(
-        self, saes: SAESources, eval_results: Directories | None, folder: Path
+        self,
+        saes: SAESources,
+        eval_results: Directories | None,
+        beside: Beside,
+        folder: Path,
     ) -> None:
         """
         Check that SAEs can be uploaded, and gather what is known of them.
@@ -153,7 +190,8 @@ class Upload:
         Args:
             saes: SAEs or directories of SAEs by id, or directories, also as ID=DIRECTORY.
             eval_results: Folders with evaluation results; None for those in directories.
-            folder: Where to save the SAEs that are not in a directory.
+            beside: What there is of SAEs that are not in a directory.
+            folder: Where to save them.
 
         Raises:
             InvalidSAEError: An SAE, or one of its files, cannot be used.
@@ -161,6 +199,7 @@ class Upload:
         """
         given = _given(saes)
         by_id = dict(_found(given))
+        beside.check_ids({id_ for id_, sae in by_id.items() if isinstance(sae, SAE)})
         directories = [Path(s) for _, s in given if not isinstance(s, SAE)]
         reductions: dict[str, findings.Reduction] = {}
         if [given_id for given_id, _ in given] == [None]:
@@ -180,7 +219,11 @@ class Upload:
         current = [result for result in stored if reasons[result.file] is None]
         for sae_id, source in self.progress(by_id.items(), "Checking SAEs"):
             with validation.named(f"SAE {sae_id!r}"):
-                path, sae = _checked(source, folder / sae_id)
+                if isinstance(source, SAE):
+                    _save_object(source, folder / sae_id)
+                    beside.write(sae_id, folder / sae_id)
+                    source = folder / sae_id
+                path, sae = _checked(source)
             own = findings.results_of(sae, current)
             reduction = reductions.get(weights_sha256(sae))
             facts = findings.facts_of(own, Measurement.of(sae), reduction)
@@ -254,19 +297,20 @@ def _directories_in(path: Path) -> list[tuple[Path, Path]]:
     return sae_directories(root)
 
 
-def _checked(source: SAESource, folder: Path) -> tuple[Path, SAE[Any]]:
-    """The directory of an SAE, saved to `folder` if it has none yet, and the SAE."""
-    if isinstance(source, SAE):
-        validation.check_scale_is_known(source.cfg.normalize_activations)
-    if isinstance(source, TrainingSAE) and not isinstance(source, ScaffoldMixin):
+def _save_object(sae: SAE[Any], folder: Path) -> None:
+    """Save an SAE that has no directory yet, in inference form."""
+    validation.check_scale_is_known(sae.cfg.normalize_activations)
+    if isinstance(sae, TrainingSAE) and not isinstance(sae, ScaffoldMixin):
         raise validation.InvalidSAEError(
             "it is a training SAE; upload what its save_inference_model saves"
         )
-    if isinstance(source, SAE):
-        sae = source.to_inference() if isinstance(source, ScaffoldMixin) else source
-        validation.check_weights(sae.cfg.to_dict(), sae.state_dict())
-        sae.save_model(folder)
-        source = folder
+    sae = sae.to_inference() if isinstance(sae, ScaffoldMixin) else sae
+    validation.check_weights(sae.cfg.to_dict(), sae.state_dict())
+    sae.save_model(folder)
+
+
+def _checked(source: Path | str) -> tuple[Path, SAE[Any]]:
+    """The directory of an SAE, and the SAE."""
     sae = load_scaffold_sae(source)
     validation.check_can_be_used(sae)
     runner_cfg = Path(source, constants.RUNNER_CFG_FILENAME)
@@ -338,8 +382,12 @@ def _save(
     cfg["metadata"] = findings.without_directories(metadata)
     file.write_text(json.dumps(cfg), encoding="utf-8")
     if sparsity is not None:
-        tensors = {"sparsity": sparsity.contiguous()}
-        save_file(tensors, folder / constants.SPARSITY_FILENAME)
+        _write_sparsity(sparsity, folder)
+
+
+def _write_sparsity(sparsity: torch.Tensor, folder: Path) -> None:
+    tensors = {"sparsity": sparsity.contiguous()}
+    save_file(tensors, folder / constants.SPARSITY_FILENAME)
 
 
 def _write_json(content: Any, file: Path) -> None:

@@ -5,13 +5,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, errors, utils
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import temporary_folder
 from saelens_scaffold.hub.commits import HubUpload, look
 from saelens_scaffold.hub.model_card import TEMPLATES, add_figure
-from saelens_scaffold.hub.sources import SAESource, Upload
+from saelens_scaffold.hub.sources import Beside, SAESource, Upload
 
 
 def upload_scaffold_saes(
@@ -21,6 +22,8 @@ def upload_scaffold_saes(
     hf_revision: str = "main",
     jumprelu: bool = True,
     eval_results: Path | str | Sequence[Path | str] | None = None,
+    log_feature_sparsity: Mapping[str, torch.Tensor] | None = None,
+    runner_cfg: Mapping[str, Any] | None = None,
     private: bool = False,
     create_pr: bool = False,
     overwrite_readme: bool = False,
@@ -51,6 +54,10 @@ def upload_scaffold_saes(
         eval_results: Output folder of `saelens-scaffold eval`, or several; by default the
             folder eval_results of each given directory, if there is one. A result belongs
             to the SAE whose weights have its hash, and stays at home if it is outdated.
+        log_feature_sparsity: What the trainer's attribute of this name has, shape (d_sae,),
+            by the id of an SAE that is not in a directory.
+        runner_cfg: The configuration of SAELens's runner, or the same as a dictionary,
+            likewise.
         private: Whether a new repository is private.
         create_pr: Whether to open a pull request instead of changing the branch.
         overwrite_readme: Whether to replace an existing README.
@@ -74,7 +81,8 @@ def upload_scaffold_saes(
     upload.jumprelu, upload.private, upload.create_pr = jumprelu, private, create_pr
     upload.license, upload.base_model, upload.datasets = license, base_model, datasets
     upload.overwrite_readme = overwrite_readme
-    _carry_out(upload, saes, eval_results, dry_run)
+    beside = Beside(log_feature_sparsity or {}, runner_cfg or {})
+    _carry_out(upload, saes, eval_results, beside, dry_run)
     return upload
 
 
@@ -103,7 +111,9 @@ def run(
     return text.rstrip(), notes
 
 
-def _carry_out(upload: Upload, saes: Any, eval_results: Any, dry_run: bool) -> None:
+def _carry_out(
+    upload: Upload, saes: Any, eval_results: Any, beside: Beside, dry_run: bool
+) -> None:
     repo_id = upload.repo_id
     try:
         utils.validate_repo_id(repo_id)
@@ -115,7 +125,7 @@ def _carry_out(upload: Upload, saes: Any, eval_results: Any, dry_run: bool) -> N
         if not upload.show_progress and not utils.are_progress_bars_disabled():
             utils.disable_progress_bars()  # huggingface_hub's, for each file
             stack.callback(utils.enable_progress_bars)
-        upload.gather(saes, eval_results, folder / "saes")
+        upload.gather(saes, eval_results, beside, folder / "saes")
         add_figure(upload, folder)
         if dry_run:
             look(upload)

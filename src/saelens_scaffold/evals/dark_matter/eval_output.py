@@ -2,11 +2,11 @@
 # pyright: reportGeneralTypeIssues=false
 
 from pydantic import Field
-from sae_bench.evals import base_eval_output as base
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold.evals.dark_matter.eval_config import DarkMatterEvalConfig
 from saelens_scaffold.evals.data import TextSeenInTraining
+from saelens_scaffold.evals.eval_output import EvalOutput
 from saelens_scaffold.evals.intervals import (
     OptionalEstimate,
     Shown,
@@ -18,7 +18,7 @@ from saelens_scaffold.evals.tokens import TokenSelection
 
 @documented
 @with_intervals
-class ReconstructionMetrics(base.BaseMetrics):
+class ReconstructionMetrics:
     """Fractions of the activations' variance, |x - E[x]|², on tokens not fitted on."""
 
     fvu: Shown[WithInterval[float]]
@@ -42,7 +42,7 @@ class ReconstructionMetrics(base.BaseMetrics):
 
 @documented
 @with_intervals
-class LinearErrorMetrics(base.BaseMetrics):
+class LinearErrorMetrics:
     """How well the error e is predicted from x by W, on tokens not fitted on."""
 
     r_squared: Shown[WithInterval[float]]
@@ -65,7 +65,7 @@ class LinearErrorMetrics(base.BaseMetrics):
 
 @documented
 @with_intervals
-class NormMetrics(base.BaseMetrics):
+class NormMetrics:
     """R² of norms, on tokens not fitted on. From x, squared norms are predicted without an
     intercept and |e| with one, as in the code of arXiv 2410.14670."""
 
@@ -91,7 +91,7 @@ class NormMetrics(base.BaseMetrics):
 
 @documented
 @with_intervals
-class CrossEntropyMetrics(base.BaseMetrics):
+class CrossEntropyMetrics:
     """
     Next-token cross-entropy with something else in place of x, in nats, and the share of
     what x̂ loses that is recovered, beside the share of FVU that is.
@@ -117,7 +117,7 @@ class CrossEntropyMetrics(base.BaseMetrics):
 
 @documented
 @with_intervals
-class ScaffoldMetrics(base.BaseMetrics):
+class ScaffoldMetrics:
     """What a scaffold has taken of the error of its plain twin, on the same tokens. All None
     without a scaffold or a twin."""
 
@@ -140,7 +140,7 @@ class ScaffoldMetrics(base.BaseMetrics):
 
 @documented
 @with_intervals
-class EarlierMetrics(base.BaseMetrics):
+class EarlierMetrics:
     """Linear maps from the SAE at an earlier hook point. All None without one."""
 
     fvu_nonlinear_with_reconstruction: Shown[OptionalEstimate] = None
@@ -155,7 +155,7 @@ class EarlierMetrics(base.BaseMetrics):
 
 @documented
 @with_intervals
-class PursuitMetrics(base.BaseMetrics):
+class PursuitMetrics:
     """With activations by gradient pursuit, as many on each token as the SAE's own. All None
     if `pursuit` is off."""
 
@@ -166,7 +166,7 @@ class PursuitMetrics(base.BaseMetrics):
 
 
 @documented
-class TokenMetrics(base.BaseMetrics):
+class TokenMetrics:
     n_tokens: int
     """Tokens tested on"""
     n_sequences: int
@@ -176,7 +176,7 @@ class TokenMetrics(base.BaseMetrics):
 
 
 @documented
-class DarkMatterMetricCategories(base.BaseMetricCategories):
+class DarkMatterMetricCategories:
     reconstruction: Shown[ReconstructionMetrics]
     """What x̂ leaves unexplained"""
     linear_error: Shown[LinearErrorMetrics]
@@ -197,7 +197,7 @@ class DarkMatterMetricCategories(base.BaseMetricCategories):
 
 @documented
 @with_intervals
-class NormPrediction(base.BaseResultDetail):
+class NormPrediction:
     target: str
     """The norm"""
     predictor: str
@@ -241,18 +241,12 @@ class ScaffoldOverlap:
 
 
 @documented(title="Dark Matter")
-class DarkMatterEvalOutput(
-    base.BaseEvalOutput[
-        DarkMatterEvalConfig, DarkMatterMetricCategories, NormPrediction
-    ]
-):
+class DarkMatterEvalOutput(EvalOutput):
     """
     What an SAE leaves of the activations, how much of that a linear map of the activations predicts, what both parts cost the language model (arXiv 2410.14670), and how much of them a scaffold takes.
     """
 
     eval_config: DarkMatterEvalConfig
-    eval_id: str
-    datetime_epoch_millis: int
     eval_result_metrics: DarkMatterMetricCategories
     eval_result_details: list[NormPrediction] = Field(default_factory=list)
     """Each object is the prediction of one norm from one thing."""

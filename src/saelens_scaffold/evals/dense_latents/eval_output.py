@@ -1,16 +1,16 @@
 from pydantic import Field
-from sae_bench.evals import base_eval_output as base
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold.evals.data import TextSeenInTraining
 from saelens_scaffold.evals.dense_latents.eval_config import DenseLatentsEvalConfig
+from saelens_scaffold.evals.eval_output import EvalOutput
 from saelens_scaffold.evals.intervals import Shown, WithInterval, with_intervals
 from saelens_scaffold.evals.tokens import TokenSelection
 
 
 @documented
 @with_intervals
-class DenseLatentMetrics(base.BaseMetrics):
+class DenseLatentMetrics:
     dense_latents: Shown[WithInterval[int]]
     """Number of sparse latents that fire more often than the first threshold"""
     reduction: Shown[WithInterval[float | None]] = None
@@ -21,7 +21,7 @@ class DenseLatentMetrics(base.BaseMetrics):
 
 @documented
 @with_intervals
-class SparsityMetrics(base.BaseMetrics):
+class SparsityMetrics:
     l0_sparse: Shown[float]
     """Sparse latents that fire per token"""
     l0_total: Shown[float]
@@ -39,13 +39,13 @@ class SparsityMetrics(base.BaseMetrics):
 
 @documented
 @with_intervals
-class ReconstructionQualityMetrics(base.BaseMetrics):
+class ReconstructionQualityMetrics:
     explained_variance: Shown[WithInterval[float]]
     """1 - E|x - x̂|² / E|x - E[x]|², of the whole SAE"""
 
 
 @documented
-class TokenMetrics(base.BaseMetrics):
+class TokenMetrics:
     n_tokens: int
     """Tokens evaluated on, without BOS, EOS and padding"""
     n_sequences: int
@@ -53,7 +53,7 @@ class TokenMetrics(base.BaseMetrics):
 
 
 @documented
-class DenseLatentsMetricCategories(base.BaseMetricCategories):
+class DenseLatentsMetricCategories:
     dense_latents: Shown[DenseLatentMetrics]
     """Dense latents at the first threshold"""
     sparsity: Shown[SparsityMetrics]
@@ -66,7 +66,7 @@ class DenseLatentsMetricCategories(base.BaseMetricCategories):
 
 @documented
 @with_intervals
-class DenseLatentsResultDetail(base.BaseResultDetail):
+class DenseLatentsResultDetail:
     threshold: float
     """Firing frequency"""
     count: WithInterval[int]
@@ -104,18 +104,12 @@ class FiringHistogram:
 
 
 @documented(title="Dense Latents")
-class DenseLatentsEvalOutput(
-    base.BaseEvalOutput[
-        DenseLatentsEvalConfig, DenseLatentsMetricCategories, DenseLatentsResultDetail
-    ]
-):
+class DenseLatentsEvalOutput(EvalOutput):
     """
     Number of latents of the sparse dictionary that fire on a large share of all tokens. A scaffold should take over dense latents; its own linear latents are not counted, and its rank stands beside the count.
     """
 
     eval_config: DenseLatentsEvalConfig
-    eval_id: str
-    datetime_epoch_millis: int
     eval_result_metrics: DenseLatentsMetricCategories
     eval_result_details: list[DenseLatentsResultDetail] = Field(default_factory=list)
     """Each object is the count at one threshold."""

@@ -5,7 +5,7 @@ purpose, for as long as a `with` block lasts.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ def replaced(*replacements: tuple[Any, Mapping[str, Any]]) -> Iterator[None]:
             namespace.update({name: old[name] for name in values.keys() & old.keys()})
 
 
-def judged_saes(saes: Iterable[SelectedSAE]) -> Replacement:
+def judged_saes(saes: Sequence[SelectedSAE]) -> Replacement:
     """
     SAEBench gets SAEs as they are judged here.
 
@@ -61,6 +61,8 @@ def judged_saes(saes: Iterable[SelectedSAE]) -> Replacement:
     and it would take the sparsity file of a release, log10 of frequencies, for frequencies
     (in autointerp). Of objects it would warn where a decoder row is zero.
     """
+    for sae in saes:
+        general_utils._standardize_sae_cfg(sae.sae.cfg)  # as it does when it loads one
     of_releases = {(sae.release, sae.sae_id): sae.sae for sae in saes}
 
     def load_and_format_sae(

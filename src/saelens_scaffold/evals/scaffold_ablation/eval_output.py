@@ -2,10 +2,10 @@
 # pyright: reportGeneralTypeIssues=false
 
 from pydantic import Field
-from sae_bench.evals import base_eval_output as base
 
 from saelens_scaffold._util.configs import documented
 from saelens_scaffold.evals.data import TextSeenInTraining
+from saelens_scaffold.evals.eval_output import EvalOutput
 from saelens_scaffold.evals.intervals import (
     OptionalEstimate,
     Shown,
@@ -22,7 +22,7 @@ EVAL_TYPE_ID_SCAFFOLD_ABLATION = "scaffold_ablation"
 
 @documented
 @with_intervals
-class CrossEntropyMetrics(base.BaseMetrics):
+class CrossEntropyMetrics:
     """
     What the language model loses, as multiples of its clean cross-entropy.
 
@@ -78,7 +78,7 @@ class CrossEntropyMetrics(base.BaseMetrics):
 
 
 @documented
-class GeometryMetrics(base.BaseMetrics):
+class GeometryMetrics:
     pca_rank: int
     """Number of principal directions compared with"""
     variance_explained_by_pca: Shown[float]
@@ -109,7 +109,7 @@ class GeometryMetrics(base.BaseMetrics):
 
 @documented
 @with_intervals
-class TopicMetrics(base.BaseMetrics):
+class TopicMetrics:
     """
     Headline accuracies of probes after the last layer. Removing the scaffold means mean
     ablation: s(x) by itself depends on the gauge of an SAE's weights, s(x) - E[s] does not.
@@ -140,7 +140,7 @@ class TopicMetrics(base.BaseMetrics):
 
 @documented
 @with_intervals
-class SpecialTokenMetrics(base.BaseMetrics):
+class SpecialTokenMetrics:
     """
     Headline figures with special tokens included: means, directions, scaffold means and
     firing frequencies are fitted on BOS, EOS and padding as well, and all of these tokens
@@ -169,7 +169,7 @@ class SpecialTokenMetrics(base.BaseMetrics):
 
 
 @documented
-class ScaffoldAblationMetricCategories(base.BaseMetricCategories):
+class ScaffoldAblationMetricCategories:
     cross_entropy: Shown[CrossEntropyMetrics]
     """What the interventions cost the language model"""
     geometry: Shown[GeometryMetrics]
@@ -182,7 +182,7 @@ class ScaffoldAblationMetricCategories(base.BaseMetricCategories):
 
 @documented
 @with_intervals
-class ScaffoldAblationResultDetail(base.BaseResultDetail):
+class ScaffoldAblationResultDetail:
     intervention: str
     """Name of the intervention"""
     kind: str
@@ -250,20 +250,12 @@ class DictionaryAlignment:
 
 
 @documented(title="Scaffold Ablation")
-class ScaffoldAblationEvalOutput(
-    base.BaseEvalOutput[
-        ScaffoldAblationEvalConfig,
-        ScaffoldAblationMetricCategories,
-        ScaffoldAblationResultDetail,
-    ]
-):
+class ScaffoldAblationEvalOutput(EvalOutput):
     """
     Whether the language model needs the scaffold: cross-entropy, KL divergence and topic classification with the scaffold removed at the hook point, beside the removal of principal directions and of sparse latents aligned with it, its own and those of a plain SAE.
     """
 
     eval_config: ScaffoldAblationEvalConfig
-    eval_id: str
-    datetime_epoch_millis: int
     eval_result_metrics: ScaffoldAblationMetricCategories
     eval_result_details: list[ScaffoldAblationResultDetail] = Field(
         default_factory=list

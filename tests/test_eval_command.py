@@ -436,8 +436,8 @@ def test_schemas_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(registry.EVALUATIONS, name)
     for output_class, path in json_schemas.output_classes():
         json_schemas.generate_json_schema(output_class, "schema.json")
-        current = Path("schema.json").read_text()
-        assert path.is_file() and path.read_text() == current, (
+        current = json.loads(Path("schema.json").read_text())
+        assert path.is_file() and json.loads(path.read_text()) == current, (
             f"{path} is out of date; run python -m saelens_scaffold.evals.json_schemas"
         )
 

@@ -233,7 +233,9 @@ def test_plain_forms(form: Any, folder: Path, x: torch.Tensor, tmp_path: Path) -
     for name, value in plain.state_dict().items():
         assert torch.equal(weights[name], value), name
     for plain_already in (again, str(checkpoint_of(folder, "topk"))):
-        assert main(["export", plain_already, str(tmp_path / "x"), "--form=sparse"]) == 2
+        assert (
+            main(["export", plain_already, str(tmp_path / "x"), "--form=sparse"]) == 2
+        )
 
     with pytest.raises(UserError, match="form 'sparse' is of scaffold SAEs"):
         export_checkpoint(checkpoint_of(folder, "topk"), tmp_path / "x", "sparse")

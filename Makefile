@@ -15,9 +15,6 @@ RECORD ?= $(basename $(notdir $(wildcard benchmarks/recorded/*.txt)))
 # `make EXTRAS=bench,test` builds it there. Without it, the tests that need it are left out.
 EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("bench,test" if sys.version_info < (3, 13) else "test")')
 
-# The lowest sae-lens that pyproject.toml declares, for test-min.
-SAE_LENS_MIN = $(shell sed -n 's/^ *"sae-lens>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-
 .PHONY: help demo test test-min lint docs docs-check record clean
 
 help: ## List the targets
@@ -30,7 +27,7 @@ test: $(VENV)/.installed ## Run the tests; installs Chromium if there is none (T
 	@$(VENV)/bin/python tests/chromium.py
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
 
-test-min: $(VENV_MIN)/.installed ## Run the tests against the lowest sae-lens declared
+test-min: $(VENV_MIN)/.installed ## Run the tests against the lowest versions declared
 	@$(VENV_MIN)/bin/python tests/chromium.py
 	$(VENV_MIN)/bin/python -m pytest $(TEST_ARGS)
 
@@ -50,7 +47,7 @@ record: $(VENV)/.installed ## Run recorded commands again, hours in all (RECORD=
 	for name in $(RECORD); do PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python benchmarks/record.py $$name || exit 1; done
 
 clean: ## Remove the environments and all that the tools leave behind
-	rm -rf $(VENV) $(VENV_MIN) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV)* build dist site .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -63,11 +60,10 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
-$(VENV_MIN)/.installed: pyproject.toml constraints.txt
+$(VENV_MIN)/.installed: pyproject.toml constraints-min.txt
 	@$(call create_venv,$(VENV_MIN))
-	@echo "Installing saelens-scaffold[$(EXTRAS)] with sae-lens $(SAE_LENS_MIN) into $(VENV_MIN)"
-	@grep -v '^sae-lens==' constraints.txt > $(VENV_MIN)/constraints.txt
-	$(VENV_MIN)/bin/python -m pip install -q -c $(VENV_MIN)/constraints.txt sae-lens==$(SAE_LENS_MIN) -e '.[$(EXTRAS)]'
+	@echo "Installing saelens-scaffold[$(EXTRAS)] in its lowest versions into $(VENV_MIN)"
+	$(VENV_MIN)/bin/python -m pip install -q -c constraints-min.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 # Debian's python3 comes without ensurepip, hence without a usable venv module.

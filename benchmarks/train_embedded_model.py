@@ -108,6 +108,11 @@ def main() -> None:
     with new_directory(args.out) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        file = directory / "tokenizer_config.json"
+        # transformers 4 does not know the class by transformers 5's name
+        text = file.read_text(encoding="utf-8")
+        text = text.replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        file.write_text(text, encoding="utf-8")
         readme = README.format(
             name=args.out.name,
             config=model.config,
@@ -213,6 +218,8 @@ def load_or_train_tokenizer(file: Path, texts: list[str]) -> PreTrainedTokenizer
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         unk_token=END_OF_TEXT,
+        # no token_type_ids, which transformers 4 would add and GPT-NeoX does not take
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

@@ -13,8 +13,12 @@ from saelens_scaffold import (
     ScaffoldMatryoshkaTrainingSAE,
     ScaffoldMatryoshkaTrainingSAEConfig,
 )
+from saelens_scaffold._util.compat import release
 
 D_IN, D_SAE, RANK, K = 16, 64, 3, 4.0
+
+# TransformerLens's, which its versions before 3 have not
+HAS_BRIDGE = release("transformer-lens") >= (3, 0)
 
 # for what runs on a GPU too, where there is one
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import Mock
 
@@ -26,6 +27,7 @@ from chromium import launch
 from saelens_scaffold import hookimpl
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.compare import CompareConfig, compare, read_config
+from saelens_scaffold.compare.comparisons import SAME_L0_WITHIN
 from saelens_scaffold.compare.config import ConfigChanged
 from saelens_scaffold.compare.experiment import EvaluationsFailed, make_plan
 from saelens_scaffold.compare.grid import runs_of
@@ -205,19 +207,19 @@ def test_comparisons_are_at_the_measured_sparsity(unbroken: Path) -> None:
             values["scaffold_batchtopk k=4 scaffold_rank=2", seed]
             - values["batchtopk k=4", seed]
         )
-    # by k, batchtopk's 6 is the same l0_total; after so little training it is not
+    # by k, batchtopk's 6 is the same l0_total; after so little training it need not be
     refused = found["l0_total", 4]
     (nearest,) = refused["baseline"]["measured"]
-    assert refused["verdict"] == "out of range"
     assert nearest["arm"] == "batchtopk k=6"
-    l0s = [
-        sae["l0_total"]
-        for sae in results["saes"]
-        if sae["arm"] == "scaffold_batchtopk k=4 scaffold_rank=2"
-    ]
-    assert refused["treatment"]["l0_total"] == pytest.approx(sum(l0s) / 2)
-    assert "k=6 has the same l0_total by k, but -" in refused["note"]
-    assert re.search(r"train batchtopk with k=\d+$", refused["note"])
+    ours, theirs = (
+        fmean(sae["l0_total"] for sae in results["saes"] if sae["arm"] == arm)
+        for arm in ("scaffold_batchtopk k=4 scaffold_rank=2", "batchtopk k=6")
+    )
+    assert refused["treatment"]["l0_total"] == pytest.approx(ours)
+    is_refused = abs(theirs / ours - 1) > SAME_L0_WITHIN
+    assert (refused["verdict"] == "out of range") == is_refused
+    note = r"k=6 has the same l0_total by k, but -.*train batchtopk with k=\d+$"
+    assert bool(re.search(note, refused["note"] or "")) == is_refused
     (figure,) = results["reference"]
     for ours in figure["ours"]:  # l0_total of a scaffold SAE is higher
         assert ours["shown"].startswith("+")

@@ -103,7 +103,7 @@ def test_the_model_predicts_the_library_and_both_libraries_agree(
     model: HookedTransformer, test: Dataset
 ):
     path = embedded_model_path()
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(path).float().eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokens = torch.tensor(
         [

@@ -418,8 +418,8 @@ def test_schemas_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "fake", "other":
         monkeypatch.delitem(registry.EVALUATIONS, name)
     for output_class, path in json_schemas.output_classes():
-        current = json_schemas.json_schema(output_class)
-        assert path.is_file() and path.read_text() == current, (
+        current = json.loads(json_schemas.json_schema(output_class))
+        assert path.is_file() and json.loads(path.read_text()) == current, (
             f"{path} is out of date; run python -m saelens_scaffold.evals.json_schemas"
         )
 

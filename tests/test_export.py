@@ -223,6 +223,20 @@ def test_plain_forms(form: Any, folder: Path, x: torch.Tensor, tmp_path: Path) -
             torch.testing.assert_close(plain(x).double(), out, rtol=1e-3, atol=1e-3)
         fires = plain.encode(x)[:, 2 * RANK if form == "jumprelu" else 0 :] != 0
     assert torch.equal(fires, acts[:, RANK:] != 0)
+
+    saved, again = str(tmp_path / "saved"), str(tmp_path / "again")
+    export_checkpoint(checkpoint, saved)
+    assert main(["export", saved, again]) == 2
+    assert main(["export", saved, again, f"--form={form}"]) == 0
+    weights = load_file(tmp_path / "again" / WEIGHTS)
+    assert weights.keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(weights[name], value), name
+    for plain_already in (again, str(checkpoint_of(folder, "topk"))):
+        assert (
+            main(["export", plain_already, str(tmp_path / "x"), "--form=sparse"]) == 2
+        )
+
     with pytest.raises(UserError, match="form 'sparse' is of scaffold SAEs"):
         export_checkpoint(checkpoint_of(folder, "topk"), tmp_path / "x", "sparse")
     assert not (tmp_path / "x").exists()

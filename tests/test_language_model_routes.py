@@ -10,9 +10,14 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eval_helpers import eval_sae, write_texts
+from helpers import HAS_BRIDGE
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.model import HookedModel, activations_at
-from saelens_scaffold.models import embedded_model_path, load_stdlib_chunks
+from saelens_scaffold.models import (
+    embedded_model_path,
+    language_models,
+    load_stdlib_chunks,
+)
 from saelens_scaffold.models.language_models import (
     ModelClass,
     load_language_model,
@@ -20,7 +25,9 @@ from saelens_scaffold.models.language_models import (
 )
 from saelens_scaffold_cli import main
 
-CLASSES: tuple[Any, ...] = get_args(ModelClass)
+CLASSES: tuple[Any, ...] = tuple(
+    of for of in get_args(ModelClass) if HAS_BRIDGE or of != "TransformerBridge"
+)
 LLAMA_LIKE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -61,6 +68,11 @@ def local_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def hidden(output: Any) -> torch.Tensor:
+    """What a layer returns: in transformers 4 with others in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @pytest.mark.parametrize("model_class", CLASSES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_route_computes_what_transformers_does(
@@ -72,7 +84,7 @@ def test_every_route_computes_what_transformers_does(
             load_language_model(path, "cpu", model_class_name=model_class)
         return
     tokens = torch.randint(1, 4000, (2, 40), generator=torch.manual_seed(0))
-    reference: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    reference: Any = AutoModelForCausalLM.from_pretrained(path).float()
     layers: Any = reference.get_submodule(
         {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}.get(
             family, "model.layers"
@@ -81,15 +93,16 @@ def test_every_route_computes_what_transformers_does(
     outputs: dict[str, torch.Tensor] = {}
     change = torch.randn(2, 40, 32, generator=torch.manual_seed(1))
 
-    def keep(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-        outputs["x"] = output
-        return output + change
+    def keep(_: Any, __: Any, output: Any) -> Any:
+        outputs["x"] = hidden(output)
+        changed = hidden(output) + change
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     with torch.no_grad():
         logits = reference(tokens).logits
         handle = layers[1].register_forward_hook(keep)
         last = layers[2].register_forward_hook(
-            lambda _, __, output: outputs.__setitem__("last", output)
+            lambda _, __, output: outputs.__setitem__("last", hidden(output))
         )
         changed = reference(tokens).logits
         for each in (handle, last):
@@ -206,7 +219,12 @@ def test_trained_and_evaluated_by_every_route(
         assert "--model_class_name TransformerBridge" in capsys.readouterr().err
         return
     assert main(["train", *trained]) == 0
-    names = "dense_latents,scaffold_ablation,core,sparse_probing"
+    names = "dense_latents,scaffold_ablation"
+    if HAS_BRIDGE or model_class == "HookedTransformer":
+        names += ",core,sparse_probing"
+    else:
+        assert main(["eval", "dense_latents,core", f"--sae_path={sae}"]) == 2
+        assert "needs transformer-lens >= 3" in capsys.readouterr().err
     evaluated = [
         f"--sae_path={sae}",
         f"--dataset={texts}",
@@ -231,6 +249,7 @@ def test_trained_and_evaluated_by_every_route(
                 "sparse_probing.probe_test_set_size=10",
                 "sparse_probing.k_values=[1]",
             )
+            if setting.partition(".")[0] in names.split(",")
         ),
     ]
     assert main(["eval", names, *evaluated]) == 0
@@ -240,6 +259,38 @@ def test_trained_and_evaluated_by_every_route(
         model = [f"--model={path}", f"--model_class_name={model_class}"]
         of_model = [*rank[:2], f"--hook_name={hook_name}", *model]
         assert main(["rank", *of_model, f"--output_path={tmp_path / 'rank'}"]) == 0
+
+
+def test_a_class_that_transformer_lens_does_not_have(
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    if HAS_BRIDGE:
+        own = language_models.release
+        monkeypatch.setattr(
+            language_models,
+            "release",
+            lambda name: (2, 16) if name == "transformer-lens" else own(name),
+        )
+    eval_sae(rank=4).save_model(tmp_path / "sae")
+    out = tmp_path / "out"
+    bridge = "--model_class_name=TransformerBridge"
+    transformers = "--model_class_name=AutoModelForCausalLM"
+    model, sae = "--model_name=py-neox", f"--sae_path={tmp_path / 'sae'}"
+    trained = ["--architecture=scaffold_batchtopk", "--train_batch_size_tokens=128"]
+    for command in (
+        ["train", model, bridge, *trained],
+        ["eval", "dense_latents", sae, bridge],
+        ["eval", "dense_latents,core", sae, transformers],
+        ["rank", sae, bridge, f"--output_path={out}"],
+        ["absorb", str(tmp_path / "sae"), bridge, f"--output_path={out}"],
+    ):
+        assert main(command) == 2, command
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "needs transformer-lens >= 3; " in error
+    assert not out.exists()
 
 
 def test_an_sae_is_judged_alike_by_every_route(texts: Path, tmp_path: Path):

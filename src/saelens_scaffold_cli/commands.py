@@ -393,12 +393,15 @@ class Upload(Command):
 @dataclass
 class Export(Command):
     """
-    Make an SAE of a checkpoint, final or not, of a training.
+    Make an SAE of a training's checkpoint, or a plain one of a scaffold SAE.
 
     A checkpoint's weights are those of a training SAE, for activations at the scale of
     the training. Saves the SAE in the form in which SAEs are used, with the scale folded
     into the weights and all metadata. Says which threshold it has: the running average
     of a BatchTopK training lags in its first steps.
+
+    With --form, makes a plain SAE of a checkpoint or of a saved SAE, for programs that
+    know no scaffold, as sae-dashboard and Neuronpedia's exporter.
 
     example: evaluate a checkpoint of `saelens-scaffold train`
       saelens-scaffold export checkpoints/abc123/500000 my-sae
@@ -406,7 +409,8 @@ class Export(Command):
     """
 
     checkpoint: str = option(metavar="CHECKPOINT")
-    """Directory of an SAE in a checkpoint of SAELens or of `saelens-scaffold train`."""
+    """Directory of an SAE in a checkpoint of SAELens or of `saelens-scaffold train`; with
+    --form, that of a saved SAE too."""
     output_path: str = option(metavar="OUTPUT")
     """Directory to make for the SAE."""
     form: Literal["jumprelu", "sparse"] | None = None

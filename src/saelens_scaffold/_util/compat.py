@@ -1,8 +1,13 @@
-"""Faults between versions of other libraries that users would meet through this package."""
+"""Versions of other libraries, and faults between them that users would meet here."""
 
 from importlib.metadata import version
 
 import datasets.config
+
+
+def release(package: str) -> tuple[int, ...]:
+    """Major and minor version of an installed package."""
+    return tuple(int(part) for part in version(package).split(".")[:2])
 
 
 def let_rows_be_tensors() -> None:
@@ -17,6 +22,5 @@ def let_rows_be_tensors() -> None:
         import torchvision.io  # which TransformerLens has imported, where there is one
     except ImportError:
         return
-    is_old = int(version("datasets").partition(".")[0]) < 4
-    if is_old and not hasattr(torchvision.io, "VideoReader"):
+    if release("datasets") < (4, 0) and not hasattr(torchvision.io, "VideoReader"):
         datasets.config.TORCHVISION_AVAILABLE = False

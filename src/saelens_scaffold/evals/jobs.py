@@ -30,7 +30,11 @@ from saelens_scaffold.evals.tokens import (
     tokens_of,
 )
 from saelens_scaffold.models.datasets import EMBEDDED_DATASET_NAME
-from saelens_scaffold.models.language_models import ModelClass, check_model_name
+from saelens_scaffold.models.language_models import (
+    ModelClass,
+    check_model_name,
+    with_hook_points,
+)
 
 _OF_LANGUAGE_MODELS = {
     "pythia-70m-deduped": (512, "float32"),
@@ -280,6 +284,8 @@ def _add_language_model(
     values["model_name"] = values.get("model_name") or common_model_name(selected_saes)
     if "model_class_name" in fields:
         model_class = values.setdefault("model_class_name", model_class)
+    else:
+        model_class = with_hook_points(model_class)
     check_model_name(values["model_name"], model_class)
     short_name = values["model_name"].rpartition("/")[2]
     batch_size, dtype = _OF_LANGUAGE_MODELS.get(short_name, (None, None))

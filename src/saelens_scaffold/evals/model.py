@@ -62,6 +62,7 @@ class HookedModel:
         # What the rerun of a batch starts with: the output of a layer is the next one's
         # input, any other hook point is met on the way through its own layer.
         self._layer = self.point.layer + self.point.is_residual_post
+        self._in_tuples = False
 
     @torch.no_grad()
     def below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -85,8 +86,14 @@ class HookedModel:
         names = [self.hook_name]
         if self._layer and not self.point.is_residual_post:
             names.append(residual_post(self.model, self._layer - 1))
-        found = activations_at(self.model, tokens, names)
+        last_skipped = self.model.blocks[max(self._layer - 1, 0)]
+        with last_skipped.register_forward_hook(self._note_form):
+            found = activations_at(self.model, tokens, names)
         return found[self.hook_name], (tokens, found[names[-1]])
+
+    def _note_form(self, _: Any, __: Any, output: Any) -> None:
+        """Layers of transformers 4 return tuples, those of 5 tensors."""
+        self._in_tuples = isinstance(output, tuple)
 
     @torch.no_grad()
     def above(
@@ -116,7 +123,8 @@ class HookedModel:
             return self.model.run_with_hooks(start, fwd_hooks=hooks, **layers)
         tokens, residual = start
         skipped = list(self.model.blocks)[: self._layer]
-        with _skipping(skipped, residual), self.model.hooks(fwd_hooks=hooks):
+        outputs = _skipping(skipped, residual, self._in_tuples)
+        with outputs, self.model.hooks(fwd_hooks=hooks):
             if not final_residual:
                 return self.model(tokens)
             last = residual_post(self.model, n_layers - 1)
@@ -125,7 +133,7 @@ class HookedModel:
 
 @contextmanager
 def _skipping(
-    layers: Sequence[torch.nn.Module], output: torch.Tensor
+    layers: Sequence[torch.nn.Module], output: torch.Tensor, in_tuples: bool
 ) -> Iterator[None]:
     """
     Layers that compute nothing, and of which the last has this output.
@@ -135,14 +143,14 @@ def _skipping(
     skipped.
     """
 
-    def forward(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return hidden
+    def forward(hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden,) if in_tuples else hidden
 
     for layer in layers:
         # by itself, since the bridge's modules hand attributes on to others
         vars(layer)["forward"] = forward
     if layers:
-        vars(layers[-1])["forward"] = lambda *_, **__: output
+        vars(layers[-1])["forward"] = lambda *_, **__: forward(output)
     try:
         yield
     finally:

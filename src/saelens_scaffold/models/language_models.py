@@ -1,17 +1,18 @@
 """Language models by class: TransformerLens's two, and transformers' own."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 from sae_lens.load_model import HookedProxyLM
 from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+from transformer_lens.loading_from_pretrained import OFFICIAL_MODEL_NAMES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from saelens_scaffold._util.compat import release
 from saelens_scaffold._util.errors import UserError, loading, one_line
 from saelens_scaffold.models.local import (
     EMBEDDED_MODEL_NAME,
@@ -21,9 +22,15 @@ from saelens_scaffold.models.local import (
     register_local_model,
 )
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 ModelClass = Literal["HookedTransformer", "TransformerBridge", "AutoModelForCausalLM"]
 """SAELens's names of classes (`model_class_name`), and TransformerLens's bridge, which has
 the hook points of HookedTransformer on the modules of transformers."""
+
+_DTYPE = "dtype" if release("transformers") >= (4, 56) else "torch_dtype"
+"""Name of that argument in transformers."""
 
 
 class TransformersModel(HookedProxyLM):
@@ -63,7 +70,7 @@ class TransformersModel(HookedProxyLM):
         return layers
 
 
-LanguageModel = HookedTransformer | TransformerBridge | TransformersModel
+LanguageModel = Union[HookedTransformer, "TransformerBridge", TransformersModel]
 
 
 def load_language_model(
@@ -95,13 +102,14 @@ def load_language_model(
             return load(name, device=device, dtype=torch_dtype, **keywords)
         path = transformers_name(model_name)
         if model_class_name == "TransformerBridge":
+            from transformer_lens.model_bridge import TransformerBridge
+
             boot = TransformerBridge.boot_transformers
             bridge = boot(path, device=device, dtype=torch_dtype, **keywords)
             bridge.cfg.model_name = name
             return bridge
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch_dtype, **keywords
-        )
+        keywords[_DTYPE] = torch_dtype
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **keywords)
         tokenizer = AutoTokenizer.from_pretrained(path)
         return TransformersModel(model.to(device).eval(), tokenizer, name)
 
@@ -117,8 +125,9 @@ def known_model_name(
 
     Raises:
         UserError: No model is named, or the directory cannot be registered.
-        UserError: A local model lacks a file.
+        UserError: A local model lacks a file, or TransformerLens the class.
     """
+    check_model_class(model_class_name)
     if not model_name:
         raise UserError(
             "model_name is empty; give a model of TransformerLens, the directory of a "
@@ -132,6 +141,27 @@ def known_model_name(
     if model_class_name == "HookedTransformer":
         return register_local_model(model_name, name=name)
     return name
+
+
+def check_model_class(model_class_name: str) -> None:
+    """
+    See that TransformerLens has a class of language model.
+
+    Raises:
+        UserError: It has not.
+    """
+    if model_class_name == "TransformerBridge" and release("transformer-lens") < (3, 0):
+        raise UserError(
+            "model_class_name TransformerBridge needs transformer-lens >= 3; "
+            f"{version('transformer-lens')} is installed"
+        )
+
+
+def with_hook_points(model_class_name: ModelClass) -> ModelClass:
+    """The class that gives a model the hook points of HookedTransformer, as SAEBench needs."""
+    if model_class_name == "AutoModelForCausalLM":
+        return "TransformerBridge"
+    return model_class_name
 
 
 def transformers_name(model_name: str) -> str:

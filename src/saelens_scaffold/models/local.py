@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
-from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+from transformer_lens.loading_from_pretrained import (
+    MODEL_ALIASES,
+    OFFICIAL_MODEL_NAMES,
+)
 from transformers import utils
 from transformers.utils import CONFIG_NAME
 

@@ -11,6 +11,7 @@ from sae_lens.saes.sae import SAE
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.saes.subspaces import orthonormal_basis
 
 if TYPE_CHECKING:
@@ -111,6 +112,25 @@ class ScaffoldMixin(_SAE):
         # is zero unless whitening is folded with apply_b_dec_to_input=False.
         b_enc = self.b_enc[:rank].detach()
         return self.process_sae_in(x) @ self.W_enc[:, :rank] + b_enc
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """
+        As PyTorch's, but a weight keeps its shape.
+
+        sae-dashboard cuts weights to single latents, which here are not those of an
+        architecture it knows, and leaves them cut when it then fails.
+
+        Raises:
+            UserError: A weight would be replaced by one of another shape.
+        """
+        old = self._parameters.get(name)
+        if None not in (old, param) and old.shape != param.shape:
+            raise UserError(
+                f"{name} of a scaffold SAE stays {tuple(old.shape)}, and cannot become "
+                f"{tuple(param.shape)}; a program that cuts weights needs a plain form: "
+                "saelens-scaffold export SAE OUTPUT --form jumprelu"
+            )
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         """Width and rank, for `repr`."""

@@ -17,7 +17,7 @@ from saelens_scaffold.models.hook_points import (
     check_activations,
     check_context,
 )
-from saelens_scaffold.models.language_models import ModelClass
+from saelens_scaffold.models.language_models import ModelClass, check_model_class
 from saelens_scaffold.saes.validation import MAX_CFG_BYTES, read_json_object
 from saelens_scaffold.training.data import training_data
 from saelens_scaffold.training.fine_tuning import (
@@ -157,6 +157,7 @@ def check_language_model(
         raise UserError(
             f"model_class_name is {kind!r}; it must be one of {', '.join(_MODEL_CLASSES)}"
         )
+    check_model_class(kind)
     keywords = cfg.model_from_pretrained_kwargs or {}
     check_context(cfg.context_size, name, kind, **keywords)
     where = (hook_name, d_in, head_index)

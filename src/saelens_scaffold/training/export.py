@@ -1,4 +1,4 @@
-"""SAEs from the checkpoints of a training: `saelens-scaffold export`.
+"""SAEs from the checkpoints of a training, and their plain forms: `saelens-scaffold export`.
 
 A checkpoint has the weights of a training SAE, for activations at the scale of the training.
 SAELens brings them into the form in which SAEs are used, and folds the scale in, only when
@@ -21,6 +21,7 @@ from saelens_scaffold._util.files import make_writable, new_directory
 from saelens_scaffold.saes import validation
 from saelens_scaffold.saes.calibration import record_calibration
 from saelens_scaffold.saes.facts import scaffold_rank, trained_k
+from saelens_scaffold.saes.loading import load_scaffold_sae
 from saelens_scaffold.saes.runner_config import complete_metadata
 from saelens_scaffold.saes.scaffold import ScaffoldMixin
 
@@ -80,7 +81,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: Directory of an SAE in a checkpoint, final or not, of SAELens's runners
-            or of those of this package.
+            or of those of this package; with `form`, that of a saved SAE too.
         output_path: Directory to make.
         form: Plain form of a scaffold SAE, that of `to_jumprelu` or of `sparse_sae`; None
             for the inference form of its architecture.
@@ -97,22 +98,22 @@ def export_checkpoint(
     checkpoint, output_path = Path(checkpoint), Path(output_path)
     if output_path.exists():
         raise UserError(f"{output_path} exists already; remove it or name another")
-    cfg = _read_config(checkpoint)
+    cfg = _read_config(checkpoint, form)
     scaler = _read_scaler(checkpoint)
+    is_checkpoint = validation.is_checkpoint(cfg)
     scale = cfg.get("normalize_activations")
-    if scale in validation.ESTIMATED_SCALES and scaler == ActivationScaler():
+    needs_scale = is_checkpoint and scale in validation.ESTIMATED_SCALES
+    if needs_scale and scaler == ActivationScaler():
         raise UserError(
             f"{checkpoint} has no {constants.ACTIVATION_SCALER_CFG_FILENAME} with the scale "
             f"for normalize_activations {scale!r}; SAELens writes one into checkpoints on "
             "disk, not into those on Weights & Biases"
         )
     make_writable(output_path.parent)
-    try:
-        sae = _load(checkpoint, cfg)
-        _fold(sae, scaler)
-    except _UNREADABLE as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{checkpoint}: no SAE can be made of it: {reason}") from error
+    if is_checkpoint:
+        sae = _of_checkpoint(checkpoint, cfg, scaler)
+    else:
+        sae = load_scaffold_sae(checkpoint)
     if form and not isinstance(sae, ScaffoldMixin):
         raise UserError(f"form {form!r} is of scaffold SAEs; {checkpoint} has none")
     complete_metadata(sae.cfg.metadata, checkpoint)
@@ -129,7 +130,19 @@ def export_checkpoint(
     return exported
 
 
-def _read_config(checkpoint: Path) -> dict[str, Any]:
+def _of_checkpoint(
+    checkpoint: Path, cfg: dict[str, Any], scaler: ActivationScaler
+) -> TrainingSAE[Any]:
+    try:
+        sae = _load(checkpoint, cfg)
+        _fold(sae, scaler)
+    except _UNREADABLE as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{checkpoint}: no SAE can be made of it: {reason}") from error
+    return sae
+
+
+def _read_config(checkpoint: Path, form: Form | None) -> dict[str, Any]:
     file = checkpoint / constants.SAE_CFG_FILENAME
     if not file.is_file():
         inner = [
@@ -142,10 +155,11 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
             + (f"; name one of those in it: {named}" if named else "")
         )
     cfg = validation.read_json_object(file, validation.MAX_CFG_BYTES)
-    if not validation.is_checkpoint(cfg):
-        architecture = cfg.get("architecture")
-        reason = "the form in which SAEs are used already"
-        if architecture not in list(SAE_CLASS_REGISTRY):
+    architecture = cfg.get("architecture")
+    is_known = architecture in list(SAE_CLASS_REGISTRY)
+    if not validation.is_checkpoint(cfg) and not (form and is_known):
+        reason = "the form in which SAEs are used already (--form makes a plain one)"
+        if not is_known:
             reason = f"not one of {sorted(SAE_TRAINING_CLASS_REGISTRY)}"
         raise UserError(
             f"{checkpoint} is no checkpoint of a training: its architecture is "

@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from saelens_scaffold.evals.base import Call
 from saelens_scaffold.evals.model import by_hook_point
 from saelens_scaffold.evals.saes import SelectedSAE
-from saelens_scaffold.models.language_models import LanguageModel, load_language_model
+from saelens_scaffold.models.language_models import (
+    LanguageModel,
+    load_language_model,
+    with_hook_points,
+)
 
 
 def lent_language_model(
@@ -20,9 +24,7 @@ def lent_language_model(
     Raises:
         UserError: The model cannot be loaded, or the SAEs do not fit it.
     """
-    model_class = call.model_class_name
-    if model_class == "AutoModelForCausalLM":
-        model_class = "TransformerBridge"
+    model_class = with_hook_points(call.model_class_name)
     model = load_language_model(model_name, call.device, dtype, model_class)
     for hooked, group in by_hook_point(model, saes):
         for sae in group:

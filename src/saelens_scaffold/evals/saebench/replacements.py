@@ -306,13 +306,15 @@ class TensorsStay(TorchFunctionMode):
 
 
 class _LayerWithTuples:
-    """A layer of transformers 5 whose hooks get a tuple, as in transformers 4."""
+    """A layer whose hooks get a tuple, as in transformers 4, in transformers 5 too."""
 
     def __init__(self, layer: torch.nn.Module):
         self.layer = layer
 
     def register_forward_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        def hook_of_tensor(module: Any, inputs: Any, output: torch.Tensor) -> Any:
+        def hook_of_tensor(module: Any, inputs: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return hook(module, inputs, output)
             return hook(module, inputs, (output,))[0]
 
         return self.layer.register_forward_hook(hook_of_tensor)

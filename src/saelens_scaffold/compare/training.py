@@ -36,6 +36,7 @@ from saelens_scaffold.compare.grid import (
 from saelens_scaffold.saes.runner_config import read_runner_config
 from saelens_scaffold.saes.scaffold_start import principal_subspace
 from saelens_scaffold.training import runner
+from saelens_scaffold.training.cached_activations import CachedActivationsStore
 from saelens_scaffold.training.data import override_dataset
 from saelens_scaffold.training.metrics_log import MetricsLog
 from saelens_scaffold.training.model import override_model
@@ -145,7 +146,8 @@ def check_trained(
 
 _CHOOSE = "choose another --output_path, or remove it"
 
-_DECISIVE = {"model_name", "dataset_path", "seed", "scales", *TRAINING_FIELDS}
+_CACHE = {"use_cached_activations", "cached_activations_path"}
+_DECISIVE = {"model_name", "dataset_path", "seed", "scales", *TRAINING_FIELDS} - _CACHE
 _WHERE = {"sae.device", "sae.metadata", "llm_device", "act_store_device"}
 _OF_EACH_SAE = ("hook_names", "hook_head_indices", "calibrate_thresholds", "b_dec_init")
 
@@ -155,6 +157,9 @@ def _decisive(runner_cfg: dict[str, Any], name: str) -> dict[str, Any]:
     found = {field: runner_cfg[field] for field in sorted(_DECISIVE & {*runner_cfg})}
     for field in _OF_EACH_SAE:
         found[field] = (runner_cfg.get(field) or {}).get(name)
+    found["use_cached_activations"] = bool(runner_cfg.get("use_cached_activations"))
+    if cache := runner_cfg.get("cached_activations"):  # once read, it may be gone
+        found["cached_activations"] = cache
     of_sae = (runner_cfg.get("saes") or {}).get(name) or {}
     found |= {f"sae.{field}": value for field, value in of_sae.items()}
     # tuples as the lists that a file has
@@ -319,13 +324,22 @@ class WaveTrainer:
         saes = {run.name: runner.initial_sae(run.config, run.seed) for run in wave}
         # a model may be loaded only up to its hook points
         model = self._model if hook_names == self._hook_names else None
+        if not (model or cfg.use_cached_activations):
+            model = override_model(cfg)
         data: Any = {"override_dataset": override_dataset(cfg), "override_saes": saes}
         with loading(cfg.model_name):
-            made = _WaveRunner(cfg, override_model=model or override_model(cfg), **data)
+            made = _WaveRunner(cfg, override_model=model, **data)
         made.calibrated = [*filter(cfg.calibrate_thresholds.get, cfg.saes)]
         if self.config.log_metrics:
             made.metrics_log = MetricsLog(self.training_path.with_name("training.csv"))
         self._model, self._hook_names = made.model, hook_names
+        if isinstance(made.activations_store, CachedActivationsStore):
+            n_tokens = made.activations_store.n_tokens
+            if n_tokens < cfg.training_tokens:
+                _note(
+                    f"the cache has {n_tokens:,} tokens, of which some are read again"
+                )
+            return made
         for hook_name in hook_names - set(made.model.hook_dict):
             raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")
         return made

@@ -19,7 +19,10 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
 )
 from sae_lens.constants import SAE_CFG_FILENAME
-from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -39,6 +42,10 @@ from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshol
 from saelens_scaffold.saes.facts import l0_warning
 from saelens_scaffold.training import fine_tuning
 from saelens_scaffold.training.activation_stream import ActivationStream
+from saelens_scaffold.training.cached_activations import (
+    CachedActivationsStore,
+    without_language_model,
+)
 from saelens_scaffold.training.measurement import Measurement, NotMeasuredError, measure
 from saelens_scaffold.training.metrics_log import MetricsLog
 
@@ -297,6 +304,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
     what the unbroken run sees. An interruption saves nothing more, so at most the steps
     since the last checkpoint are repeated. Older checkpoints are removed.
 
+    `cfg` can be a `CachedMultiSAETrainingRunnerConfig`, which names cached activations.
     `cfg.seed` seeds the shuffling. `cfg.prefetch_llm_batches` must be off: batches fetched
     ahead of a checkpoint would be lost.
 
@@ -312,6 +320,21 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
     _stream: ActivationStream
     _batches: SampledBatches
     _resume_from: str | None = None
+
+    def __init__(
+        self,
+        cfg: MultiSAETrainingRunnerConfig,
+        override_dataset: Any = None,
+        override_model: Any = None,
+        override_saes: dict[str, TrainingSAE[Any]] | None = None,
+    ):
+        is_cached = getattr(cfg, "use_cached_activations", False)
+        if is_cached:
+            override_model = without_language_model(cfg)
+        super().__init__(cfg, override_dataset, override_model, override_saes)
+        if is_cached:
+            self.activations_store = CachedActivationsStore(cfg, self.activations_store)  # type: ignore[arg-type]
+            self.evaluator = None  # type: ignore[assignment] # it runs the language model
 
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:

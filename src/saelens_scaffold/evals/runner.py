@@ -52,7 +52,6 @@ def run(
         KeyboardInterrupt: Ctrl-C, also where a library made something else of it.
     """
     results: dict[str, Result] = {}
-    print(f"{job.evaluation.name}: {len(selected_saes)} SAEs", file=sys.stderr)
     error = None
     try:
         # Some of SAEBench's evaluations switch gradients off or on, and leave it so.
@@ -155,7 +154,11 @@ def evaluate(
         if force_rerun or len(job.current(saes)) < len(saes):
             job.check(saes)
             make_writable(job.output_path.parent)
-    outcomes = [run(job, selected, force_rerun) for job in jobs]
+    outcomes: list[Outcome] = []
+    for i, job in enumerate(jobs, 1):
+        about = f"{job.evaluation.name} of {len(selected)} SAEs"
+        print(f"evaluation {i} of {len(jobs)} · {about}", file=sys.stderr)
+        outcomes.append(run(job, selected, force_rerun))
     saes = resolve_saes(copy.deepcopy(selected), "cpu", "float32")
     said = [
         *judged_views(outcomes),

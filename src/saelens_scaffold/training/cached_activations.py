@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import torch
 from sae_lens import ActivationsStore, MultiSAETrainingRunnerConfig
-from transformer_lens.HookedTransformer import HookedRootModule
+from sae_lens.load_model import HookedProxyLM
 from transformers import AutoTokenizer
 from typing_extensions import override
 
@@ -205,11 +205,10 @@ class CachedActivationsStore(ActivationsStore):
         self.current_row_idx = size * (n % of_epoch)
 
 
-def without_language_model(cfg: Any) -> HookedRootModule:
+def without_language_model(cfg: Any) -> HookedProxyLM:
     """What SAELens's runner takes for a model where none runs: the special tokens count."""
-    stand_in: Any = HookedRootModule()
-    stand_in.tokenizer = None
+    tokenizer: Any = None
     if cfg.exclude_special_tokens is True:
         with loading(cfg.model_name):
-            stand_in.tokenizer = AutoTokenizer.from_pretrained(tokenizer_name(cfg))
-    return stand_in
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name(cfg))
+    return HookedProxyLM(torch.nn.Module(), tokenizer)

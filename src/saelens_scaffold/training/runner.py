@@ -313,10 +313,12 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
             calibrated at the end of training, all on the same activations. By default
             the scaffold SAEs with `calibrate_threshold`.
         metrics_log: Where metrics are logged, if anywhere.
+        on_step: Called after each step with the trainer and its progress bar.
     """
 
     calibrated: Collection[str] | None = None
     metrics_log: MetricsLog | None = None
+    on_step: Callable[[MultiSAETrainer, Any], None] = lambda *_: None
     _stream: ActivationStream
     _batches: SampledBatches
     _resume_from: str | None = None
@@ -357,7 +359,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         calibrated = self._calibrate_here()
         # a proxy, since a cycle of references would keep the optimizers alive
         trainer._update_pbar = partial(
-            _update_progress, weakref.proxy(trainer), self.metrics_log
+            _update_progress, weakref.proxy(trainer), self.metrics_log, self.on_step
         )  # type: ignore
         if self._resume_from is None:
             self._stream.begin()
@@ -432,6 +434,7 @@ def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
 def _update_progress(
     trainer: MultiSAETrainer,
     metrics_log: MetricsLog | None,
+    on_step: Callable[[MultiSAETrainer, Any], None],
     outputs: Any,
     pbar: Any,
     *_: Any,
@@ -439,4 +442,5 @@ def _update_progress(
     """Show progress alone; SAELens adds the name and loss of each SAE, here too many."""
     if metrics_log is not None:
         metrics_log.add(trainer, outputs)
+    on_step(trainer, pbar)
     pbar.update(trainer.n_training_samples - pbar.n)

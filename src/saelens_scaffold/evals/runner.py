@@ -24,6 +24,7 @@ from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import (
     SelectedSAE,
     SelectedSAEs,
+    common_model_class,
     resolve_saes,
     select_saes,
 )
@@ -98,7 +99,18 @@ def run_eval(
     """
     (evaluation,) = evaluations_named(name)
     paths = (Path(output_path), Path(artifacts_path))
-    job = Job(evaluation, evaluation.load(), config, device, *paths)
+    model_class = getattr(config, "model_class_name", None)
+    if model_class is None:  # SAEBench's configurations have none
+        saes = resolve_saes(copy.deepcopy(selected_saes), "cpu", "float32")
+        model_class = common_model_class([sae.sae for sae in saes])
+    job = Job(
+        evaluation,
+        evaluation.load(),
+        config,
+        device,
+        *paths,
+        model_class_name=model_class,
+    )
     outcome = run(job, selected_saes, force_rerun)
     if outcome.error is not None:
         raise outcome.error

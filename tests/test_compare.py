@@ -343,7 +343,7 @@ def test_results_do_not_depend_on_the_waves(
     monkeypatch.setattr(
         WaveTrainer,
         "train_wave",
-        lambda self, n, wave: train_wave(self, n, wave) if n < 1 else stop(),
+        lambda self, n, *wave: train_wave(self, n, *wave) if n < 1 else stop(),
     )
     with pytest.raises(KeyboardInterrupt):
         compare(config, out, saes_per_wave=3)

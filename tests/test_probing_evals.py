@@ -32,6 +32,7 @@ from scipy import stats
 
 from helpers import scaffold_sae
 from pickles import Planted, own_pickles_only
+from saelens_scaffold._util.configs import config_fields
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.labelled_data import read_labelled_text
@@ -231,6 +232,22 @@ def test_equal_saes_have_equal_results(name: str, texts: Path, tmp_path: Path):
     assert all(json_of(m) == json_of(metrics[0]) for m in metrics)
     # nothing is left of what stood in for the first
     assert not list(tmp_path.rglob("*stores*"))
+
+
+@pytest.mark.parametrize("name", [*CONFIGS])
+def test_an_sae_on_modules_of_transformers_has_the_same_results(
+    name: str, texts: Path, tmp_path: Path
+):
+    sae = plain()
+    first = run(name, CONFIGS[name](texts / "data.csv"), [("a", sae)], tmp_path / "a")
+    modules = sae.cfg.metadata.model_class_name = "AutoModelForCausalLM"
+    sae.cfg.metadata.hook_name = "gpt_neox.layers.2"
+    fields = config_fields(type(CONFIGS[name]("x")))
+    named = {"model_class_name": modules} if "model_class_name" in fields else {}
+    config = CONFIGS[name](texts / "data.csv", **named)
+    by_modules = run(name, config, [("a", sae)], tmp_path / "b")
+    values = [metric_values(each["a_custom_sae"]) for each in (first, by_modules)]
+    assert values[1] == pytest.approx(values[0], abs=0.01)
 
 
 def check_equal_but_for_the_names(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

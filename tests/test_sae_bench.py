@@ -1,6 +1,7 @@
 """SAEBench's own evaluations through the adapter, on the embedded model and offline."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,9 +32,15 @@ from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.base import EvaluationError
 from saelens_scaffold.evals.jobs import Job
 from saelens_scaffold.evals.registry import EVALUATIONS
+from saelens_scaffold.evals.saebench import language_model as lent
 from saelens_scaffold.evals.saebench.replacements import replaced
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models import embedded_model_path, load_embedded_model
+from saelens_scaffold.models.language_models import ModelClass, load_language_model
+from saelens_scaffold_cli import main
+
+MODULES = "AutoModelForCausalLM"
+"""For which SAEBench is lent TransformerLens's bridge, as for the bridge itself."""
 
 WORDS = ["open", "read", "write", "path", "close", "seek", "buffer", "stream", "for"]
 
@@ -72,6 +79,32 @@ def run(
     return outcome.results
 
 
+def run_by_routes(
+    name: str, folder: Path, fields: dict[str, Any], saes: Any = None, **kwargs: Any
+) -> dict[str, Any]:
+    """The results on HookedTransformer, whose metrics the other route has as well."""
+    results, other = both_routes(name, folder, fields, saes, **kwargs)
+    for key, result in results.items():
+        for category, expected in result["eval_result_metrics"].items():
+            found = other[key]["eval_result_metrics"][category]
+            for metric, value in expected.items():
+                assert found[metric] == pytest.approx(value, abs=1e-3), (key, metric)
+    return results
+
+
+def both_routes(
+    name: str, folder: Path, fields: dict[str, Any], saes: Any = None, **kwargs: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The results on HookedTransformer, and of the same SAEs on modules of transformers."""
+    results = run(name, folder, fields, saes, **kwargs)
+    saes = saes or [("plain", eval_sae()), ("scaffold", eval_sae(rank=4))]
+    for _, sae in saes:
+        sae.cfg.metadata.model_class_name = MODULES
+        sae.cfg.metadata.hook_name = "gpt_neox.layers.0"
+    kwargs["model_class_name"] = MODULES
+    return results, run(name, folder / MODULES, fields, saes, **kwargs)
+
+
 def values(results: dict[str, Any], path: str) -> list[float]:
     category, name = path.split(".")
     return [r["eval_result_metrics"][category][name] for r in results.values()]
@@ -84,7 +117,7 @@ def test_absorption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     few = [word for words in by_letter.values() for word in words[:7]]
     for module in (absorption_common, feature_absorption):
         monkeypatch.setattr(module, "get_alpha_tokens", lambda _: few)
-    results = run(
+    results = run_by_routes(
         "absorption",
         tmp_path,
         {
@@ -149,7 +182,7 @@ def fake_openai(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
 
 
 def test_autointerp(tmp_path: Path, fake_openai: list[str | None]):
-    results = run(
+    results, by_modules = both_routes(
         "autointerp",
         tmp_path,
         {
@@ -164,9 +197,9 @@ def test_autointerp(tmp_path: Path, fake_openai: list[str | None]):
         dataset_split="test",
         api_key="secret",
     )
-    assert all(
-        0 < score < 1 for score in values(results, "autointerp.autointerp_score")
-    )
+    for found in (results, by_modules):  # which draw other examples
+        scores = values(found, "autointerp.autointerp_score")
+        assert all(0 < score < 1 for score in scores)
     assert len(results["plain_custom_sae"]["eval_result_unstructured"]) == 3
     assert set(fake_openai) == {"Bearer secret"}
 
@@ -182,7 +215,7 @@ QUICK_CORE = {
 
 
 def test_core(tmp_path: Path):
-    results = run("core", tmp_path, QUICK_CORE, dataset_split="test")
+    results = run_by_routes("core", tmp_path, QUICK_CORE, dataset_split="test")
     scores = values(results, "model_performance_preservation.ce_loss_score")
     assert all(score < 1 for score in scores)
 
@@ -197,7 +230,7 @@ def test_mdl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return tokens
 
     monkeypatch.setattr(ActivationsStore, "get_batch_tokens", noted)
-    results = run(
+    results, by_modules = both_routes(
         "mdl",
         tmp_path,
         {
@@ -209,8 +242,13 @@ def test_mdl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "num_bins_values": [4, 8],
         },
     )
-    for result in results.values():
+    for key, result in results.items():
         found = result["eval_results"]
+        lengths_by_modules = [
+            of["description_length"] for of in by_modules[key]["eval_results"]
+        ]
+        expected = [of["description_length"] for of in found]
+        assert lengths_by_modules == pytest.approx(expected, rel=1e-3)
         assert [(of["k"], of["num_bins"]) for of in found] == [(4, 4), (4, 8)]
         assert all(of["description_length"] > 0 for of in found)
     assert lengths == {40}
@@ -277,12 +315,10 @@ def test_ravel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "num_epochs": 1,
     }
     saes = [("scaffold", eval_sae(rank=4))]
-    results = run("ravel", tmp_path, fields, saes)
+    # the prompts stay where the configuration says, and nothing else does
+    results = run_by_routes("ravel", tmp_path, fields, saes)
     (score,) = values(results, "ravel.disentanglement_score")
     assert 0 <= score <= 1
-    # the prompts stay where the configuration says, and nothing else does
-    again = run("ravel", tmp_path / "again", fields, saes)
-    assert values(again, "ravel.disentanglement_score") == [score]
     assert len(downloads) == 1
     assert [file.name for file in (tmp_path / "prompts").iterdir()] == ["base"]
     assert not (embedded_model_path() / "blocks.0.hook_resid_post").exists()
@@ -314,7 +350,7 @@ def test_scr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         lambda name: {"train": biographies(0), "test": biographies(1)},
     )
     dataset = "LabHC/bias_in_bios_class_set1"
-    results = run(
+    results = run_by_routes(
         "scr",
         tmp_path,
         {
@@ -335,14 +371,18 @@ def test_scr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
 
 
-def knowing_model() -> Any:
+def knowing_model(model_class: ModelClass = "HookedTransformer") -> Any:
     """The embedded model in place of Gemma: it knows that the answer is "right"."""
-    model: Any = load_embedded_model()
+    model: Any = load_language_model("py-neox", "cpu", model_class_name=model_class)
     tokenizer = model.tokenizer
     tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": "<pad>"})
-    model.embed.W_E = torch.nn.Parameter(
-        torch.cat([model.embed.W_E.detach(), torch.zeros(2, model.cfg.d_model)])
-    )
+    if model_class == "HookedTransformer":
+        embeddings = (model.embed, "W_E")
+    else:
+        embeddings = (model.original_model.get_input_embeddings(), "weight")
+    weights = getattr(*embeddings).detach()
+    more = torch.cat([weights, torch.zeros(2, model.cfg.d_model)])
+    setattr(*embeddings, torch.nn.Parameter(more))
     model.cfg.model_name = "gemma-2-2b-it"
     own = model.forward
 
@@ -388,7 +428,10 @@ def test_unlearning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = knowing_model()
     loader = SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
     monkeypatch.setattr(unlearning, "HookedTransformer", loader)
-    results = run("unlearning", tmp_path, fields, [("scaffold", eval_sae(rank=4))])
+    bridge = knowing_model("TransformerBridge")
+    monkeypatch.setattr(lent, "load_language_model", lambda *_, **__: bridge)
+    saes = [("scaffold", eval_sae(rank=4))]
+    results = run_by_routes("unlearning", tmp_path, fields, saes)
     (score,) = values(results, "unlearning.unlearning_score")
     assert 0 <= score <= 1
 
@@ -450,6 +493,45 @@ def test_local_text_of_another_column(tmp_path: Path):
     file.write_text(file.read_text().replace('"text"', '"code"'))
     fields = {**QUICK_CORE, "dataset": str(file)}
     run("core", tmp_path, fields, [("plain", eval_sae())], text_column="code")
+
+
+def test_models_that_unlearning_has_no_prompts_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    eval_sae().save_model(tmp_path / "sae")
+    arguments = [f"--sae_path={tmp_path / 'sae'}", f"--output_path={tmp_path / 'out'}"]
+    fits = "--set=unlearning.seq_len=64"
+    assert main(["eval", "unlearning", *arguments, fits]) == 2
+    said = (
+        "SAEBench has prompts for gemma-2-2b-it and gemma-2-9b-it only, not for py-neox"
+    )
+    assert said in capsys.readouterr().err
+    # a local copy, which only the other classes load, is as good
+    local = str(tmp_path / "gemma-2-2b-it")
+    implementation = EVALUATIONS["unlearning"].load()
+    implementation.check(implementation.config_class(model_name=local), [])
+
+
+DOCS = Path(__file__).parents[1] / "docs/models.md"
+
+
+def runs_on(name: str) -> str:
+    """What an evaluation of SAEs on modules of transformers runs on, by its code."""
+    implementation = EVALUATIONS[name].load()
+    if "saebench" not in EVALUATIONS[name].implementation:
+        return "the model itself"
+    if "model_name" not in implementation.config_class.__dataclass_fields__:
+        return "no language model"
+    return "the model itself" if name == "ravel" else "the bridge"
+
+
+def test_the_documentation_says_on_which_model_each_evaluation_runs():
+    table = DOCS.read_text().partition("| evaluation |")[2]
+    rows = re.findall(r"^\| (`.+) \| (.+) \|$", table, re.MULTILINE)
+    said = {
+        name: where for names, where in rows for name in re.findall(r"`(\w+)`", names)
+    }
+    assert said == {name: runs_on(name) for name in EVALUATIONS}
 
 
 def test_refusals():

@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:
         _complete()
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():
+        # progress bars in a log; tqdm reads these when it is imported
+        for variable in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+            os.environ.setdefault(variable, "60")
     if not argv or argv[0] not in COMMANDS:
         _parser().parse_args(argv[:1] or ["--help"])
     prog = f"saelens-scaffold {argv[0]}"

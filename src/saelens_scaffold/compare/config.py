@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, create_model
-from sae_lens import MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.util import str_to_dtype
 
@@ -20,15 +19,19 @@ from saelens_scaffold._util.yaml_files import read_yaml
 from saelens_scaffold.evals.base import Evaluation
 from saelens_scaffold.evals.json_schemas import metric_descriptions
 from saelens_scaffold.evals.registry import known_evaluations
+from saelens_scaffold.training.cached_activations import (
+    CachedMultiSAETrainingRunnerConfig,
+)
 
 _TABLE = yaml.safe_load(Path(__file__).with_name("training_fields.yaml").read_text())
 _TYPES = {
     name: annotation
-    for name, annotation in get_type_hints(MultiSAETrainingRunnerConfig).items()
+    for name, annotation in get_type_hints(CachedMultiSAETrainingRunnerConfig).items()
     if name not in _TABLE["own"] and not name.startswith("_")
 }
 TRAINING_FIELDS = sorted(_TYPES)
-"""Fields of SAELens's `MultiSAETrainingRunnerConfig` that an experiment may set."""
+"""Fields of SAELens's `MultiSAETrainingRunnerConfig`, and those of cached activations, that
+an experiment may set."""
 
 AXIS_FIELDS = sorted(set(TRAINING_FIELDS) - set(_TABLE["shared"]))
 """Fields of the runner that can be axes of the grid."""
@@ -175,7 +178,7 @@ class CompareConfig:
     title: str = ""
     """Title of the report"""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Fields of SAELens's MultiSAETrainingRunnerConfig"""
+    """Fields of SAELens's MultiSAETrainingRunnerConfig, use_cached_activations and cached_activations_path"""
     saes_per_wave: PositiveInt | None = None
     """SAEs that are trained together, on one pass of the language model; by default as many as memory holds"""
     wandb_project: str | None = None
@@ -331,6 +334,9 @@ def _training_yaml(config: CompareConfig) -> str:
     """The part of a configuration that decides what is trained, in a normal form."""
     values = {name: getattr(config, name) for name in _TABLE["decides_training"]}
     # in order: SAEs are named and ordered by the axes
+    # what it holds decides, wherever it lies
+    values["training"] = dict(config.training)
+    values["training"].pop("cached_activations_path", None)
     values["grid"] = [{axis: of_axis} for axis, of_axis in config.grid.items()]
     return yaml.safe_dump(values, allow_unicode=True)
 

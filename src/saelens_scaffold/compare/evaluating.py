@@ -2,8 +2,9 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
 from glob import has_magic
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from saelens_scaffold._util.configs import config_fields, validating
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.progress import Progress
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run, runner_config
 from saelens_scaffold.compare.training import is_trained
@@ -76,6 +78,8 @@ class Evaluator:
             random_seeds=config.evaluation_seeds if takes_seeds else None,
             **asdict(config.evaluation_data),
         )
+        # names of the evaluations to be run on each group
+        self.missing = [[job.evaluation.name for job in self.jobs] for _ in self.groups]
 
     def check(self) -> None:
         """
@@ -87,7 +91,8 @@ class Evaluator:
         path = str(self.artifacts_path.resolve())
         if has_magic(path):  # to the datasets library, a pattern
             raise UserError(f"--output_path must have none of [ * ?, but it is {path}")
-        unfinished = set().union(*map(self._unfinished, self.groups))
+        self.missing = [*map(self._unfinished, self.groups)]
+        unfinished = set().union(*self.missing)
         saes = [SelectedSAE(name, CUSTOM_SAE_ID, sae) for name, sae in self.stand_ins]
         for job in self.jobs:
             if job.evaluation.name in unfinished:
@@ -107,15 +112,15 @@ class Evaluator:
         failures: list[str] = []
         first = SelectedSAE("the SAEs", CUSTOM_SAE_ID, self.stand_ins[0][1])
         warnings = other_tokens([job.evaluation for job in self.jobs], [first])
-        for group in self.groups:
-            about = f"{len(group)} SAEs of seed {group[0].seed} at {group[0].hook_name}"
-            print(f"evaluating {about}", file=sys.stderr)
+        progress = _EvaluationProgress(self.missing)
+        for i, group in enumerate(self.groups):
             usable = self._usable(group)
             names = [name for name, _ in usable]
             diverged += [run.name for run in group if run.name not in names]
             for job in self._jobs(names) if usable else []:
-                outcome = runner.run(job, usable, together=True)
                 evaluation = job.evaluation.name
+                with progress.of(i, evaluation, group):
+                    outcome = runner.run(job, usable, together=True)
                 if outcome.error is not None:
                     failure = f"{evaluation} failed: {runner.reason(outcome)}"
                     failures.append(f"{failure} (repeat the command to try again)")
@@ -168,6 +173,38 @@ class Evaluator:
             else job
             for job in self.jobs
         ]
+
+
+class _EvaluationProgress:
+    """
+    Shows which evaluation is run, and how long it and the rest will take.
+
+    Args:
+        missing: Names of the evaluations to be run on each group.
+    """
+
+    def __init__(self, missing: Sequence[Sequence[str]]):
+        self._missing = missing
+        self._n_begun, self._n = 0, sum(map(len, missing))
+        self._left = Counter(name for names in missing for name in names)
+        self._progress = Progress()
+
+    @contextmanager
+    def of(self, i: int, name: str, group: Sequence[Run]) -> Iterator[None]:
+        """An evaluation of group i."""
+        if name not in self._missing[i]:
+            yield
+            return
+        self._n_begun += 1
+        about = f"{name} of {len(group)} SAEs of seed {group[0].seed}"
+        text = f"evaluation {self._n_begun} of {self._n} · {about}"
+        text += f" at {group[0].hook_name}"
+        left = self._progress.time_left(self._left)
+        self._progress.show(f"{text} · {left} left" if left else text)
+        self._progress.begin()
+        yield
+        self._progress.done(name, 1)
+        self._left[name] -= 1
 
 
 def _stand_in(run: Run, config: CompareConfig) -> StandardSAE:

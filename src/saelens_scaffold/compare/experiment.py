@@ -33,7 +33,7 @@ from saelens_scaffold.compare.training import (
     plan_waves,
 )
 from saelens_scaffold.evals.model import choose_device
-from saelens_scaffold.training.data import training_data
+from saelens_scaffold.training.cached_activations import check_data
 
 CONFIG_FILENAME = "compare.yaml"
 RESULTS_FILENAME = "results.json"
@@ -107,7 +107,7 @@ def make_plan(
     waves = plan_waves(training_path, saes_path, runs, per_wave)
     for wave in waves:
         if not all(is_trained(saes_path / run.name) for run in wave):
-            training_data(runner_config(config, wave))
+            check_data(runner_config(config, wave))
     evaluator = Evaluator(config, runs, device, output_path)
     evaluator.check()
     trainer = WaveTrainer(config, runs, device, saes_path, training_path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
-from sae_lens import LoggingConfig, MultiSAETrainingRunnerConfig, TrainingSAE
+from sae_lens import LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -21,6 +21,10 @@ from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.config import AXIS_FIELDS, CompareConfig
 from saelens_scaffold.models.language_models import known_model_name
 from saelens_scaffold.saes.validation import ESTIMATED_SCALES
+from saelens_scaffold.training.cached_activations import (
+    CachedMultiSAETrainingRunnerConfig,
+    cache_fingerprint,
+)
 from saelens_scaffold.training.checks import check_language_model, check_steps
 from saelens_scaffold.training.pretokenized import adopt_tokenization
 
@@ -129,7 +133,7 @@ def runs_of(config: CompareConfig, device: str = "cpu") -> list[Run]:
 
 
 @dataclass
-class WaveConfig(MultiSAETrainingRunnerConfig):
+class WaveConfig(CachedMultiSAETrainingRunnerConfig):
     """
     SAELens's configuration of a wave, with what its training does beyond SAELens's.
 
@@ -138,11 +142,13 @@ class WaveConfig(MultiSAETrainingRunnerConfig):
         b_dec_init: "mean" if the runner starts b_dec at the activations' mean, by SAE.
         scales: Whether any SAE of the experiment estimates the scale of its activations:
             a wave without one reads as much text.
+        cached_activations: Hash of the cached activations, if they are used and there.
     """
 
     calibrate_thresholds: dict[str, bool] = field(default_factory=dict)
     b_dec_init: dict[str, str] = field(default_factory=dict)
     scales: bool = False
+    cached_activations: str | None = None
 
 
 def estimates_scale(runs: Sequence[Run]) -> bool:
@@ -188,6 +194,8 @@ def runner_config(
         )
         adopt_tokenization(cfg)
         check_steps(cfg)
+        if cfg.use_cached_activations:
+            cfg.cached_activations = cache_fingerprint(cfg.cached_activations_path)
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {one_line(error):.500}") from error
     return cfg

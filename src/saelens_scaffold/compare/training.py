@@ -7,8 +7,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from wandb.errors import UsageError
 
 from saelens_scaffold._util.errors import UserError, loading, one_line, shown
 from saelens_scaffold._util.files import new_file
+from saelens_scaffold._util.progress import Progress
 from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.compare.config import (
@@ -36,6 +37,7 @@ from saelens_scaffold.compare.grid import (
 from saelens_scaffold.saes.runner_config import read_runner_config
 from saelens_scaffold.saes.scaffold_start import principal_subspace
 from saelens_scaffold.training import runner
+from saelens_scaffold.training.cached_activations import CachedActivationsStore
 from saelens_scaffold.training.data import override_dataset
 from saelens_scaffold.training.metrics_log import MetricsLog
 from saelens_scaffold.training.model import override_model
@@ -145,18 +147,22 @@ def check_trained(
 
 _CHOOSE = "choose another --output_path, or remove it"
 
-_DECISIVE = {"model_name", "dataset_path", "seed", "scales", *TRAINING_FIELDS}
+_CACHE = {"use_cached_activations", "cached_activations_path"}
+_DECISIVE = {"model_name", "dataset_path", "seed", "scales", *TRAINING_FIELDS} - _CACHE
 _WHERE = {"sae.device", "sae.metadata", "llm_device", "act_store_device"}
 _OF_EACH_SAE = ("hook_names", "hook_head_indices", "calibrate_thresholds", "b_dec_init")
 
 
 def _decisive(runner_cfg: dict[str, Any], name: str) -> dict[str, Any]:
     """What a runner's configuration says of the training of one of its SAEs."""
-    found = {field: runner_cfg[field] for field in sorted(_DECISIVE & {*runner_cfg})}
-    for field in _OF_EACH_SAE:
-        found[field] = (runner_cfg.get(field) or {}).get(name)
+    found = {each: runner_cfg[each] for each in sorted(_DECISIVE & {*runner_cfg})}
+    for each in _OF_EACH_SAE:
+        found[each] = (runner_cfg.get(each) or {}).get(name)
+    found["use_cached_activations"] = bool(runner_cfg.get("use_cached_activations"))
+    if cache := runner_cfg.get("cached_activations"):  # once read, it may be gone
+        found["cached_activations"] = cache
     of_sae = (runner_cfg.get("saes") or {}).get(name) or {}
-    found |= {f"sae.{field}": value for field, value in of_sae.items()}
+    found |= {f"sae.{each}": value for each, value in of_sae.items()}
     # tuples as the lists that a file has
     return {k: json.loads(json.dumps(v)) for k, v in found.items() if k not in _WHERE}
 
@@ -213,6 +219,38 @@ class _WaveRunner(runner.RepeatableMultiSAETrainingRunner):
 
 
 @dataclass
+class _WaveProgress:
+    """
+    Shows how far a wave has got, and when that and the later ones will have ended.
+
+    Attributes:
+        progress: Measures the pace of all waves.
+        name: The wave in words.
+        later: Tokens of the later waves, once for each SAE.
+    """
+
+    progress: Progress
+    name: str
+    later: int
+    _n_tokens: int | None = None
+
+    def __call__(self, trainer: MultiSAETrainer, bar: Any) -> None:
+        """Show it after a step."""
+        n_tokens, total = trainer.n_training_samples, trainer.cfg.total_training_samples
+        n_saes = len(trainer.trainers)
+        if self._n_tokens is None:  # the model has been loaded, text skipped
+            self.progress.begin()
+        else:
+            self.progress.done("training", n_saes * (n_tokens - self._n_tokens))
+        self._n_tokens = n_tokens
+        amount = n_saes * max(total - n_tokens, 0) + self.later
+        left = self.progress.time_left({"training": amount})
+        text = f"{self.name} · {100 * n_tokens / total:.0f} %"
+        text += f" · {left} of training left" if left else ""
+        self.progress.show(text, bar)
+
+
+@dataclass
 class WaveTrainer:
     """
     Trains waves of SAEs, and keeps what is finished.
@@ -230,6 +268,7 @@ class WaveTrainer:
     device: str
     saes_path: Path
     training_path: Path
+    progress: Progress = field(default_factory=Progress)
     _model: Any = None
     _hook_names: Set[str] = frozenset()
 
@@ -250,8 +289,10 @@ class WaveTrainer:
         while number < len(waves):
             wave = waves[number]
             keep_waves(self.training_path, waves)
-            _note(f"wave {number + 1} of {len(waves)}: {len(wave)} SAEs")
-            if self.train_wave(number, wave):
+            name = f"wave {number + 1} of {len(waves)} ({len(wave)} SAEs)"
+            _note(name)
+            later = sum(map(self._amount, waves[number + 1 :]))
+            if self.train_wave(number, wave, _WaveProgress(self.progress, name, later)):
                 number += 1
             elif len(wave) == 1:
                 raise UserError(
@@ -266,13 +307,24 @@ class WaveTrainer:
         folders = [WaveFolder(self.training_path, n) for n in range(len(waves))]
         return [read_json(folder.about) for folder in folders]
 
-    def train_wave(self, number: int, wave: Wave) -> bool:
+    def _amount(self, wave: Wave) -> int:
+        """Tokens that a wave trains on, once for each of its SAEs."""
+        return len(wave) * runner_config(self.config, wave[:1]).training_tokens
+
+    def train_wave(
+        self,
+        number: int,
+        wave: Wave,
+        on_step: Callable[[MultiSAETrainer, Any], None] = lambda *_: None,
+    ) -> bool:
         """Train a wave unless it is trained; False if memory runs out."""
         folder = WaveFolder(self.training_path, number)
         if not folder.about.is_file():
             started = time.monotonic()
             try:
-                self._runner(wave, folder).run()
+                wave_runner = self._runner(wave, folder)
+                wave_runner.on_step = on_step
+                wave_runner.run()
             except UsageError as error:
                 raise UserError(
                     f"{one_line(error)} (or leave wandb_project out)"
@@ -319,13 +371,22 @@ class WaveTrainer:
         saes = {run.name: runner.initial_sae(run.config, run.seed) for run in wave}
         # a model may be loaded only up to its hook points
         model = self._model if hook_names == self._hook_names else None
+        if not (model or cfg.use_cached_activations):
+            model = override_model(cfg)
         data: Any = {"override_dataset": override_dataset(cfg), "override_saes": saes}
         with loading(cfg.model_name):
-            made = _WaveRunner(cfg, override_model=model or override_model(cfg), **data)
+            made = _WaveRunner(cfg, override_model=model, **data)
         made.calibrated = [*filter(cfg.calibrate_thresholds.get, cfg.saes)]
         if self.config.log_metrics:
             made.metrics_log = MetricsLog(self.training_path.with_name("training.csv"))
         self._model, self._hook_names = made.model, hook_names
+        if isinstance(made.activations_store, CachedActivationsStore):
+            n_tokens = made.activations_store.n_tokens
+            if n_tokens < cfg.training_tokens:
+                _note(
+                    f"the cache has {n_tokens:,} tokens, of which some are read again"
+                )
+            return made
         for hook_name in hook_names - set(made.model.hook_dict):
             raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")
         return made

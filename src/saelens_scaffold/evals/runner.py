@@ -25,6 +25,7 @@ from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import (
     SelectedSAE,
     SelectedSAEs,
+    common_model_class,
     resolve_saes,
     select_saes,
 )
@@ -53,7 +54,6 @@ def run(
         KeyboardInterrupt: Ctrl-C, also where a library made something else of it.
     """
     results: dict[str, Result] = {}
-    print(f"{job.evaluation.name}: {len(selected_saes)} SAEs", file=sys.stderr)
     error = None
     try:
         # Some of SAEBench's evaluations switch gradients off or on, and leave it so.
@@ -100,7 +100,18 @@ def run_eval(
     """
     (evaluation,) = evaluations_named(name)
     paths = (Path(output_path), Path(artifacts_path))
-    job = Job(evaluation, evaluation.load(), config, device, *paths)
+    model_class = getattr(config, "model_class_name", None)
+    if model_class is None:  # SAEBench's configurations have none
+        saes = resolve_saes(copy.deepcopy(selected_saes), "cpu", "float32")
+        model_class = common_model_class([sae.sae for sae in saes])
+    job = Job(
+        evaluation,
+        evaluation.load(),
+        config,
+        device,
+        *paths,
+        model_class_name=model_class,
+    )
     outcome = run(job, selected_saes, force_rerun)
     if outcome.error is not None:
         raise outcome.error
@@ -156,7 +167,11 @@ def evaluate(
         if force_rerun or len(job.current(saes)) < len(saes):
             job.check(saes)
             make_writable(job.output_path.parent)
-    outcomes = [run(job, selected, force_rerun) for job in jobs]
+    outcomes: list[Outcome] = []
+    for i, job in enumerate(jobs, 1):
+        about = f"{job.evaluation.name} of {len(selected)} SAEs"
+        print(f"evaluation {i} of {len(jobs)} · {about}", file=sys.stderr)
+        outcomes.append(run(job, selected, force_rerun))
     saes = resolve_saes(copy.deepcopy(selected), "cpu", "float32")
     said = [
         *judged_views(outcomes),

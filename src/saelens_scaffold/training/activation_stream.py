@@ -8,6 +8,7 @@ from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from tqdm.auto import tqdm
 
 from saelens_scaffold._util.interruption import raise_if_interrupted
+from saelens_scaffold.training.cached_activations import CachedActivationsStore
 
 
 class ActivationStream(Iterator[dict[str, torch.Tensor]]):
@@ -45,7 +46,9 @@ class ActivationStream(Iterator[dict[str, torch.Tensor]]):
                 does not run on them.
             n_begun: Number of earlier restarts.
         """
-        if n_llm_batches:
+        if isinstance(self._store, CachedActivationsStore):
+            self._store.skip_llm_batches(n_llm_batches)
+        elif n_llm_batches:
             for _ in tqdm(range(n_llm_batches), desc="Skipping text read before"):
                 # as SAELens reads: an incomplete batch at the end of the text is dropped
                 try:

@@ -19,7 +19,8 @@ from saelens_scaffold.models.hook_points import (
 )
 from saelens_scaffold.models.language_models import ModelClass, check_model_class
 from saelens_scaffold.saes.validation import MAX_CFG_BYTES, read_json_object
-from saelens_scaffold.training.data import training_data
+from saelens_scaffold.training.cached_activations import check_cache
+from saelens_scaffold.training.data import n_positions, training_data
 from saelens_scaffold.training.fine_tuning import (
     check_is_sae,
     check_pretrained,
@@ -52,7 +53,12 @@ def check_runner_config(cfg: RunnerConfig) -> None:
     else:
         _check_checkpoint("from_pretrained_path", cfg)
     if cfg.use_cached_activations:
-        _check_exists("cached_activations_path", cfg.cached_activations_path)
+        if n_positions(cfg) != cfg.context_size:
+            raise UserError(
+                f"seqpos_slice is {cfg.seqpos_slice}; SAELens reads cached activations of "
+                "all positions"
+            )
+        check_cache(cfg, cfg.hook_name, cfg.sae.d_in)
     check_language_model(cfg, cfg.hook_name, cfg.sae.d_in, cfg.hook_head_index)
     training_data(cfg)
     for field in ("output_path", "checkpoint_path"):
@@ -72,9 +78,9 @@ def check_steps(cfg: Any) -> None:
         value = getattr(cfg, field)
         if value < 1:
             raise UserError(f"{field} is {value}; it must be at least 1")
-    n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    positions = n_positions(cfg)
     for field, n_tokens in (
-        (f"n_batches_in_buffer * {n_positions}", cfg.n_batches_in_buffer * n_positions),
+        (f"n_batches_in_buffer * {positions}", cfg.n_batches_in_buffer * positions),
         ("training_tokens", cfg.training_tokens),
     ):
         if n_tokens < batch:
@@ -120,11 +126,6 @@ def _check_writable(field: str, path: str) -> None:
     make_writable(directory, field)
     for each in made:
         each.rmdir()
-
-
-def _check_exists(field: str, path: str | None) -> None:
-    if path is not None and not (path and Path(path).exists()):
-        raise UserError(f"{field} {path!r} does not exist")
 
 
 def _check_checkpoint(field: str, cfg: RunnerConfig, *others: str) -> None:

@@ -50,11 +50,20 @@ def training_data(cfg: Any) -> AnyDataset:
         raise UserError(f"dataset_path: {error}") from error
     if _is_pretokenized(cfg, rows):
         check_row_lengths(rows, name, cfg.context_size)
-        tokenizer_name = transformers_name(cfg.model_name)
-        if cfg.model_class_name == "HookedTransformer":
-            tokenizer_name = model_config(cfg.model_name).tokenizer_name
-        check_tokenizer(name, tokenizer_name)
+        check_tokenizer(name, tokenizer_name(cfg))
     return rows
+
+
+def tokenizer_name(cfg: Any) -> str:
+    """Name or directory of the tokenizer of a training's language model."""
+    if cfg.model_class_name == "HookedTransformer":
+        return model_config(cfg.model_name).tokenizer_name
+    return transformers_name(cfg.model_name)
+
+
+def n_positions(cfg: Any) -> int:
+    """Number of positions in a sequence at which a training takes activations."""
+    return len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
 
 
 def _is_pretokenized(cfg: Any, rows: AnyDataset) -> bool:

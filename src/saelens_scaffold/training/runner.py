@@ -19,7 +19,10 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
 )
 from sae_lens.constants import SAE_CFG_FILENAME
-from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -39,6 +42,10 @@ from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshol
 from saelens_scaffold.saes.facts import l0_warning
 from saelens_scaffold.training import fine_tuning
 from saelens_scaffold.training.activation_stream import ActivationStream
+from saelens_scaffold.training.cached_activations import (
+    CachedActivationsStore,
+    without_language_model,
+)
 from saelens_scaffold.training.measurement import Measurement, NotMeasuredError, measure
 from saelens_scaffold.training.metrics_log import MetricsLog
 
@@ -297,6 +304,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
     what the unbroken run sees. An interruption saves nothing more, so at most the steps
     since the last checkpoint are repeated. Older checkpoints are removed.
 
+    `cfg` can be a `CachedMultiSAETrainingRunnerConfig`, which names cached activations.
     `cfg.seed` seeds the shuffling. `cfg.prefetch_llm_batches` must be off: batches fetched
     ahead of a checkpoint would be lost.
 
@@ -305,13 +313,30 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
             calibrated at the end of training, all on the same activations. By default
             the scaffold SAEs with `calibrate_threshold`.
         metrics_log: Where metrics are logged, if anywhere.
+        on_step: Called after each step with the trainer and its progress bar.
     """
 
     calibrated: Collection[str] | None = None
     metrics_log: MetricsLog | None = None
+    on_step: Callable[[MultiSAETrainer, Any], None] = lambda *_: None
     _stream: ActivationStream
     _batches: SampledBatches
     _resume_from: str | None = None
+
+    def __init__(
+        self,
+        cfg: MultiSAETrainingRunnerConfig,
+        override_dataset: Any = None,
+        override_model: Any = None,
+        override_saes: dict[str, TrainingSAE[Any]] | None = None,
+    ):
+        is_cached = getattr(cfg, "use_cached_activations", False)
+        if is_cached:
+            override_model = without_language_model(cfg)
+        super().__init__(cfg, override_dataset, override_model, override_saes)
+        if is_cached:
+            self.activations_store = CachedActivationsStore(cfg, self.activations_store)  # type: ignore[arg-type]
+            self.evaluator = None  # type: ignore[assignment] # it runs the language model
 
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:
@@ -334,7 +359,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         calibrated = self._calibrate_here()
         # a proxy, since a cycle of references would keep the optimizers alive
         trainer._update_pbar = partial(
-            _update_progress, weakref.proxy(trainer), self.metrics_log
+            _update_progress, weakref.proxy(trainer), self.metrics_log, self.on_step
         )  # type: ignore
         if self._resume_from is None:
             self._stream.begin()
@@ -409,6 +434,7 @@ def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
 def _update_progress(
     trainer: MultiSAETrainer,
     metrics_log: MetricsLog | None,
+    on_step: Callable[[MultiSAETrainer, Any], None],
     outputs: Any,
     pbar: Any,
     *_: Any,
@@ -416,4 +442,5 @@ def _update_progress(
     """Show progress alone; SAELens adds the name and loss of each SAE, here too many."""
     if metrics_log is not None:
         metrics_log.add(trainer, outputs)
+    on_step(trainer, pbar)
     pbar.update(trainer.n_training_samples - pbar.n)

@@ -78,21 +78,28 @@ class _Passthrough:
         run: Calls SAEBench; the working directory is the folder of the call.
         text_field: The field of the configuration that names a text, if it reads one.
         reads_tokens: Whether that may have rows of tokens instead, as SAELens reads them.
+        models: Names of the only language models that SAEBench has prompts for; none if it
+            takes any.
     """
 
     package: str
     run: Callable[[_Request], None] = _Request.run
     text_field: str | None = None
     reads_tokens: bool = False
+    models: tuple[str, ...] = ()
 
     def check(self, config: Any, saes: Sequence[SelectedSAE]) -> None:
         """
-        See that SAEs of releases were trained on the model.
+        See that SAEBench has prompts for the model, and SAEs of releases were trained on it.
 
         Raises:
-            UserError: One was not.
+            UserError: It has none, or one was not.
         """
-        name = getattr(config, "model_name", None)
+        name: Any = getattr(config, "model_name", None)
+        if self.models and Path(name).name not in self.models:
+            raise UserError(
+                f"SAEBench has prompts for {' and '.join(self.models)} only, not for {name}"
+            )
         for sae in saes:
             trained_on = str(sae.sae.cfg.metadata.model_name)
             if sae.sae_id == CUSTOM_SAE_ID or name is None:
@@ -122,6 +129,8 @@ class _Passthrough:
         ):
             dtype = getattr(config, "llm_dtype", None) or config.dtype
             model = lent_language_model(config.model_name, dtype, saes, call)
+            if self.models:  # which a local copy is not called
+                model.cfg.model_name = Path(config.model_name).name
             lent = replacements.lent_model(request.main, model)
         errors = _LoggedErrors()
         unfinished: list[str] = []
@@ -336,8 +345,9 @@ def _implementation(
     run: Callable[[_Request], None] = _Request.run,
     text_field: str | None = None,
     reads_tokens: bool = False,
+    models: tuple[str, ...] = (),
 ) -> Implementation:
-    evaluation = _Passthrough(package, run, text_field, reads_tokens)
+    evaluation = _Passthrough(package, run, text_field, reads_tokens, models)
     config = resolve_name(f"sae_bench.evals.{package}.eval_config:{config_class}")
     return Implementation(config, evaluation.measure, check=evaluation.check)
 
@@ -353,4 +363,9 @@ META_STRUCTURE = _implementation(
 )
 RAVEL = _implementation("ravel", "RAVELEvalConfig", _ravel)
 SCR = _implementation("scr_and_tpp", "ScrAndTppEvalConfig")
-UNLEARNING = _implementation("unlearning", "UnlearningEvalConfig", _unlearning)
+UNLEARNING = _implementation(
+    "unlearning",
+    "UnlearningEvalConfig",
+    _unlearning,
+    models=("gemma-2-2b-it", "gemma-2-9b-it"),
+)

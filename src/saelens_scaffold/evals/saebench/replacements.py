@@ -91,10 +91,13 @@ def lent_model(module: ModuleType, model: LanguageModel) -> Replacement:
 
     SAEBench loads its model in every call; here it is loaded, and checked against the
     SAEs, once for all seeds. Its functions check their arguments' types, and TransformerLens's
-    bridge is no `HookedTransformer`.
+    bridge is no `HookedTransformer`; unlearning takes what is none for one of transformers.
     """
+    from sae_bench.evals.unlearning.utils import metrics
+
     return replaced(
         (vars(module), {"HookedTransformer": _loader_of(model)}),
+        (vars(metrics), {"HookedTransformer": type(model)}),
         (vars(jaxtyping.config), {"jaxtyping_disable": True}),
     )
 

@@ -1,7 +1,8 @@
 """
 Page of an inspection: one HTML file that needs no network.
 
-page.html says what was inspected and how to read the numbers, page.js shows the rest.
+page.html says what was inspected and how to read the numbers, page.js shows the rest, of
+the elements in elements.js.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,17 +44,14 @@ def page(inspection: Mapping[str, Any]) -> str:
     """
     saes = inspection["saes"]
     n = len(saes)
-    return (
-        pages.environment("inspect/page")
-        .get_template("page.html")
-        .render(
-            title=f"Inside {n} {'SAE' if n == 1 else 'SAEs'} of {inspection['model_name']}",
-            inspection=inspection,
-            explanations=explanations,
-            matched_cosine=sides.MATCHED_COSINE,
-            data={"inspection": _shown(inspection), **dict(_chunks(saes))},
-            libraries=[],
-        )
+    templates = pages.environment("inspect/page")
+    return templates.get_template("page.html").render(
+        title=f"Inside {n} {'SAE' if n == 1 else 'SAEs'} of {inspection['model_name']}",
+        inspection=inspection,
+        explanations=explanations,
+        matched_cosine=sides.MATCHED_COSINE,
+        data={"inspection": _shown(inspection), **dict(_chunks(saes))},
+        libraries=[templates.get_template("elements.js").render()],
     )
 
 

@@ -23,6 +23,7 @@ from saelens_scaffold.evals.tokens import TokenStream, check_context_size, commo
 from saelens_scaffold.inspect.assembly import Assembly
 from saelens_scaffold.inspect.explanations import BLOCK, Tokens
 from saelens_scaffold.inspect.output import Inspection
+from saelens_scaffold.inspect.page import write_page
 from saelens_scaffold.inspect.removal import Removals
 from saelens_scaffold.inspect.sums import Sample, Sums
 from saelens_scaffold.models.hook_points import check_activations
@@ -96,6 +97,7 @@ def run(
         with new_file(file) as temporary:
             text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
             temporary.write_text(text, encoding="utf-8")
+    write_page(_rounded(adapter.dump_python(found)), file.with_suffix(".html"))
     return _said(found, file)
 
 

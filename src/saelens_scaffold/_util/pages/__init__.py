@@ -28,7 +28,9 @@ def environment(folder: str) -> Environment:
         folder: Its path within the package.
     """
     made = Environment(
-        loader=ChoiceLoader([PackageLoader(PACKAGE, of) for of in (folder, "_util/pages")]),
+        loader=ChoiceLoader(
+            [PackageLoader(PACKAGE, of) for of in (folder, "_util/pages")]
+        ),
         autoescape=select_autoescape(),
         trim_blocks=True,
         lstrip_blocks=True,

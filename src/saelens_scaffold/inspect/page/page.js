@@ -74,7 +74,7 @@ function dimensions(weighted) {
 function directionView(name, index = "0") {
   const sae = find(scaffolds, name);
   const { directions } = sae.scaffold;
-  const of = directions[index] ?? missing(`${sae.name} has no direction ${index}.`);
+  const of = directions[Number(index)] ?? missing(`${sae.name} has no direction ${index}.`);
   const { removal } = of;
   const edge = (bin) => fixed((bin - of.histogram.length / 2) * inspection.bin_width, 0);
   const costs = removal.tokens.map(([id, n, mean]) => [
@@ -287,7 +287,7 @@ function counterpart(pair, sae, row) {
 }
 
 function pairView(index = "0", kind = "matched", pageNumber = "0") {
-  const pair = pairs[index] ?? missing("There is no such pair of SAEs.");
+  const pair = pairs[Number(index)] ?? missing("There is no such pair of SAEs.");
   const [first, second] = [saes[pair.first], saes[pair.second]];
   const lists = new Map([
     ["matched", [...pair.matched.keys()].filter((row) => pair.matched[row])],

@@ -12,14 +12,16 @@ from playwright.sync_api import Browser, Page
 from pydantic import TypeAdapter
 
 from chromium import Visit, visit
+from eval_helpers import eval_sae
 from saelens_scaffold.evals.tokens import TokenSelection
 from saelens_scaffold.inspect.output import Inspection
 from saelens_scaffold.inspect.page import CHUNK, page, write_page
+from saelens_scaffold_cli import main
 
 HOSTILE = "<script>window.hacked = true</script>"
 # Each token that needs care, and how it looks where it stands alone.
 SHOWN = {
-    HOSTILE: HOSTILE,
+    HOSTILE: None,
     "</script><script>window.hacked = true</script>": None,
     "<!--<script>": "<!--<script>",
     "<img src=x onerror='window.hacked = true'>": None,
@@ -562,6 +564,23 @@ def test_one_plain_sae_without_lens_makes_a_page(browser: Browser, tmp_path: Pat
     assert go(page, "dense") == "Dense latents"
     assert go(page, "latent", PLAIN, 7) == "Latent 7"
     assert page.get_by_text("Not known").count() == 2
+    assert opened.complaints == []
+
+
+def test_the_command_writes_the_page(browser: Browser, tmp_path: Path):
+    paths = [tmp_path / "plain", tmp_path / "scaffold"]
+    eval_sae(d_sae=40).save_model(paths[0])
+    eval_sae(rank=2, d_sae=40).save_model(paths[1])
+    command = ["inspect", *map(str, paths), "--text", "python-stdlib"]
+    command += ["--out", str(tmp_path / "out"), "--n_tokens", "2500"]
+    assert main([*command, "--n_removal_tokens", "500"]) == 0
+    opened = visit(browser, tmp_path / "out/inspect.html")
+    for view in ("scaffold", "direction", "dense", "dictionary", "pair"):
+        go(opened.page, view)
+        assert opened.page.locator("#views [aria-current]").count() == 1
+    go(opened.page, "dictionary", "scaffold")
+    opened.page.locator("#view tbody th a").first.click()
+    assert opened.page.locator(".contexts li").count() > 0
     assert opened.complaints == []
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.saes.subspaces import ActivationMoments, orthonormal_basis
 
 
@@ -44,11 +43,16 @@ class ScaffoldAxes:
 
 
 class AxesFit:
-    """Axes of an SAE's scaffold, from the second moments of its output on some tokens."""
+    """
+    Axes of an SAE's scaffold, from the second moments of its output on some tokens.
 
-    def __init__(self, sae: ScaffoldMixin):
-        self._sae: Any = sae
-        rows = self._sae.W_dec[: self._sae.cfg.scaffold_rank].detach()
+    Args:
+        sae: The SAE, which has a scaffold.
+    """
+
+    def __init__(self, sae: Any):
+        self._sae = sae
+        rows = sae.W_dec[: sae.cfg.scaffold_rank].detach()
         # on the CPU, since MPS has no double precision
         self._basis = orthonormal_basis(rows.cpu()).to(rows)
         self._moments = ActivationMoments(len(self._basis), rows.device)

@@ -64,7 +64,7 @@ class LatentStatistics:
         self.contexts.update(batch.tokens, batch.counts, acts, batch.first_sequence)
         acts = acts[batch.counts]
         token, latent = acts.nonzero(as_tuple=True)
-        bins = (2 * acts[token, latent].log2()).floor().long() - FIRST_BIN
+        bins = (2 * acts[token, latent].abs().log2()).floor().long() - FIRST_BIN
         places = latent * N_BINS + bins.clamp(0, N_BINS - 1)
         counts = torch.bincount(places, minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram)

@@ -159,7 +159,7 @@ class Assembly:
     def _successor(self, target: int, decoder: torch.Tensor) -> output.Successor | None:
         """The direction whose coordinate correlates most with a target."""
         found: list[output.Successor] = []
-        deviations, start = self._covariances.diagonal().sqrt(), 0
+        deviations, start = self._covariances.diagonal().clamp_min(0).sqrt(), 0
         for i, (of, latents) in enumerate(
             zip(self._sums.directions, self._sums.latents, strict=True)
         ):

@@ -71,5 +71,6 @@ class AxesFit:
         rows = directions.to(self._basis) @ self._basis
         largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
         mean = self._moments.mean.to(self._basis) @ self._basis
-        stds = variances.sqrt().to(self._basis)
+        # of a scaffold that writes a constant, too
+        stds = variances.sqrt().to(self._basis).clamp_min(1e-12)
         return ScaffoldAxes(self._sae, rows * largest.sign(), mean, stds)

@@ -2,23 +2,23 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt, TypeAdapter
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 from sae_lens import SAE
 
 from saelens_scaffold._util.configs import documented, make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable, new_file
-from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.evals import data as text_data
 from saelens_scaffold.evals import model as lm
 from saelens_scaffold.evals import saes as selected_saes
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
 from saelens_scaffold.evals.losses import CleanPredictions
 from saelens_scaffold.evals.saes import SelectedSAE
-from saelens_scaffold.evals.store import differences, result_key
+from saelens_scaffold.evals.store import Key, differences, result_key
 from saelens_scaffold.evals.tokens import TokenStream, check_context_size, common_tokens
 from saelens_scaffold.inspect.assembly import Assembly
 from saelens_scaffold.inspect.explanations import BLOCK, Tokens
@@ -145,12 +145,12 @@ def _checked(
     return config, saes
 
 
-def _earlier(file: Path, key: dict[str, dict[str, Any]]) -> Inspection | None:
+def _earlier(file: Path, key: Key) -> Inspection | None:
     """What an earlier run found, if it was of the same."""
-    content = read_json(file) if file.is_file() else {}
-    if differences(content.get("key", {}), key):
-        return None
-    return TypeAdapter(Inspection).validate_python(content)
+    with suppress(OSError, ValidationError):
+        found = TypeAdapter(Inspection).validate_json(file.read_bytes())
+        return None if differences(found.key, key) else found
+    return None
 
 
 def _inspect(config: InspectConfig, saes: list[SelectedSAE]) -> Inspection:

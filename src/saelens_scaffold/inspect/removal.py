@@ -65,7 +65,7 @@ class Removals:
             first_sequence: Number of the first sequence.
         """
         numbers = first_sequence + torch.arange(len(tokens) + 1)
-        chosen = (numbers * self._share).long().diff() > 0
+        chosen = (numbers * self._share).ceil().diff() > 0
         if not self._axes or not counts[chosen].any():
             return
         tokens, counts = tokens[chosen], counts[chosen]

@@ -13,7 +13,7 @@ pytest.importorskip("sae_bench")
 from pydantic import TypeAdapter
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 
-from eval_helpers import D_MODEL, HOOK, eval_sae, write_texts
+from eval_helpers import D_MODEL, eval_sae, write_texts
 from saelens_scaffold import ScaffoldJumpReLUSAE
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
@@ -60,6 +60,13 @@ def planted_scaffold(directions: torch.Tensor) -> ScaffoldJumpReLUSAE:
     return sae
 
 
+def explanations_of(context_size: int, n_targets: int) -> Explanations:
+    """Explanations on tokens of the embedded model."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model_path())
+    texts = tokenizer.batch_decode([[i] for i in range(4096)])
+    return Explanations(texts, torch.tensor([0]), context_size, n_targets, "cpu")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_planted_directions_are_labelled_right(seed: int):
     torch.manual_seed(seed)
@@ -87,9 +94,7 @@ def test_planted_directions_are_labelled_right(seed: int):
     fit.update(x[:32].flatten(0, 1))
     axes = fit.result()
     assert torch.allclose((axes.rows @ directions.T).abs(), torch.eye(4), atol=0.1)
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    norm = float(x.norm(dim=2).mean())
-    explanations = Explanations(tokenizer, n_vocab, length, norm, torch.zeros(4))
+    explanations = explanations_of(length, 4)
     everything = torch.ones_like(tokens, dtype=torch.bool)
     entropy = 8 * torch.rand(tokens.shape)
     batch = Tokens(tokens, everything, topic, x, entropy, 0)
@@ -114,10 +119,9 @@ def test_labels_follow_their_rules():
 
 def test_r_squared_is_that_of_means_of_the_other_half():
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
     tokens = torch.randint(1, 50, (64, 20))
     y = torch.randn(50)[tokens] + torch.randn(tokens.shape) + 3
-    explanations = Explanations(tokenizer, 4096, 20, 1.0, torch.tensor([2.5]))
+    explanations = explanations_of(20, 1)
     counts, x = torch.rand(tokens.shape) < 0.8, torch.ones(*tokens.shape, 2)
     batch = Tokens(tokens, counts, torch.zeros_like(tokens), x, y.abs(), 0)
     explanations.update(batch, y[counts][:, None])
@@ -141,7 +145,7 @@ def test_r_squared_is_that_of_means_of_the_other_half():
 def test_distances_to_the_beginnings_of_lines_and_sentences():
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model_path())
     ids = tokenizer("One two. Three\nfour x.y").input_ids
-    explanations = Explanations(tokenizer, 4096, len(ids), 1.0, torch.zeros(1))
+    explanations = explanations_of(len(ids), 1)
     tokens = torch.tensor([ids])
     zeros = torch.zeros_like(tokens)
     batch = Tokens(tokens, tokens > 0, zeros, zeros[..., None], zeros, 0)
@@ -240,6 +244,10 @@ def test_what_was_read(found: Any):
     assert inspection.n_tokens == int(text.counts.sum())
     assert 2_500 <= inspection.n_tokens < 2_500 + CONTEXT
     assert inspection.selection.context_size == CONTEXT
+    tokenizer: Any = load_embedded_model().tokenizer
+    assert len(inspection.tokens) == 4096
+    for token in (0, 5, 999):
+        assert inspection.tokens[token] == tokenizer.decode([token])
     variances = torch.linalg.eigvalsh(
         torch.cov(text.x[text.counts].double().T, correction=0)
     )
@@ -286,13 +294,7 @@ def test_the_dictionary_equals_an_independent_computation(found: Any, index: int
             at = int(best.indices[sequence, i])
             assert context.position == at
             window = slice(max(0, at - 15), at + 9)
-            strings = [inspection.tokens[t] for t in context.tokens]
-            around = text.tokens[sequence, window].tolist()
-            tokenizer: Any = load_embedded_model().tokenizer
-            decoded = [tokenizer.decode([t]) for t in around]
-            assert [s for s, d in zip(strings, decoded, strict=True) if s != d] == [
-                s for s, d in zip(strings, decoded, strict=True) if "\ufffd" in d
-            ]
+            assert context.tokens == text.tokens[sequence, window].tolist()
             there = acts[sequence, window, i] * 127 / columns.scale[i]
             levels = torch.tensor(context.values).float()
             assert torch.allclose(levels, there.clamp(max=127), atol=1)
@@ -392,8 +394,7 @@ def test_the_loss_without_a_direction(found: Any):
     totals = torch.zeros(4096).index_add(0, text.tokens[:, 1:][predicts], more)
     token, n, mean = removal.tokens[0]
     most = int(totals.argmax())
-    tokenizer: Any = load_embedded_model().tokenizer
-    assert inspection.tokens[token] == tokenizer.decode([most])
+    assert token == most
     assert n == int((text.tokens[:, 1:][predicts] == most).sum())
     assert mean * n == pytest.approx(float(totals.max()), rel=1e-2)
 
@@ -417,7 +418,8 @@ def test_antipodes_and_successors_of_dense_latents(found: Any):
         assert successor.cosine * successor.correlation > 0
     frequencies = [inspection.saes[0].latents.frequency[l] for l in dense]
     assert frequencies == sorted(frequencies, reverse=True)
-    assert {*dense[4].r_squared} == {*inspection.predictors}
+    # all of so little text has one topic
+    assert {*dense[4].r_squared} == {*inspection.predictors} - {"topic"}
 
 
 @pytest.mark.parametrize("model_class", CLASSES[1:])
@@ -433,11 +435,9 @@ def test_the_other_routes_find_the_same(found: Any, model_class: ModelClass):
         assert a.r_squared == pytest.approx(b.r_squared, abs=1e-3)
         assert a.removal.increase == pytest.approx(b.removal.increase, rel=1e-2)
         assert [c.sequence for c in a.high] == [c.sequence for c in b.high]
-        strings = [
-            [of.tokens[i] for i, _ in d.promoted]
-            for of, d in ((inspection, a), (other, b))
-        ]
-        assert strings[0][:5] == strings[1][:5]
+        for tops in ([a.promoted, b.promoted], [a.suppressed, b.suppressed]):
+            ids = [[token for token, _ in of[:5]] for of in tops]
+            assert ids[0] == ids[1]
 
 
 # ---- parts of it
@@ -583,12 +583,16 @@ def test_steering_changes_what_a_plain_hook_changes(model_class: ModelClass):
     assert torch.allclose(moved, expected(lambda x: without(x) + 3 * unit), atol=1e-3)
     assert torch.allclose(model(tokens), clean, atol=1e-3)
     assert not torch.allclose(added, clean, atol=0.1)
-    with pytest.raises(UserError, match="one vector that is not 0"):
-        with steering(model, name, 0 * direction):
-            pass
-    with pytest.raises(UserError, match="no hook point"):
-        with steering(model, "blocks.9.hook_resid_post", direction):
-            pass
+    with (
+        pytest.raises(UserError, match="one vector that is not 0"),
+        steering(model, name, 0 * direction),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match="no hook point"),
+        steering(model, "blocks.9.hook_resid_post", direction),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("model_class", CLASSES)

@@ -1,24 +1,32 @@
 """From sums over the tokens to what an inspection says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from saelens_scaffold.evals.rank.analysis import outlier_dimensions
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.inspect import output
-from saelens_scaffold.inspect.contexts import Vocabulary
 from saelens_scaffold.inspect.explanations import PREDICTORS, label_of
-from saelens_scaffold.inspect.logit_lens import Tops, promoted_tokens, residual_width
+from saelens_scaffold.inspect.logit_lens import promoted_tokens
 from saelens_scaffold.inspect.removal import Removals
-from saelens_scaffold.inspect.statistics import DirectionStatistics, LatentStatistics
+from saelens_scaffold.inspect.statistics import (
+    FIRST_BIN,
+    DirectionStatistics,
+    LatentStatistics,
+)
 from saelens_scaffold.inspect.sums import Sums
 from saelens_scaffold.models.language_models import LanguageModel
-from saelens_scaffold.saes.subspaces import subspace_overlap
+from saelens_scaffold.saes.subspaces import share_in_subspace, subspace_overlap
 
 N_DIMENSIONS = 10
 """Dimensions that are named as those written to most."""
+
+N_PROMOTED = 10
+"""Tokens that are named as promoted and as suppressed."""
 
 
 class Assembly:
@@ -27,7 +35,6 @@ class Assembly:
 
     Args:
         model: The language model.
-        tokenizer: Its tokenizer.
         saes: The SAEs.
         sums: The sums over the tokens.
         removals: Losses without directions.
@@ -36,176 +43,161 @@ class Assembly:
     def __init__(
         self,
         model: LanguageModel,
-        tokenizer: Any,
         saes: Sequence[SelectedSAE],
         sums: Sums,
         removals: Removals,
     ):
         self._model, self._saes, self._sums = model, saes, sums
-        self._removals, self._width = removals, residual_width(model)
-        self._vocabulary = Vocabulary(tokenizer)
-        self._covariance = sums.moments.covariance.cpu()
-        variances, principal = sums.moments.principal_directions()
-        self._variances, self._principal = variances.cpu(), principal.cpu()
-        self._of_targets = sums.targets.covariance.cpu()
-        self._r_squared = iter(sums.explanations.r_squared())
+        self._removals = removals
+        variances, directions = sums.moments.principal_directions()
+        self._variances, self._principal = variances.cpu(), directions.cpu()
+        self._covariances = sums.targets.covariance.cpu()
+        # in the order of the targets
+        self._r_squared = enumerate(sums.explanations.r_squared())
         self._removal = iter(removals.result())
-        # where each SAE's directions and dense latents are among the targets
-        self._places: list[tuple[range, range]] = []
-        start = 0
-        for directions, latents in zip(sums.directions, sums.latents, strict=True):
-            middle = start + (len(directions.axes.rows) if directions else 0)
-            end = middle + len(latents.dense)
-            self._places.append((range(start, middle), range(middle, end)))
-            start = end
 
-    def result(self, n_promoted: int, about: Mapping[str, Any]) -> output.Inspection:
+    def result(self, **about: Any) -> output.Inspection:
         """
         Args:
-            n_promoted: Number of tokens named as promoted.
             about: Further fields.
         """
-        total = self._variances.sum()
-        saes = [self._sae(i, n_promoted) for i in range(len(self._saes))]
-        n_tokens = self._sums.moments.n
+        sums, n_tokens = self._sums, self._sums.moments.n
+        sides = enumerate(sums.sides, start=1)
         return output.Inspection(
-            **about,
             n_tokens=n_tokens,
             n_removal_tokens=self._removals.n_predictions,
             cross_entropy=self._removals.cross_entropy,
-            variance_shares=(self._variances / total).tolist(),
+            variance_shares=(self._variances / self._variances.sum()).tolist(),
             predictors=[*PREDICTORS],
-            tokens=self._vocabulary.strings,
-            saes=saes,
-            pairs=[
-                side.result(n_tokens, (0, i))
-                for i, side in enumerate(self._sums.sides, start=1)
-            ],
+            saes=[*map(self._sae, self._saes, sums.directions, sums.latents)],
+            pairs=[side.result(n_tokens, (0, i)) for i, side in sides],
+            **about,
         )
 
-    def _sae(self, index: int, n_promoted: int) -> output.InspectedSAE:
-        of, n_tokens = self._saes[index], self._sums.moments.n
-        directions, latents = self._sums.directions[index], self._sums.latents[index]
-        scaffold = self._scaffold(index, directions, n_promoted) if directions else None
-        dense = [*self._dense(index, latents)]
-        other = next(filter(None, [directions, *self._sums.directions]), None)
-        rows = other.axes.rows if other else None
-        tops = self._tops(latents.decoder, n_promoted)
-        columns = latents.result(n_tokens, rows, tops, self._vocabulary)
+    def _sae(
+        self,
+        sae: SelectedSAE,
+        directions: DirectionStatistics | None,
+        latents: LatentStatistics,
+    ) -> output.InspectedSAE:
+        scaffold = directions and self._scaffold(directions)
+        dense, columns = [*self._dense(latents)], self._latents(latents, directions)
         return output.InspectedSAE(
-            name=of.label,
-            architecture=of.sae.cfg.architecture(),
-            d_sae=of.sae.cfg.d_sae,
-            l0_sparse=float(latents.fired.sum()) / n_tokens,
+            name=sae.label,
+            architecture=sae.sae.cfg.architecture(),
+            d_sae=sae.sae.cfg.d_sae,
+            l0_sparse=float(latents.fired.sum()) / self._sums.moments.n,
             scaffold=scaffold,
-            dense=sorted(dense, key=lambda d: -columns.frequency[d.latent - of.rank]),
+            dense=sorted(
+                dense, key=lambda of: -columns.frequency[of.latent - sae.rank]
+            ),
             latents=columns,
         )
 
-    def _tops(self, directions: torch.Tensor, n: int) -> Tops:
-        """Of none, where the SAEs are not of the residual stream's width."""
-        if directions.shape[1] != self._width:
-            return [([], [])] * len(directions)
-        return promoted_tokens(self._model, directions, n)
-
-    def _scaffold(
-        self, index: int, of: DirectionStatistics, n_promoted: int
-    ) -> output.Scaffold:
+    def _scaffold(self, of: DirectionStatistics) -> output.Scaffold:
         rows = of.axes.rows.cpu().double()
-        places = self._places[index][0]
-        variances = self._of_targets.diagonal()[places.start : places.stop]
-        inside = rows.pow(2).sum(dim=0)
-        outliers = outlier_dimensions(self._covariance.diagonal())
-        most = inside.topk(min(N_DIMENSIONS, len(inside)))
-        rank, d_in = rows.shape
-        tops = self._tops(of.axes.rows, n_promoted)
+        inside, (rank, d_in) = rows.pow(2).sum(dim=0), rows.shape
+        outliers = outlier_dimensions(self._sums.moments.covariance.cpu().diagonal())
+        most = inside.topk(min(N_DIMENSIONS, d_in))
+        tops = promoted_tokens(self._model, of.axes.rows, N_PROMOTED)
+        directions = [*map(partial(self._direction, of), range(rank), *tops)]
+        variance = sum(direction.variance for direction in directions)
+        for direction in directions:
+            direction.share_of_scaffold = direction.variance / variance
         return output.Scaffold(
             rank=rank,
-            share_of_variance=float(variances.sum() / self._variances.sum()),
+            share_of_variance=sum(of.share_of_variance for of in directions),
             overlap_with_pca=subspace_overlap(rows, self._principal[:rank]),
             overlap_of_random=rank / d_in,
-            dimensions=_weighted(most.indices, most.values),
-            outlier_dimensions=_weighted(outliers, inside[outliers]),
+            dimensions=output.weighted(most.indices, most.values),
+            outlier_dimensions=output.weighted(outliers, inside[outliers]),
             positions=of.positions(),
-            directions=[
-                self._direction(of, i, variances, tops[i]) for i in range(rank)
-            ],
+            directions=directions,
         )
 
     def _direction(
         self,
         of: DirectionStatistics,
         i: int,
-        variances: torch.Tensor,
-        tops: tuple[Any, Any],
+        promoted: output.Weighted,
+        suppressed: output.Weighted,
     ) -> output.Direction:
-        row, r_squared = of.axes.rows[i].cpu().double(), next(self._r_squared)
+        row, (target, r_squared) = of.axes.rows[i].cpu().double(), next(self._r_squared)
         cosines = (self._principal @ row).abs()
         most = row.abs().topk(min(N_DIMENSIONS, len(row))).indices
-        rank, contexts, words = len(variances), of.contexts, self._vocabulary
-        scale = float(contexts.values[[i, rank + i], 0].abs().max())
-        low = contexts.windows(rank + i, -scale, words)
+        variance = float(self._covariances[target, target])
+        ends = [i, i + len(of.axes.rows)]
+        scale = float(of.contexts.values[ends, 0].abs().max())
         return output.Direction(
-            variance=float(variances[i]),
-            share_of_scaffold=float(variances[i] / variances.sum()),
-            share_of_variance=float(variances[i] / self._variances.sum()),
+            variance=variance,
+            share_of_variance=variance / float(self._variances.sum()),
             label=label_of(r_squared),
             r_squared=r_squared,
-            removal=self._shown(next(self._removal)),
+            removal=next(self._removal),
             principal_component=int(cosines.argmax()),
             cosine=float(cosines.max()),
-            dimensions=_weighted(most, row[most]),
-            promoted=words.weighted(tops[0]),
-            suppressed=words.weighted(tops[1]),
+            dimensions=output.weighted(most, row[most]),
+            promoted=promoted,
+            suppressed=suppressed,
             histogram=of.histogram[i].tolist(),
             scale=scale,
-            high=contexts.windows(i, scale, words),
-            low=low,
+            high=of.contexts.windows(ends[0], scale),
+            low=of.contexts.windows(ends[1], -scale),
         )
 
-    def _shown(self, removal: output.Removal) -> output.Removal:
-        tokens = [
-            (*self._vocabulary.indices([token]), n, more)
-            for token, n, more in removal.tokens
-        ]
-        removal.tokens = tokens  # type: ignore[assignment]
-        return removal
-
-    def _dense(self, index: int, of: LatentStatistics) -> Any:
-        antipodes = of.antipodes(self._sums.moments.n)
-        places = self._places[index][1]
-        for latent, place, antipode in zip(
-            of.dense.tolist(), places, antipodes, strict=True
-        ):
-            r_squared = next(self._r_squared)
+    def _dense(self, of: LatentStatistics) -> Iterator[output.DenseLatent]:
+        for place, latent in enumerate(of.dense.tolist()):
+            target, r_squared = next(self._r_squared)
             yield output.DenseLatent(
                 latent=latent + of.rank,
                 label=label_of(r_squared),
                 r_squared=r_squared,
-                antipode=antipode,
-                successor=self._successor(place, of.decoder[latent].cpu()),
+                antipode=of.antipode(place, self._sums.moments.n),
+                successor=self._successor(target, of.decoder[latent].cpu()),
             )
 
-    def _successor(self, place: int, decoder: torch.Tensor) -> output.Successor | None:
+    def _successor(self, target: int, decoder: torch.Tensor) -> output.Successor | None:
         """The direction whose coordinate correlates most with a target."""
-        best: output.Successor | None = None
-        variances = self._of_targets.diagonal()
-        for i, (own, directions) in enumerate(
-            zip((p[0] for p in self._places), self._sums.directions, strict=True)
+        found: list[output.Successor] = []
+        deviations, start = self._covariances.diagonal().clamp_min(0).sqrt(), 0
+        for i, (of, latents) in enumerate(
+            zip(self._sums.directions, self._sums.latents, strict=True)
         ):
-            if directions is None:
-                continue
-            covariances = self._of_targets[place, own.start : own.stop]
-            spread = (variances[place] * variances[own.start : own.stop]).sqrt()
-            correlations = (covariances / spread).nan_to_num(0)
-            direction = int(correlations.abs().argmax())
-            correlation = float(correlations[direction])
-            row = directions.axes.rows[direction].cpu()
-            cosine = torch.nn.functional.cosine_similarity(row, decoder, dim=0)
-            if best is None or abs(correlation) > abs(best.correlation):
-                best = output.Successor(i, direction, float(cosine), correlation)
-        return best
+            rows = of.axes.rows.cpu() if of else decoder[:0]
+            for j, row in enumerate(rows, start=start):
+                spread = float(deviations[target] * deviations[j]) or 1.0
+                correlation = float(self._covariances[target, j]) / spread
+                cosine = float(cosine_similarity(row, decoder, dim=0))
+                found.append(output.Successor(i, j - start, cosine, correlation))
+            start += len(rows) + len(latents.dense)
+        return max(found, key=lambda of: abs(of.correlation), default=None)
 
-
-def _weighted(indices: torch.Tensor, weights: torch.Tensor) -> output.Weighted:
-    return [*zip(indices.tolist(), weights.tolist(), strict=True)]
+    def _latents(
+        self, of: LatentStatistics, directions: DirectionStatistics | None
+    ) -> output.Latents:
+        # a latent is in a context only where it fires
+        values, n_latents = of.contexts.values, range(len(of.fired))
+        values[values <= 0] = -torch.inf
+        scale = values[:, 0].clamp_min(0).tolist()
+        share = None
+        scaffold = next(filter(None, [directions, *self._sums.directions]), None)
+        if scaffold is not None:
+            rows = scaffold.axes.rows.cpu().double()
+            share = share_in_subspace(of.decoder.cpu(), rows).tolist()
+        promoted, suppressed = promoted_tokens(self._model, of.decoder, N_PROMOTED)
+        is_used = of.histogram.cpu() > 0
+        first = is_used.int().argmax(dim=1).tolist()
+        end = (is_used.cumsum(dim=1).argmax(dim=1) + 1).tolist()
+        histogram = of.histogram.tolist()
+        return output.Latents(
+            index=[i + of.rank for i in n_latents],
+            frequency=(of.fired / self._sums.moments.n).tolist(),
+            mean=(of.sums / of.fired.clamp_min(1)).tolist(),
+            scale=scale,
+            share_in_scaffold=share,
+            first_bin=[bin + FIRST_BIN for bin in first],
+            histogram=[histogram[i][first[i] : end[i]] for i in n_latents],
+            promoted=promoted,
+            suppressed=suppressed,
+            contexts=[of.contexts.windows(i, scale[i]) for i in n_latents],
+        )

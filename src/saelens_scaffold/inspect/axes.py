@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from saelens_scaffold.saes.scaffold import ScaffoldMixin
 from saelens_scaffold.saes.subspaces import ActivationMoments, orthonormal_basis
 
 
@@ -44,11 +43,16 @@ class ScaffoldAxes:
 
 
 class AxesFit:
-    """Axes of an SAE's scaffold, from the second moments of its output on some tokens."""
+    """
+    Axes of an SAE's scaffold, from the second moments of its output on some tokens.
 
-    def __init__(self, sae: ScaffoldMixin):
-        self._sae: Any = sae
-        rows = self._sae.W_dec[: self._sae.cfg.scaffold_rank].detach()
+    Args:
+        sae: The SAE, which has a scaffold.
+    """
+
+    def __init__(self, sae: Any):
+        self._sae = sae
+        rows = sae.W_dec[: sae.cfg.scaffold_rank].detach()
         # on the CPU, since MPS has no double precision
         self._basis = orthonormal_basis(rows.cpu()).to(rows)
         self._moments = ActivationMoments(len(self._basis), rows.device)
@@ -67,5 +71,6 @@ class AxesFit:
         rows = directions.to(self._basis) @ self._basis
         largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
         mean = self._moments.mean.to(self._basis) @ self._basis
-        stds = variances.sqrt().to(self._basis)
+        # of a scaffold that writes a constant, too
+        stds = variances.sqrt().to(self._basis).clamp_min(1e-12)
         return ScaffoldAxes(self._sae, rows * largest.sign(), mean, stds)

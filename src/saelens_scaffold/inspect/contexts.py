@@ -1,11 +1,8 @@
 """The strongest contexts of many units at once, in memory that tokens do not add to."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 
-from saelens_scaffold.inspect.output import Context, Weighted
+from saelens_scaffold.inspect.output import Context
 
 BEFORE, AFTER = 15, 8
 """Tokens of a context before and after the strongest one."""
@@ -62,8 +59,7 @@ class StrongestContexts:
         both = torch.cat([self.values, best.T.to(self.values)], dim=1)
         self.values, order = both.topk(n_kept, dim=1)
         old = order.clamp(max=n_kept - 1)
-        kept = (self.sequence, self.position, self.tokens, self.activations)
-        for of in kept:
+        for of in (self.sequence, self.position, self.tokens, self.activations):
             index = old.view(*old.shape, *[1] * (of.ndim - 2)).expand_as(of)
             of.copy_(of.gather(1, index))
 
@@ -71,10 +67,8 @@ class StrongestContexts:
         sequence = order[unit, slot] - n_kept
         at = position[sequence, unit]
         window = at[:, None] + torch.arange(-BEFORE, AFTER + 1, device=at.device)
-        inside, window = (
-            (window >= 0) & (window < length),
-            window.clamp(0, length - 1),
-        )
+        inside = (window >= 0) & (window < length)
+        window = window.clamp(0, length - 1)
         self.sequence[unit, slot] = sequence + first_sequence
         self.position[unit, slot] = at
         around = tokens[sequence[:, None], window].where(inside, -1)
@@ -82,59 +76,24 @@ class StrongestContexts:
         around = acts[sequence[:, None], window, unit[:, None]] * inside
         self.activations[unit, slot] = around.to(self.activations.dtype)
 
-    def windows(
-        self, unit: int, scale: float, vocabulary: "Vocabulary"
-    ) -> list[Context]:
+    def windows(self, unit: int, scale: float) -> list[Context]:
         """
         The contexts of a unit, strongest first.
 
         Args:
             unit: Which.
             scale: Activation that becomes 127.
-            vocabulary: Gets their tokens.
         """
-        found: list[Context] = []
-        values = self.activations[unit] * (127 / scale if scale else 0)
-        values = values.round().clamp(-127, 127).int()
-        for slot in self.values[unit].isfinite().nonzero()[:, 0].tolist():
-            tokens, is_there = self.tokens[unit, slot], self.tokens[unit, slot] >= 0
-            context = Context(
+        levels = self.activations[unit] * (127 / scale if scale else 0)
+        levels = levels.round().clamp(-127, 127).int()
+        is_there = self.tokens[unit] >= 0
+        return [
+            Context(
                 sequence=int(self.sequence[unit, slot]),
                 position=int(self.position[unit, slot]),
-                peak=int(is_there[:BEFORE].sum()),
-                tokens=vocabulary.indices(tokens[is_there].tolist()),
-                values=values[slot][is_there].tolist(),
+                peak=int(is_there[slot, :BEFORE].sum()),
+                tokens=self.tokens[unit, slot][is_there[slot]].tolist(),
+                values=levels[slot][is_there[slot]].tolist(),
             )
-            found.append(context)
-        return found
-
-
-class Vocabulary:
-    """
-    The tokens that are shown anywhere, each once.
-
-    Attributes:
-        strings: What they read; what is no whole character, as the tokenizer writes it.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.strings: list[str] = []
-        self._tokenizer = tokenizer
-        self._indices: dict[int, int] = {}
-
-    def indices(self, tokens: Iterable[int]) -> list[int]:
-        """Indices of tokens in `strings`."""
-        return [self._index(token) for token in tokens]
-
-    def weighted(self, pairs: Iterable[tuple[int, float]]) -> Weighted:
-        """Pairs of a token and a number as pairs of its index and that number."""
-        return [(self._index(token), number) for token, number in pairs]
-
-    def _index(self, token: int) -> int:
-        if token not in self._indices:
-            self._indices[token] = len(self.strings)
-            text = self._tokenizer.decode([token])
-            if "\ufffd" in text or not text:
-                text = self._tokenizer.convert_ids_to_tokens(token) or ""
-            self.strings.append(text)
-        return self._indices[token]
+            for slot in self.values[unit].isfinite().nonzero()[:, 0].tolist()
+        ]

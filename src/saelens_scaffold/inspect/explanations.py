@@ -1,8 +1,7 @@
 """What a coordinate or an activation is explained by: held-out R² of simple predictors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -32,9 +31,17 @@ SHRINKAGE = 4.0
 BLOCK = 16
 """Consecutive sequences that are in the same half: neighbours share texts."""
 
-MAX_DISTANCE = 64
-MAX_TOPICS = 1000
-ENTROPY_BINS, NORM_BINS, FREQUENCY_BINS = 32, 64, 64
+N_GROUPS = {
+    "line": 64,
+    "sentence": 64,
+    "topic": 1000,
+    "frequency": 64,
+    "entropy": 64,
+    "norm": 256,
+}
+"""Groups of the predictors that have as many for every text, beyond which the last holds
+all: distances in tokens; topics; frequencies by half octaves; nats / 4; norms by eighths of
+an octave from 2^-8 on."""
 
 
 def label_of(r_squared: Mapping[str, float]) -> str:
@@ -95,47 +102,36 @@ class Explanations:
     group, target and half: 8 bytes * (size of the vocabulary + context) * targets.
 
     Args:
-        tokenizer: The language model's tokenizer.
-        n_vocab: Number of ids of tokens.
+        texts: Text of each id of a token.
+        special: Ids of special tokens, at which lines and sentences begin anew.
         context_size: Tokens per sequence.
-        typical_norm: Of the activations.
-        centre: Means of the targets by a first guess, about which sums are, shape
-            (n_targets,).
+        n_targets: Number of targets.
+        device: Where they are.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
-        n_vocab: int,
+        texts: Sequence[str],
+        special: torch.Tensor,
         context_size: int,
-        typical_norm: float,
-        centre: torch.Tensor,
+        n_targets: int,
+        device: torch.device | str,
     ):
-        self._centre, self._typical_norm = centre, typical_norm
-        self._max_entropy = float(torch.tensor(float(n_vocab)).log())
-        texts = tokenizer.batch_decode([[i] for i in range(n_vocab)])
-        special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-
-        def which(predicate: Any) -> torch.Tensor:
-            found = [predicate(t) or i in special for i, t in enumerate(texts)]
-            return torch.tensor(found, device=centre.device)
+        def which(predicate: Callable[[str], bool]) -> torch.Tensor:
+            found = torch.tensor([predicate(text) for text in texts])
+            return found.index_fill(0, special, True).to(device)
 
         self._ends_line = which(lambda text: "\n" in text)
-        self._ends_sentence = which(
-            lambda text: text.rstrip().endswith((".", "!", "?"))
-        )
+        self._ends_sentence = which(lambda text: text.rstrip().endswith((*".!?",)))
         self._begins_with_space = which(lambda text: text[:1].isspace())
-        sizes = {
-            "position": int(_position_bins(context_size)[-1]) + 1,
-            "line": MAX_DISTANCE,
-            "sentence": MAX_DISTANCE,
-            "topic": MAX_TOPICS,
-            "entropy": ENTROPY_BINS,
-            "token": n_vocab,
-            "norm": NORM_BINS,
+        self._position_bins = _position_bins(context_size).to(device)
+        sizes = {"position": int(self._position_bins[-1]) + 1, "token": len(texts)}
+        like = torch.zeros(n_targets, device=device)
+        self._means = {
+            name: _GroupMeans((sizes | N_GROUPS)[name], like) for name in PREDICTORS
         }
-        self._means = {n: _GroupMeans(size, centre) for n, size in sizes.items()}
-        self._squares = torch.zeros(2, len(centre), dtype=torch.float64)
+        self._squares = torch.zeros(2, n_targets, dtype=torch.float64)
+        self._centre: torch.Tensor | None = None
 
     @torch.no_grad()
     def update(self, batch: Tokens, targets: torch.Tensor) -> None:
@@ -144,6 +140,8 @@ class Explanations:
             batch: The tokens.
             targets: Of the tokens that count, shape (n_tokens, n_targets).
         """
+        if self._centre is None:  # about which sums are exact enough
+            self._centre = targets.mean(dim=0)
         y = targets - self._centre
         number = batch.first_sequence + torch.arange(len(batch.tokens))
         half = (number // BLOCK % 2).to(y.device)[:, None].expand_as(batch.tokens)
@@ -157,30 +155,31 @@ class Explanations:
         """Number of each token's group, shape (n_sequences, seq), by predictor."""
         tokens = batch.tokens
         spaced = self._begins_with_space[tokens.roll(-1, dims=1)]
-        doublings = (batch.x.float().norm(dim=2) / self._typical_norm).log2()
-        entropy = batch.entropy * ENTROPY_BINS / self._max_entropy
-        return {
-            "position": _position_bins(tokens.shape[1]).to(tokens).expand_as(tokens),
+        groups = {
             "line": _distance(self._ends_line[tokens]),
             "sentence": _distance(self._ends_sentence[tokens] & spaced),
-            "topic": batch.topics.clamp(max=MAX_TOPICS - 1),
-            "entropy": entropy.long().clamp(0, ENTROPY_BINS - 1),
-            "token": tokens,
-            "norm": (doublings * 8 + NORM_BINS / 2).long().clamp(0, NORM_BINS - 1),
+            "topic": batch.topics,
+            "entropy": (4 * batch.entropy).long(),
+            "norm": (8 * batch.x.float().norm(dim=2).log2()).long() + 64,
         }
+        groups = {n: of.clamp(0, N_GROUPS[n] - 1) for n, of in groups.items()}
+        positions = self._position_bins.expand_as(tokens)
+        return {"position": positions, "token": tokens, **groups}
 
     def r_squared(self) -> list[dict[str, float]]:
         """Held-out R² of each target, by predictor; without topic if there is but one."""
         means = dict(self._means)
         counts = means["token"].counts.sum(dim=0)
-        bins = (2 * counts.clamp_min(1).log2()).long().clamp(max=FREQUENCY_BINS - 1)
-        means["frequency"] = means["token"].of_groups(bins, FREQUENCY_BINS)
+        octaves = (2 * counts.clamp_min(1).log2()).long()
+        means["frequency"].add(
+            octaves.clamp(max=N_GROUPS["frequency"] - 1), means["token"]
+        )
         if (means["topic"].counts.sum(dim=0) > 0).sum() < 2:
             del means["topic"]
-        found = {n: means[n].r_squared(self._squares) for n in PREDICTORS if n in means}
+        found = {name: of.r_squared(self._squares) for name, of in means.items()}
         return [
             {name: round(float(of[i]), 4) for name, of in found.items()}
-            for i in range(len(self._centre))
+            for i in range(self._squares.shape[1])
         ]
 
 
@@ -202,12 +201,10 @@ class _GroupMeans:
         self.counts.view(-1).index_add_(0, place, torch.ones_like(place).to(y))
         self.sums.view(-1, y.shape[1]).index_add_(0, place, y)
 
-    def of_groups(self, group: torch.Tensor, n_groups: int) -> "_GroupMeans":
-        """The same for groups of groups."""
-        joined = _GroupMeans(n_groups, self.sums[0, 0])
-        joined.counts.index_add_(1, group, self.counts)
-        joined.sums.index_add_(1, group, self.sums)
-        return joined
+    def add(self, group: torch.Tensor, means: "_GroupMeans") -> None:
+        """Add other groups' sums, each to a group."""
+        self.counts.index_add_(1, group, means.counts)
+        self.sums.index_add_(1, group, means.sums)
 
     def r_squared(self, squares: torch.Tensor) -> torch.Tensor:
         """
@@ -238,14 +235,13 @@ class _GroupMeans:
 def _position_bins(length: int) -> torch.Tensor:
     """Numbers of the positions' bins, shape (length,): one each, then eight an octave."""
     positions = torch.arange(length)
-    return positions.where(
-        positions < 16, (8 * (positions.clamp_min(1) / 16).log2()).long() + 16
-    )
+    octaves = (positions.clamp_min(16) / 16).log2()
+    return positions.clamp(max=16) + (8 * octaves).long()
 
 
 def _distance(ends: torch.Tensor) -> torch.Tensor:
-    """Tokens since the last end before each, shape (n_sequences, seq), up to a maximum."""
+    """Tokens since the last end before each, shape (n_sequences, seq)."""
     places = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
     last = places.where(ends, -1).cummax(dim=1).values.roll(1, dims=1)
     last[:, 0] = -1
-    return (places - last - 1).clamp(max=MAX_DISTANCE - 1)
+    return places - last - 1

@@ -3,6 +3,7 @@
 import torch
 
 from saelens_scaffold.evals.model import HookedModel
+from saelens_scaffold.inspect.output import Weighted, weighted
 from saelens_scaffold.models.language_models import LanguageModel, residual_post
 
 _LOGITS_AT_ONCE = 2**24
@@ -34,7 +35,7 @@ def logit_lens(model: LanguageModel, directions: torch.Tensor) -> torch.Tensor:
     return logits[1:] - logits[0]
 
 
-def residual_width(model: LanguageModel) -> int:
+def _width(model: LanguageModel) -> int:
     """Width of the residual stream."""
     tokens = torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device)
     return _last_layer(model).below(tokens)[0].shape[-1]
@@ -44,29 +45,24 @@ def _last_layer(model: LanguageModel) -> HookedModel:
     return HookedModel(model, residual_post(model, model.cfg.n_layers - 1))
 
 
-Tops = list[tuple[list[tuple[int, float]], list[tuple[int, float]]]]
-"""For each direction: the tokens with the highest and with the lowest logits."""
-
-
-def promoted_tokens(model: LanguageModel, directions: torch.Tensor, n: int) -> Tops:
+def promoted_tokens(
+    model: LanguageModel, directions: torch.Tensor, n: int
+) -> tuple[list[Weighted], list[Weighted]]:
     """
-    The tokens that directions promote and suppress most.
+    The tokens that each direction promotes most and suppresses most, and their logits.
 
     Args:
         model: The language model.
-        directions: Shape (n_directions, d_model). A zero direction promotes none.
+        directions: Shape (n_directions, d_in). Where that is not the width of the residual
+            stream, no tokens are promoted.
         n: Number of tokens at each end.
     """
-    found: Tops = []
-    at_once = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab)
-    for part in directions.split(at_once):
+    if directions.shape[1] != _width(model):
+        return [[]] * len(directions), [[]] * len(directions)
+    ends: tuple[list[Weighted], list[Weighted]] = [], []
+    for part in directions.split(max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab)):
         logits = logit_lens(model, part)
-        ends = [logits.topk(n, largest=largest) for largest in (True, False)]
-        both = zip(
-            *([e.indices.tolist(), e.values.tolist()] for e in ends), strict=True
-        )
-        (high, low), (of_high, of_low) = both
-        for of in zip(high, of_high, low, of_low, strict=True):
-            pairs = [[*zip(of[i], of[i + 1], strict=True)] for i in (0, 2)]
-            found.append((pairs[0], pairs[1]))
-    return found
+        for largest, end in zip((True, False), ends, strict=True):
+            top = logits.topk(n, largest=largest)
+            end += [*map(weighted, top.indices, top.values)]
+    return ends

@@ -1,5 +1,6 @@
 """What an inspection finds, as plain data; its JSON schema comes from these classes."""
 
+import torch
 from pydantic import Field
 
 from saelens_scaffold._util.configs import documented
@@ -7,6 +8,11 @@ from saelens_scaffold.evals.tokens import TokenSelection
 
 Weighted = list[tuple[int, float]]
 """Pairs of an index and a number."""
+
+
+def weighted(indices: torch.Tensor, weights: torch.Tensor) -> Weighted:
+    """Pairs of an index and its weight, of shape (n,) each."""
+    return [*zip(indices.tolist(), weights.tolist(), strict=True)]
 
 
 @documented
@@ -18,7 +24,7 @@ class Context:
     peak: int
     """Index of this token in `tokens`"""
     tokens: list[int]
-    """Tokens around it, as indices in the inspection's `tokens`"""
+    """Ids of the tokens around it"""
     values: list[int]
     """Activation at each of them, from -127 to 127, in units of scale / 127"""
 
@@ -32,18 +38,16 @@ class Removal:
     kl: float
     """KL divergence from the clean prediction, in nats"""
     tokens: list[tuple[int, int, float]]
-    """Next tokens that become most expensive in total: token, number of its predictions,
-    mean increase of its loss in nats"""
+    """Next tokens that become most expensive in total: id, number of its predictions, mean
+    increase of its loss in nats"""
 
 
 @documented
 class Direction:
     variance: float
     """Variance of the coordinate"""
-    share_of_scaffold: float
-    """Its share of the scaffold's variance"""
     share_of_variance: float
-    """The same, of the activations' variance"""
+    """Its share of the activations' variance"""
     label: str
     """What explains the coordinate, in one line; "unexplained" if nothing does"""
     r_squared: dict[str, float]
@@ -69,6 +73,8 @@ class Direction:
     """Contexts with the highest coordinates, one a sequence"""
     low: list[Context]
     """Contexts with the lowest"""
+    share_of_scaffold: float = 1.0
+    """Share of the scaffold's variance"""
 
 
 @documented
@@ -246,7 +252,7 @@ class Inspection:
     topics: list[str]
     """Labels of the text"""
     tokens: list[str]
-    """The tokens that are shown anywhere"""
+    """Text of each id of a token; what is no whole character, as the tokenizer writes it"""
     saes: list[InspectedSAE]
     """The SAEs"""
     pairs: list[Pair]

@@ -27,7 +27,6 @@ class Removals:
         axes: Axes of each SAE with a scaffold.
         tokenizer: The language model's tokenizer.
         share: Share of the sequences.
-        batch_size: Sequences at once.
     """
 
     def __init__(
@@ -36,14 +35,10 @@ class Removals:
         axes: Sequence[ScaffoldAxes],
         tokenizer: object,
         share: float,
-        batch_size: int,
     ):
-        self._hooked, self._axes, self._tokenizer = hooked, axes, tokenizer
-        self._share, self._batch_size = share, batch_size
-        n_directions = sum(len(of.rows) for of in axes)
+        self._hooked, self._tokenizer, self._share = hooked, tokenizer, share
+        self._axes, n_directions = axes, sum(len(of.rows) for of in axes)
         n_vocab, device = hooked.model.cfg.d_vocab, hooked.model.cfg.device
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._n_seen = 0
         self._by_token = torch.zeros(n_directions, n_vocab, device=device)
         self._counts = torch.zeros(n_vocab, device=device)
         self._kl = torch.zeros(n_directions)
@@ -59,26 +54,21 @@ class Removals:
         """Clean cross-entropy of these."""
         return self._clean / max(1, self.n_predictions)
 
-    def update(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+    @torch.no_grad()
+    def update(
+        self, tokens: torch.Tensor, counts: torch.Tensor, first_sequence: int
+    ) -> None:
         """
         Args:
             tokens: Sequences, shape (batch, seq), of which a share is used.
             counts: Mask of the tokens from which directions may be removed.
+            first_sequence: Number of the first sequence.
         """
-        for of in zip(tokens, counts, strict=True):
-            if int(self._n_seen * self._share) < int((self._n_seen + 1) * self._share):
-                self._waiting.append(of)
-            self._n_seen += 1
-            if len(self._waiting) == self._batch_size:
-                self.finish()
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Measure what waits for a full batch."""
-        if not self._waiting or not self._axes:
+        numbers = first_sequence + torch.arange(len(tokens) + 1)
+        chosen = (numbers * self._share).ceil().diff() > 0
+        if not self._axes or not counts[chosen].any():
             return
-        tokens, counts = (torch.stack(of) for of in zip(*self._waiting, strict=True))
-        self._waiting = []
+        tokens, counts = tokens[chosen], counts[chosen]
         run = HookedBatch(self._hooked, tokens, counts)
         predicts = predicting_text(tokens, counts, self._tokenizer)
         clean = CleanPredictions(run.above(run.full), tokens, predicts)
@@ -86,16 +76,13 @@ class Removals:
         ones = torch.ones_like(following).to(self._counts)
         self._counts.index_add_(0, following, ones)
         self._clean += float(clean.surprise[predicts].double().sum())
-        direction = 0
-        for axes in self._axes:
-            coordinates = axes.coordinates(run.x)
-            for row, of_row in zip(axes.rows, coordinates.T, strict=True):
-                without = run.x - of_row[:, None] * row
-                surprise, kl = clean.by_token(run.above(run.full_with(without)))
-                more = (surprise - clean.surprise)[predicts]
-                self._by_token[direction].index_add_(0, following, more)
-                self._kl[direction] += float(kl[predicts].sum())
-                direction += 1
+        rows = ((axes, row) for axes in self._axes for row in range(len(axes.rows)))
+        for direction, (axes, row) in enumerate(rows):
+            along = axes.coordinates(run.x)[:, row, None] * axes.rows[row]
+            surprise, kl = clean.by_token(run.above(run.full_with(run.x - along)))
+            more = (surprise - clean.surprise)[predicts]
+            self._by_token[direction].index_add_(0, following, more)
+            self._kl[direction] += float(kl[predicts].sum())
 
     def result(self) -> list[Removal]:
         """One for each direction, in order."""

@@ -3,17 +3,16 @@
 from typing import Any
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from saelens_scaffold.inspect.axes import ScaffoldAxes
-from saelens_scaffold.inspect.contexts import StrongestContexts, Vocabulary
+from saelens_scaffold.inspect.contexts import StrongestContexts
 from saelens_scaffold.inspect.explanations import Tokens
-from saelens_scaffold.inspect.logit_lens import Tops
-from saelens_scaffold.inspect.output import Antipode, Latents, Positions
+from saelens_scaffold.inspect.output import Antipode, Positions
 from saelens_scaffold.saes.facts import antipodality, scaffold_rank
-from saelens_scaffold.saes.subspaces import share_in_subspace
 
-LOG2_FIRST, N_BINS = -20, 40
-"""The first bin of the activations' histograms, in half octaves, and their number."""
+FIRST_BIN, N_BINS = -20, 40
+"""First bin of the activations' histograms, in half octaves, and their number."""
 
 DIRECTION_BIN, DIRECTION_BINS = 0.25, 48
 """Width of a bin of the coordinates' histograms in standard deviations, and their number."""
@@ -29,6 +28,7 @@ class LatentStatistics:
         n_contexts: Contexts kept of each latent.
 
     Attributes:
+        dense: The same.
         rank: Number of linear latents.
         decoder: Decoder directions, shape (n_sparse, d_in).
         fired: Number of tokens on which each fired, shape (n_sparse,).
@@ -41,6 +41,7 @@ class LatentStatistics:
     def __init__(self, sae: Any, dense: torch.Tensor, n_contexts: int):
         self._sae, self.dense = sae, dense
         self.rank = scaffold_rank(sae)
+        self._encoder = sae.W_enc[:, self.rank :].T.detach().float()
         self.decoder = sae.W_dec[self.rank :].detach().float()
         device, n = self.decoder.device, len(self.decoder)
         # MPS has no float64
@@ -49,13 +50,7 @@ class LatentStatistics:
         self.sums, self.squares = torch.zeros(2, n, dtype=double, device=device)
         self.histogram = torch.zeros(n, N_BINS, dtype=torch.int64, device=device)
         self.contexts = StrongestContexts(n, n_contexts, device)
-        encoder = sae.W_enc[:, self.rank :].T.detach()
-        self.antipode = antipodality(encoder, self.decoder, dense)[1]
-        cosines = torch.nn.functional.cosine_similarity
-        self._cosines = [
-            cosines(of[dense].float(), of[self.antipode].float()).tolist()
-            for of in (encoder, self.decoder)
-        ]
+        self._antipode = antipodality(self._encoder, self.decoder, dense)[1]
         self._both_fired = torch.zeros_like(dense)
 
     @torch.no_grad()
@@ -64,81 +59,35 @@ class LatentStatistics:
         Returns:
             Activations of the tokens that count, shape (n_tokens, n_sparse).
         """
-        all_acts = self._sae.encode(batch.x.flatten(0, 1))[:, self.rank :]
-        shaped = all_acts.view(*batch.tokens.shape, -1)
-        self.contexts.update(batch.tokens, batch.counts, shaped, batch.first_sequence)
-        acts = shaped[batch.counts]
+        acts = self._sae.encode(batch.x.flatten(0, 1))[:, self.rank :]
+        acts = acts.view(*batch.tokens.shape, -1)
+        self.contexts.update(batch.tokens, batch.counts, acts, batch.first_sequence)
+        acts = acts[batch.counts]
         token, latent = acts.nonzero(as_tuple=True)
-        values = acts[token, latent]
-        self.fired += torch.bincount(latent, minlength=len(self.fired))
-        self.sums.index_add_(0, latent, values.to(self.sums.dtype))
-        self.squares.index_add_(0, latent, values.to(self.sums.dtype).pow(2))
-        bins = (2 * values.log2()).floor().long() - LOG2_FIRST
+        bins = (2 * acts[token, latent].abs().log2()).floor().long() - FIRST_BIN
         places = latent * N_BINS + bins.clamp(0, N_BINS - 1)
         counts = torch.bincount(places, minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram)
-        both = (acts[:, self.dense] > 0) & (acts[:, self.antipode] > 0)
+        self.fired += torch.bincount(latent, minlength=len(self.fired))
+        self.sums += acts.sum(dim=0)
+        self.squares += acts.pow(2).sum(dim=0)
+        both = (acts[:, self.dense] > 0) & (acts[:, self._antipode] > 0)
         self._both_fired += both.sum(dim=0)
         return acts
 
-    def antipodes(self, n_tokens: int) -> list[Antipode | None]:
-        """The antipodal partner of each dense latent, if a latent is opposite at all."""
-        one, other = (self.fired[of] / n_tokens for of in (self.dense, self.antipode))
-        both = self._both_fired / n_tokens
-        columns = zip(
-            self.antipode.tolist(),
-            *self._cosines,
-            both.tolist(),
-            (one * other).tolist(),
-            (one + other - both).tolist(),
-            strict=True,
+    def antipode(self, place: int, n_tokens: int) -> Antipode | None:
+        """The antipodal partner of a dense latent, if a latent is opposite at all."""
+        latent, other = int(self.dense[place]), int(self._antipode[place])
+        encoder, decoder = (
+            float(cosine_similarity(of[latent], of[other], dim=0))
+            for of in (self._encoder, self.decoder)
         )
-        return [
-            Antipode(latent + self.rank, *of) if max(of[:2]) < 0 else None
-            for latent, *of in columns
-        ]
-
-    def result(
-        self,
-        n_tokens: int,
-        scaffold: torch.Tensor | None,
-        tops: Tops,
-        vocabulary: Vocabulary,
-    ) -> Latents:
-        """
-        Args:
-            n_tokens: Number of tokens seen.
-            scaffold: Orthonormal rows of the scaffold's subspace.
-            tops: Tokens that each latent promotes and suppresses.
-            vocabulary: Gets the tokens that are shown.
-        """
-        # a latent is in a context only where it fires
-        values = self.contexts.values
-        values[values <= 0] = -torch.inf
-        scale = values[:, 0].clamp_min(0).tolist()
-        alive = [*enumerate(self.fired.tolist())]
-        first_bin, histogram = zip(*map(_trimmed, self.histogram.tolist()), strict=True)
-        share = None
-        if scaffold is not None:
-            share = share_in_subspace(self.decoder.cpu(), scaffold.cpu().double())
-        return Latents(
-            index=[i + self.rank for i, _ in alive],
-            frequency=(self.fired / n_tokens).tolist(),
-            mean=(self.sums / self.fired.clamp_min(1)).tolist(),
-            scale=scale,
-            share_in_scaffold=None if share is None else share.tolist(),
-            first_bin=[bin + LOG2_FIRST for bin in first_bin],
-            histogram=[*histogram],
-            promoted=[vocabulary.weighted(high) for high, _ in tops],
-            suppressed=[vocabulary.weighted(low) for _, low in tops],
-            contexts=[self.contexts.windows(i, scale[i], vocabulary) for i, _ in alive],
-        )
-
-
-def _trimmed(counts: list[int]) -> tuple[int, list[int]]:
-    """The index of the first bin that is not empty, and the counts up to the last."""
-    used = [i for i, n in enumerate(counts) if n]
-    return (used[0], counts[used[0] : used[-1] + 1]) if used else (0, [])
+        if max(encoder, decoder) >= 0:
+            return None
+        one, two = (float(self.fired[of]) / n_tokens for of in (latent, other))
+        both = float(self._both_fired[place]) / n_tokens
+        number = other + self.rank
+        return Antipode(number, encoder, decoder, both, one * two, one + two - both)
 
 
 class DirectionStatistics:
@@ -164,9 +113,8 @@ class DirectionStatistics:
         context_size: int,
         n_contexts: int,
     ):
-        self.axes, self._mean_x = axes, mean_x
-        rank, device = len(axes.rows), mean_x.device
-        self.contexts = StrongestContexts(2 * rank, n_contexts, device)
+        self.axes, self._mean_x, rank = axes, mean_x, len(axes.rows)
+        self.contexts = StrongestContexts(2 * rank, n_contexts, mean_x.device)
         self.histogram = torch.zeros(rank, DIRECTION_BINS, dtype=torch.int64)
         self._by_position = torch.zeros(5, context_size, dtype=torch.float64)
 
@@ -176,28 +124,25 @@ class DirectionStatistics:
         Returns:
             Coordinates of the tokens that count, shape (n_tokens, r).
         """
-        coordinates = self.axes.coordinates(batch.x)
+        x, coordinates = batch.x, self.axes.coordinates(batch.x)
         ends = torch.cat([coordinates, -coordinates], dim=2)
         self.contexts.update(batch.tokens, batch.counts, ends, batch.first_sequence)
-        of_counted = coordinates[batch.counts]
-        bins = (of_counted / self.axes.stds / DIRECTION_BIN).floor().long()
-        bins = (bins + DIRECTION_BINS // 2).clamp(0, DIRECTION_BINS - 1).cpu()
+        s = self.axes.sae.scaffold(x, fix_gauge=True)
+        vectors = torch.ones_like(x[..., :1]), coordinates, x - self._mean_x, s, x
+        squares = [of.float().pow(2).sum(dim=(0, 2)).cpu() for of in vectors]
+        self._by_position += torch.stack(squares)
+        coordinates = coordinates[batch.counts]
+        bins = (coordinates / self.axes.stds / DIRECTION_BIN).floor().long().cpu()
+        bins = (bins + DIRECTION_BINS // 2).clamp(0, DIRECTION_BINS - 1)
         places = bins + DIRECTION_BINS * torch.arange(bins.shape[1])
         counts = torch.bincount(places.flatten(), minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram)
-        s, x = self.axes.sae.scaffold(batch.x, fix_gauge=True), batch.x
-        differences = coordinates, x - self._mean_x, s, x
-        squares = [of.float().pow(2).sum(dim=(0, 2)).cpu() for of in differences]
-        n = torch.full_like(squares[0], len(x))
-        self._by_position += torch.stack([n, *squares])
-        return of_counted
+        return coordinates
 
     def positions(self) -> Positions:
         """What the scaffold carries at each position."""
         n, centred_s, centred_x, s, x = self._by_position
+        shares = centred_s / centred_x, s / x, s / s.sum()
         return Positions(
-            n=n.long().tolist(),
-            share_of_variance=(centred_s / centred_x).nan_to_num(0, 0, 0).tolist(),
-            share_of_squares=(s / x).nan_to_num(0, 0, 0).tolist(),
-            share_of_total=(s / s.sum()).nan_to_num(0, 0, 0).tolist(),
+            n.long().tolist(), *(of.nan_to_num(0).tolist() for of in shares)
         )

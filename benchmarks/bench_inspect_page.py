@@ -91,7 +91,7 @@ def measure(browser: Browser, file: Path, inspection: dict[str, Any]) -> list[fl
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n\n")[0])
     parser.add_argument("inspection", type=Path, help="inspect.json")
     parser.add_argument("--latents", type=int, nargs="+", default=[2048])
     chosen = parser.parse_args(arguments)

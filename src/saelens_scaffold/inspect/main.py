@@ -89,7 +89,8 @@ def run(
         with new_file(file) as temporary:
             text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
             temporary.write_text(text, encoding="utf-8")
-    write_page(_rounded(adapter.dump_python(found)), file.with_suffix(".html"))
+    content = _rounded(TypeAdapter(Inspection).dump_python(found))
+    write_page(content, file.with_suffix(".html"))
     return _said(found, file)
 
 

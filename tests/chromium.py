@@ -1,12 +1,13 @@
-"""The browser that the report's tests look at pages in."""
+"""The browser that tests look at pages in."""
 
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from playwright.sync_api import Browser, Playwright, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 NAMES = (
     "chromium",
@@ -50,6 +51,27 @@ def launch(playwright: Playwright) -> Browser:
     )
 
 
+class Visit(NamedTuple):
+    """An open page, with the browser's complaints and requests."""
+
+    page: Page
+    complaints: list[str]
+    requests: list[str]
+
+
+def visit(browser: Browser, file: Path, **device: Any) -> Visit:
+    """Open a page, offline."""
+    context = browser.new_context(offline=True, **device)
+    page = context.new_page()
+    complaints: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(file.as_uri())
+    return Visit(page, complaints, requests)
+
+
 def _install() -> str | None:
     """Try the ways to a Chromium, and say which one there is then."""
     for command in _ways():
@@ -81,7 +103,7 @@ def main() -> None:
         found = find_chromium(playwright)
     if not found and not _install():
         sys.exit(
-            "The tests of the comparison's report need Chromium, and it could not be "
+            "The tests of HTML pages need Chromium, and it could not be "
             "installed. Install it (Debian: apt install chromium) or Google Chrome, and "
             "set CHROMIUM=/path/to/it if it is not on the PATH."
         )

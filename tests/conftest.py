@@ -1,4 +1,6 @@
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 # Nothing that a test does may reach a hub: what loads, loads from local files.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +14,9 @@ from importlib.util import find_spec  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Without a GPU, Triton's kernels run where Triton interprets them, which it must know
 # when it is imported.
@@ -33,3 +38,16 @@ def pytest_collection_modifyitems(
     left_out = [item for item in items if item.get_closest_marker("sae_bench")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """A headless Chromium, which `make test` installs."""
+    from playwright.sync_api import sync_playwright
+
+    from chromium import launch
+
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        yield browser
+        browser.close()

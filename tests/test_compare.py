@@ -23,7 +23,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import load_file
 from wandb.errors import UsageError
 
-from chromium import launch
+from chromium import launch, visit
 from saelens_scaffold import hookimpl
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.compare import CompareConfig, compare, read_config
@@ -39,7 +39,6 @@ from saelens_scaffold.evals.store import ResultStore
 from saelens_scaffold.plugins import manager as plugins
 from saelens_scaffold.training.metrics_log import MetricsLog
 from saelens_scaffold_cli import main
-from test_compare_page import visit
 
 SMALL: dict[str, Any] = {
     "title": "A small <experiment>",

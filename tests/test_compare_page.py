@@ -4,18 +4,17 @@ import copy
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
-from chromium import launch
+from chromium import Visit, visit
 from saelens_scaffold.compare.report.page import log_axis, page, styles, write_page
 from saelens_scaffold.compare.table import comparison_text, estimate, number, p_value
 
@@ -336,34 +335,6 @@ def file(results: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_page(results, path)
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        yield browser
-        browser.close()
-
-
-class Visit(NamedTuple):
-    """An open page, with the browser's complaints and requests."""
-
-    page: Page
-    complaints: list[str]
-    requests: list[str]
-
-
-def visit(browser: Browser, file: Path, **device: Any) -> Visit:
-    context = browser.new_context(offline=True, **device)
-    page = context.new_page()
-    complaints: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(file.as_uri())
-    return Visit(page, complaints, requests)
 
 
 @pytest.fixture(scope="module")

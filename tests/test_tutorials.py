@@ -23,7 +23,9 @@ SMALLER = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(TUTORIALS.glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(TUTORIALS.glob("*.ipynb")), ids=lambda p: p.stem
+)
 def test_tutorial(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # `!saelens-scaffold` in a cell is that of this environment
     scripts = Path(sys.executable).parent

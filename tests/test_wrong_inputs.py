@@ -53,6 +53,7 @@ EXPERIMENT: dict[str, Any] = {
 }
 EVAL = ["dense_latents", "--sae_path", "sae", "--dataset", "python-stdlib"]
 RANK = ["--model", "py-neox", "--hook_name", HOOK, "--dataset", "python-stdlib"]
+TEXT = ["--dataset", "python-stdlib"]
 GEMMA = "gemma-scope-2b-pt-res-canonical"
 NEW = ["--output_path", "new", "--dataset", "./text"]
 UPLOAD = ["--repo_id", "user/saes", "--dry-run"]
@@ -174,6 +175,18 @@ CASES: list[tuple[list[str], str]] = [
     (["absorb", "plain", *NEW, "--model", "no-such-model"], "no-such-model"),
     (["absorb", "plain", *NEW, "--context_size", "1024"], "1024"),
     (["absorb", "plain", *NEW, "--device", "cuda:99"], "cuda:99"),
+    (["inspect"], "SAE"),
+    (["inspect", "nowhere"], "nowhere"),
+    (["inspect", "text"], "text"),
+    (["inspect", "checkpoint"], "export CHECKPOINT OUTPUT"),
+    (["inspect", "plain", *TEXT, "--n_tokens", "2000"], "n_tokens is 2000"),
+    (["inspect", "plain", *TEXT, "--n_removal_tokens", "0"], "--n_removal_tokens"),
+    (["inspect", "plain", "--dataset", "./no-such-text"], "no-such-text"),
+    (["inspect", "plain", "--dataset", "./text", "--text_column", "body"], "body"),
+    (["inspect", "plain", *TEXT, "--model", "no-such-model"], "no-such-model"),
+    (["inspect", "plain", *TEXT, "--context_size", "1024"], "1024"),
+    (["inspect", "plain", *TEXT, "--device", "cuda:99"], "cuda:99"),
+    (["inspect", "plain", *TEXT, "--output_path", "file/new"], "file"),
     (["compare"], "CONFIG"),
     (["compare", "nowhere.yaml"], "nowhere.yaml"),
     (["compare", "file"], "file"),

@@ -492,6 +492,65 @@ class Absorb(Command):
 
 
 @dataclass
+class Inspect(Command):
+    """
+    Look inside scaffolds and dictionaries.
+
+    Finds the principal axes of each scaffold's output, and says of each what explains its
+    coordinate, in which contexts it is strongest, which tokens it promotes, and what the
+    language model loses without it. Does the same for dense latents, lists the contexts
+    and promoted tokens of all latents, and matches the latents of several SAEs. What is
+    found already, for the same SAEs, model and text, is not computed again.
+
+    example, offline, after `saelens-scaffold demo`: a scaffold SAE beside its plain twin
+      saelens-scaffold inspect \\
+          demo-output/language_model/saes/batchtopk-b_dec_init_mean-seed_0 \\
+          demo-output/language_model/saes/scaffold_batchtopk-b_dec_init_mean-seed_0 \\
+          --dataset python-stdlib
+    """
+
+    saes: list[str] = option(metavar="SAE")
+    """Directories of SAEs of one hook point; the others are compared with the first."""
+    output_path: str = option("inspect-output", "--output_path", "--out")
+    """Folder for inspect.json."""
+    force_rerun: bool = False
+    """Inspect again, and replace what is there."""
+    model_name: str | None = option(None, "--model", "--model_name", metavar="MODEL")
+    """Language model: a name in TransformerLens, the directory of a local model, or
+    py-neox (default: the one the SAEs were trained on)."""
+    model_class_name: ModelClass | None = None
+    """Its class (default: that which the SAEs were trained on)."""
+    dataset: str | None = option(None, "--dataset", "--text")
+    """Text: a dataset on the Hub, a local file or directory, or python-stdlib (default:
+    Skylion007/openwebtext)."""
+    dataset_split: str | None = None
+    """Its split (default: test of python-stdlib, else train)."""
+    text_column: str = "text"
+    """Column with the text."""
+    label_column: str = "label"
+    """Column with the topic of each text, if there is one."""
+    n_tokens: Count = 200_000
+    """Number of tokens to inspect."""
+    n_removal_tokens: Count = 8_192
+    """Number of these on which each direction is removed."""
+    context_size: Count | None = None
+    """Tokens per context (default: the SAEs', else 128)."""
+    llm_batch_size: Count = 32
+    """Batch size of the language model."""
+    llm_dtype: Dtype = "float32"
+    """Data type of the language model and of the SAEs."""
+    device: str | None = None
+    """Device to compute on (default: a GPU if there is one)."""
+
+    if_interrupted = ""
+
+    def run(self) -> Output:
+        from saelens_scaffold import inspect
+
+        return Output(inspect.run(**self.arguments()))
+
+
+@dataclass
 class Demo(Command):
     """
     Train scaffold SAEs and their plain twins, and compare them.
@@ -521,6 +580,17 @@ class Demo(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     command.__name__.lower(): command
-    for command in (Train, Eval, Rank, Absorb, Compare, Export, Upload, Demo, Run)
+    for command in (
+        Train,
+        Eval,
+        Rank,
+        Absorb,
+        Compare,
+        Inspect,
+        Export,
+        Upload,
+        Demo,
+        Run,
+    )
 }
 """All commands, by name."""

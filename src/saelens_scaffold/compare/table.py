@@ -5,11 +5,12 @@ from functools import partial
 from textwrap import fill
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment
 from rich.box import MARKDOWN
 from rich.markup import escape
 from rich.table import Table
 
+from saelens_scaffold._util import pages
 from saelens_scaffold._util.tables import markdown
 from saelens_scaffold.compare.comparisons import MeasuredSAE, pairs_of
 from saelens_scaffold.compare.config import CompareConfig
@@ -22,14 +23,8 @@ Rows = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def environment() -> Environment:
-    """The environment of the templates in `report`; only those of HTML escape names."""
-    made = Environment(
-        loader=PackageLoader("saelens_scaffold", "compare/report"),
-        autoescape=select_autoescape(),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    """The environment of the templates in `report`."""
+    made = pages.environment("compare/report")
     # tables are as wide as they must be
     made.filters.update(fill=partial(fill, width=120), table=_table)
     made.globals["power"] = POWER

@@ -37,6 +37,7 @@ class CleanPredictions:
             token of a sequence it means nothing.
         n_predictions: Number of predictions that count in each sequence, shape (batch,),
             float64.
+        entropy: Entropy of the prediction at each token, in nats, shape (batch, seq).
         losses: Losses as of `compare`; the KL divergence is 0.
     """
 
@@ -52,6 +53,7 @@ class CleanPredictions:
             torch.exp(log_p, out=self._probabilities[rows])
         surprise, self._clean_expectation = self._surprise_and_expectation(logits)
         self.surprise = surprise.view(tokens.shape)
+        self.entropy = -self._clean_expectation.view(tokens.shape)
         self.losses = self.compare(logits)
 
     def compare(self, logits: torch.Tensor) -> torch.Tensor:
@@ -65,11 +67,16 @@ class CleanPredictions:
             Sums over the predictions of each sequence, in nats, shape (2, batch), float64:
             cross-entropy of the next token, and KL divergence from the clean prediction.
         """
+        return (self.by_token(logits).cpu().double() * self._counts).sum(dim=2)
+
+    def by_token(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        As `compare`, at each token, shape (2, batch, seq); also of those that do not count.
+        """
         surprise, expectation = self._surprise_and_expectation(logits)
         # KL(p || q) = E_p[log p] - E_p[log q], of which the first is the same for all q
         both = torch.stack([surprise, self._clean_expectation - expectation])
-        by_token = both.cpu().double().view(2, *self._counts.shape)
-        return (by_token * self._counts).sum(dim=2)
+        return both.view(2, *self._counts.shape)
 
     def _surprise_and_expectation(
         self, logits: torch.Tensor

@@ -19,7 +19,7 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.base import Evaluation
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
 from saelens_scaffold.evals.saes import SelectedSAE
-from saelens_scaffold.models.datasets import open_dataset, rows_with
+from saelens_scaffold.models.datasets import first_row, open_dataset, rows_with
 from saelens_scaffold.models.hook_points import check_context
 from saelens_scaffold.models.language_models import (
     LanguageModel,
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 _CONTEXT_FIELDS = ("context_size", "context_length", "llm_context_size", "seq_len")
 """What configurations of evaluations call the tokens per sequence."""
+
+_LABEL = 2**32
+"""More than the id of any token."""
 
 
 @documented(frozen=True)
@@ -257,9 +260,11 @@ class TokenStream:
         config: Which text.
         model: The language model.
         saes: What config leaves open is taken from how these were trained.
+        label_column: Column of the dataset with a label of each text, if it has one.
 
     Attributes:
         selection: Which tokens are read, and which of them count.
+        labels: The labels met so far, by their numbers; number 0 is no label.
 
     Raises:
         UserError: The text cannot be read, is shorter than one sequence, or the SAEs
@@ -271,8 +276,11 @@ class TokenStream:
         config: TextEvalConfig,
         model: LanguageModel,
         saes: Sequence[SelectedSAE],
+        label_column: str | None = None,
     ):
         self.selection = common_tokens(saes, config)
+        self.labels = [""]
+        self._label_column = label_column
         if self.selection.context_size > model.cfg.n_ctx:
             raise UserError(
                 f"context_size is {self.selection.context_size}; {model.cfg.model_name} has "
@@ -285,7 +293,8 @@ class TokenStream:
 
     def _read(self, model: LanguageModel) -> Iterator[torch.Tensor]:
         """
-        Sequences of shape (context_size,), on the CPU, until the text ends.
+        Sequences of shape (context_size,), on the CPU, until the text ends. What has a label
+        is token + number of the label * `_LABEL`, so that both are put together alike.
 
         Raises:
             UserError: The text cannot be read, or is shorter than one sequence. Raised
@@ -295,11 +304,18 @@ class TokenStream:
         opened, context_size = open_dataset(dataset, split), self.selection.context_size
         if pretokenized.token_column(opened, dataset):
             return pretokenized.pretokenized_rows(opened, dataset, context_size)
-        rows = rows_with(opened, dataset, self._config.text_column)
+        columns = [self._config.text_column]
+        if self._label_column in first_row(opened, dataset):
+            columns.append(str(self._label_column))
+        rows = rows_with(opened, dataset, *columns)
         to_tokens = partial(
             model.to_tokens, prepend_bos=False, truncate=False, move_to_device=False
         )
-        texts = (to_tokens(text).squeeze(0) for (text,) in rows if text)
+        texts = (
+            self._labelled(to_tokens(text).squeeze(0), *label)
+            for text, *label in rows
+            if text
+        )
         sequences = self.selection.sequences(texts, self.tokenizer)
         first = next(sequences, None)
         if first is None:
@@ -309,6 +325,15 @@ class TokenStream:
             )
         return chain([first], sequences)
 
+    def _labelled(self, tokens: torch.Tensor, label: Any = None) -> torch.Tensor:
+        if label is None:
+            return tokens
+        if str(label) not in self.labels:
+            self.labels.append(str(label))
+        number = self.labels.index(str(label))
+        # special tokens are recognised, and not added twice, by their ids
+        return tokens + number * _LABEL * is_text(tokens, self.tokenizer)
+
     def counts(self, tokens: torch.Tensor, special: bool = False) -> torch.Tensor:
         """As `TokenSelection.counts`."""
         return self.selection.counts(tokens, self.tokenizer, special)
@@ -316,6 +341,13 @@ class TokenStream:
     def batches(
         self, n_tokens: int, desc: str
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """As `labelled_batches`, without the labels."""
+        for tokens, counts, _ in self.labelled_batches(n_tokens, desc):
+            yield tokens, counts
+
+    def labelled_batches(
+        self, n_tokens: int, desc: str
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """
         The next sequences, with a progress bar, until n_tokens count or the text ends.
 
@@ -324,8 +356,8 @@ class TokenStream:
             desc: What the progress bar says.
 
         Yields:
-            Tokens, shape (batch, context_size), on the model's device, and the mask of
-            those that count.
+            Tokens, shape (batch, context_size), on the model's device, the mask of those
+            that count, and the numbers of their labels.
 
         Raises:
             UserError: There is no text left.
@@ -336,15 +368,17 @@ class TokenStream:
                 batch = list(islice(self._sequences, self._config.llm_batch_size))
                 if not batch:
                     break
-                tokens = torch.stack(batch).to(self._device)
+                both = torch.stack(batch).to(self._device)
+                labels, tokens = both // _LABEL, both % _LABEL
                 counts = self.counts(tokens)
                 in_batch = counts.sum(dim=1).cumsum(0)
                 needed = int((in_batch < n_tokens - counted).sum()) + 1
                 if needed < len(batch):  # the rest is for the next call
                     tokens, counts = tokens[:needed], counts[:needed]
+                    labels = labels[:needed]
                     self._sequences = chain(batch[needed:], self._sequences)
                 if counts.any():
-                    yield tokens, counts
+                    yield tokens, counts, labels
                 counted += int(counts.sum())
                 bar.update(int(counts.sum()))
         if counted == 0:

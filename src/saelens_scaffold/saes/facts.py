@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
+from torch.nn.functional import normalize
 
 from saelens_scaffold.saes.subspaces import ActivationMoments
 
@@ -166,6 +167,32 @@ def reconstruct(sae: SAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         parts.append((active.decode(sae), l0))
     reconstructions, l0s = zip(*parts, strict=True)
     return torch.cat(reconstructions), torch.cat(l0s)
+
+
+def antipodality(
+    encoder: torch.Tensor, decoder: torch.Tensor, latents: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How close each latent is to one half of an antipodal pair (arXiv 2506.15679).
+
+    That is the largest product of the cosines of encoder and decoder with another latent.
+    Only latents that are opposite in both count, as a copy has a product of 1 too.
+
+    Args:
+        encoder: Encoder directions of all latents, shape (n, d_in).
+        decoder: Decoder directions of all latents, shape (n, d_in).
+        latents: Indices, shape (m,).
+
+    Returns:
+        The products and the other latents, both of shape (m,). A latent without an
+        opposite has the product 0.
+    """
+    encoder, decoder = (normalize(rows.float(), dim=1) for rows in (encoder, decoder))
+    of_encoder = encoder[latents] @ encoder.T
+    of_decoder = decoder[latents] @ decoder.T
+    products = of_encoder * of_decoder * ((of_encoder < 0) & (of_decoder < 0))
+    best = products.max(dim=1)
+    return best.values, best.indices
 
 
 class FiringStatistics:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from saelens_scaffold.evals import intervals
 from saelens_scaffold.evals import model as lm
@@ -16,7 +15,12 @@ from saelens_scaffold.evals.eval_configs import check_baseline
 from saelens_scaffold.evals.saes import SelectedSAE, label_of
 from saelens_scaffold.evals.tokens import TokenStream, tokens_of
 from saelens_scaffold.models.language_models import load_language_model
-from saelens_scaffold.saes.facts import FiringStatistics, TextStatistics, l0_warning
+from saelens_scaffold.saes.facts import (
+    FiringStatistics,
+    TextStatistics,
+    antipodality,
+    l0_warning,
+)
 from saelens_scaffold.saes.subspaces import orthonormal_basis, share_in_subspace
 
 HISTOGRAM_LOG10_EDGES = [-7 + i / 4 for i in range(29)]
@@ -179,7 +183,7 @@ def _dense_latents(
     if len(dense) == 0:
         return []
     decoder = weights.W_dec[rank:].detach()
-    antipodality, antipode = _antipodality(weights.W_enc[:, rank:].T, decoder, dense)
+    opposite, antipode = antipodality(weights.W_enc[:, rank:].T, decoder, dense)
     directions = decoder[dense].cpu()
     in_pca = share_in_subspace(directions, of.text.principal_directions[:pca_rank])
     scaffold = orthonormal_basis(weights.W_dec[:rank].cpu())
@@ -190,39 +194,13 @@ def _dense_latents(
             index=rank + int(latent),
             frequency=float(frequencies[latent]),
             mean_activation=float(means[i]),
-            antipodality=float(antipodality[i]),
-            antipode=rank + int(antipode[i]) if antipodality[i] > 0 else None,
+            antipodality=float(opposite[i]),
+            antipode=rank + int(antipode[i]) if opposite[i] > 0 else None,
             share_in_scaffold=float(in_scaffold[i]) if rank else None,
             share_in_pca=float(in_pca[i]),
         )
         for i, latent in enumerate(dense)
     ]
-
-
-def _antipodality(
-    encoder: torch.Tensor, decoder: torch.Tensor, latents: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    How close each latent is to one half of an antipodal pair (arXiv 2506.15679).
-
-    That is the largest product of the cosines of encoder and decoder with another latent.
-    Only latents that are opposite in both count, as a copy has a product of 1 too.
-
-    Args:
-        encoder: Encoder directions of all latents, shape (n, d_in).
-        decoder: Decoder directions of all latents, shape (n, d_in).
-        latents: Indices, shape (m,).
-
-    Returns:
-        The products and the other latents, both of shape (m,). A latent without an
-        opposite has the product 0.
-    """
-    encoder, decoder = (F.normalize(rows.float(), dim=1) for rows in (encoder, decoder))
-    of_encoder = encoder[latents] @ encoder.T
-    of_decoder = decoder[latents] @ decoder.T
-    products = of_encoder * of_decoder * ((of_encoder < 0) & (of_decoder < 0))
-    best = products.max(dim=1)
-    return best.values, best.indices
 
 
 def _histogram(frequencies: torch.Tensor) -> output.FiringHistogram:

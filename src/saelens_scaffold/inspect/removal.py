@@ -1,0 +1,100 @@
+"""What the language model loses without a scaffold direction, and on which tokens."""
+
+from collections.abc import Sequence
+
+import torch
+
+from saelens_scaffold.evals.losses import CleanPredictions, predicting_text
+from saelens_scaffold.evals.model import HookedBatch, HookedModel
+from saelens_scaffold.inspect.axes import ScaffoldAxes
+from saelens_scaffold.inspect.output import Removal
+
+N_TOKENS = 10
+"""Tokens named of each direction."""
+
+
+class Removals:
+    """
+    Losses of the language model without each direction alone, on some of the sequences.
+
+    A direction is removed as the scaffold is mean-ablated: the activation loses the
+    coordinate's difference from its mean, along the axis. Each takes one more run of the
+    layers above the hook point for each sequence, so the sequences are few, and spread
+    evenly over the text.
+
+    Args:
+        hooked: The language model at the hook point.
+        axes: Axes of each SAE with a scaffold.
+        tokenizer: The language model's tokenizer.
+        share: Share of the sequences.
+    """
+
+    def __init__(
+        self,
+        hooked: HookedModel,
+        axes: Sequence[ScaffoldAxes],
+        tokenizer: object,
+        share: float,
+    ):
+        self._hooked, self._tokenizer, self._share = hooked, tokenizer, share
+        self._axes, n_directions = axes, sum(len(of.rows) for of in axes)
+        n_vocab, device = hooked.model.cfg.d_vocab, hooked.model.cfg.device
+        self._by_token = torch.zeros(n_directions, n_vocab, device=device)
+        self._counts = torch.zeros(n_vocab, device=device)
+        self._kl = torch.zeros(n_directions)
+        self._clean = 0.0
+
+    @property
+    def n_predictions(self) -> int:
+        """Number of predictions so far."""
+        return int(self._counts.sum())
+
+    @property
+    def cross_entropy(self) -> float:
+        """Clean cross-entropy of these."""
+        return self._clean / max(1, self.n_predictions)
+
+    @torch.no_grad()
+    def update(
+        self, tokens: torch.Tensor, counts: torch.Tensor, first_sequence: int
+    ) -> None:
+        """
+        Args:
+            tokens: Sequences, shape (batch, seq), of which a share is used.
+            counts: Mask of the tokens from which directions may be removed.
+            first_sequence: Number of the first sequence.
+        """
+        numbers = first_sequence + torch.arange(len(tokens) + 1)
+        chosen = (numbers * self._share).ceil().diff() > 0
+        if not self._axes or not counts[chosen].any():
+            return
+        tokens, counts = tokens[chosen], counts[chosen]
+        run = HookedBatch(self._hooked, tokens, counts)
+        predicts = predicting_text(tokens, counts, self._tokenizer)
+        clean = CleanPredictions(run.above(run.full), tokens, predicts)
+        following = tokens.roll(-1, dims=1)[predicts]
+        ones = torch.ones_like(following).to(self._counts)
+        self._counts.index_add_(0, following, ones)
+        self._clean += float(clean.surprise[predicts].double().sum())
+        rows = ((axes, row) for axes in self._axes for row in range(len(axes.rows)))
+        for direction, (axes, row) in enumerate(rows):
+            along = axes.coordinates(run.x)[:, row, None] * axes.rows[row]
+            surprise, kl = clean.by_token(run.above(run.full_with(run.x - along)))
+            more = (surprise - clean.surprise)[predicts]
+            self._by_token[direction].index_add_(0, following, more)
+            self._kl[direction] += float(kl[predicts].sum())
+
+    def result(self) -> list[Removal]:
+        """One for each direction, in order."""
+        n, found = max(1, self.n_predictions), []
+        for total, kl in zip(self._by_token, self._kl, strict=True):
+            most = total.topk(N_TOKENS)
+            tokens = [
+                (int(token), int(self._counts[token]), float(of / self._counts[token]))
+                for of, token in zip(*most, strict=True)
+                if of > 0
+            ]
+            increase = float(total.double().sum()) / n
+            entropy = self.cross_entropy + increase
+            found.append(Removal(entropy, increase, float(kl) / n, tokens))
+        return found

@@ -13,11 +13,7 @@ from sae_lens import HookedSAETransformer
 from sae_lens.load_model import load_model
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
-from transformer_lens.loading_from_pretrained import (
-    MODEL_ALIASES,
-    OFFICIAL_MODEL_NAMES,
-    get_official_model_name,
-)
+from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -32,6 +28,8 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.models import embedded_model_path
 from saelens_scaffold.models.language_models import load_language_model
 from saelens_scaffold.models.local import (
+    MODEL_ALIASES,
+    OFFICIAL_MODEL_NAMES,
     _views_root,
     register_local_model,
     register_local_models_in,

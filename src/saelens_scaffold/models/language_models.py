@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 import torch
 from sae_lens.load_model import HookedProxyLM
 from transformer_lens import HookedTransformer
-from transformer_lens.loading_from_pretrained import OFFICIAL_MODEL_NAMES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from saelens_scaffold._util.compat import release
 from saelens_scaffold._util.errors import UserError, loading, one_line
 from saelens_scaffold.models.local import (
     EMBEDDED_MODEL_NAME,
+    OFFICIAL_MODEL_NAMES,
     embedded_model_path,
     official_name,
     register_embedded_model,

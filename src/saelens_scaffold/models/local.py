@@ -20,10 +20,6 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
-from transformer_lens.loading_from_pretrained import (
-    MODEL_ALIASES,
-    OFFICIAL_MODEL_NAMES,
-)
 from transformers import utils
 from transformers.utils import CONFIG_NAME
 
@@ -31,6 +27,10 @@ from saelens_scaffold._util.errors import UserError
 
 EMBEDDED_MODEL_NAME = "py-neox"
 """GPT-NeoX, 5.2 M parameters, trained on Python's library."""
+
+# Those of transformer_lens.supported_models, which versions before 3 do not have.
+MODEL_ALIASES: dict[str, list[str]] = loading.MODEL_ALIASES  # pyright: ignore[reportPrivateImportUsage]
+OFFICIAL_MODEL_NAMES: list[str] = loading.OFFICIAL_MODEL_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
 logger = logging.getLogger(__name__)
 

@@ -124,7 +124,7 @@ class ScaffoldMixin(_SAE):
             UserError: A weight would be replaced by one of another shape.
         """
         old = self._parameters.get(name)
-        if None not in (old, param) and old.shape != param.shape:
+        if old is not None and param is not None and old.shape != param.shape:
             raise UserError(
                 f"{name} of a scaffold SAE stays {tuple(old.shape)}, and cannot become "
                 f"{tuple(param.shape)}; a program that cuts weights needs a plain form: "

@@ -118,11 +118,11 @@ def export_checkpoint(
         raise UserError(f"form {form!r} is of scaffold SAEs; {checkpoint} has none")
     complete_metadata(sae.cfg.metadata, checkpoint)
     with new_directory(output_path) as folder:
-        if form and isinstance(sae, ScaffoldMixin):
+        if isinstance(sae, TrainingSAE) and not form:
+            sae.save_inference_model(folder)
+        elif isinstance(sae, ScaffoldMixin):
             plain = sae.to_jumprelu() if form == "jumprelu" else sae.sparse_sae()
             plain.save_model(folder)
-        else:
-            sae.save_inference_model(folder)
         exported = SAE.load_from_disk(folder)
         with validation.named(checkpoint):
             validation.check_config(exported.cfg.to_dict())

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
@@ -14,6 +15,13 @@ from saelens_scaffold.saes import ScaffoldJumpReLUSAEConfig
 D_MODEL = 256
 HOOK = "blocks.0.hook_resid_post"
 """After the first of the model's four layers, because it is the cheapest."""
+
+
+def evaluation_names(*names: str) -> list[Any]:
+    """Names of evaluations as parameters; those of SAEBench need it."""
+    own = ("dark_matter", "dense_latents", "scaffold_ablation")
+    needs = pytest.mark.sae_bench
+    return [n if n in own else pytest.param(n, marks=needs) for n in names]
 
 
 def eval_sae(

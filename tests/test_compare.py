@@ -114,6 +114,7 @@ def findings(folder: Path) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.sae_bench
 def test_report_has_every_number_and_where_it_comes_from(unbroken: Path) -> None:
     results = json.loads((unbroken / "results.json").read_text())
     assert len(results["saes"]) == 2 * 2 * 2
@@ -188,6 +189,7 @@ def test_a_training_is_logged_where_that_is_asked_for(
         compare(read_config(file), tmp_path / "another")
 
 
+@pytest.mark.sae_bench
 def test_comparisons_are_at_the_measured_sparsity(unbroken: Path) -> None:
     results = json.loads((unbroken / "results.json").read_text())
     values = {
@@ -291,6 +293,7 @@ def break_off(file: Path, out: Path, pattern: str, number: int) -> tuple[int, st
     return finished.returncode, finished.stderr[-3000:]
 
 
+@pytest.mark.sae_bench
 def test_killed_twice_with_the_same_results(unbroken: Path, tmp_path: Path) -> None:
     file, out = write(tmp_path), tmp_path / "out"
     in_training = "training/wave-0/checkpoints/*/activation_stream.json"
@@ -331,6 +334,7 @@ def n_waves(folder: Path) -> int:
     return len(list((folder / "training").glob("wave-*")))
 
 
+@pytest.mark.sae_bench
 def test_results_do_not_depend_on_the_waves(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +373,7 @@ class LittleMemory:
         monkeypatch.setattr(MultiSAETrainer, "_maybe_log_sparsity", fail)
 
 
+@pytest.mark.sae_bench
 @pytest.mark.parametrize(
     "error",
     [
@@ -402,6 +407,7 @@ def test_a_wave_that_memory_does_not_hold_is_split(
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.sae_bench
 def test_memory_that_does_not_hold_a_single_sae(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,6 +420,7 @@ def test_memory_that_does_not_hold_a_single_sae(
         compare(read_config(write(tmp_path)), tmp_path / "out")
 
 
+@pytest.mark.sae_bench
 def test_a_finished_experiment_is_only_read(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,6 +442,7 @@ def without_config(unbroken: Path, tmp_path: Path) -> Path:
     return out
 
 
+@pytest.mark.sae_bench
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -472,6 +480,7 @@ def test_without_its_configuration_saes_are_known_by_their_runners(
     assert not (out / "compare.yaml").exists()  # nothing was touched
 
 
+@pytest.mark.sae_bench
 def test_saes_and_checkpoints_of_other_experiments_are_not_taken(
     unbroken: Path, tmp_path: Path
 ) -> None:
@@ -499,6 +508,7 @@ def test_saes_and_checkpoints_of_other_experiments_are_not_taken(
         make_plan(read_config(other), out)
 
 
+@pytest.mark.sae_bench
 def test_results_without_a_key_are_not_shown(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -522,6 +532,7 @@ def test_results_without_a_key_are_not_shown(
     assert not any("dense_latents" in of_sae for of_sae in after.values())
 
 
+@pytest.mark.sae_bench
 def test_command(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -554,6 +565,7 @@ def test_command(
     assert "+data_seed: 1" in error
 
 
+@pytest.mark.sae_bench
 def test_text_that_evaluations_take_by_default_is_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -566,6 +578,7 @@ def test_text_that_evaluations_take_by_default_is_looked_for(
         make_plan(config, tmp_path / "out")
 
 
+@pytest.mark.sae_bench
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -652,12 +665,14 @@ def test_mistakes_are_found_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.sae_bench
 def test_a_path_that_text_cannot_be_read_in(tmp_path: Path) -> None:
     config = read_config(write(tmp_path))
     with pytest.raises(ValueError, match=r"must have none of .*out \[1\]"):
         make_plan(config, tmp_path / "out [1]")
 
 
+@pytest.mark.sae_bench
 def test_one_process_at_a_time(unbroken: Path, tmp_path: Path) -> None:
     config = read_config(write(tmp_path))
     with (
@@ -668,6 +683,7 @@ def test_one_process_at_a_time(unbroken: Path, tmp_path: Path) -> None:
     compare(config, unbroken)
 
 
+@pytest.mark.sae_bench
 def test_a_failed_evaluation_leaves_a_report_of_the_rest(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -691,6 +707,7 @@ def test_a_failed_evaluation_leaves_a_report_of_the_rest(
     assert findings(out) == findings(unbroken)
 
 
+@pytest.mark.sae_bench
 def test_plugins_offer_metrics(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -743,6 +760,7 @@ def test_plugins_offer_metrics(
             assert "None" not in text
 
 
+@pytest.mark.sae_bench
 def test_reference_is_of_chosen_pairs_and_says_what_it_leaves_out(
     unbroken: Path, tmp_path: Path
 ) -> None:
@@ -779,6 +797,7 @@ def test_reference_is_of_chosen_pairs_and_says_what_it_leaves_out(
     assert of_none == []
 
 
+@pytest.mark.sae_bench
 def test_reference_alone_computes_nothing(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -829,6 +848,7 @@ def test_reference_alone_computes_nothing(
     assert "trained with another configuration" in capsys.readouterr().err
 
 
+@pytest.mark.sae_bench
 @pytest.mark.parametrize(
     ("change", "message"),
     [

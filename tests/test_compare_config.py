@@ -343,6 +343,7 @@ def test_what_will_be_compared_with_what() -> None:
     )
 
 
+@pytest.mark.sae_bench
 def test_experiments_that_come_with_the_project_make_sense() -> None:
     with pytest.raises(UserError) as error:
         read_config("paper/another")

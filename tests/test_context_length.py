@@ -9,7 +9,7 @@ import torch
 import transformers
 from sae_lens.saes.sae import SAEMetadata
 
-from eval_helpers import HOOK, eval_sae
+from eval_helpers import HOOK, eval_sae, evaluation_names
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.rank import suggest_rank
 from saelens_scaffold.evals.registry import EVALUATIONS
@@ -99,7 +99,7 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", evaluation_names(*FIELDS))
 def test_every_evaluation_with_a_context_is_checked(name: str) -> None:
     field, make = FIELDS[name], EVALUATIONS[name].load().config_class
     config = make()
@@ -112,6 +112,7 @@ def test_every_evaluation_with_a_context_is_checked(name: str) -> None:
         check_context_size(config, selected(64))
 
 
+@pytest.mark.sae_bench
 def test_fields_that_mean_a_context_are_known() -> None:
     for evaluation in EVALUATIONS.values():
         for field in vars(evaluation.load().config_class()):

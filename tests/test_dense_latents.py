@@ -445,7 +445,8 @@ def too_short(tmp_path: Path) -> dict[str, Any]:
     [
         (without_text, r"has no column 'text'; it has \['content'\]"),
         (empty, "is empty"),
-        (without_rows, "is empty"),
+        # datasets 5 cannot read what it writes of no rows
+        (without_rows, "is empty|cannot be read"),
         (too_short, "no text of 64 tokens"),
         (lambda _: {"dataset": "./nowhere.jsonl"}, "no such file"),
         (lambda _: {"dataset_split": "validation"}, "'train' and 'test'"),

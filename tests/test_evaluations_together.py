@@ -11,6 +11,8 @@ from eval_helpers import eval_sae
 from saelens_scaffold.evals import json_schemas
 from saelens_scaffold_cli import main
 
+pytestmark = pytest.mark.sae_bench
+
 OPTIONS = [
     "--dataset=python-stdlib",
     "--baseline=plain",

@@ -179,6 +179,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_texts(tmp_path_factory.mktemp("texts") / "t.jsonl", texts, labels)
 
 
+@pytest.mark.sae_bench
 @pytest.mark.parametrize("model_class", CLASSES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_and_evaluated_by_every_route(

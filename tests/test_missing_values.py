@@ -12,7 +12,6 @@ from eval_helpers import eval_sae
 from saelens_scaffold.compare.metrics import metrics_of
 from saelens_scaffold.evals.base import Evaluation, Metric
 from saelens_scaffold.evals.registry import EVALUATIONS
-from saelens_scaffold.evals.saebench.over_seeds import _mean, _over_seeds
 from saelens_scaffold.evals.store import StoredResult
 from saelens_scaffold.evals.table import metric_cell
 from saelens_scaffold.hub.findings import headline_metrics
@@ -68,6 +67,7 @@ def test_scores_of_core_can_be_minus_one() -> None:
     assert below == {"expl. var.", "CE score", "KL score"}
 
 
+@pytest.mark.sae_bench
 def test_no_minus_one_for_nan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +112,7 @@ def test_no_minus_one_for_nan(
     assert latents[1]["consistent_activation_heuristic"] > 0
 
 
+@pytest.mark.sae_bench
 def test_no_minus_one_for_a_probe_that_was_not_trained(tmp_path: Path) -> None:
     eval_sae().save_model(tmp_path / "sae")
     argv = [
@@ -138,7 +139,10 @@ def test_no_minus_one_for_a_probe_that_was_not_trained(tmp_path: Path) -> None:
     assert result["metrics_over_seeds"]["sae_top_1_test_accuracy"]["mean"] > 0
 
 
+@pytest.mark.sae_bench
 def test_what_one_seed_lacks_has_no_mean() -> None:
+    from saelens_scaffold.evals.saebench.over_seeds import _mean, _over_seeds
+
     by_seed = [{"sae": {"a": 0.5, "b": 0.5}}, {"sae": {"a": None, "b": 0.7}}]
     assert _mean(by_seed) == {"sae": {"a": None, "b": pytest.approx(0.6)}}
     assert list(_over_seeds(by_seed, 0.95, (0.0, 1.0))) == ["b"]

@@ -149,6 +149,7 @@ def test_results_say_it(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert ("was trained on text of this evaluation" in caplog.text) is seen
 
 
+@pytest.mark.sae_bench
 def test_core_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     sae = eval_sae()
     sae.cfg.metadata.dataset_path = "python-stdlib"

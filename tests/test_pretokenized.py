@@ -239,6 +239,7 @@ def compare_config(folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.sae_bench
 def test_compare_trains_on_the_rows_and_plans_with_them(
     folder: Path,
     tmp_path: Path,
@@ -325,6 +326,7 @@ def core_job(folder: Path, output: Path, name: str = "core") -> Job:
     return Job(evaluation, implementation, config, "cpu", *paths)
 
 
+@pytest.mark.sae_bench
 def test_core_reads_rows_of_tokens_and_autointerp_refuses_them(
     folder: Path, tmp_path: Path, read: list[torch.Tensor]
 ) -> None:

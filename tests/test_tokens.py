@@ -197,6 +197,7 @@ def test_scaffold_ablation(
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.sae_bench
 def test_core(
     tmp_path: Path,
     setting: dict[str, Any],

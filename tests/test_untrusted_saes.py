@@ -19,7 +19,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.sae import SAEMetadata
 
-from eval_helpers import D_MODEL, HOOK, eval_sae
+from eval_helpers import D_MODEL, HOOK, eval_sae, evaluation_names
 from hub_fixtures import REPO, hub, save_sae, some_activations
 from hub_server import ENDLESS, WRITE_TOKEN, Blob, HubServer
 from saelens_scaffold import load_scaffold_sae, upload_scaffold_saes
@@ -161,7 +161,8 @@ def test_unknown_metadata_and_those_of_saelens_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "evaluation", ["dense_latents", "core", "autointerp", "sparse_probing"]
+    "evaluation",
+    evaluation_names("dense_latents", "core", "autointerp", "sparse_probing"),
 )
 @pytest.mark.parametrize("context_size", [1, 1.5])
 def test_context_sizes_that_cannot_be(

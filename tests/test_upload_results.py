@@ -62,6 +62,7 @@ def result_of(run: Path, evaluation: str, sae: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+@pytest.mark.sae_bench
 def test_results_go_with_their_sae(hub: HubServer, run: Path) -> None:
     summary = upload_scaffold_saes(run, REPO, show_progress=False)
     results = {"eval_results/dense_latents.json", "eval_results/sparse_probing.json"}
@@ -77,6 +78,7 @@ def test_results_go_with_their_sae(hub: HubServer, run: Path) -> None:
             assert json.loads(stored) == result_of(run, evaluation, name)
 
 
+@pytest.mark.sae_bench
 def test_the_card_says_what_was_measured(hub: HubServer, run: Path) -> None:
     upload_scaffold_saes(run, REPO, show_progress=False)
     readme = hub.repositories[REPO].files()["README.md"].content.decode()

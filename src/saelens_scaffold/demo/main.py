@@ -30,8 +30,8 @@ def run(
         The text to print: tables, and where everything is.
 
     Raises:
-        UserError: An option makes no sense, SAEBench is not installed, or the folder
-            holds SAEs of a demo with other settings.
+        UserError: An option makes no sense, or the folder holds SAEs of a demo with other
+            settings.
     """
     if seeds < 1:
         raise UserError(f"seeds is {seeds}; it must be at least 1")

@@ -4,6 +4,8 @@ Programs that read SAEBench's results read these, and this package's own evaluat
 SAEBench.
 """
 
+# pyright: reportGeneralTypeIssues=false
+
 from typing import Any
 
 from pydantic import Field

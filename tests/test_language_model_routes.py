@@ -254,12 +254,15 @@ def test_trained_and_evaluated_by_every_route(
         ),
     ]
     assert main(["eval", names, *evaluated]) == 0
+    rank = [
+        "--n_tokens=500",
+        f"--dataset={texts}",
+        f"--output_path={tmp_path / 'rank'}",
+    ]
     if family == "gpt2":
-        rank = ["--n_tokens=500", f"--dataset={texts}", f"--sae_path={sae}"]
-        assert main(["rank", *rank, f"--output_path={tmp_path / 'rank'}"]) == 2
-        model = [f"--model={path}", f"--model_class_name={model_class}"]
-        of_model = [*rank[:2], f"--hook_name={hook_name}", *model]
-        assert main(["rank", *of_model, f"--output_path={tmp_path / 'rank'}"]) == 0
+        assert main(["rank", *rank, f"--sae_path={sae}"]) == 2
+    model = [f"--model={path}", f"--model_class_name={model_class}"]
+    assert main(["rank", *rank, f"--hook_name={hook_name}", *model]) == 0
 
 
 def test_a_class_that_transformer_lens_does_not_have(

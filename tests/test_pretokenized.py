@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
 from sae_lens.training.activations_store import ActivationsStore
 from transformers import AutoTokenizer
@@ -202,21 +202,79 @@ def test_rows_that_cannot_be_used_are_named_before_the_model_is_loaded(
     assert "other-tokenizer, which has another vocabulary than" in line(capsys)
 
 
-@pytest.mark.parametrize("name", ["text/data.jsonl", "python-stdlib", "saved text"])
+def text_as(form: str, folder: Path, tmp_path: Path) -> Path:
+    """The text in a form in which it can be named."""
+    text: Any = open_dataset(str(folder / "text"), "train")
+    if form == "python-stdlib":
+        return Path(form)
+    place = tmp_path / form
+    if form == "folder of files":
+        place.mkdir()
+        text.to_parquet(place / "train.parquet")
+    elif form == "splits":
+        DatasetDict(train=text, test=text.select([5])).save_to_disk(place)
+    elif place.suffix == ".parquet":
+        text.to_parquet(place)
+    elif place.suffix == ".csv":
+        text.to_csv(place)
+    elif place.suffix in (".json", ".jsonl"):
+        text.to_json(place, lines=place.suffix == ".jsonl")
+    else:
+        text.save_to_disk(place)
+    return place
+
+
+FORMS = [
+    "a.jsonl",
+    "a.json",
+    "a.parquet",
+    "a.csv",
+    "saved",
+    "folder of files",
+    "splits",
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "streaming"),
+    [*((form, True) for form in FORMS), ("python-stdlib", False), ("a.csv", False)],
+)
 def test_training_opens_text_as_evaluations_do(
-    name: str, folder: Path, tmp_path: Path, read: list[torch.Tensor]
+    form: str, streaming: bool, folder: Path, tmp_path: Path, read: list[torch.Tensor]
 ) -> None:
-    dataset = Path(name)
-    if name != "python-stdlib":
-        dataset = folder / name
-    if name == "saved text":
-        dataset = tmp_path / "text"
-        open_dataset(str(folder / "text"), "train").save_to_disk(str(dataset))  # type: ignore
-    assert train(dataset, tmp_path / "sae") == 0
+    dataset = text_as(form, folder, tmp_path)
+    short = {"training_tokens": 256, "streaming": streaming}
+    assert train(dataset, tmp_path / "sae", **short) == 0
     first = next(iter(open_dataset(str(dataset), "train")))
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model_path())
     expected = [tokenizer.bos_token_id, *tokenizer(first["text"])["input_ids"]][:ROW]
     assert read[0][0].tolist() == expected
+
+
+@pytest.mark.parametrize("command", ["eval", "rank", "absorb", "compare"])
+def test_a_split_of_a_single_file_is_named_before_the_model_is_loaded(
+    command: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eval_sae().save_model(str(tmp_path / "sae"))
+    file = folder / "text" / "data.jsonl"
+    text = {"dataset": str(file), "dataset_split": "test"}
+    of_text = [f"--{name}={value}" for name, value in text.items()]
+    experiment = {
+        **compare_config(folder),
+        "evaluations": {"dense_latents": {"n_tokens": 100}},
+        "evaluation_data": text,
+    }
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    arguments = {
+        "eval": ["dense_latents", f"--sae_path={tmp_path / 'sae'}", *of_text],
+        "rank": ["--model=py-neox", f"--hook_name={HOOK}", *of_text],
+        "absorb": [str(tmp_path / "sae"), *of_text],
+        "compare": [str(tmp_path / "experiment.yaml")],
+    }[command]
+    assert main([command, *arguments, f"--output_path={tmp_path / 'out'}"]) == 2
+    said = "has no split 'test'; a single file is the split 'train'"
+    assert said in line(capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def compare_config(folder: Path, **changes: Any) -> dict[str, Any]:

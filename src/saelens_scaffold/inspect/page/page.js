@@ -52,8 +52,9 @@ function byPosition({ share_of_variance: variance, share_of_squares: squares }) 
     line(of.map((value, position) => [place(position), value]), top, i));
   const powers = [...Array(20).keys()].map((i) => 2 ** i - 1);
   const ticks = powers.filter((i) => i < variance.length).map((i) => [place(i), i]);
-  return plot("What the scaffold carries at each position of the sequence", percent(top),
-    Math.max(1, place(variance.length - 1)), lines, ticks, ["share of the variance", "share of ‖x‖²"]);
+  const label = "What the scaffold carries at each position of the sequence";
+  const width = Math.max(1, place(variance.length - 1));
+  return plot(label, percent(top), width, lines, ticks, ["share of the variance", "share of ‖x‖²"]);
 }
 
 function firstPositions({ share_of_total: total, share_of_squares: squares }) {
@@ -113,17 +114,22 @@ function denseView() {
       return [latentLink(sae, of.latent), percent(sae.latents.frequency[row]), of.label,
         strongest(sae, row, 3), antipode(sae, of), successor(of)];
     });
-    return part(`${sae.name}: ${rows.length}`, rows.length > 0 && table(heads, rows));
+    const shown = rows.length ? table(heads, rows) : quiet("There is none.");
+    return part(`${sae.name}: ${rows.length}`, shown);
   });
   return [heading("Dense latents", inspection.dense), shown];
 }
 
-const antipode = (sae, { antipode: of }) =>
-  of && [latentLink(sae, of.latent), " ",
-    h("small", {}, `cosines ${fixed(of.cosine_encoder)} and ${fixed(of.cosine_decoder)}; both fire on `,
-      `${percent(of.both_fire)}, ${percent(of.both_if_independent)} if independent`)];
+function antipode(sae, { antipode: of }) {
+  if (!of) return "none";
+  const both = sae.latents.frequency[rowOf(sae, of.latent)]
+    ? `both fire on ${percent(of.both_fire)}, ${percent(of.both_if_independent)} if independent`
+    : "dead";
+  const cosines = `cosines ${fixed(of.cosine_encoder)} and ${fixed(of.cosine_decoder)}`;
+  return [latentLink(sae, of.latent), " ", h("small", {}, `${cosines}; ${both}`)];
+}
 const successor = ({ successor: of }) =>
-  of && [directionLink(saes[of.sae], of.direction), " ",
+  !of ? "none" : [directionLink(saes[of.sae], of.direction), " ",
     h("small", {}, `correlation ${fixed(of.correlation)}, cosine ${fixed(of.cosine)}`)];
 const strongest = (sae, row, n) => chips(sae.latents.strongest[row].slice(0, n));
 
@@ -137,12 +143,13 @@ const ORDERS = {
   scaffold: "share in the scaffold",
 };
 const lastRows = new Map();
+const lowered = tokens.map((token) => token.toLowerCase());
 
 // Rows in some order, dead latents last, and which tokens have the text that was searched for.
 function search(sae, order, query) {
   const { index, frequency, share_in_scaffold: inScaffold, promoted, strongest } = sae.latents;
   const text = query.toLowerCase();
-  const isFound = text ? tokens.map((token) => token.toLowerCase().includes(text)) : [];
+  const isFound = text ? lowered.map((token) => token.includes(text)) : [];
   const matches = (row) =>
     !text || String(index[row]) === text ||
     strongest[row].some((id) => isFound[id]) || promoted[row].some(([id]) => isFound[id]);

@@ -325,6 +325,8 @@ def test_the_scaffold_equals_an_independent_computation(found: Any):
             1 if of.dimensions[0][1] > 0 else -1
         )
         assert of.dimensions[0][1] > 0
+        expected = sign * axes[i]
+        assert torch.allclose(torch.tensor(of.vector).to(axes), expected, atol=1e-3)
         variance = float(coordinates[:, i].var(correction=0))
         assert of.variance == pytest.approx(variance, rel=1e-3)
         for end, contexts in ((1, of.high), (-1, of.low)):

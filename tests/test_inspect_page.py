@@ -153,6 +153,7 @@ def _scaffold(rng: np.random.Generator) -> dict[str, Any]:
     shares = {"position": 0.1, "topic": -0.02, "token": 0.62}
     directions = [
         {
+            "vector": [1.0, 0.0],
             "variance": 9.0 - i,
             "share_of_scaffold": (0.5, 0.3, 0.2)[i],
             "share_of_variance": 0.3 - 0.1 * i,

@@ -130,6 +130,7 @@ class Assembly:
         ends = [i, i + len(of.axes.rows)]
         scale = float(of.contexts.values[ends, 0].abs().max())
         return output.Direction(
+            vector=row.tolist(),
             variance=variance,
             share_of_variance=variance / float(self._variances.sum()),
             label=label_of(r_squared),

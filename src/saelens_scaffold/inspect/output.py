@@ -44,6 +44,8 @@ class Removal:
 
 @documented
 class Direction:
+    vector: list[float]
+    """The direction, of unit norm, as `steering` takes it"""
     variance: float
     """Variance of the coordinate"""
     share_of_variance: float

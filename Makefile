@@ -38,7 +38,7 @@ lint: $(VENV)/.installed ## Check style, format, types and the direction of impo
 	$(VENV)/bin/lint-imports
 
 docs: $(VENV)/.installed-docs ## Build the documentation's site, checking its links
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 docs-check: $(VENV)/.installed ## Find numbers in README and docs that no recorded run contains
 	$(VENV)/bin/python tests/docs_check.py

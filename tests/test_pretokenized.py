@@ -444,3 +444,28 @@ def test_the_dense_latents_and_the_rank_are_of_the_rows(
     fired = results["sae_custom_sae"]["eval_result_unstructured"]["fired"]
     assert fired == (sae.encode(x) != 0).sum(dim=0).tolist()
     assert analysis.n_tokens == len(x)
+
+
+def test_eval_takes_a_folder_of_rows(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sae = eval_sae(rank=2)
+    sae.cfg.metadata.context_size = ROW
+    sae.save_model(str(tmp_path / "sae"))
+    arguments = [
+        f"--sae_path={tmp_path / 'sae'}",
+        f"--dataset={folder / 'saved'}",
+        f"--output_path={tmp_path / 'out'}",
+        f"--artifacts_path={tmp_path / 'artifacts'}",
+        "--llm_batch_size=4",
+        "--set=dense_latents.n_tokens=500",
+        "--set=core.n_eval_reconstruction_batches=1",
+        "--set=core.n_eval_sparsity_variance_batches=1",
+    ]
+    assert main(["eval", "dense_latents,core", *arguments]) == 0
+    said = capsys.readouterr().err
+    assert "evaluation 2 of 2 · core of 1 SAE" in said
+    for name in ("dense_latents", "core"):
+        (file,) = (tmp_path / "out" / name).glob("*.json")
+        config = json.loads(file.read_text())["eval_config"]
+        assert config["dataset"] == str(folder / "saved")

@@ -125,9 +125,9 @@ def test_a_comparison_says_how_far_it_is(
     lines = re.split("[\r\n]+", said)
     # the pace of the first wave is known when the second begins
     waves = [line for line in lines if line.startswith("wave ")]
-    assert waves[:2] == ["wave 1 of 2 (1 SAEs)", "wave 1 of 2 (1 SAEs) · 3 %"]
+    assert waves[:2] == ["wave 1 of 2 (1 SAE)", "wave 1 of 2 (1 SAE) · 3 %"]
     hook_name = SMALL["hook_name"]
-    about = f"dense_latents of 1 SAEs of seed %d at {hook_name}"
+    about = f"dense_latents of 1 SAE of seed %d at {hook_name}"
     assert f"evaluation 1 of 2 · {about % 0}" in lines
     second = next(line for line in lines if line.startswith("evaluation 2 of 2 · "))
     assert re.fullmatch(rf"{re.escape(about % 1)} · \d+ s left", second[20:])

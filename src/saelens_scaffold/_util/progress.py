@@ -81,6 +81,11 @@ class Progress:
         print(text, file=sys.stderr)
 
 
+def n_saes(n: int) -> str:
+    """A number of SAEs, in words."""
+    return f"{n} SAE" if n == 1 else f"{n} SAEs"
+
+
 def duration(seconds: float) -> str:
     """A time, as in "3 h 12 min" or "40 s"."""
     if seconds < 60:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from saelens_scaffold._util.configs import config_fields, validating
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold._util.progress import Progress
+from saelens_scaffold._util.progress import Progress, n_saes
 from saelens_scaffold.compare.config import CompareConfig
 from saelens_scaffold.compare.grid import Run, runner_config
 from saelens_scaffold.compare.training import is_trained
@@ -196,7 +196,7 @@ class _EvaluationProgress:
             yield
             return
         self._n_begun += 1
-        about = f"{name} of {len(group)} SAEs of seed {group[0].seed}"
+        about = f"{name} of {n_saes(len(group))} of seed {group[0].seed}"
         text = f"evaluation {self._n_begun} of {self._n} · {about}"
         text += f" at {group[0].hook_name}"
         left = self._progress.time_left(self._left)

@@ -20,7 +20,7 @@ from wandb.errors import UsageError
 
 from saelens_scaffold._util.errors import UserError, loading, one_line, shown
 from saelens_scaffold._util.files import new_file
-from saelens_scaffold._util.progress import Progress
+from saelens_scaffold._util.progress import Progress, n_saes
 from saelens_scaffold._util.provenance import hardware, versions
 from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.compare.config import (
@@ -237,13 +237,13 @@ class _WaveProgress:
     def __call__(self, trainer: MultiSAETrainer, bar: Any) -> None:
         """Show it after a step."""
         n_tokens, total = trainer.n_training_samples, trainer.cfg.total_training_samples
-        n_saes = len(trainer.trainers)
+        n_trained = len(trainer.trainers)
         if self._n_tokens is None:  # the model has been loaded, text skipped
             self.progress.begin()
         else:
-            self.progress.done("training", n_saes * (n_tokens - self._n_tokens))
+            self.progress.done("training", n_trained * (n_tokens - self._n_tokens))
         self._n_tokens = n_tokens
-        amount = n_saes * max(total - n_tokens, 0) + self.later
+        amount = n_trained * max(total - n_tokens, 0) + self.later
         left = self.progress.time_left({"training": amount})
         text = f"{self.name} · {100 * n_tokens / total:.0f} %"
         text += f" · {left} of training left" if left else ""
@@ -289,7 +289,7 @@ class WaveTrainer:
         while number < len(waves):
             wave = waves[number]
             keep_waves(self.training_path, waves)
-            name = f"wave {number + 1} of {len(waves)} ({len(wave)} SAEs)"
+            name = f"wave {number + 1} of {len(waves)} ({n_saes(len(wave))})"
             _note(name)
             later = sum(map(self._amount, waves[number + 1 :]))
             if self.train_wave(number, wave, _WaveProgress(self.progress, name, later)):

@@ -19,6 +19,7 @@ import torch
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.files import make_writable, workspace
 from saelens_scaffold._util.interruption import raise_if_interrupted
+from saelens_scaffold._util.progress import n_saes
 from saelens_scaffold.evals.base import Call, Evaluation, EvaluationError, Result
 from saelens_scaffold.evals.jobs import Job, plan
 from saelens_scaffold.evals.registry import evaluations_named
@@ -169,7 +170,7 @@ def evaluate(
             make_writable(job.output_path.parent)
     outcomes: list[Outcome] = []
     for i, job in enumerate(jobs, 1):
-        about = f"{job.evaluation.name} of {len(selected)} SAEs"
+        about = f"{job.evaluation.name} of {n_saes(len(selected))}"
         print(f"evaluation {i} of {len(jobs)} · {about}", file=sys.stderr)
         outcomes.append(run(job, selected, force_rerun))
     saes = resolve_saes(copy.deepcopy(selected), "cpu", "float32")

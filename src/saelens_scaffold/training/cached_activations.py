@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from sae_lens import ActivationsStore, MultiSAETrainingRunnerConfig
 from sae_lens.load_model import HookedProxyLM
@@ -143,11 +144,11 @@ def cache_fingerprint(path: str | None) -> str | None:
 
 @lru_cache
 def _fingerprint(state: Path, _written: int) -> str:
-    rows = open_cache(str(state.parent))
+    rows = open_cache(str(state.parent)).with_format("numpy")
     found = sha256(json.dumps([len(rows), sorted(rows.column_names)]).encode())
-    for i in {0, max(len(rows) - 1, 0)} if len(rows) else ():
-        for name, values in sorted(rows[i].items()):
-            found.update(json.dumps([name, values]).encode())
+    for i in {0, len(rows) - 1} if len(rows) else ():
+        for _, values in sorted(rows[i].items()):
+            found.update(np.ascontiguousarray(values).tobytes())
     return found.hexdigest()
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("sae_bench")
 from pydantic import TypeAdapter
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 
-from eval_helpers import D_MODEL, eval_sae, write_texts
+from eval_helpers import D_MODEL, HOOK, eval_sae, write_texts
 from saelens_scaffold import ScaffoldJumpReLUSAE
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.eval_configs import TextEvalConfig
@@ -22,6 +22,7 @@ from saelens_scaffold.inspect import Inspection, inspect_saes, logit_lens, steer
 from saelens_scaffold.inspect.axes import AxesFit
 from saelens_scaffold.inspect.contexts import StrongestContexts
 from saelens_scaffold.inspect.explanations import Explanations, Tokens, label_of
+from saelens_scaffold.inspect.logit_lens import promoted_tokens
 from saelens_scaffold.inspect.sides import SideBySide
 from saelens_scaffold.inspect.statistics import LatentStatistics
 from saelens_scaffold.models import (
@@ -440,6 +441,20 @@ def test_the_other_routes_find_the_same(found: Any, model_class: ModelClass):
             assert ids[0] == ids[1]
 
 
+def test_in_half_precision(found: Any):
+    inspection, saes, *_ = found
+    saes = [("scaffold", saes["scaffold"])]
+    half = inspect_saes(saes, **FIELDS, llm_dtype="bfloat16").saes[0]
+    one = inspection.saes[1]
+    assert half.l0_sparse == pytest.approx(one.l0_sparse, rel=0.02)
+    assert half.latents.mean == pytest.approx(one.latents.mean, rel=0.1, abs=0.05)
+    assert half.scaffold is not None
+    assert one.scaffold is not None
+    for a, b in zip(half.scaffold.directions, one.scaffold.directions, strict=True):
+        assert a.variance == pytest.approx(b.variance, rel=0.03)
+        assert a.r_squared == pytest.approx(b.r_squared, abs=0.05)
+
+
 # ---- parts of it
 
 
@@ -455,6 +470,15 @@ def test_the_logit_lens_is_transformer_lens_s_own(model_class: ModelClass):
     lens = logit_lens(model, directions)
     assert torch.allclose(lens, own[1:] - own[0], atol=1e-4)
     assert torch.allclose(logit_lens(model, -3 * directions), -lens, atol=1e-4)
+    promoted, suppressed = promoted_tokens(model, HOOK, directions, 3)
+    for of, high, low in zip(lens, promoted, suppressed, strict=True):
+        order = of.argsort(descending=True).tolist()
+        assert [token for token, _ in high] == order[:3]
+        assert [token for token, _ in low] == order[:-4:-1]
+        assert high[0][1] == pytest.approx(float(of.max()), abs=1e-4)
+    heads = "blocks.0.attn.hook_z"
+    assert promoted_tokens(model, heads, directions, 3) == ([[]] * 5, [[]] * 5)
+    assert promoted_tokens(model, HOOK, directions[:, :9], 3) == ([[]] * 5, [[]] * 5)
 
 
 def test_contexts_do_not_depend_on_batches():

@@ -505,7 +505,7 @@ class Inspect(Command):
     example, offline, after `saelens-scaffold demo`: a scaffold SAE beside its plain twin
       saelens-scaffold inspect \\
           demo-output/language_model/saes/batchtopk-b_dec_init_mean-seed_0 \\
-          demo-output/language_model/saes/scaffold_batchtopk-b_dec_init_mean-seed_0 \\
+          demo-output/language_model/saes/scaffold_batchtopk-seed_0 \\
           --dataset python-stdlib
     """
 

@@ -47,7 +47,8 @@ class Assembly:
         sums: Sums,
         removals: Removals,
     ):
-        self._model, self._saes, self._sums = model, saes, sums
+        self._saes, self._sums = saes, sums
+        self._promoted = partial(promoted_tokens, model, saes[0].hook_name)
         self._removals = removals
         variances, directions = sums.moments.principal_directions()
         self._variances, self._principal = variances.cpu(), directions.cpu()
@@ -99,7 +100,7 @@ class Assembly:
         inside, (rank, d_in) = rows.pow(2).sum(dim=0), rows.shape
         outliers = outlier_dimensions(self._sums.moments.covariance.cpu().diagonal())
         most = inside.topk(min(N_DIMENSIONS, d_in))
-        tops = promoted_tokens(self._model, of.axes.rows, N_PROMOTED)
+        tops = self._promoted(of.axes.rows, N_PROMOTED)
         directions = [*map(partial(self._direction, of), range(rank), *tops)]
         variance = sum(direction.variance for direction in directions)
         for direction in directions:
@@ -184,7 +185,7 @@ class Assembly:
         if scaffold is not None:
             rows = scaffold.axes.rows.cpu().double()
             share = share_in_subspace(of.decoder.cpu(), rows).tolist()
-        promoted, suppressed = promoted_tokens(self._model, of.decoder, N_PROMOTED)
+        promoted, suppressed = self._promoted(of.decoder, N_PROMOTED)
         is_used = of.histogram.cpu() > 0
         first = is_used.int().argmax(dim=1).tolist()
         end = (is_used.cumsum(dim=1).argmax(dim=1) + 1).tolist()

@@ -39,7 +39,7 @@ class ScaffoldAxes:
         Returns:
             Shape (..., r).
         """
-        return (self.sae.scaffold(x) - self.mean) @ self.rows.T
+        return (self.sae.scaffold(x).float() - self.mean) @ self.rows.T
 
 
 class AxesFit:
@@ -52,7 +52,7 @@ class AxesFit:
 
     def __init__(self, sae: Any):
         self._sae = sae
-        rows = sae.W_dec[: sae.cfg.scaffold_rank].detach()
+        rows = sae.W_dec[: sae.cfg.scaffold_rank].detach().float()
         # on the CPU, since MPS has no double precision
         self._basis = orthonormal_basis(rows.cpu()).to(rows)
         self._moments = ActivationMoments(len(self._basis), rows.device)
@@ -63,7 +63,7 @@ class AxesFit:
         Args:
             x: Activations, shape (n_tokens, d_in).
         """
-        self._moments.update(self._sae.scaffold(x) @ self._basis.T)
+        self._moments.update(self._sae.scaffold(x).float() @ self._basis.T)
 
     def result(self) -> ScaffoldAxes:
         """The axes, once all tokens are seen."""

@@ -168,15 +168,13 @@ class Explanations:
 
     def r_squared(self) -> list[dict[str, float]]:
         """Held-out R² of each target, by predictor; without topic if there is but one."""
-        means = dict(self._means)
-        counts = means["token"].counts.sum(dim=0)
-        octaves = (2 * counts.clamp_min(1).log2()).long()
-        means["frequency"].add(
-            octaves.clamp(max=N_GROUPS["frequency"] - 1), means["token"]
-        )
+        means, of_tokens = dict(self._means), self._means["token"]
+        octaves = (2 * of_tokens.counts.sum(dim=0).clamp_min(1).log2()).long()
+        n_groups = N_GROUPS["frequency"]
+        means["frequency"] = of_tokens.joined(octaves.clamp(max=n_groups - 1), n_groups)
         if (means["topic"].counts.sum(dim=0) > 0).sum() < 2:
             del means["topic"]
-        found = {name: of.r_squared(self._squares) for name, of in means.items()}
+        found = {n: means[n].r_squared(self._squares) for n in PREDICTORS if n in means}
         return [
             {name: round(float(of[i]), 4) for name, of in found.items()}
             for i in range(self._squares.shape[1])
@@ -201,10 +199,12 @@ class _GroupMeans:
         self.counts.view(-1).index_add_(0, place, torch.ones_like(place).to(y))
         self.sums.view(-1, y.shape[1]).index_add_(0, place, y)
 
-    def add(self, group: torch.Tensor, means: "_GroupMeans") -> None:
-        """Add other groups' sums, each to a group."""
-        self.counts.index_add_(1, group, means.counts)
-        self.sums.index_add_(1, group, means.sums)
+    def joined(self, group: torch.Tensor, n_groups: int) -> "_GroupMeans":
+        """The same of fewer groups, in which each of these has its place."""
+        means = _GroupMeans(n_groups, self.sums[0, 0])
+        means.counts.index_add_(1, group, self.counts)
+        means.sums.index_add_(1, group, self.sums)
+        return means
 
     def r_squared(self, squares: torch.Tensor) -> torch.Tensor:
         """
@@ -215,10 +215,8 @@ class _GroupMeans:
             Shape (n_targets,); 0 for a constant.
         """
         # on the CPU, since MPS has no double precision
-        all_sums, counts = (
-            self.sums.cpu().double(),
-            self.counts.cpu().double()[..., None],
-        )
+        all_sums = self.sums.cpu().double()
+        counts = self.counts.cpu().double()[..., None]
         errors = torch.zeros_like(squares[0])
         variances = torch.zeros_like(errors)
         for fit, test in ((0, 1), (1, 0)):

@@ -1,5 +1,7 @@
 """Which tokens a direction promotes, through the final norm and the unembedding."""
 
+import re
+
 import torch
 
 from saelens_scaffold.evals.model import HookedModel
@@ -46,18 +48,20 @@ def _last_layer(model: LanguageModel) -> HookedModel:
 
 
 def promoted_tokens(
-    model: LanguageModel, directions: torch.Tensor, n: int
+    model: LanguageModel, hook_name: str, directions: torch.Tensor, n: int
 ) -> tuple[list[Weighted], list[Weighted]]:
     """
     The tokens that each direction promotes most and suppresses most, and their logits.
 
     Args:
         model: The language model.
-        directions: Shape (n_directions, d_in). Where that is not the width of the residual
-            stream, no tokens are promoted.
+        hook_name: The hook point of the directions. Those of heads, or of another width
+            than the residual stream's, promote no tokens.
+        directions: Shape (n_directions, d_in).
         n: Number of tokens at each end.
     """
-    if directions.shape[1] != _width(model):
+    of_heads = re.search(r"hook_[qkvz]$", hook_name)
+    if of_heads or directions.shape[1] != _width(model):
         return [[]] * len(directions), [[]] * len(directions)
     ends: tuple[list[Weighted], list[Weighted]] = [], []
     for part in directions.split(max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab)):

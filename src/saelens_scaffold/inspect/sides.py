@@ -34,7 +34,8 @@ class SideBySide:
             first: Activations of the one SAE's sparse latents, shape (n_tokens, n_sparse).
             second: Those of the other's, on the same tokens.
         """
-        self._products += (first * second[:, self.nearest]).sum(dim=0)
+        products = first.float() * second[:, self.nearest].float()
+        self._products += products.sum(dim=0)
 
     def result(self, n_tokens: int, indices: tuple[int, int]) -> Pair:
         """

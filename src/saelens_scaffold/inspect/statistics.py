@@ -69,8 +69,8 @@ class LatentStatistics:
         counts = torch.bincount(places, minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram)
         self.fired += torch.bincount(latent, minlength=len(self.fired))
-        self.sums += acts.sum(dim=0)
-        self.squares += acts.pow(2).sum(dim=0)
+        self.sums += acts.float().sum(dim=0)
+        self.squares += acts.float().pow(2).sum(dim=0)
         both = (acts[:, self.dense] > 0) & (acts[:, self._antipode] > 0)
         self._both_fired += both.sum(dim=0)
         return acts

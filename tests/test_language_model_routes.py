@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from eval_helpers import eval_sae, write_texts
+from eval_helpers import HOOK, eval_sae, write_texts
 from helpers import HAS_BRIDGE
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.model import HookedModel, activations_at
@@ -314,6 +314,13 @@ def test_an_sae_is_judged_alike_by_every_route(texts: Path, tmp_path: Path):
             "--set=scaffold_ablation.topics=false",
         ]
         assert main(["eval", "dense_latents,scaffold_ablation", *arguments]) == 0
+        same = [arguments[1], arguments[2], "--n_tokens=500"]
+        found = f"--output_path={tmp_path / model_class}"
+        by_name = ["--model=py-neox", f"--hook_name={HOOK}"]
+        assert main(["rank", *by_name, *same, found]) == 0
+        absorbed = f"--output_path={tmp_path / model_class / 'absorbed'}"
+        one = [str(tmp_path / "sae"), "--rank=2", "--held_out_tokens=100"]
+        assert main(["absorb", *one, *same, absorbed]) == 0
         (dense,) = (tmp_path / model_class / "dense_latents").glob("*.json")
         (ablation,) = (tmp_path / model_class / "scaffold_ablation").glob("*.json")
         results.append(

@@ -131,7 +131,11 @@ def _check(config: AbsorbConfig, source: SelectedSAE) -> None:
     model_class = config.model_class_name
     check_model_name(config.model_name, model_class)
     check_activations(
-        config.model_name, source.hook_name, d_in, model_class_name=model_class
+        config.model_name,
+        source.hook_name,
+        d_in,
+        model_class_name=model_class,
+        by_either_name=True,
     )
     largest = d_in - 1 - source.rank
     if config.rank is not None and config.rank > largest:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold.models.language_models import (
     ModelClass,
+    layer_of_residual_post,
     layers_name,
     transformers_config,
 )
@@ -148,6 +149,7 @@ def check_activations(
     d_in: int | None = None,
     head_index: int | None = None,
     model_class_name: str = "HookedTransformer",
+    by_either_name: bool = False,
     **keywords: Any,
 ) -> None:
     """
@@ -158,15 +160,19 @@ def check_activations(
         hook_name: As in "blocks.12.hook_resid_post", or "model.layers.12" of transformers.
         d_in: Width of the SAE's input, if known.
         head_index: As for `width_at`.
+        by_either_name: Whether the residual stream may have the name of the other library,
+            as `HookPoint` takes it. SAELens's training does not.
 
     Raises:
         UserError: It does not.
     """
+    layer = layer_of_residual_post(hook_name) if by_either_name else None
     if model_class_name == "HookedTransformer":
         config = model_config(model_name, **keywords)
+        hook_name = hook_name if layer is None else f"blocks.{layer}.hook_resid_post"
         width = width_at(config, hook_name, head_index)
     elif model_class_name == "AutoModelForCausalLM":
-        width = _width_in_transformers(model_name, hook_name, **keywords)
+        width = _width_in_transformers(model_name, hook_name, layer, **keywords)
     else:  # known once it is loaded
         return
     if None not in (d_in, width) and d_in != width:
@@ -176,13 +182,14 @@ def check_activations(
 
 
 def _width_in_transformers(
-    model_name: str, hook_name: str, **keywords: Any
+    model_name: str, hook_name: str, layer: int | None, **keywords: Any
 ) -> int | None:
-    """As `width_at`, of a module of transformers."""
+    """As `width_at`, of a module of transformers, or the layer of that number."""
     config = transformers_config(model_name, **keywords)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layers = layers_name(model)
+    hook_name = hook_name if layer is None else f"{layers}.{layer}"
     if hook_name not in dict(model.named_modules()):
         raise UserError(
             f"{model_name} has no module {hook_name!r}; its layers are {layers}.0 to "

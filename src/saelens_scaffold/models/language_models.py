@@ -253,9 +253,9 @@ class HookPoint:
 
     def __init__(self, model: LanguageModel, name: str):
         prefix = getattr(model, "layers_name", "blocks")
-        of_layer = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post|(?:\w+\.)+(\d+)", name)
+        of_layer = layer_of_residual_post(name)
         if of_layer is not None and not name.startswith(f"{prefix}."):
-            name = residual_post(model, int(of_layer[1] or of_layer[2]))
+            name = residual_post(model, of_layer)
         layer = re.match(rf"{re.escape(prefix)}\.(\d+)(?:\.|$)", name)
         if layer is None:
             raise _no_hook_point(model, name)
@@ -281,6 +281,12 @@ def _no_hook_point(model: LanguageModel, name: str) -> UserError:
         f"the model {model.cfg.model_name} has no hook point {name!r}; it has, for "
         f"instance, {residual_post(model, 0)} to {residual_post(model, last)}"
     )
+
+
+def layer_of_residual_post(name: str) -> int | None:
+    """The layer after which the residual stream has this name, in either library."""
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post|(?:\w+\.)+(\d+)", name)
+    return int(found[1] or found[2]) if found else None
 
 
 def residual_post(model: LanguageModel, layer: int) -> str:

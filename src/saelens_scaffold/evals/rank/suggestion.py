@@ -76,7 +76,10 @@ def suggest_rank(
     check_model_name(config.model_name, config.model_class_name)
     tokens = common_tokens([sae] if sae else [], config)
     check_activations(
-        config.model_name, hook_name, model_class_name=config.model_class_name
+        config.model_name,
+        hook_name,
+        model_class_name=config.model_class_name,
+        by_either_name=True,
     )
     check_context_size(config, [sae] if sae else [], config.model_class_name)
     text = (config.dataset, config.dataset_split, config.text_column)

@@ -512,7 +512,7 @@ class Inspect(Command):
     saes: list[str] = option(metavar="SAE")
     """Directories of SAEs of one hook point; the others are compared with the first."""
     output_path: str = option("inspect-output", "--output_path", "--out")
-    """Folder for inspect.json."""
+    """Folder for inspect.html, a page to look at, and inspect.json."""
     force_rerun: bool = False
     """Inspect again, and replace what is there."""
     model_name: str | None = option(None, "--model", "--model_name", metavar="MODEL")

@@ -81,15 +81,14 @@ def run(
     file = folder / FILE_NAME
     others = {f"SAE {of.label}": of for of in selected[1:]}
     key = result_key("inspect", config, selected[0], others)
-    found = None if force_rerun else _earlier(file, key)
-    if found is None:
-        found = _inspect(config, selected)
-        found.key = key
-        content = _rounded(TypeAdapter(Inspection).dump_python(found))
+    earlier = None if force_rerun else _earlier(file, key)
+    found = earlier or _inspect(config, selected)
+    found.key = key
+    content = _rounded(TypeAdapter(Inspection).dump_python(found))
+    if earlier is None:
         with new_file(file) as temporary:
             text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
             temporary.write_text(text, encoding="utf-8")
-    content = _rounded(TypeAdapter(Inspection).dump_python(found))
     write_page(content, file.with_suffix(".html"))
     return _said(found, file)
 
@@ -222,4 +221,5 @@ def _said(found: Inspection, file: Path) -> str:
                 f"  direction {i}: {of.label}; {of.share_of_scaffold:.1%} of the scaffold's "
                 f"variance, {of.removal.increase:+.3f} nats without it"
             )
-    return "\n".join([*lines, f"Written to {file}."])
+    page = file.with_suffix(".html")
+    return "\n".join([*lines, f"The page is {page}, the data {file.name}."])

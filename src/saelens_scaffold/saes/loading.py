@@ -160,15 +160,19 @@ class MissingFileError(UserError):
     """A file is neither in the repository nor in the cache."""
 
 
+class OldHubClientError(UserError):
+    """huggingface_hub is too old."""
+
+
 def check_hub_client() -> None:
     """
     See that huggingface_hub can limit a download and name its errors.
 
     Raises:
-        UserError: It is too old.
+        OldHubClientError: It cannot.
     """
     if release("huggingface-hub") < (1, 31):
-        raise UserError(
+        raise OldHubClientError(
             "uploading to the Hub, and loading SAEs from it, needs huggingface-hub >= 1.31; "
             f"{hf.__version__} is installed"
         )
@@ -192,7 +196,7 @@ def bounded_download(
     Raises:
         InvalidSAEError: It is larger.
         MissingFileError: There was no such file, and there is no connection now.
-        UserError: huggingface_hub is too old.
+        OldHubClientError: huggingface_hub cannot limit it.
     """
     check_hub_client()
     where: dict[str, Any] = {"repo_id": repo_id, "filename": path, "revision": revision}

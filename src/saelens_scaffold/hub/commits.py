@@ -18,6 +18,7 @@ from saelens_scaffold.hub.sources import README, Upload, write_files
 from saelens_scaffold.saes.loading import (
     HTTP_ERROR,
     MissingFileError,
+    OldHubClientError,
     bounded_download,
 )
 
@@ -261,7 +262,7 @@ def _known_of_repository(upload: Upload) -> tuple[str | None, list[str]]:
         errors.RevisionNotFoundError,
     ):
         return "", []
-    except (HTTP_ERROR, OSError, MissingFileError):
+    except (HTTP_ERROR, OSError, MissingFileError, OldHubClientError):
         pass  # no connection: the README may be in the cache, its files are not known
     if path is None:
         return None, []

@@ -12,7 +12,12 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import temporary_folder
 from saelens_scaffold.hub.commits import HubUpload, look
 from saelens_scaffold.hub.model_card import TEMPLATES, add_figure
+<<<<<<< HEAD
 from saelens_scaffold.hub.sources import Beside, SAESource, Upload
+=======
+from saelens_scaffold.hub.sources import SAESource, Upload
+from saelens_scaffold.saes.loading import check_hub_client
+>>>>>>> minimum
 
 
 def upload_scaffold_saes(
@@ -74,9 +79,12 @@ def upload_scaffold_saes(
 
     Raises:
         InvalidSAEError: An SAE cannot be uploaded, and why.
-        UserError: An argument cannot be used, or a directory is missing or holds no SAE.
+        UserError: An argument cannot be used, a directory is missing or holds no SAE, or
+            huggingface_hub is too old.
         HubUploadError: The Hub refuses or cannot be reached, and what to do.
     """
+    if not dry_run:
+        check_hub_client()
     upload = Upload(hf_repo_id, HfApi(token=token), hf_revision, show_progress)
     upload.jumprelu, upload.private, upload.create_pr = jumprelu, private, create_pr
     upload.license, upload.base_model, upload.datasets = license, base_model, datasets

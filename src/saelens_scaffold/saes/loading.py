@@ -16,6 +16,7 @@ from sae_lens import SAE, constants
 from sae_lens.loading import pretrained_sae_loaders
 from safetensors.torch import load_file
 
+from saelens_scaffold._util.compat import release
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.untrusted import without_token
 from saelens_scaffold.saes import validation
@@ -159,6 +160,24 @@ class MissingFileError(UserError):
     """A file is neither in the repository nor in the cache."""
 
 
+class OldHubClientError(UserError):
+    """huggingface_hub is too old."""
+
+
+def check_hub_client() -> None:
+    """
+    See that huggingface_hub can limit a download and name its errors.
+
+    Raises:
+        OldHubClientError: It cannot.
+    """
+    if release("huggingface-hub") < (1, 31):
+        raise OldHubClientError(
+            "uploading to the Hub, and loading SAEs from it, needs huggingface-hub >= 1.31; "
+            f"{hf.__version__} is installed"
+        )
+
+
 def bounded_download(
     repo_id: str,
     path: str,
@@ -177,7 +196,9 @@ def bounded_download(
     Raises:
         InvalidSAEError: It is larger.
         MissingFileError: There was no such file, and there is no connection now.
+        OldHubClientError: huggingface_hub cannot limit it.
     """
+    check_hub_client()
     where: dict[str, Any] = {"repo_id": repo_id, "filename": path, "revision": revision}
     size = None
     try:

@@ -272,13 +272,8 @@ def test_train_export_and_evaluate(
     assert main([*evaluate, "--set", "dense_latents.n_tokens=10000"]) == 0
     (file,) = (tmp_path / "out" / "dense_latents").glob("*.json")
     metrics = json.loads(file.read_text())["eval_result_metrics"]
-<<<<<<< HEAD
-    # the text is the interpreter's standard library, so that it differs between versions
-    assert metrics["sparsity"]["l0_sparse"] == pytest.approx(K, rel=0.4)
-=======
     # without the scale most latents would fire; how many do depends on the text
     assert K / 2 < metrics["sparsity"]["l0_sparse"] < 2 * K
->>>>>>> minimum
 
 
 def test_what_is_not_calibrated_or_not_known_is_said(

@@ -12,12 +12,8 @@ from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import temporary_folder
 from saelens_scaffold.hub.commits import HubUpload, look
 from saelens_scaffold.hub.model_card import TEMPLATES, add_figure
-<<<<<<< HEAD
 from saelens_scaffold.hub.sources import Beside, SAESource, Upload
-=======
-from saelens_scaffold.hub.sources import SAESource, Upload
 from saelens_scaffold.saes.loading import check_hub_client
->>>>>>> minimum
 
 
 def upload_scaffold_saes(

@@ -47,7 +47,7 @@ record: $(VENV)/.installed ## Run recorded commands again, hours in all (RECORD=
 	for name in $(RECORD); do PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python benchmarks/record.py $$name || exit 1; done
 
 clean: ## Remove the environments and all that the tools leave behind
-	rm -rf $(VENV)* build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_MIN) $(VENV)-dashboard* $(VENV_MIN)-dashboard* build dist site .cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.installed: pyproject.toml constraints.txt

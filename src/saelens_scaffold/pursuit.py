@@ -306,7 +306,9 @@ class _Dictionary:
         tiny = torch.finfo(x.dtype).tiny
         unit = (x.abs().amax(dim=1) / _INT8_MAX).clamp(min=tiny)
         rounded = self._round(x / unit.unsqueeze(1))
-        products = torch._int_mm(rounded, self._integers).unflatten(1, (-1, _GROUP))
+        products = torch.ops.aten._int_mm(rounded, self._integers).unflatten(
+            1, (-1, _GROUP)
+        )
         largest = products.amax(dim=2)
         norm = rounded.float().norm(dim=1)
         error = _MAX_ERROR * (self._largest_norm / self._unit + norm)
@@ -352,4 +354,4 @@ def _has_integer_products(rows: torch.Tensor) -> bool:
     # Instructions older than VNNI add in 16 bits, and saturate.
     ones = torch.full((32, 64), _INT8_MAX, dtype=torch.int8)
     expected = 64 * _INT8_MAX**2
-    return bool((torch._int_mm(ones, ones.T) == expected).all())
+    return bool((torch.ops.aten._int_mm(ones, ones.T) == expected).all())

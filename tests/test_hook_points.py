@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers import HAS_BRIDGE
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.models import load_embedded_model, register_embedded_model
 from saelens_scaffold.models.hook_points import model_config, width_at
@@ -27,6 +28,10 @@ def test_widths_are_those_of_the_activations() -> None:
 
 def test_models_are_read_as_they_will_be_loaded() -> None:
     name = register_embedded_model()
-    assert model_config(name, n_ctx=64).n_ctx == 64
+    if HAS_BRIDGE:
+        assert model_config(name, n_ctx=64).n_ctx == 64
+    else:
+        with pytest.raises(UserError, match="n_ctx .* needs transformer-lens >= 2.17"):
+            model_config(name, n_ctx=64)
     with pytest.raises(UserError, match="layers 0 to 1"):
         width_at(model_config(name, first_n_layers=2), "blocks.2.hook_resid_post")

@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from transformers import AutoModelForCausalLM
 
+from saelens_scaffold._util.compat import release
 from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold.models.language_models import (
     ModelClass,
@@ -30,9 +32,15 @@ def model_config(model_name: str, **keywords: Any) -> Any:
         keywords: What the model is loaded with; of these, n_ctx and first_n_layers count.
 
     Raises:
-        UserError: There is no such model, or its configuration cannot be read.
+        UserError: There is no such model, its configuration cannot be read, or
+            TransformerLens cannot change its n_ctx.
     """
     changes = {k: keywords[k] for k in ("n_ctx", "first_n_layers") if k in keywords}
+    if "n_ctx" in changes and release("transformer-lens") < (2, 17):
+        raise UserError(
+            "n_ctx in model_from_pretrained_kwargs needs transformer-lens >= 2.17; "
+            f"{version('transformer-lens')} is installed"
+        )
     name = model_name
     if Path(model_name).is_dir():
         # TransformerLens would read the config.json there, and not the one it needs

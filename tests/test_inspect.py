@@ -6,12 +6,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-pytest.importorskip("sae_bench")
-
 from pydantic import TypeAdapter
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_helpers import D_MODEL, HOOK, eval_sae, write_texts
 from saelens_scaffold import ScaffoldJumpReLUSAE

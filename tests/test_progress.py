@@ -13,10 +13,7 @@ from tqdm import tqdm
 
 from saelens_scaffold._util.progress import Progress, duration
 from saelens_scaffold_cli import main
-
-pytest.importorskip("sae_bench")
-
-from test_compare import SMALL  # noqa: E402
+from test_compare import SMALL
 
 
 class Clock:

@@ -39,7 +39,7 @@ _INT8_MAX = 127
 _MAX_ERROR = 4
 # Of a token, to compute exactly. With more, as where nothing is left to explain, all are.
 _MAX_CANDIDATES = 256
-_MIN_LATENTS, _ROWS_AT_ONCE, _GROUP = 512, 2**12, 64
+_MIN_LATENTS, _ROWS_AT_ONCE, _GROUP = 512, 2**12, 32
 
 
 def encode(

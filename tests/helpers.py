@@ -1,6 +1,6 @@
 """Small SAEs, planted activations and plain-torch references for the tests."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -14,11 +14,15 @@ from saelens_scaffold import (
     ScaffoldMatryoshkaTrainingSAEConfig,
 )
 from saelens_scaffold._util.compat import release
+from saelens_scaffold.models.language_models import ModelClass
 
 D_IN, D_SAE, RANK, K = 16, 64, 3, 4.0
 
 # TransformerLens's, which its versions before 3 have not
 HAS_BRIDGE = release("transformer-lens") >= (3, 0)
+MODEL_CLASSES: tuple[Any, ...] = tuple(
+    of for of in get_args(ModelClass) if HAS_BRIDGE or of != "TransformerBridge"
+)
 
 # for what runs on a GPU too, where there is one
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()

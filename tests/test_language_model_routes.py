@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eval_helpers import HOOK, eval_sae, write_texts
-from helpers import HAS_BRIDGE
+from helpers import HAS_BRIDGE, MODEL_CLASSES
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.model import HookedModel, activations_at
 from saelens_scaffold.models import (
@@ -25,9 +25,6 @@ from saelens_scaffold.models.language_models import (
 )
 from saelens_scaffold_cli import main
 
-CLASSES: tuple[Any, ...] = tuple(
-    of for of in get_args(ModelClass) if HAS_BRIDGE or of != "TransformerBridge"
-)
 LLAMA_LIKE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -73,7 +70,7 @@ def hidden(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@pytest.mark.parametrize("model_class", CLASSES)
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_route_computes_what_transformers_does(
     local_models: Path, family: str, model_class: ModelClass
@@ -121,7 +118,7 @@ def test_every_route_computes_what_transformers_does(
     assert torch.allclose(model(tokens), logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_class", CLASSES[1:])
+@pytest.mark.parametrize("model_class", MODEL_CLASSES[1:])
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_inside_a_layer_too(
@@ -147,7 +144,7 @@ def test_inside_a_layer_too(
     assert not torch.allclose(zeroed, logits, atol=1e-2)
 
 
-@pytest.mark.parametrize("model_class", CLASSES)
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
 def test_a_hook_point_that_is_not_there(local_models: Path, model_class: ModelClass):
     path = str(local_models / "gpt_neox")
     model = load_language_model(path, "cpu", model_class_name=model_class)
@@ -163,7 +160,7 @@ def test_all_routes_read_the_same_tokens(local_models: Path):
         load_language_model(path, "cpu", model_class_name=of).to_tokens(
             text, prepend_bos=False, truncate=False, move_to_device=False
         )
-        for of in CLASSES
+        for of in MODEL_CLASSES
     ]
     assert all(torch.equal(each, tokens[0]) for each in tokens[1:])
 
@@ -180,7 +177,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.sae_bench
-@pytest.mark.parametrize("model_class", CLASSES)
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_and_evaluated_by_every_route(
     local_models: Path,
@@ -301,7 +298,7 @@ def test_an_sae_is_judged_alike_by_every_route(texts: Path, tmp_path: Path):
     sae = eval_sae(rank=4)
     sae.save_model(tmp_path / "sae")
     results: list[dict[str, Any]] = []
-    for model_class in CLASSES:
+    for model_class in MODEL_CLASSES:
         arguments = [
             f"--sae_path={tmp_path / 'sae'}",
             f"--model_class_name={model_class}",

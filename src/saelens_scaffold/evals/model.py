@@ -62,7 +62,7 @@ class HookedModel:
         # What the rerun of a batch starts with: the output of a layer is the next one's
         # input, any other hook point is met on the way through its own layer.
         self._layer = self.point.layer + self.point.is_residual_post
-        self._in_tuples = False
+        self._in_tuples: bool | None = None
 
     @torch.no_grad()
     def below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -122,8 +122,10 @@ class HookedModel:
             layers: Any = {"start_at_layer": self._layer, "stop_at_layer": stop}
             return self.model.run_with_hooks(start, fwd_hooks=hooks, **layers)
         tokens, residual = start
+        if self._in_tuples is None:
+            self.below(tokens[:1])  # which notes the form of outputs
         skipped = list(self.model.blocks)[: self._layer]
-        outputs = _skipping(skipped, residual, self._in_tuples)
+        outputs = _skipping(skipped, residual, bool(self._in_tuples))
         with outputs, self.model.hooks(fwd_hooks=hooks):
             if not final_residual:
                 return self.model(tokens)

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +159,15 @@ def test_what_is_recorded_is_what_plain_torch_counts_on_text_not_read(
     )
     runner.n_measured_tokens = n_tokens
     n_read = 0
-    measure_saved = runner._measure_saved
+    unread_activations = runner._unread_activations
 
-    def note(output_path: str) -> None:
+    def note() -> Iterator[torch.Tensor]:
+        # called while a prefetching provider is paused: it reads on before that
         nonlocal n_read
-        provider = runner._data_provider
-        with getattr(provider, "paused", nullcontext)():
-            n_read = len(read_by_model)
-        measure_saved(output_path)
+        n_read = len(read_by_model)
+        return unread_activations()
 
-    runner._measure_saved = note
+    runner._unread_activations = note
     runner.run()
 
     stream = sequences(text)

@@ -17,8 +17,11 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
 from saelens_scaffold import ScaffoldBatchTopKTrainingSAE
+from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import is_disk_full
 from saelens_scaffold.plugins.manager import make_plugins
+from saelens_scaffold.training.command import _parse
+from saelens_scaffold.training.resuming import resume_automatically
 from saelens_scaffold_cli import main
 from test_cli import training_options
 
@@ -129,7 +132,7 @@ def test_a_training_that_cannot_be_saved_is_in_a_checkpoint(
     assert status == 2
     assert "No space left" in said
     assert not [*Path("sae").iterdir()]
-    (checkpoint,) = Path("checkpoints").glob("*/*")
+    (checkpoint,) = Path("checkpoints").glob("*/final_*")
     assert str(checkpoint) in said
     assert main(["export", str(checkpoint), "exported"]) == 0
     SAE.load_from_disk("exported")
@@ -186,3 +189,55 @@ def test_where_nothing_can_be_written(train: Train, field: str, path: str) -> No
     assert status == 2
     assert said.startswith(f"saelens-scaffold train: error: {field} ")
     assert not Path("checkpoints").exists()
+
+
+def test_a_checkpoint_is_there_whole_or_not_at_all(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = SAETrainer.save_trainer_state
+    saved: list[Path] = []
+
+    def fail_at_the_third(self: Any, path: Path) -> None:
+        saved.append(path)
+        if len(saved) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, path)
+
+    monkeypatch.setattr(SAETrainer, "save_trainer_state", fail_at_the_third)
+    status, said = train(n_checkpoints=3)
+    assert status == 2
+    folder = the_checkpoint(said).parent
+    assert [path.name for path in sorted(folder.iterdir(), key=str)] == [
+        path.name for path in saved[:2]
+    ]
+    # so had one been killed there, nothing would have been in the third's place
+    assert saved[2].parent not in (folder, *folder.iterdir())
+
+
+def test_a_training_goes_on_by_itself(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    again = {"resume_from_checkpoint": "auto"}
+    with monkeypatch.context() as patch:
+        at_step(patch, 9, interrupt)
+        status, said = train(**again)  # there is none yet
+        assert status == 130 and said.endswith("To go on, repeat the command")
+        assert train(lr=1e-3, **again)[0] == 130  # another training's
+    of_this, of_other = sorted(Path("checkpoints").glob("*/*"), key=os.path.getmtime)
+    (of_other.parent / "final_4096").mkdir()  # nothing goes on from it
+    steps = []
+    at_step(monkeypatch, 3, steps.append)
+    status, _ = train(**again)
+    assert status == 0 and not steps
+    assert not of_this.parent.exists() and of_other.exists()
+
+
+def test_going_on_by_itself_needs_checkpoints(train: Train) -> None:
+    parsed = ["--resume_from_checkpoint=auto", "--checkpoint_path=None"]
+    cfg = _parse([*training_options(Path.cwd()), *parsed])
+    cfg.checkpoint_path = None
+    with pytest.raises(UserError, match="resume_from_checkpoint 'auto' needs"):
+        resume_automatically(cfg)

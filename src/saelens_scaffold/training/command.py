@@ -8,6 +8,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from pathlib import Path
 
 import sae_lens
 from sae_lens import LanguageModelSAERunnerConfig
@@ -23,6 +24,7 @@ from saelens_scaffold.training.checks import check_runner_config
 from saelens_scaffold.training.data import override_dataset
 from saelens_scaffold.training.model import override_model
 from saelens_scaffold.training.pretokenized import adopt_tokenization
+from saelens_scaffold.training.resuming import AUTO, resume_automatically
 from saelens_scaffold.training.runner import ResumableTrainingRunner
 
 _N_CHECKPOINTS = 10
@@ -56,6 +58,9 @@ def train(args: Sequence[str]) -> str:
     keep_last = keep_last and not cfg.save_final_checkpoint
     if keep_last:
         cfg.n_checkpoints, cfg.save_final_checkpoint = _N_CHECKPOINTS, True
+    goes_on = cfg.resume_from_checkpoint == AUTO
+    if goes_on:
+        resume_automatically(cfg)
     check_runner_config(cfg)
     # that what is handed over is not that of the configuration, which here it is
     sae_lens.logger.addFilter(lambda said: "You just passed in a" not in said.msg)
@@ -65,13 +70,15 @@ def train(args: Sequence[str]) -> str:
             cfg, override_dataset=dataset, override_model=override_model(cfg)
         )
     runner.checkpoints_until_saved = keep_last
+    if goes_on and cfg.resume_from_checkpoint is not None:
+        runner.last_checkpoint = Path(cfg.resume_from_checkpoint)
     try:
         runner.run()
     except (KeyboardInterrupt, InterruptedException):
         checkpoint = runner.interruption_checkpoint or runner.last_checkpoint
-        hint = (
-            f"To go on, repeat the command with --resume_from_checkpoint {checkpoint}"
-        )
+        hint = "To go on, repeat the command"
+        if not goes_on:
+            hint += f" with --resume_from_checkpoint {checkpoint}"
         raise KeyboardInterrupt("" if checkpoint is None else hint) from None
     except UsageError as error:
         raise UserError(f"{one_line(error)} (or --log_to_wandb=False)") from error

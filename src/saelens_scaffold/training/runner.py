@@ -29,7 +29,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold._util.files import new_file, workspace
+from saelens_scaffold._util.files import new_directory, new_file, workspace
 from saelens_scaffold._util.interruption import (
     hold_interruptions,
     interruptible,
@@ -73,7 +73,8 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
 
     On an interruption, SAELens (6.54) saves the state of the activations store into a
     directory that does not exist, and neither weights nor optimizer. This runner saves a
-    complete checkpoint, from which `resume_from_checkpoint` continues.
+    complete checkpoint, from which `resume_from_checkpoint` continues. Checkpoints appear
+    whole or not at all.
 
     SAELens's training statistics do not describe the saved SAE: the weights still change,
     and BatchTopK selects where the saved SAE has a threshold. So the runner loads the
@@ -91,8 +92,8 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         UserError: The training cannot start from that SAE.
 
     Attributes:
-        checkpoints_until_saved: Whether only the last checkpoint is kept, and none once
-            the SAE has been saved.
+        checkpoints_until_saved: Whether only the last checkpoint that a training can go
+            on from is kept, and none once the SAE has been saved.
         n_measured_tokens: Number of tokens to measure on.
         last_checkpoint: The last complete checkpoint of this run, if there is one.
         interruption_checkpoint: Checkpoint of an interrupted run; None before an
@@ -112,6 +113,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
     _first_epoch: Any = None
     _unchecked_losses: list[torch.Tensor]
     _pretrained: SAE[Any] | None = None
+    _superseded: set[Any]
 
     def __init__(
         self,
@@ -125,6 +127,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
                 override_sae, self._pretrained = fine_tuning.begin(cfg)
             else:
                 override_sae = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
+        self._superseded = set()
         super().__init__(cfg, override_dataset, override_model, override_sae)
 
     @override
@@ -145,7 +148,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         trainer.checkpoint_thresholds = [at for at in due if at >= done]
         trainer.step = partial(self._checked_step, trainer, trainer.step)
         save = trainer.save_checkpoint
-        trainer.save_checkpoint = partial(self._save_finite, trainer, save)
+        trainer.save_checkpoint = partial(self._save_whole, trainer, save)
         if self._pretrained is not None:
             fine_tuning.start(trainer, self._pretrained)
             self._pretrained = None
@@ -171,17 +174,33 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
             self._check_finite(trainer)
         return output
 
-    def _save_finite(
-        self, trainer: Any, save: Callable[..., Any], **named: Any
+    def _save_whole(
+        self, trainer: Any, save: Callable[..., Any], checkpoint_name: str
     ) -> None:
+        """Save a checkpoint of finite weights, which is there whole or not at all."""
         self._check_finite(trainer)
         logger = trainer.cfg.logger
         if self.checkpoints_until_saved:  # what is removed again is not uploaded
             trainer.cfg.logger = replace(logger, log_to_wandb=False)
         try:
-            save(**named)
+            if self.cfg.checkpoint_path is None:
+                save(checkpoint_name)
+                return
+            checkpoint = Path(self.cfg.checkpoint_path) / checkpoint_name
+            with new_directory(checkpoint, replace=True) as folder:
+                save(checkpoint_name, base_path=folder.parent)
         finally:
             trainer.cfg.logger = logger
+        before, self.last_checkpoint = self.last_checkpoint, checkpoint
+        if self.checkpoints_until_saved:
+            self._superseded |= {before} - {None, checkpoint}
+            if checkpoint.name.isdecimal():  # no training goes on from the final one
+                self._remove_superseded()
+
+    def _remove_superseded(self) -> None:
+        for checkpoint in self._superseded:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        self._superseded = set()
 
     def _check_finite(self, trainer: Any) -> None:
         losses, self._unchecked_losses = self._unchecked_losses, []
@@ -199,15 +218,6 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
             f"the training has diverged by step {trainer.n_training_steps + 1}: "
             f"{found[0]}; lower lr, which is {self.cfg.lr:g}; {last}"
         )
-
-    @override
-    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        super().save_checkpoint(checkpoint_path)
-        if checkpoint_path is None:
-            return
-        before, self.last_checkpoint = self.last_checkpoint, checkpoint_path
-        if self.checkpoints_until_saved and before not in (None, checkpoint_path):
-            shutil.rmtree(before, ignore_errors=True)
 
     @override
     def save_final_sae(
@@ -243,7 +253,8 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         with new_file(cfg_path) as file:
             file.write_text(json.dumps(cfg))
         if self.checkpoints_until_saved and self.last_checkpoint is not None:
-            shutil.rmtree(self.last_checkpoint, ignore_errors=True)
+            self._superseded |= {self.last_checkpoint}
+            self._remove_superseded()
             with suppress(OSError):  # not empty: checkpoints of other runs
                 for folder in (*self.last_checkpoint.parents,)[:2]:
                     folder.rmdir()

@@ -71,8 +71,13 @@ def raise_if_interrupted() -> None:
     Raises:
         KeyboardInterrupt: There was one.
     """
-    if _interrupted_at is not None:
+    if is_interrupted():
         raise KeyboardInterrupt
+
+
+def is_interrupted() -> bool:
+    """Whether `interruptible` remembers an interruption."""
+    return _interrupted_at is not None
 
 
 def hold_interruptions() -> None:

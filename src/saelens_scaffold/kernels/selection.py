@@ -121,7 +121,8 @@ class TopSelection:
         if len(values) > n:
             values, indices = values.topk(n, sorted=False)
             places = places[indices]
-        return Selected(places, values), float(values.min()) if len(values) == n else 0.0
+        cut = float(values.min()) if 0 < n == len(values) else 0.0
+        return Selected(places, values), cut
 
     def _safely_above(self, guess: float, encoder: Encoder) -> float:
         """
@@ -160,7 +161,7 @@ def largest_of_each_token(
     """
     n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
     among = encoder.among(latents)
-    at_a_time = max(1, max_elements // len(latents))
+    at_a_time = max(1, max_elements // max(1, len(latents)))
     places, values = [], []
     for start in range(0, n_tokens, at_a_time):
         products = among.products(tokens=slice(start, start + at_a_time))
@@ -207,4 +208,3 @@ def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
 
 def _dtype_of_cuts(encoder: Encoder) -> torch.dtype:
     return torch.promote_types(encoder.b.dtype, torch.float32)
-

@@ -38,7 +38,9 @@ def take(state: Any, latents: torch.Tensor, parameters: Sequence[str] = ()) -> A
 
 
 def put(
-    parts: Sequence[Any], latents: Sequence[torch.Tensor], parameters: Sequence[str] = ()
+    parts: Sequence[Any],
+    latents: Sequence[torch.Tensor],
+    parameters: Sequence[str] = (),
 ) -> Any:
     """
     The whole state of all its parts.

@@ -7,7 +7,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import sae_lens
@@ -24,8 +24,13 @@ from saelens_scaffold.training.checks import check_runner_config
 from saelens_scaffold.training.data import override_dataset
 from saelens_scaffold.training.model import override_model
 from saelens_scaffold.training.pretokenized import adopt_tokenization
+from saelens_scaffold.training.processes import Processes
 from saelens_scaffold.training.resuming import AUTO, resume_automatically
 from saelens_scaffold.training.runner import ResumableTrainingRunner
+from saelens_scaffold.training.sharded_runner import (
+    ShardedTrainingRunner,
+    check_sharded,
+)
 
 _N_CHECKPOINTS = 10
 
@@ -38,6 +43,8 @@ def train(args: Sequence[str]) -> str:
     by name. An interruption (Ctrl-C, SIGTERM) saves a checkpoint. Unless `--n_checkpoints`
     says otherwise, the last checkpoint is there until the SAE is saved.
 
+    Several processes that torchrun has started train one SAE together.
+
     Args:
         args: What SAELens parses.
 
@@ -49,9 +56,18 @@ def train(args: Sequence[str]) -> str:
         KeyboardInterrupt: There was an interruption; the message says how to resume.
         SystemExit: Help has been printed.
     """
+    processes = Processes.of_torchrun()
+    with nullcontext() if processes is None else processes.as_one():
+        return _train(args, processes)
+
+
+def _train(args: Sequence[str], processes: Processes | None) -> str:
     local_models.register_embedded_model()
     local_models.register_local_models_in(args)
     cfg = _parse(args)
+    if processes is not None:
+        check_sharded(cfg, processes)
+        processes.connect(cfg.device)
     adopt_tokenization(cfg)
     by_default = not any(arg.startswith("--n_checkpoints") for arg in args)
     keep_last = by_default and cfg.checkpoint_path is not None
@@ -59,27 +75,35 @@ def train(args: Sequence[str]) -> str:
     if keep_last:
         cfg.n_checkpoints, cfg.save_final_checkpoint = _N_CHECKPOINTS, True
     goes_on = cfg.resume_from_checkpoint == AUTO
-    if goes_on:
-        resume_automatically(cfg)
-    check_runner_config(cfg)
+    if processes is None or processes.is_first:
+        if goes_on:
+            resume_automatically(cfg)
+        check_runner_config(cfg)
+    if processes is not None:
+        decided = (cfg.checkpoint_path, cfg.resume_from_checkpoint)
+        cfg.checkpoint_path, cfg.resume_from_checkpoint = processes.first(decided)
     # that what is handed over is not that of the configuration, which here it is
     sae_lens.logger.addFilter(lambda said: "You just passed in a" not in said.msg)
     dataset = override_dataset(cfg)
     with loading(cfg.model_name):
-        runner = ResumableTrainingRunner(
-            cfg, override_dataset=dataset, override_model=override_model(cfg)
-        )
+        overrides = (dataset, override_model(cfg))
+        if processes is None:
+            runner = ResumableTrainingRunner(cfg, *overrides)
+        else:
+            runner = ShardedTrainingRunner(cfg, processes, *overrides)
     runner.checkpoints_until_saved = keep_last
     if goes_on and cfg.resume_from_checkpoint is not None:
         runner.last_checkpoint = Path(cfg.resume_from_checkpoint)
     try:
         runner.run()
-    except (KeyboardInterrupt, InterruptedException):
+    except (KeyboardInterrupt, InterruptedException) as interruption:
         checkpoint = runner.interruption_checkpoint or runner.last_checkpoint
         hint = "To go on, repeat the command"
         if not goes_on:
             hint += f" with --resume_from_checkpoint {checkpoint}"
-        raise KeyboardInterrupt("" if checkpoint is None else hint) from None
+        if checkpoint is None:
+            hint = ""
+        raise KeyboardInterrupt(f"{interruption} {hint}".strip()) from None
     except UsageError as error:
         raise UserError(f"{one_line(error)} (or --log_to_wandb=False)") from error
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -52,19 +52,20 @@ class Processes:
         """Whether this is the process that reads text, reports and saves."""
         return self.rank == 0
 
-    def device(self, device: str) -> str:
+    def device(self, field: str, device: str) -> str:
         """
         This process's device of a kind.
 
         Args:
-            device: "cpu" or "cuda".
+            field: The option.
+            device: Its value, "cpu" or "cuda".
 
         Raises:
             UserError: It is another, or not there for each process of this machine.
         """
         if device not in ("cpu", "cuda"):
             raise UserError(
-                f"device is {device!r}; for several processes it must be 'cpu' or 'cuda', "
+                f"{field} is {device!r}; for several processes it must be 'cpu' or 'cuda', "
                 "each process's own"
             )
         local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
@@ -72,7 +73,7 @@ class Processes:
             return device
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"device is 'cuda'; process {local_rank} of this machine has no GPU, of "
+                f"{field} is 'cuda'; process {local_rank} of this machine has no GPU, of "
                 f"which there are {torch.cuda.device_count()}"
             )
         return f"cuda:{local_rank}"

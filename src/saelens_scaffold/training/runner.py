@@ -148,7 +148,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         trainer.checkpoint_thresholds = [at for at in due if at >= done]
         trainer.step = partial(self._checked_step, trainer, trainer.step)
         save = trainer.save_checkpoint
-        trainer.save_checkpoint = partial(self._save_whole, trainer, save)
+        trainer.save_checkpoint = partial(self._save_finite, trainer, save)
         if self._pretrained is not None:
             fine_tuning.start(trainer, self._pretrained)
             self._pretrained = None
@@ -167,35 +167,44 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
     def _checked_step(
         self, trainer: Any, step: Callable[..., Any], batch: torch.Tensor
     ) -> Any:
-        raise_if_interrupted()  # where a library has dropped it
+        self._raise_if_interrupted()  # where a library has dropped it
         output = step(batch)
         self._unchecked_losses.append(output.loss.detach())
         if len(self._unchecked_losses) >= _STEPS_PER_CHECK:
             self._check_finite(trainer)
         return output
 
-    def _save_whole(
+    def _raise_if_interrupted(self) -> None:
+        raise_if_interrupted()
+
+    def _save_finite(
         self, trainer: Any, save: Callable[..., Any], checkpoint_name: str
     ) -> None:
-        """Save a checkpoint of finite weights, which is there whole or not at all."""
         self._check_finite(trainer)
         logger = trainer.cfg.logger
         if self.checkpoints_until_saved:  # what is removed again is not uploaded
             trainer.cfg.logger = replace(logger, log_to_wandb=False)
         try:
-            if self.cfg.checkpoint_path is None:
-                save(checkpoint_name)
-                return
-            checkpoint = Path(self.cfg.checkpoint_path) / checkpoint_name
-            with new_directory(checkpoint, replace=True) as folder:
-                save(checkpoint_name, base_path=folder.parent)
+            self._save_complete(save, checkpoint_name)
         finally:
             trainer.cfg.logger = logger
+        if self.cfg.checkpoint_path is None:
+            return
+        checkpoint = Path(self.cfg.checkpoint_path) / checkpoint_name
         before, self.last_checkpoint = self.last_checkpoint, checkpoint
         if self.checkpoints_until_saved:
             self._superseded |= {before} - {None, checkpoint}
-            if checkpoint.name.isdecimal():  # no training goes on from the final one
+            if checkpoint_name.isdecimal():  # no training goes on from the final one
                 self._remove_superseded()
+
+    def _save_complete(self, save: Callable[..., Any], checkpoint_name: str) -> None:
+        """Save a checkpoint, which is there whole or not at all."""
+        if self.cfg.checkpoint_path is None:
+            save(checkpoint_name)  # to Weights & Biases
+            return
+        checkpoint = Path(self.cfg.checkpoint_path) / checkpoint_name
+        with new_directory(checkpoint, replace=True) as folder:
+            save(checkpoint_name, base_path=folder.parent)
 
     def _remove_superseded(self) -> None:
         for checkpoint in self._superseded:
@@ -203,13 +212,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         self._superseded = set()
 
     def _check_finite(self, trainer: Any) -> None:
-        losses, self._unchecked_losses = self._unchecked_losses, []
-        values = torch.stack(losses).tolist() if losses else []
-        named = trainer.sae.named_parameters()
-        found = [f"the loss is {loss}" for loss in values if not math.isfinite(loss)]
-        found += [
-            f"{name} is not finite" for name, w in named if not w.isfinite().all()
-        ]
+        found = self._not_finite(trainer)
         if not found:
             return
         kept = self.last_checkpoint or self.cfg.resume_from_checkpoint
@@ -218,6 +221,16 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
             f"the training has diverged by step {trainer.n_training_steps + 1}: "
             f"{found[0]}; lower lr, which is {self.cfg.lr:g}; {last}"
         )
+
+    def _not_finite(self, trainer: Any) -> list[str]:
+        """What is not finite among the losses since the last look, and the weights."""
+        losses, self._unchecked_losses = self._unchecked_losses, []
+        values = torch.stack(losses).tolist() if losses else []
+        named = trainer.sae.named_parameters()
+        return [
+            *(f"the loss is {loss}" for loss in values if not math.isfinite(loss)),
+            *(f"{name} is not finite" for name, w in named if not w.isfinite().all()),
+        ]
 
     @override
     def save_final_sae(

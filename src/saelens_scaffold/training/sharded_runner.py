@@ -129,15 +129,12 @@ class ShardedTrainingRunner(ResumableTrainingRunner):
         return sum(self.processes.all(super()._not_finite(trainer)), [])
 
     @override
-    def _save_complete(
-        self, save: Callable[..., Any], checkpoint_name: str
-    ) -> Path | None:
+    def _save_complete(self, save: Callable[..., Any], checkpoint_name: str) -> None:
         self._put_back_text()
         whole = whole_trainer(self._trainer)
         if whole is not None:
             super()._save_complete(whole.save_checkpoint, checkpoint_name)
         self.processes.wait()
-        ...
 
     def _evaluate(self, sae: Any, *args: Any) -> dict[str, Any]:
         """SAELens's metrics of the whole SAE, on the first process."""

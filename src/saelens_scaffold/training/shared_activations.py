@@ -114,17 +114,20 @@ class _Text(Iterator[torch.Tensor]):
 
     def __init__(self, store: ActivationsStore, sequences: Iterator[torch.Tensor]):
         self._store, self._sequences = store, sequences
-        self._again: deque[tuple[torch.Tensor, int]] = deque()
-        self._kept: deque[tuple[torch.Tensor, int]] | None = None
+        # with the count of rows after each; the end counts the last row
+        self._again: deque[tuple[torch.Tensor | None, int]] = deque()
+        self._kept: deque[tuple[torch.Tensor | None, int]] | None = None
         self._n_rows = 0
 
     def __next__(self) -> torch.Tensor:
         if self._again:
             sequence, self._store.n_dataset_processed = self._again.popleft()
         else:
-            sequence = next(self._sequences)
+            sequence = next(self._sequences, None)
         if self._kept is not None:
             self._kept.append((sequence, self._store.n_dataset_processed))
+        if sequence is None:
+            raise StopIteration
         return sequence
 
     def keep(self) -> None:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from safetensors.torch import load_file
 
 from helpers import activations, scaffold_config, scaffold_sae, trainer_for
 from saelens_scaffold.kernels.lazy import SparseActivations
@@ -26,20 +28,19 @@ class Trained(NamedTuple):
     A training, as seen from one process.
 
     Attributes:
-        steps: For each step, its losses, the running threshold, l0_sparse and the number of
-            dead latents.
+        steps: Losses and running threshold of each step.
         selected: For each step, token · d_sae + latent of the process's active latents.
         weights: The saved training form, with the calibrated threshold; empty on processes
             but the first.
         bytes_sent: In each step.
-        metrics: Logged in the last step.
+        logged: Logged in each 20th step, and the final metadata.
     """
 
     steps: list[list[float]]
     selected: list[list[int]]
     weights: dict[str, Any]
     bytes_sent: list[int]
-    metrics: dict[str, float]
+    logged: list[dict[str, float]]
 
 
 def train_whole(n_steps: int, **overrides: Any) -> Trained:
@@ -64,34 +65,34 @@ def _train(
     trainer: Any, n_steps: int, latents: torch.Tensor, shard: Shard | None
 ) -> Trained:
     sae = trainer.sae
-    rank, d_in = sae.cfg.scaffold_rank, sae.cfg.d_in
-    steps, selected, bytes_sent, log = [], [], [], {}
+    rank, d_sae = sae.cfg.scaffold_rank, getattr(sae, "whole_cfg", sae.cfg).d_sae
+    steps, selected, bytes_sent, logged = [], [], [], []
     for step in range(n_steps):
         before = shard.bytes_sent if shard else 0
-        batch = activations(N_TOKENS, d_in, seed=step).to(sae.dtype)
+        batch = activations(N_TOKENS, sae.cfg.d_in, seed=step).to(sae.dtype)
         output = trainer.step(batch)
         trainer.n_training_steps += 1
         bytes_sent.append(shard.bytes_sent - before if shard else 0)
+        losses = [output.loss, *output.losses.values()]
+        steps.append([*(loss.item() for loss in losses), float(sae.topk_threshold)])
         acts = output.feature_acts
         assert isinstance(acts, SparseActivations)
-        log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
-        steps.append(
-            [output.loss.item(), *(loss.item() for loss in output.losses.values())]
-            + [log["metrics/topk_threshold"], log["metrics/l0_sparse"]]
-            + [log["sparsity/dead_features"]]
-        )
-        d_sae = getattr(sae, "whole_cfg", sae.cfg).d_sae
         selected.append((acts.tokens * d_sae + latents[rank + acts.latents]).tolist())
+        if step % 20 == 19:
+            n_samples = trainer.n_training_samples
+            logged.append(trainer.build_train_step_log_dict(output, n_samples))
     trainer.set_final_sae_metadata()
-    log |= {"l0": sae.cfg.metadata.l0, "dead": sae.cfg.metadata.num_dead_features}
+    metadata = sae.cfg.metadata
+    logged.append({"l0": metadata.l0, "dead": metadata.num_dead_features})
     with tempfile.TemporaryDirectory() as folder:
-        weights_path, _ = sae.save_model(folder)
-        weights = {}
-        if shard is None or shard.is_first:
-            from safetensors.torch import load_file
+        sae.save_model(folder)
+        weights = load_file(f"{folder}/{SAE_WEIGHTS_FILENAME}") if _saves(shard) else {}
+    as_numpy = {name: weight.double().numpy() for name, weight in weights.items()}
+    return Trained(steps, selected, as_numpy, bytes_sent, logged)
 
-            weights = {name: t.numpy() for name, t in load_file(weights_path).items()}
-    return Trained(steps, selected, weights, bytes_sent, log)
+
+def _saves(shard: Shard | None) -> bool:
+    return shard is None or shard.is_first
 
 
 class Pool:

@@ -1,6 +1,6 @@
 """Kill commands at random moments, repeat them, and see that nothing is lost or left behind.
 
-    python benchmarks/kill.py OUT [--kills 60] [--commands train eval compare demo upload]
+    python benchmarks/kill.py OUT [--kills 60] [--commands train sharded eval compare ...]
 
 Each trial has a folder of its own, which the command works in and which has its temporary
 files. The command is ended there by
@@ -9,6 +9,9 @@ files. The command is ended there by
 - a full disk: the folder is a tmpfs of a random size, too small (this needs root); it grows
   before the command is repeated;
 - another process, which runs the same command in the same folder at the same time.
+
+`sharded` is a training by two processes, of which one gets the signal; the other has a minute
+to end by itself.
 
 The command is then repeated, a training from its checkpoint if it has named one, and what is
 there is compared with what an unbroken run has made: the same files and metrics, and the same
@@ -26,6 +29,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,7 +60,7 @@ TRAINING = {
     "n_batches_in_buffer": 32,
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-COMMANDS = ("train", "eval", "compare", "demo", "upload")
+COMMANDS = ("train", "sharded", "eval", "compare", "demo", "upload")
 REPEATABLE = ("compare", "demo")
 """What trains with a runner whose resumed runs equal unbroken ones."""
 KINDS = ("kill", "full disk", "two at once")
@@ -69,10 +73,12 @@ def options(values: dict[str, Any]) -> list[str]:
 
 def argv_of(command: str, inputs: Path) -> list[str]:
     """A small command, which writes into the folder `out` of its working directory."""
-    if command == "train":
+    if command in ("train", "sharded"):
         more = {"model_name": "py-neox", "dataset_path": str(inputs / "text")}
         more |= {"architecture": "scaffold_batchtopk", "hook_name": HOOK}
         more |= {"output_path": "out", "log_to_wandb": False, "device": "cpu"}
+        if command == "sharded":
+            more["resume_from_checkpoint"] = "auto"
         return ["train", *options({**TRAINING, **SAE, "streaming": False, **more})]
     if command == "eval":
         where = ["--sae_path", str(inputs / "sae"), "--output_path=out"]
@@ -139,7 +145,7 @@ def make_demo_small() -> None:
     demo.planted_settings = lambda _: settings
 
 
-def start(argv: Sequence[str], folder: Path) -> int:
+def start(argv: Sequence[str], folder: Path, **environment: str) -> int:
     """The id of a process of its own that runs the command in the folder."""
     from saelens_scaffold_cli import main
 
@@ -155,6 +161,7 @@ def start(argv: Sequence[str], folder: Path) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(folder)
         tempfile.tempdir = str(folder / "tmp")
+        os.environ.update(environment)
         status = main(argv)
     except SystemExit as exit:
         status = int(exit.code or 0)
@@ -166,6 +173,12 @@ def start(argv: Sequence[str], folder: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def wait(pid: int) -> int:
@@ -210,16 +223,25 @@ class Trials:
         self.command, self.hub = command, hub
         self.argv, self.folder = argv_of(command, out / "inputs"), out / command
         whole, before = self.folder / "unbroken", os.times()
-        assert wait(start(self.argv, whole)) == 0, log_of(whole)
+        assert not any(map(wait, self.start(whole))), log_of(whole)
         spent = [now - then for now, then in zip(os.times(), before, strict=True)]
         self.seconds = sum(spent[2:4])  # of children, on the processor
         self.expected = self.what_is_there(whole)
         files = filter(Path.is_file, whole.rglob("*"))
         self.size = sum(file.stat().st_size for file in files)
+        self.seconds /= 1 + (command == "sharded")
         if command == "upload":
             # it removes each SAE's files before it writes the next one's
             blobs = hub.repositories[REPO].files().values()
             self.size = sum(len(blob.content) for blob in blobs) // 4
+
+    def start(self, folder: Path, *options: str) -> list[int]:
+        """The ids of the processes that together run the command in the folder."""
+        if self.command != "sharded":
+            return [start([*self.argv, *options], folder)]
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        group |= {"WORLD_SIZE": "2"}
+        return [start(self.argv, folder, RANK=rank, **group) for rank in "01"]
 
     def what_is_there(self, folder: Path) -> dict[str, Any]:
         """Hashes of weights, metrics of results, by file; else that a file is there."""
@@ -227,7 +249,7 @@ class Trials:
         for file in sorted(folder.rglob("*")):
             name = str(file.relative_to(folder))
             # a training of SAELens does not go on by itself: its checkpoint is the user's
-            if self.command == "train" and name.startswith("checkpoints"):
+            if "train" in self.argv and name.startswith("checkpoints"):
                 continue
             found[name] = None
             if file.suffix == ".safetensors" and self.command in REPEATABLE:
@@ -247,18 +269,27 @@ class Trials:
         if kind == "full disk":
             size = random.randrange(4096, self.size)
             with disk(folder, size):
-                first = [wait(start(self.argv, folder))]
+                first = [*map(wait, self.start(folder))]
                 mount = ["mount", "-o", f"remount,size={1 << 30}", str(folder)]
                 subprocess.run(mount, check=True)
                 return self.problems(f"{kind} of {size:,} bytes", folder, first)
-        pids = [start(self.argv, folder) for _ in range(1 + (kind == KINDS[2]))]
+        pids = self.start(folder)
+        if kind == KINDS[2]:
+            pids += self.start(folder)
         if kind == "kill":
             sent, after = SIGNALS[number % 3], random.uniform(0, self.seconds)
+            hit = random.choice(pids)
             kind = f"{sent.name} after {after:.1f} of {self.seconds:.1f} s"
-            while seconds_of(pids[0]) < after:
+            kind += f" to process {pids.index(hit)}" * (len(pids) > 1)
+            while seconds_of(hit) < after:
                 time.sleep(0.01)
-            os.kill(pids[0], sent)
-        return self.problems(kind, folder, [wait(pid) for pid in pids])
+            os.kill(hit, sent)
+        began = time.monotonic()
+        first = [wait(pid) for pid in pids]
+        seconds = time.monotonic() - began
+        if kind.startswith("SIGKILL") and seconds > 60:
+            return f"{folder}: {kind}: the others took {seconds:.0f} s to end"
+        return self.problems(kind, folder, first)
 
     def problems(self, how: str, folder: Path, first: list[int]) -> str:
         said = log_of(folder).read_text(errors="replace")
@@ -267,7 +298,7 @@ class Trials:
         allowed |= {1, 2} if "full" in how or REFUSED in said else set()
         checkpoint = re.findall("--resume_from_checkpoint=?[ ](\\S+)", said)
         resumed = [f"--resume_from_checkpoint={checkpoint[-1]}"] if checkpoint else []
-        again = wait(start([*self.argv, *resumed], folder))
+        again = max(map(wait, self.start(folder, *resumed)))
         found = self.what_is_there(folder)
         wrong = [
             name

@@ -39,8 +39,10 @@ class Processes:
     _device: torch.device
 
     def __init__(self) -> None:
-        # torchrun's, which outlives each of the processes
-        self._store, self.rank, self.world_size = next(dist.rendezvous("env://"))
+        # torchrun's, which outlives the processes, and has what those before a restart said
+        store, self.rank, self.world_size = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"attempt_{attempt}", store)
 
     @classmethod
     def of_torchrun(cls) -> "Processes | None":

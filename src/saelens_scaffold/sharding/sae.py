@@ -72,6 +72,20 @@ class ShardedBatchTopKTrainingSAE(ScaffoldBatchTopKTrainingSAE):
             total.view_as(tensor) for total, tensor in zip(sums, tensors, strict=True)
         ]
 
+    def of_all_latents(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the latents of all parts, shape (d_sae of the whole,), from this part's."""
+        whole = values.new_zeros(self.whole_cfg.d_sae)
+        whole[self.latents] = values
+        if not self.shard.is_first:  # what all have counts once
+            whole[: self.cfg.scaffold_rank] = 0.0
+        return self.shard.sum_(whole)
+
+    @override
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, Any]:
+        norms = self.of_all_latents(self.W_dec.float().norm(dim=1))
+        return {"weights/W_dec_norms": norms.cpu().numpy()}
+
     @override
     def _training_step(
         self, step_input: TrainStepInput, kernels: ModuleType | None

@@ -225,7 +225,9 @@ def test_a_training_goes_on_by_itself(
         at_step(patch, 9, interrupt)
         status, said = train(**again)  # there is none yet
         assert status == 130
-        assert said.endswith(f"To go on from {the_checkpoint(said)}, repeat the command")
+        assert said.endswith(
+            f"To go on from {the_checkpoint(said)}, repeat the command"
+        )
         assert train(lr=1e-3, **again)[0] == 130  # another training's
     of_this, of_other = sorted(Path("checkpoints").glob("*/*"), key=os.path.getmtime)
     (of_other.parent / "final_4096").mkdir()  # nothing goes on from it

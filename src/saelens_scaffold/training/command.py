@@ -98,7 +98,9 @@ def _train(args: Sequence[str], processes: Processes | None) -> str:
         runner.run()
     except (KeyboardInterrupt, InterruptedException) as interruption:
         checkpoint = runner.interruption_checkpoint or runner.last_checkpoint
-        hint = f"To go on, repeat the command with --resume_from_checkpoint {checkpoint}"
+        hint = (
+            f"To go on, repeat the command with --resume_from_checkpoint {checkpoint}"
+        )
         if goes_on:
             hint = f"To go on from {checkpoint}, repeat the command"
         if checkpoint is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, rendezvous
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.interruption import (
@@ -35,14 +36,14 @@ class Processes:
     """
 
     shard: Shard
-    _on_cpu: dist.ProcessGroup
+    _on_cpu: Any
     _device: torch.device
 
     def __init__(self) -> None:
         # torchrun's, which outlives the processes, and has what those before a restart said
-        store, self.rank, self.world_size = next(dist.rendezvous("env://"))
+        store, self.rank, self.world_size = next(rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"attempt_{attempt}", store)
+        self._store = PrefixStore(attempt, store)
 
     @classmethod
     def of_torchrun(cls) -> "Processes | None":
@@ -87,8 +88,8 @@ class Processes:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             backend = "nccl"
-        joined = {"store": self._store, "rank": self.rank, "timeout": _LONGEST_WAIT}
-        dist.init_process_group(backend, world_size=self.world_size, **joined)
+        group = {"rank": self.rank, "world_size": self.world_size}
+        dist.init_process_group(backend, store=self._store, **group)
         # for waiting, which must not occupy a GPU
         self._on_cpu = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
         self.shard = Shard()

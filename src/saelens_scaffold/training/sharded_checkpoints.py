@@ -108,7 +108,9 @@ def _state_of_all(trainer: Trainer) -> dict[str, Any]:
     return {
         "param_groups": trainer.optimizer.state_dict()["param_groups"],
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
-        "coefficient_schedulers": {name: each.state_dict() for name, each in schedulers},
+        "coefficient_schedulers": {
+            name: each.state_dict() for name, each in schedulers
+        },
         "values": {name: getattr(trainer, name) for name in _OF_ALL},
     }
 

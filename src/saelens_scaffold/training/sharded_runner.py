@@ -18,8 +18,8 @@ from saelens_scaffold.sharding.sae import check_shardable, shard_sae, whole_sae
 from saelens_scaffold.sharding.trainer import ShardedSAETrainer
 from saelens_scaffold.training.processes import Processes, noticing_lost_processes
 from saelens_scaffold.training.runner import ResumableTrainingRunner
-from saelens_scaffold.training.shared_activations import SharedActivationsStore
 from saelens_scaffold.training.sharded_checkpoints import load_checkpoint, whole_trainer
+from saelens_scaffold.training.shared_activations import SharedActivationsStore
 
 RunnerConfig = LanguageModelSAERunnerConfig[Any]
 
@@ -79,7 +79,9 @@ class ShardedTrainingRunner(ResumableTrainingRunner):
         nothing: Any = torch.nn.Identity()  # in its place comes this process's part
         super().__init__(cfg, override_dataset, override_model, override_sae=nothing)
         if not cfg.use_cached_activations:
-            store = SharedActivationsStore.from_config(self.model, cfg, override_dataset)
+            store: Any = SharedActivationsStore.from_config(
+                self.model, cfg, override_dataset
+            )
             store.processes = processes
             self.activations_store = self.evaluator.activations_store = store
         # with the random numbers that it has in one process, and all further ones shared

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,10 +167,10 @@ def test_a_process_that_is_killed_ends_all_and_auto_goes_on(tmp_path: Path) -> N
     (line,) = lines_of(said)
     ended = "saelens-scaffold train: interrupted. Another process of the training has ended."
     assert line.startswith(f"{ended} To go on from checkpoints/"), said
-    assert line.endswith("/4096, repeat the command")
+    assert line.endswith("/4608, repeat the command")
     # the second attempt, which left nothing
     assert (tmp_path / "sae" / "cfg.json").exists(), said
-    assert "| 4096/8192" in said
+    assert "| 4608/8192" in said
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -205,6 +206,32 @@ def test_what_cannot_be_sharded_is_said_once(tmp_path: Path) -> None:
     assert said.count("Traceback (most recent call last)") == 1  # torchrun's own
     assert "Loading weights" not in said
     assert time.monotonic() - started < 60
+
+
+def test_a_process_that_waits_for_one_that_has_ended_ends() -> None:
+    waiting = """
+import os, signal, threading
+from saelens_scaffold._util.interruption import interruptible
+from saelens_scaffold.training.processes import Processes
+
+Processes.patience = 0.5
+with interruptible():
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    Processes()  # the other does not come
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", waiting],
+        env={**os.environ, **group, "MASTER_PORT": port},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 130
+    said = "saelens-scaffold train: interrupted. Another process of the training has ended."
+    assert lines_of(done.stderr) == [said]
 
 
 class OneOf:

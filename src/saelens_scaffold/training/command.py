@@ -94,18 +94,21 @@ def _train(args: Sequence[str], processes: Processes | None) -> str:
     runner.checkpoints_until_saved = keep_last
     if goes_on and cfg.resume_from_checkpoint is not None:
         runner.last_checkpoint = Path(cfg.resume_from_checkpoint)
+
+    def hint() -> str:
+        checkpoint = runner.last_checkpoint
+        if checkpoint is None:
+            return ""
+        if goes_on:
+            return f"To go on from {checkpoint}, repeat the command"
+        return f"To go on, repeat the command with --resume_from_checkpoint {checkpoint}"
+
+    if processes is not None:
+        processes.hint = hint
     try:
         runner.run()
     except (KeyboardInterrupt, InterruptedException) as interruption:
-        checkpoint = runner.interruption_checkpoint or runner.last_checkpoint
-        hint = (
-            f"To go on, repeat the command with --resume_from_checkpoint {checkpoint}"
-        )
-        if goes_on:
-            hint = f"To go on from {checkpoint}, repeat the command"
-        if checkpoint is None:
-            hint = ""
-        raise KeyboardInterrupt(f"{interruption} {hint}".strip()) from None
+        raise KeyboardInterrupt(f"{interruption} {hint()}".strip()) from None
     except UsageError as error:
         raise UserError(f"{one_line(error)} (or --log_to_wandb=False)") from error
     except (OSError, RuntimeError, SafetensorError) as error:

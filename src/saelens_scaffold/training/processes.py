@@ -2,7 +2,12 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from typing import Any
@@ -33,15 +38,23 @@ class Processes:
         rank: This process's number.
         world_size: Number of processes.
         shard: This process's part of the dictionary, once connected.
+        hint: How to go on if the training ends now.
+        patience: Seconds in which a process that is told to end notices it, unless it
+            waits for one that has ended. torchrun kills it after 30.
     """
 
     shard: Shard
+    hint: Callable[[], str] = staticmethod(lambda: "")
+    patience: float = 20.0
     _on_cpu: Any
     _device: torch.device
 
     def __init__(self) -> None:
+        self.rank = int(os.environ["RANK"])
+        self._store = None
+        self._end_when_stuck()
         # torchrun's, which outlives the processes, and has what those before a restart said
-        store, self.rank, self.world_size = next(rendezvous("env://"))
+        store, _, self.world_size = next(rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = PrefixStore(attempt, store)
 
@@ -113,8 +126,11 @@ class Processes:
         return sent.to(tensor.device)
 
     def wait(self) -> None:
-        """Wait for all processes."""
-        dist.barrier(group=self._on_cpu)
+        """Wait for all processes, which may be long, and notice signals meanwhile."""
+        waiting = dist.barrier(group=self._on_cpu, async_op=True)
+        while not waiting.is_completed():
+            time.sleep(0.1)
+        waiting.wait()
 
     def raise_if_interrupted(self) -> None:
         """
@@ -163,10 +179,34 @@ class Processes:
             dist.destroy_process_group()
 
     def _is_first_to_speak(self) -> bool:
+        if self._store is None:
+            return self.is_first
         try:
             return self._store.add("spoken", 1) == 1
         except RuntimeError:  # without torchrun it is the first process's, and gone
             return True
+
+    def _end_when_stuck(self) -> None:
+        """
+        End this process on SIGTERM where it waits in PyTorch, in which no handler of
+        Python runs, for a process that has ended.
+        """
+        signals, written_to = socket.socketpair()
+        written_to.setblocking(False)
+        signal.set_wakeup_fd(written_to.detach(), warn_on_full_buffer=False)
+
+        def watch() -> None:
+            while signals.recv(1) != bytes([signal.SIGTERM]):
+                pass
+            time.sleep(self.patience)
+            if is_interrupted():
+                return
+            if self._is_first_to_speak():
+                said = f"saelens-scaffold train: interrupted. {LOST} {self.hint()}".strip()
+                print(f"\n{said}", file=sys.__stderr__, flush=True)
+            os._exit(130)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -355,7 +355,7 @@ def test_a_part_refuses_what_only_the_whole_sae_can_do():
     for refused in (lambda: part(torch.zeros(1, D_IN)), part.sparse_sae):
         with pytest.raises(UserError, match="whole_sae"):
             refused()
-    part.add_hook("hook_sae_acts_post", lambda acts, hook: acts)
+    part.add_hook("hook_sae_acts_post", lambda tensor, hook: tensor)
     step_input = TrainStepInput(torch.ones(9, D_IN), {}, None, 0, False)
     with pytest.raises(UserError, match="without hooks at its hook points"):
         part.training_forward_pass(step_input)

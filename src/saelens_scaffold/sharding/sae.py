@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,16 +43,16 @@ class ShardedBatchTopKTrainingSAE(ScaffoldBatchTopKTrainingSAE):
 
     All processes call its methods together.
 
-    Attributes:
+    Args:
+        cfg: Configuration of the part, see `part_config`.
         shard: The part.
         whole_cfg: Configuration of the whole SAE.
     """
 
-    shard: Shard
     whole_cfg: WholeConfig
 
-    def attach(self, shard: Shard, whole_cfg: WholeConfig) -> None:
-        """Say which part this is."""
+    def __init__(self, cfg: WholeConfig, shard: Shard, whole_cfg: WholeConfig):
+        super().__init__(cfg)
         self.shard, self.whole_cfg = shard, whole_cfg
         self.selection = ShardedTopSelection(shard)
 
@@ -226,11 +227,8 @@ def shard_sae(
     sae_class = (
         ShardedMatryoshkaTrainingSAE if is_matryoshka else ShardedBatchTopKTrainingSAE
     )
-    part: ShardedBatchTopKTrainingSAE = build_sae(
-        sae_class, part_config(cfg, shard), shard.scatter(parts)
-    )
-    part.attach(shard, cfg)
-    return part
+    make = partial(sae_class, shard=shard, whole_cfg=cfg)
+    return build_sae(make, part_config(cfg, shard), shard.scatter(parts))
 
 
 def whole_sae(sae: ShardedBatchTopKTrainingSAE) -> ScaffoldBatchTopKTrainingSAE | None:

@@ -101,13 +101,24 @@ def assert_same_sae(found: Path, expected: Path) -> None:
         assert measured[0][name] == pytest.approx(measured[1][name], rel=1e-2), name
 
 
+# with evaluations of the whole SAE, which read text
+LOGGED = {
+    "log_to_wandb": True,
+    "wandb_log_frequency": 4,
+    "eval_every_n_wandb_logs": 1,
+    "n_eval_batches": 1,
+    "eval_batch_size_prompts": 2,
+}
+
+
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder in which two processes have trained an SAE."""
     folder = tmp_path_factory.mktemp("of_two")
-    said = said_by(torchrun(2, options(folder), folder))
+    said = said_by(torchrun(2, options(folder, **LOGGED), folder))
     assert (folder / "sae" / "cfg.json").exists(), said
     # of one process only
+    assert len([*folder.glob("wandb/offline-run-*")]) == 1
     assert len(re.findall("sae: l0_sparse .*held out", said)) == 1
     assert len(re.findall("Estimating norm.*100%", said)) <= 1
     return folder
@@ -116,7 +127,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_train_what_one_trains(
     of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_here(monkeypatch, tmp_path)
+    train_here(monkeypatch, tmp_path, **LOGGED)
     assert_same_sae(of_two / "sae", tmp_path / "sae")
     mine, theirs = (
         sorted(folder.glob("checkpoints/*/*"), key=lambda each: int(each.name))

@@ -17,10 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, rendezvous
 
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold._util.interruption import (
-    hold_interruptions,
-    is_interrupted,
-)
+from saelens_scaffold._util.interruption import hold_interruptions, is_interrupted
 from saelens_scaffold.sharding.shard import Shard
 
 # Others wait for the first process while it measures and writes files. One that has ended
@@ -61,7 +58,8 @@ class Processes:
     @classmethod
     def of_torchrun(cls) -> "Processes | None":
         """The processes that torchrun has started; None if this is the only one."""
-        return cls() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+        is_started = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        return cls() if is_started else None
 
     @property
     def is_first(self) -> bool:
@@ -165,15 +163,15 @@ class Processes:
                     logging.disable()
                     os.environ["WANDB_MODE"] = "disabled"
                 yield
+        except SystemExit:  # help, which the first process has printed
+            raise
         except BaseException as error:
             hold_interruptions()  # of torchrun, which ends all when one has ended
-            status = getattr(error, "exit_status", 1)
-            if isinstance(error, KeyboardInterrupt) or _is_lost(error):
-                status = 130
+            is_lost = not isinstance(error, KeyboardInterrupt) and _is_lost(error)
             if not self._is_first_to_speak():
-                raise SystemExit(status) from None
-            if status == 130:
-                raise KeyboardInterrupt(str(error)) from None
+                raise SystemExit(getattr(error, "exit_status", 1)) from None
+            if is_lost:
+                raise KeyboardInterrupt(LOST) from None
             raise
         if dist.is_initialized():
             dist.destroy_process_group()

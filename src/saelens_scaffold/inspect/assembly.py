@@ -20,6 +20,7 @@ from saelens_scaffold.inspect.statistics import (
 )
 from saelens_scaffold.inspect.sums import Sums
 from saelens_scaffold.models.language_models import LanguageModel
+from saelens_scaffold.saes.facts import DENSE_THRESHOLD
 from saelens_scaffold.saes.subspaces import share_in_subspace, subspace_overlap
 
 N_DIMENSIONS = 10
@@ -82,13 +83,16 @@ class Assembly:
         latents: LatentStatistics,
     ) -> output.InspectedSAE:
         scaffold = directions and self._scaffold(directions)
-        dense, columns = [*self._dense(latents)], self._latents(latents, directions)
+        is_dense = latents.fired > DENSE_THRESHOLD * self._sums.moments.n
+        dense = [*self._dense(latents, is_dense.tolist())]
+        columns = self._latents(latents, directions)
         return output.InspectedSAE(
             name=sae.label,
             architecture=sae.sae.cfg.architecture(),
             d_sae=sae.sae.cfg.d_sae,
             l0_sparse=float(latents.fired.sum()) / self._sums.moments.n,
             scaffold=scaffold,
+            n_dense=int(is_dense.sum()),
             dense=sorted(
                 dense, key=lambda of: -columns.frequency[of.latent - sae.rank]
             ),
@@ -147,13 +151,18 @@ class Assembly:
             low=of.contexts.windows(ends[1], -scale),
         )
 
-    def _dense(self, of: LatentStatistics) -> Iterator[output.DenseLatent]:
-        for place, latent in enumerate(of.dense.tolist()):
-            target, r_squared = next(self._r_squared)
+    def _dense(
+        self, of: LatentStatistics, is_dense: list[bool]
+    ) -> Iterator[output.DenseLatent]:
+        for place, latent in enumerate(of.candidates.tolist()):
+            (target, r_squared), removal = next(self._r_squared), next(self._removal)
+            if not is_dense[latent]:
+                continue
             yield output.DenseLatent(
                 latent=latent + of.rank,
                 label=label_of(r_squared),
                 r_squared=r_squared,
+                removal=removal,
                 antipode=of.antipode(place, self._sums.moments.n),
                 successor=self._successor(target, of.decoder[latent].cpu()),
             )
@@ -171,7 +180,7 @@ class Assembly:
                 correlation = float(self._covariances[target, j]) / spread
                 cosine = float(cosine_similarity(row, decoder, dim=0))
                 found.append(output.Successor(i, j - start, cosine, correlation))
-            start += len(rows) + len(latents.dense)
+            start += len(rows) + len(latents.candidates)
         return max(found, key=lambda of: abs(of.correlation), default=None)
 
     def _latents(

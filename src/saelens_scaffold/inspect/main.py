@@ -44,9 +44,10 @@ class InspectConfig(TextEvalConfig):
     n_tokens: PositiveInt = 200_000
     """Tokens to inspect."""
     n_sample_tokens: PositiveInt = 16_384
-    """Tokens before these, which fix the axes and which latents are dense."""
+    """Tokens before these, which fix the axes and which latents may be dense."""
     n_removal_tokens: PositiveInt = 8_192
-    """Tokens among these on which each direction is removed, in whole sequences."""
+    """Tokens among these on which each direction and dense latent is removed, in whole
+    sequences."""
     label_column: str = "label"
     """Column of the dataset with the topic of each text, if it has one."""
 
@@ -168,9 +169,8 @@ def _inspect(config: InspectConfig, saes: list[SelectedSAE]) -> Inspection:
         lm.check_finite(x, hooked.hook_name)
         sample.update(x)
     sums = Sums(saes, stream, sample, texts)
-    axes = [of.axes for of in sums.directions if of is not None]
     share = min(1.0, config.n_removal_tokens / config.n_tokens)
-    removals = Removals(hooked, axes, stream.tokenizer, share)
+    removals = Removals(hooked, sums.explained, stream.tokenizer, share)
     n = 0
     for tokens, counts, topics in stream.labelled_batches(
         config.n_tokens, "Inspecting"
@@ -215,7 +215,7 @@ def _rounded(value: Any) -> Any:
 def _said(found: Inspection, file: Path) -> str:
     lines: list[str] = []
     for sae in found.saes:
-        lines.append(f"{sae.name}: {len(sae.dense)} dense latents")
+        lines.append(f"{sae.name}: {sae.n_dense} dense latents")
         for i, of in enumerate(sae.scaffold.directions if sae.scaffold else ()):
             lines.append(
                 f"  direction {i}: {of.label}; {of.share_of_scaffold:.1%} of the scaffold's "

@@ -1,6 +1,8 @@
-"""What the language model loses without a scaffold direction, and on which tokens."""
+"""What the language model loses without a direction or a latent, and on which tokens."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -8,9 +10,42 @@ from saelens_scaffold.evals.losses import CleanPredictions, predicting_text
 from saelens_scaffold.evals.model import HookedBatch, HookedModel
 from saelens_scaffold.inspect.axes import ScaffoldAxes
 from saelens_scaffold.inspect.output import Removal
+from saelens_scaffold.saes.facts import scaffold_rank, tokens_at_once
 
 N_TOKENS = 10
 """Tokens named of each direction."""
+
+
+@dataclass
+class WrittenByLatents:
+    """
+    What sparse latents write, in the form of `ScaffoldAxes`.
+
+    Attributes:
+        sae: The SAE.
+        latents: Indices among its sparse latents, shape (n_latents,).
+        means: Their mean activations, shape (n_latents,).
+    """
+
+    sae: Any
+    latents: torch.Tensor
+    means: torch.Tensor
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Decoder directions, shape (n_latents, d_in)."""
+        return self.sae.W_dec[scaffold_rank(self.sae) + self.latents].detach().float()
+
+    def coordinates(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations less their means, shape (n_tokens, n_latents), of x (n_tokens, d_in)."""
+        parts: list[torch.Tensor] = []
+        for part in x.split(tokens_at_once(self.sae)):
+            acts = self.sae.encode(part)[:, scaffold_rank(self.sae) + self.latents]
+            # what decoding multiplies by, where this part's tokens were normalised
+            one = torch.ones_like(acts[:, :1])
+            ends = self.sae.run_time_activation_norm_fn_out(torch.stack([0 * one, one]))
+            parts.append((acts.float() - self.means) * (ends[1] - ends[0]))
+        return torch.cat(parts)
 
 
 class Removals:
@@ -18,13 +53,13 @@ class Removals:
     Losses of the language model without each direction alone, on some of the sequences.
 
     A direction is removed as the scaffold is mean-ablated: the activation loses the
-    coordinate's difference from its mean, along the axis. Each takes one more run of the
-    layers above the hook point for each sequence, so the sequences are few, and spread
-    evenly over the text.
+    coordinate's difference from its mean, along the axis. So is a latent, along its decoder
+    direction. Each takes one more run of the layers above the hook point for each sequence,
+    so the sequences are few, and spread evenly over the text.
 
     Args:
         hooked: The language model at the hook point.
-        axes: Axes of each SAE with a scaffold.
+        removed: What to remove, one row at a time.
         tokenizer: The language model's tokenizer.
         share: Share of the sequences.
     """
@@ -32,12 +67,12 @@ class Removals:
     def __init__(
         self,
         hooked: HookedModel,
-        axes: Sequence[ScaffoldAxes],
+        removed: Sequence[ScaffoldAxes | WrittenByLatents],
         tokenizer: object,
         share: float,
     ):
         self._hooked, self._tokenizer, self._share = hooked, tokenizer, share
-        self._axes, n_directions = axes, sum(len(of.rows) for of in axes)
+        self._removed, n_directions = removed, sum(len(of.rows) for of in removed)
         n_vocab, device = hooked.model.cfg.d_vocab, hooked.model.cfg.device
         self._by_token = torch.zeros(n_directions, n_vocab, device=device)
         self._counts = torch.zeros(n_vocab, device=device)
@@ -66,7 +101,7 @@ class Removals:
         """
         numbers = first_sequence + torch.arange(len(tokens) + 1)
         chosen = (numbers * self._share).ceil().diff() > 0
-        if not self._axes or not counts[chosen].any():
+        if not len(self._by_token) or not counts[chosen].any():
             return
         tokens, counts = tokens[chosen], counts[chosen]
         run = HookedBatch(self._hooked, tokens, counts)
@@ -76,9 +111,10 @@ class Removals:
         ones = torch.ones_like(following).to(self._counts)
         self._counts.index_add_(0, following, ones)
         self._clean += float(clean.surprise[predicts].double().sum())
-        rows = ((axes, row) for axes in self._axes for row in range(len(axes.rows)))
-        for direction, (axes, row) in enumerate(rows):
-            along = axes.coordinates(run.x)[:, row, None] * axes.rows[row]
+        pairs = ((of.coordinates(run.x).T, of.rows) for of in self._removed)
+        rows = (of_row for pair in pairs for of_row in zip(*pair, strict=True))
+        for direction, (coordinate, row) in enumerate(rows):
+            along = coordinate[:, None] * row
             surprise, kl = clean.by_token(run.above(run.full_with(run.x - along)))
             more = (surprise - clean.surprise)[predicts]
             self._by_token[direction].index_add_(0, following, more)

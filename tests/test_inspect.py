@@ -375,7 +375,7 @@ def test_the_loss_without(found: Any, what: str):
             return (pre * (pre > sae.threshold[4])).relu()[..., None] * axis
 
         axis = sae.W_dec[4]
-        of_sample = s_of(text.sample)
+        of_sample = s_of(text.x[text.counts])
 
     def losses() -> torch.Tensor:
         logits = model(text.tokens).logits[:, :-1]

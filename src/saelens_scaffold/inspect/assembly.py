@@ -10,9 +10,10 @@ from torch.nn.functional import cosine_similarity
 from saelens_scaffold.evals.rank.analysis import outlier_dimensions
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.inspect import output
+from saelens_scaffold.inspect.axes import ScaffoldAxes
 from saelens_scaffold.inspect.explanations import PREDICTORS, label_of
 from saelens_scaffold.inspect.logit_lens import promoted_tokens
-from saelens_scaffold.inspect.removal import Removals
+from saelens_scaffold.inspect.removal import Removals, WrittenByLatents
 from saelens_scaffold.inspect.statistics import (
     FIRST_BIN,
     DirectionStatistics,
@@ -56,7 +57,17 @@ class Assembly:
         self._covariances = sums.targets.covariance.cpu()
         # in the order of the targets
         self._r_squared = enumerate(sums.explanations.r_squared())
-        self._removal = iter(removals.result())
+        self._is_dense = [
+            of.fired > DENSE_THRESHOLD * sums.moments.n for of in sums.latents
+        ]
+        removed: list[ScaffoldAxes | WrittenByLatents] = []
+        for directions, latents, is_dense in zip(
+            sums.directions, sums.latents, self._is_dense, strict=True
+        ):
+            removed += [directions.axes] if directions else []
+            dense = latents.candidates[is_dense[latents.candidates]]
+            removed.append(latents.written_by(dense, sums.moments.n))
+        self._removal = iter(removals.measure(removed))
 
     def result(self, **about: Any) -> output.Inspection:
         """
@@ -71,7 +82,15 @@ class Assembly:
             cross_entropy=self._removals.cross_entropy,
             variance_shares=(self._variances / self._variances.sum()).tolist(),
             predictors=[*PREDICTORS],
-            saes=[*map(self._sae, self._saes, sums.directions, sums.latents)],
+            saes=[
+                *map(
+                    self._sae,
+                    self._saes,
+                    sums.directions,
+                    sums.latents,
+                    self._is_dense,
+                )
+            ],
             pairs=[side.result(n_tokens, (0, i)) for i, side in sides],
             **about,
         )
@@ -81,9 +100,9 @@ class Assembly:
         sae: SelectedSAE,
         directions: DirectionStatistics | None,
         latents: LatentStatistics,
+        is_dense: torch.Tensor,
     ) -> output.InspectedSAE:
         scaffold = directions and self._scaffold(directions)
-        is_dense = latents.fired > DENSE_THRESHOLD * self._sums.moments.n
         dense = [*self._dense(latents, is_dense.tolist())]
         columns = self._latents(latents, directions)
         return output.InspectedSAE(
@@ -155,14 +174,14 @@ class Assembly:
         self, of: LatentStatistics, is_dense: list[bool]
     ) -> Iterator[output.DenseLatent]:
         for place, latent in enumerate(of.candidates.tolist()):
-            (target, r_squared), removal = next(self._r_squared), next(self._removal)
+            target, r_squared = next(self._r_squared)
             if not is_dense[latent]:
                 continue
             yield output.DenseLatent(
                 latent=latent + of.rank,
                 label=label_of(r_squared),
                 r_squared=r_squared,
-                removal=removal,
+                removal=next(self._removal),
                 antipode=of.antipode(place, self._sums.moments.n),
                 successor=self._successor(target, of.decoder[latent].cpu()),
             )

@@ -148,10 +148,32 @@ def _checked(
     return config, saes
 
 
+def read_inspection(path: str | Path) -> Inspection:
+    """
+    What `saelens-scaffold inspect` found.
+
+    Args:
+        path: Its inspect.json, or the folder with it.
+
+    Raises:
+        UserError: It cannot be read, or another version wrote it.
+    """
+    file = Path(path)
+    file = file / FILE_NAME if file.is_dir() else file
+    try:
+        return TypeAdapter(Inspection).validate_json(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise UserError(
+            f"{file} does not hold what this version's inspect writes; run it again"
+        ) from error
+
+
 def _earlier(file: Path, key: Key) -> Inspection | None:
     """What an earlier run found, if it was of the same."""
-    with suppress(OSError, ValidationError):
-        found = TypeAdapter(Inspection).validate_json(file.read_bytes())
+    with suppress(UserError):
+        found = read_inspection(file)
         return None if differences(found.key, key) else found
     return None
 
@@ -170,7 +192,7 @@ def _inspect(config: InspectConfig, saes: list[SelectedSAE]) -> Inspection:
         sample.update(x)
     sums = Sums(saes, stream, sample, texts)
     share = min(1.0, config.n_removal_tokens / config.n_tokens)
-    removals = Removals(hooked, sums.explained, stream.tokenizer, share)
+    removals = Removals(hooked, stream.tokenizer, share)
     n = 0
     for tokens, counts, topics in stream.labelled_batches(
         config.n_tokens, "Inspecting"
@@ -178,7 +200,7 @@ def _inspect(config: InspectConfig, saes: list[SelectedSAE]) -> Inspection:
         run = lm.HookedBatch(hooked, tokens, counts)
         clean = CleanPredictions(run.above(run.full), tokens, counts)
         sums.update(Tokens(tokens, counts, topics, run.full, clean.entropy, n))
-        removals.update(tokens, counts, n)
+        removals.keep(tokens, counts, n)
         n += len(tokens)
     return Assembly(model, saes, sums, removals).result(
         model_name=config.model_name,

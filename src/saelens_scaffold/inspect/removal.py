@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from saelens_scaffold.evals.losses import CleanPredictions, predicting_text
 from saelens_scaffold.evals.model import HookedBatch, HookedModel
@@ -59,29 +60,20 @@ class Removals:
 
     Args:
         hooked: The language model at the hook point.
-        removed: What to remove, one row at a time.
         tokenizer: The language model's tokenizer.
         share: Share of the sequences.
     """
 
-    def __init__(
-        self,
-        hooked: HookedModel,
-        removed: Sequence[ScaffoldAxes | WrittenByLatents],
-        tokenizer: object,
-        share: float,
-    ):
+    def __init__(self, hooked: HookedModel, tokenizer: object, share: float):
         self._hooked, self._tokenizer, self._share = hooked, tokenizer, share
-        self._removed, n_directions = removed, sum(len(of.rows) for of in removed)
+        self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
         n_vocab, device = hooked.model.cfg.d_vocab, hooked.model.cfg.device
-        self._by_token = torch.zeros(n_directions, n_vocab, device=device)
         self._counts = torch.zeros(n_vocab, device=device)
-        self._kl = torch.zeros(n_directions)
         self._clean = 0.0
 
     @property
     def n_predictions(self) -> int:
-        """Number of predictions so far."""
+        """Number of predictions that were measured."""
         return int(self._counts.sum())
 
     @property
@@ -89,48 +81,63 @@ class Removals:
         """Clean cross-entropy of these."""
         return self._clean / max(1, self.n_predictions)
 
-    @torch.no_grad()
-    def update(
+    def keep(
         self, tokens: torch.Tensor, counts: torch.Tensor, first_sequence: int
     ) -> None:
         """
+        Keep a share of the sequences to measure.
+
         Args:
-            tokens: Sequences, shape (batch, seq), of which a share is used.
+            tokens: Sequences, shape (batch, seq).
             counts: Mask of the tokens from which directions may be removed.
             first_sequence: Number of the first sequence.
         """
         numbers = first_sequence + torch.arange(len(tokens) + 1)
         chosen = (numbers * self._share).ceil().diff() > 0
-        if not len(self._by_token) or not counts[chosen].any():
-            return
-        tokens, counts = tokens[chosen], counts[chosen]
-        run = HookedBatch(self._hooked, tokens, counts)
-        predicts = predicting_text(tokens, counts, self._tokenizer)
-        clean = CleanPredictions(run.above(run.full), tokens, predicts)
-        following = tokens.roll(-1, dims=1)[predicts]
-        ones = torch.ones_like(following).to(self._counts)
-        self._counts.index_add_(0, following, ones)
-        self._clean += float(clean.surprise[predicts].double().sum())
-        pairs = ((of.coordinates(run.x).T, of.rows) for of in self._removed)
-        rows = (of_row for pair in pairs for of_row in zip(*pair, strict=True))
-        for direction, (coordinate, row) in enumerate(rows):
-            along = coordinate[:, None] * row
-            surprise, kl = clean.by_token(run.above(run.full_with(run.x - along)))
-            more = (surprise - clean.surprise)[predicts]
-            self._by_token[direction].index_add_(0, following, more)
-            self._kl[direction] += float(kl[predicts].sum())
+        if counts[chosen].any():
+            self._batches.append((tokens[chosen], counts[chosen]))
 
-    def result(self) -> list[Removal]:
-        """One for each direction, in order."""
-        n, found = max(1, self.n_predictions), []
-        for total, kl in zip(self._by_token, self._kl, strict=True):
-            most = total.topk(N_TOKENS)
-            tokens = [
-                (int(token), int(self._counts[token]), float(of / self._counts[token]))
-                for of, token in zip(*most, strict=True)
-                if of > 0
-            ]
-            increase = float(total.double().sum()) / n
-            entropy = self.cross_entropy + increase
-            found.append(Removal(entropy, increase, float(kl) / n, tokens))
-        return found
+    @torch.no_grad()
+    def measure(
+        self, removed: Sequence[ScaffoldAxes | WrittenByLatents]
+    ) -> list[Removal]:
+        """
+        Measure the sequences that were kept.
+
+        Args:
+            removed: What to remove, one row at a time.
+
+        Returns:
+            One for each row, in order.
+        """
+        n_rows = sum(len(of.rows) for of in removed)
+        by_token = self._counts.new_zeros(n_rows, len(self._counts))
+        divergences = torch.zeros(n_rows)
+        for tokens, counts in tqdm(self._batches if n_rows else [], "Removing"):
+            run = HookedBatch(self._hooked, tokens, counts)
+            predicts = predicting_text(tokens, counts, self._tokenizer)
+            clean = CleanPredictions(run.above(run.full), tokens, predicts)
+            following = tokens.roll(-1, dims=1)[predicts]
+            ones = torch.ones_like(following).to(self._counts)
+            self._counts.index_add_(0, following, ones)
+            self._clean += float(clean.surprise[predicts].double().sum())
+            pairs = ((of.coordinates(run.x).T, of.rows) for of in removed)
+            rows = (of_row for pair in pairs for of_row in zip(*pair, strict=True))
+            for i, (coordinate, row) in enumerate(rows):
+                without = run.x - coordinate[:, None] * row
+                surprise, kl = clean.by_token(run.above(run.full_with(without)))
+                more = (surprise - clean.surprise)[predicts]
+                by_token[i].index_add_(0, following, more)
+                divergences[i] += float(kl[predicts].sum())
+        return [*map(self._removal, by_token, divergences.tolist())]
+
+    def _removal(self, by_token: torch.Tensor, divergence: float) -> Removal:
+        """What is said, from sums of increases by the next token, and of divergences."""
+        most, n = by_token.topk(N_TOKENS), max(1, self.n_predictions)
+        tokens = [
+            (int(token), int(self._counts[token]), float(of / self._counts[token]))
+            for of, token in zip(*most, strict=True)
+            if of > 0
+        ]
+        increase = float(by_token.double().sum()) / n
+        return Removal(self.cross_entropy + increase, increase, divergence / n, tokens)

@@ -9,6 +9,7 @@ from saelens_scaffold.inspect.axes import ScaffoldAxes
 from saelens_scaffold.inspect.contexts import StrongestContexts
 from saelens_scaffold.inspect.explanations import Tokens
 from saelens_scaffold.inspect.output import Antipode, Positions
+from saelens_scaffold.inspect.removal import WrittenByLatents
 from saelens_scaffold.saes.facts import antipodality, scaffold_rank
 
 FIRST_BIN, N_BINS = -20, 40
@@ -75,6 +76,11 @@ class LatentStatistics:
         both = (acts[:, self.candidates] > 0) & (acts[:, self._antipode] > 0)
         self._both_fired += both.sum(dim=0)
         return acts
+
+    def written_by(self, latents: torch.Tensor, n_tokens: int) -> WrittenByLatents:
+        """What some of the latents write."""
+        means = (self.sums[latents] / n_tokens).float()
+        return WrittenByLatents(self._sae, latents, means)
 
     def antipode(self, place: int, n_tokens: int) -> Antipode | None:
         """The antipodal partner of a candidate, if a latent is opposite at all."""

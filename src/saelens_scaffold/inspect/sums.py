@@ -6,9 +6,8 @@ import torch
 
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.tokens import TokenStream, special_ids
-from saelens_scaffold.inspect.axes import AxesFit, ScaffoldAxes
+from saelens_scaffold.inspect.axes import AxesFit
 from saelens_scaffold.inspect.explanations import Explanations, Tokens
-from saelens_scaffold.inspect.removal import WrittenByLatents
 from saelens_scaffold.inspect.sides import SideBySide
 from saelens_scaffold.inspect.statistics import DirectionStatistics, LatentStatistics
 from saelens_scaffold.saes.facts import (
@@ -45,16 +44,11 @@ class Sample:
         for fit in filter(None, self.axes):
             fit.update(x)
 
-    def may_be_dense(self, index: int) -> WrittenByLatents:
-        """
-        Latents of an SAE that may turn out to be dense on all tokens, most frequent first.
-        """
-        of = self.firing[index]
-        frequencies = of.fired / self.moments.n
+    def may_be_dense(self, index: int) -> torch.Tensor:
+        """Latents of an SAE that may be dense on all tokens, shape (n_latents,)."""
+        frequencies = self.firing[index].fired / self.moments.n
         order = frequencies.argsort(descending=True, stable=True)[:MAX_DENSE]
-        latents = order[frequencies[order] > MAY_BE_DENSE]
-        means = of.activation_sums[latents].float() / self.moments.n
-        return WrittenByLatents(of.sae, latents, means)
+        return order[frequencies[order] > MAY_BE_DENSE]
 
 
 class Sums:
@@ -65,17 +59,17 @@ class Sums:
     ranked along them, and what is to be explained before R² are summed, so axes and the
     latents that may be dense come from a small first sample of the text; what follows is
     measured on the rest, which had no say in them. Which of those latents are dense, the
-    rest decides. R² are held out by
-    sums over two halves, not by a second pass. Only the loss without a direction needs more
-    runs of the language model, and takes a few sequences for that. Memory depends on the
+    rest decides. R² are held out by sums over two halves, not by a second pass. Only the
+    loss without a direction needs more runs of the language model, and takes a few sequences
+    for that. Memory depends on the
     latents, the vocabulary and the contexts kept, and not on the tokens.
 
     Attributes:
         latents: Of each SAE.
         directions: Of each SAE; None without a scaffold.
         sides: Each SAE but the first beside the first.
-        explained: The targets: directions, and latents that may be dense, of each SAE in turn.
-        explanations: Of the targets.
+        explanations: Of the targets: directions, and latents that may be dense, of each SAE in
+            turn.
         moments: Of the activations.
         targets: Moments of the targets.
     """
@@ -92,19 +86,17 @@ class Sums:
         n_contexts = max(1, min(N_CONTEXTS, n_contexts))
         size, mean = stream.selection.context_size, sample.moments.mean.float()
         self._at_once = max(1, min(tokens_at_once(of.sae) for of in saes) // size)
-        may_be_dense = [sample.may_be_dense(i) for i in range(len(saes))]
         self.latents = [
-            LatentStatistics(of.sae, of.latents, n_contexts) for of in may_be_dense
+            LatentStatistics(of.sae, sample.may_be_dense(i), n_contexts)
+            for i, of in enumerate(saes)
         ]
         self.directions = [
             fit and DirectionStatistics(fit.result(), mean, size, N_CONTEXTS)
             for fit in sample.axes
         ]
         self.sides = [SideBySide(self.latents[0], of) for of in self.latents[1:]]
-        self.explained: list[ScaffoldAxes | WrittenByLatents] = []
-        for of, latents in zip(self.directions, may_be_dense, strict=True):
-            self.explained += [of.axes, latents] if of else [latents]
-        n_targets = sum(len(of.rows) for of in self.explained)
+        n_targets = sum(len(of.candidates) for of in self.latents)
+        n_targets += sum(len(of.axes.rows) for of in filter(None, self.directions))
         special, device = special_ids(stream.tokenizer), mean.device
         self.explanations = Explanations(texts, special, size, n_targets, device)
         self.moments = ActivationMoments(len(mean), device)

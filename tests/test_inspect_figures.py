@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from pydantic import TypeAdapter
 
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.untrusted import MAX_JSON_VALUES
 from saelens_scaffold.inspect import Inspection, figures, read_inspection
 from test_inspect_page import HOSTILE, RANK, SCAFFOLD, TOKENS, make_inspection
 
@@ -121,6 +122,10 @@ def test_an_inspection_is_read_again(found: Inspection, tmp_path: Path):
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     assert read_inspection(tmp_path) == read_inspection(file)
     assert read_inspection(file).saes[1].name == SCAFFOLD
+    # as large as of 65,536 latents: other JSON may not be
+    content["variance_shares"] = [0] * (MAX_JSON_VALUES + 1)
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    assert len(read_inspection(file).variance_shares) > MAX_JSON_VALUES
     file.write_text('{"n_tokens": 3}')
     with pytest.raises(UserError, match="run it again"):
         read_inspection(file)

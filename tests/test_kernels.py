@@ -277,6 +277,10 @@ def forward_case(
     return [torch.randn(n_tokens, d_in).to(dtype), *parameters], entries
 
 
+def _alone(*sums: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return sums
+
+
 def sparse_forward(
     inputs: list[torch.Tensor],
     entries: Entries,
@@ -292,7 +296,7 @@ def sparse_forward(
 
     x_bar = (x - b_dec).detach()
     return SparseForward.apply(  # type: ignore[return-value]
-        x_bar, W_enc, b_enc, W_dec, b_dec, rank, residual, select, ops, []
+        x_bar, W_enc, b_enc, W_dec, b_dec, rank, residual, select, ops, [], _alone
     )
 
 

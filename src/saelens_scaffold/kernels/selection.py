@@ -91,9 +91,8 @@ class TopSelection:
         if n == 0:
             return Selected(encoder.x.new_empty(0, dtype=torch.long), encoder.b[:0])
         for guess in self._guesses(encoder, n):
-            selected = _largest(_above(encoder, guess, ops), n)
-            cut = _cut(selected.values, n)
-            if cut > _safely_above(guess, encoder) or guess == 0:
+            selected, cut = self._largest(_above(encoder, guess, ops), n)
+            if cut > self._safely_above(guess, encoder) or guess == 0:
                 break
         self._last_guess = self.MARGIN * cut if 0 < cut < float("inf") else None
         return selected
@@ -109,9 +108,43 @@ class TopSelection:
         stride = max(1, len(encoder.x) // 64)
         products = encoder.products(tokens=slice(None, None, stride))
         values = encoder.pre_activations(products).flatten()
-        n_of_sample = min(len(values), max(1, n // stride))
-        cut = _cut(values.topk(n_of_sample).values, n_of_sample)
+        cut = self.cut(values, max(1, n // stride))
         return self.MARGIN * cut if 0 < cut < float("inf") else 0.0
+
+    def cut(self, values: torch.Tensor, n: int) -> float:
+        """The n-th largest of some values; 0 if there are fewer."""
+        return self._largest(Selected(values, values), n)[1]
+
+    def _largest(self, candidates: Selected, n: int) -> tuple[Selected, float]:
+        """The n largest candidates, and the least of them; 0 if there are fewer."""
+        places, values = candidates
+        if len(values) > n:
+            values, indices = values.topk(n, sorted=False)
+            places = places[indices]
+        cut = float(values.min()) if 0 < n == len(values) else 0.0
+        return Selected(places, values), cut
+
+    def _safely_above(self, guess: float, encoder: Encoder) -> float:
+        """
+        An upper bound of the pre-activations that `_above(guess)` leaves out.
+
+        It leaves out products p <= fl(guess / scale - b). So (p + b) · scale is at most the
+        guess up to the rounding of that cut, relative to guess and bias in the cut's
+        precision, and at most two roundings of its own, relative to itself in the bias's
+        precision. The rounding of the products does not matter.
+        """
+        scaled_bias = encoder.b if encoder.scale is None else encoder.b * encoder.scale
+        of_values = torch.finfo(encoder.b.dtype).eps
+        of_cuts = torch.finfo(_dtype_of_cuts(encoder)).eps
+        bias = float(scaled_bias.abs().max())
+        return guess + 8 * (of_values * guess + of_cuts * bias)
+
+    def of_each_token(
+        self, encoder: Encoder, latents: torch.Tensor, k: int, ops: ModuleType
+    ) -> Selected:
+        """See `largest_of_each_token`."""
+        block = ops.block_elements(encoder.x.device)
+        return largest_of_each_token(encoder, latents, k, block)
 
 
 def largest_of_each_token(
@@ -128,7 +161,7 @@ def largest_of_each_token(
     """
     n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
     among = encoder.among(latents)
-    at_a_time = max(1, max_elements // len(latents))
+    at_a_time = max(1, max_elements // max(1, len(latents)))
     places, values = [], []
     for start in range(0, n_tokens, at_a_time):
         products = among.products(tokens=slice(start, start + at_a_time))
@@ -173,32 +206,5 @@ def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
     return Selected(latents.add_(tokens, alpha=n_latents), values)
 
 
-def _safely_above(guess: float, encoder: Encoder) -> float:
-    """
-    An upper bound of the pre-activations that `_above(guess)` leaves out.
-
-    It leaves out products p <= fl(guess / scale - b). So (p + b) · scale is at most the
-    guess up to the rounding of that cut, relative to guess and bias in the cut's precision,
-    and at most two roundings of its own, relative to itself in the bias's precision. The
-    rounding of the products does not matter.
-    """
-    scaled_bias = encoder.b if encoder.scale is None else encoder.b * encoder.scale
-    of_values = torch.finfo(encoder.b.dtype).eps
-    of_cuts = torch.finfo(_dtype_of_cuts(encoder)).eps
-    return guess + 8 * (of_values * guess + of_cuts * float(scaled_bias.abs().max()))
-
-
 def _dtype_of_cuts(encoder: Encoder) -> torch.dtype:
     return torch.promote_types(encoder.b.dtype, torch.float32)
-
-
-def _cut(selected: torch.Tensor, n: int) -> float:
-    """Smallest of n selected values; 0 if there are fewer."""
-    return float(selected.min()) if 0 < n == len(selected) else 0.0
-
-
-def _largest(candidates: Selected, n: int) -> Selected:
-    if len(candidates.values) <= n:
-        return candidates
-    top = candidates.values.topk(n, sorted=False)
-    return Selected(candidates.places[top.indices], top.values)

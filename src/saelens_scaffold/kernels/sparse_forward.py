@@ -17,9 +17,13 @@ from which the entries are selected. The gradients are
 There is none for x or u, which would take another wide product: b_dec, which is subtracted
 from x, is a bias -Sᵀ b_dec of the encoder, with its gradient from ∂b; and the gradient of h
 through u reaches z and B through the rank-r factors, -ρ z (B S).
+
+Where several processes each hold a part of the dictionary, and all have x and the scaffold,
+sums over latents become sums over the processes: of x̂, and of the gradients that z, B and
+b_dec get through h.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +32,7 @@ import torch
 from saelens_scaffold.kernels.entries import Entries
 from saelens_scaffold.kernels.selection import Encoder
 
+SumOverShards = Callable[..., Sequence[torch.Tensor]]
 Select = Callable[[Encoder], tuple[Entries, torch.Tensor]]
 """Selects entries; returns them with their pre-activations, without the latents' scale."""
 
@@ -49,6 +54,8 @@ class SparseForward(torch.autograd.Function):
         ops: The kernels.
         found: List that receives the entries, with latents counted from the dictionary's
             first.
+        over_shards: Sums tensors over the processes that each hold a part of the
+            dictionary.
 
     Returns:
         z, shape (n_tokens, r); the pre-activations h_e, shape (n_entries,); and the sum of
@@ -69,6 +76,7 @@ class SparseForward(torch.autograd.Function):
         select: Select,
         ops: ModuleType,
         found: list[Entries],
+        over_shards: SumOverShards,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         residual = residual and rank > 0
         A, S = W_enc[:, :rank], W_enc[:, rank:]
@@ -82,10 +90,11 @@ class SparseForward(torch.autograd.Function):
         found.append(entries)
         written = D.new_empty(entries.n_rows, D.shape[1])
         ops.row_sums(entries.row_offsets, entries.latents, values, D, written)
+        (written,) = over_shards(written)
         with torch.autocast(x.device.type, enabled=False):
             written[: len(x)].addmm_(z, B)
 
-        ctx.entries, ctx.ops = entries, ops
+        ctx.entries, ctx.ops, ctx.over_shards = entries, ops, over_shards
         ctx.rank, ctx.residual, ctx.has_b_dec = rank, residual, b_dec is not None
         ctx.save_for_backward(x, read, z, values, W_enc, W_dec)
         ctx.set_materialize_grads(False)
@@ -139,7 +148,8 @@ class SparseForward(torch.autograd.Function):
         )
         grad_b_enc[rank:] = of_bias[:, 0]
 
-        # its input without z B
+        # its input without z B, and b_dec: sums over all latents, as wide as x
+        of_z, of_B = z.new_empty(0), z.new_empty(0)
         if ctx.residual:
             through_rows = z.new_empty(entries.n_rows, rank)
             ops.row_sums(
@@ -149,17 +159,22 @@ class SparseForward(torch.autograd.Function):
                 (B @ S).T,
                 through_rows,
             )
-            grad_z = grad_z - through_rows.view(-1, *z.shape).sum(0)
+            of_z = through_rows.view(-1, *z.shape).sum(0)
             z_of_latents = z.new_empty(S.shape[1], rank)
             ops.row_sums(entries.latent_offsets, tokens, weights, z, z_of_latents)
-            grad_W_dec[:rank] -= (S @ z_of_latents).T
+            of_B = (S @ z_of_latents).T
+        of_b_dec = S @ grad_b_enc[rank:] if ctx.has_b_dec else z.new_empty(0)
+        of_z, of_B, of_b_dec = ctx.over_shards(of_z, of_B, of_b_dec)
+        if ctx.residual:
+            grad_z = grad_z - of_z
+            grad_W_dec[:rank] -= of_B
 
         # the scaffold's encoder
         grad_W_enc[:, :rank] = x.T @ grad_z
         grad_b_dec = None
         if ctx.has_b_dec:
-            grad_b_dec = -(A @ grad_z.sum(0) + S @ grad_b_enc[rank:])
-        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, *[None] * 5
+            grad_b_dec = -(A @ grad_z.sum(0) + of_b_dec)
+        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, *[None] * 6
 
 
 def _refuse_second_derivatives() -> None:

@@ -20,6 +20,8 @@ class Decorrelation:
         coefficient: Weight of the loss, relative to a squared error summed over d_in.
     """
 
+    fit_for_shards = True
+
     def __init__(self, coefficient: float):
         if coefficient <= 0:
             raise ValueError(f"coefficient is {coefficient}; it must be above 0")

@@ -24,6 +24,8 @@ class LiveMetrics:
         window: Number of steps of the exponential average of firing frequencies.
     """
 
+    fit_for_shards = True
+
     def __init__(self, window: int = 100):
         if window < 1:
             raise ValueError(f"window is {window}; it must be at least 1")
@@ -39,7 +41,8 @@ class LiveMetrics:
         frequencies = self._count(output.feature_acts.detach(), rank)
         if not step_input.is_logging_step:
             return {}
-        metrics = {"dense_latents": float((frequencies > DENSE_THRESHOLD).sum())}
+        (n_dense,) = sae.sum_over_shards((frequencies > DENSE_THRESHOLD).sum())
+        metrics = {"dense_latents": float(n_dense)}
         if rank > 0:
             with torch.no_grad():
                 s = sae.scaffold(step_input.sae_in).flatten(0, -2).float()

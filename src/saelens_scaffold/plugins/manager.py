@@ -25,7 +25,7 @@ import torch
 import torch.optim.optimizer as optimizers
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
-from saelens_scaffold._util.errors import one_line
+from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold.plugins import hookspecs
 from saelens_scaffold.plugins.hookspecs import PROJECT_NAME
 
@@ -118,6 +118,24 @@ def make_plugins(chosen: Mapping[str, Mapping[str, Any]]) -> pluggy.PluginManage
     return manager
 
 
+def check_fit_for_shards(chosen: Mapping[str, Mapping[str, Any]]) -> None:
+    """
+    See that plugins do the same where several processes each train a part of an SAE.
+
+    Those that do have an attribute `fit_for_shards` that is true (see docs/plugins.md).
+
+    Raises:
+        UserError: One does not.
+    """
+    for name, plugin in make_plugins(chosen).list_name_plugin():
+        if not getattr(plugin, "fit_for_shards", False):
+            raise UserError(
+                f"scaffold_plugins has {name!r}, which does not say that it is fit for an "
+                "SAE of which each process trains a part; train in one process, or without "
+                "it"
+            )
+
+
 def offered_by_plugins(hook: str, kind: type[Offered]) -> dict[str, list[Offered]]:
     """
     What the installed plugins, chosen or not, offer to an evaluation or a comparison.
@@ -200,6 +218,12 @@ def plugins_of(sae: "ScaffoldSAE") -> pluggy.PluginManager:
         _PLUGINS[sae] = make_plugins(sae.cfg.scaffold_plugins)
         sae.has_plugins = True
     return _PLUGINS[sae]
+
+
+def share(sae: "ScaffoldSAE", other: "ScaffoldSAE") -> None:
+    """Give an SAE the plugins of another, as they are."""
+    if sae.has_plugins:
+        _PLUGINS[other] = plugins_of(sae)
 
 
 # ---- called by the architecture

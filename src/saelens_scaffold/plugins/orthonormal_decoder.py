@@ -15,6 +15,8 @@ class OrthonormalDecoder:
     that can be read off. The scaffold's output changes as little as that allows.
     """
 
+    fit_for_shards = True
+
     # last, so that no other plugin undoes it
     @hookimpl(trylast=True)
     def after_optimizer_step(self, sae: TrainingSAE) -> None:

@@ -22,6 +22,8 @@ class ScaffoldSchedule:
         lr_factor: The scaffold's learning rate as a multiple of the SAE's.
     """
 
+    fit_for_shards = True
+
     def __init__(
         self,
         alone_until: int = 0,

@@ -16,6 +16,8 @@ import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from safetensors.torch import load_file, save_file
 
+from saelens_scaffold.kernels.selection import TopSelection
+
 N_SAMPLED_TOKENS = 8192
 """Number of tokens that a threshold is calibrated on: up to twice this, if there are."""
 
@@ -158,12 +160,17 @@ def calibrated_threshold(
     tokens = torch.cat([*activations])
     blocks = tokens.split(max(1, _BLOCK_ELEMENTS // sae.cfg.d_sae))
     encoded = (sae.encode_with_hidden_pre(x.to(sae.W_enc))[1] for x in blocks)
-    return threshold_at_l0(sae.cfg.k, (h[..., rank:] for h in encoded), len(tokens))
+    of_dictionary = (h[..., rank:] for h in encoded)
+    selection = getattr(sae, "selection", None)
+    return threshold_at_l0(sae.cfg.k, of_dictionary, len(tokens), selection)
 
 
 @torch.no_grad()
 def threshold_at_l0(
-    l0: float, pre_activations: Iterable[torch.Tensor], n_tokens: int
+    l0: float,
+    pre_activations: Iterable[torch.Tensor],
+    n_tokens: int,
+    selection: TopSelection | None = None,
 ) -> float:
     """
     The threshold that on average l0 latents per token exceed.
@@ -175,6 +182,7 @@ def threshold_at_l0(
         l0: Active latents per token.
         pre_activations: In batches, of any shape.
         n_tokens: Number of tokens.
+        selection: Knows where the other latents are, if these are not all.
     """
     n_active = round(l0 * n_tokens)
     largest = torch.empty(0)
@@ -184,6 +192,7 @@ def threshold_at_l0(
         if len(largest) > n_active:
             largest = largest.topk(n_active + 1).values
             cut = float(largest[-1])
-    if len(largest) <= n_active:
-        return 0.0
-    return float(largest[-2:].double().mean())
+    cut_of = (selection or TopSelection()).cut
+    first_inactive = cut_of(largest, n_active + 1)
+    last_active = cut_of(largest, max(n_active, 1))
+    return (last_active + first_inactive) / 2 if first_inactive > 0 else 0.0

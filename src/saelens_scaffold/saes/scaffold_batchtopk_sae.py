@@ -19,7 +19,7 @@ from saelens_scaffold.plugins import manager as plugins
 from saelens_scaffold.saes import calibration, scaffold, sparse_step
 from saelens_scaffold.saes import scaffold_jumprelu_sae as scaffold_jumprelu
 from saelens_scaffold.saes.scaffold_start import scaffold_start
-from saelens_scaffold.saes.sparse_step import Revival, SparseStep
+from saelens_scaffold.saes.sparse_step import SparseStep
 
 
 @dataclass
@@ -264,7 +264,9 @@ class ScaffoldBatchTopKTrainingSAE(
             self._sparse_step = None
         feature_acts, rank = output.feature_acts.detach(), self.cfg.scaffold_rank
         # evaluated only where the trainer logs
-        output.metrics["l0_sparse"] = lambda: _l0_sparse(feature_acts, rank)
+        output.metrics["l0_sparse"] = lambda: self.sum_over_shards(
+            _l0_sparse(feature_acts, rank)
+        )[0]
         if self.has_plugins:
             plugins.after_forward(self, step_input, output)
         return output
@@ -273,10 +275,28 @@ class ScaffoldBatchTopKTrainingSAE(
         """Widths of the nested reconstructions that are trained, the whole last."""
         return [self.cfg.d_sae]
 
-    def revivals(self, dead: torch.Tensor) -> list[Revival]:
-        """Revivals of the dictionary's latents that a mask says are dead."""
-        level = len(self.level_widths()) - 1
-        return sparse_step.revival_of_level(dead, 0, level, self.cfg.d_in)
+    def dead_latents(self, dead: torch.Tensor) -> dict[int, torch.Tensor]:
+        """
+        The dead latents that reconstruct the error of each level.
+
+        Args:
+            dead: Mask of the dictionary's latents, shape (d_sae - r,).
+
+        Returns:
+            Latents, counted from the dictionary's first, by index of the level.
+        """
+        return {len(self.level_widths()) - 1: dead.nonzero().view(-1)}
+
+    def sum_over_shards(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        """
+        Sums over the processes that each hold a part of the dictionary.
+
+        Here one process holds all of it.
+
+        Args:
+            tensors: Sums over this process's latents, all of one dtype.
+        """
+        return tensors
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:

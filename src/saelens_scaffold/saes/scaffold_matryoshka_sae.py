@@ -1,5 +1,6 @@
 """Matryoshka BatchTopK SAEs with a scaffold, for training."""
 
+import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,6 @@ from sae_lens.saes import matryoshka_batchtopk_sae as matryoshka
 from typing_extensions import override
 
 from saelens_scaffold.saes import scaffold_batchtopk_sae as scaffold_batchtopk
-from saelens_scaffold.saes.sparse_step import Revival, revival_of_level
 
 
 @dataclass
@@ -82,16 +82,16 @@ class ScaffoldMatryoshkaTrainingSAE(
         return self.cfg.matryoshka_widths
 
     @override
-    def revivals(self, dead: torch.Tensor) -> list[Revival]:
+    def dead_latents(self, dead: torch.Tensor) -> dict[int, torch.Tensor]:
         if not self.cfg.use_matryoshka_aux_loss:
-            return super().revivals(dead)
-        found: list[Revival] = []
-        start = 0
-        for level, width in enumerate(self.cfg.matryoshka_widths):
-            stop = width - self.cfg.scaffold_rank
-            found += revival_of_level(dead[start:stop], start, level, self.cfg.d_in)
-            start = stop
-        return found
+            return super().dead_latents(dead)
+        starts = [0, *(width - self.cfg.scaffold_rank for width in self.level_widths())]
+        latents = dead.nonzero().view(-1)
+        of_levels = itertools.pairwise(starts)
+        return {
+            level: latents[(latents >= start) & (latents < stop)]
+            for level, (start, stop) in enumerate(of_levels)
+        }
 
     @override
     def _iterable_decode(

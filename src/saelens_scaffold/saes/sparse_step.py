@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from saelens_scaffold.kernels.choice import choose_kernels
 from saelens_scaffold.kernels.entries import Entries, sorted_entries
 from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
-from saelens_scaffold.kernels.selection import Encoder, largest_of_each_token
+from saelens_scaffold.kernels.selection import Encoder
 from saelens_scaffold.kernels.sparse_forward import SparseForward
 from saelens_scaffold.saes.scaffold import ScaffoldActivation, is_hooked
 
@@ -46,7 +46,7 @@ class Revival(NamedTuple):
     Dead latents that reconstruct the error of a level (Gao et al. 2024, A.2).
 
     Attributes:
-        latents: The dead latents, counted from the dictionary's first, shape (n_dead,).
+        latents: The dead latents, counted from the dictionary's first, shape (n,).
         k: Number of them that are active per token.
         weight: Weight of the loss.
         level: Index of the level.
@@ -58,23 +58,23 @@ class Revival(NamedTuple):
     level: int
 
 
-def revival_of_level(
-    dead: torch.Tensor, start: int, level: int, d_in: int
-) -> list[Revival]:
+def revivals_of(sae: "ScaffoldSAE", dead: torch.Tensor) -> list[Revival]:
     """
-    The revival of a level's dead latents, with SAELens's k and weight, if any is dead.
+    The revivals of an SAE's dead latents, with SAELens's k and weights.
 
     Args:
-        dead: Mask of consecutive latents of the dictionary, shape (n,).
-        start: Index of the first of them.
-        level: Index of the level.
-        d_in: Dimension of the activations.
+        sae: The SAE.
+        dead: Mask of the dictionary's latents, shape (d_sae - r,).
     """
-    latents = dead.nonzero().view(-1) + start
-    if len(latents) == 0:
-        return []
-    k = d_in // 2
-    return [Revival(latents, min(k, len(latents)), min(len(latents) / k, 1.0), level)]
+    by_level = sae.dead_latents(dead)
+    # of all shards, of which some may have no dead latents
+    (n_dead,) = sae.sum_over_shards(torch.tensor([len(of) for of in by_level.values()]))
+    k = sae.cfg.d_in // 2
+    return [
+        Revival(latents, min(k, n), min(n / k, 1.0), level)
+        for (level, latents), n in zip(by_level.items(), n_dead.tolist(), strict=True)
+        if n > 0
+    ]
 
 
 class SparseStep:
@@ -102,7 +102,7 @@ class SparseStep:
         self._sae = sae
         # in latents of the dictionary, ascending
         self._widths = [width - rank for width in sae.level_widths()]
-        self._revivals = [] if dead is None else sae.revivals(dead[rank:])
+        self._revivals = [] if dead is None else revivals_of(sae, dead[rank:])
         self.feature_acts: SparseActivations | None = None
         self.levels: Sequence[torch.Tensor] = ()
         self.revived: Sequence[torch.Tensor] = ()
@@ -131,8 +131,9 @@ class SparseStep:
         weights = (sae.W_enc, sae.b_enc, sae.W_dec, subtracted)
         of_residual = cfg.sparse_encoder_input == "residual"
         z, values, written = SparseForward.apply(  # type: ignore[misc]
-            x.detach(), *weights, rank, of_residual, select, self._ops, found
-        )
+            x.detach(), *weights, rank, of_residual, select, self._ops, found,
+            sae.sum_over_shards,
+        )  # fmt: skip
         (entries,) = found
         n_levels = len(self._widths)
         parts = written.view(-1, *x.shape).unbind()
@@ -151,11 +152,11 @@ class SparseStep:
 
     def _select(self, encoder: Encoder, n_active: int) -> tuple[Entries, torch.Tensor]:
         n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
-        active = self._sae.selection(encoder, n_active, self._ops)
-        block = self._ops.block_elements(encoder.x.device)
+        selection = self._sae.selection
+        active = selection(encoder, n_active, self._ops)
         dead = [
-            largest_of_each_token(encoder, revival.latents, revival.k, block)
-            for revival in self._revivals
+            selection.of_each_token(encoder, each.latents, each.k, self._ops)
+            for each in self._revivals
         ]
         places = torch.cat([selected.places for selected in (active, *dead)])
         values = torch.cat([selected.values for selected in (active, *dead)])

@@ -70,6 +70,7 @@ def trainer_for(
     steps: int,
     data: Any,
     batch_size: int = 128,
+    cls: type[SAETrainer[Any, Any]] = SAETrainer,
     **overrides: Any,
 ) -> SAETrainer[Any, Any]:
     kwargs: dict[str, Any] = {
@@ -94,7 +95,7 @@ def trainer_for(
         "n_batches_for_norm_estimate": 5,
         **overrides,
     }
-    return SAETrainer(cfg=SAETrainerConfig(**kwargs), sae=sae, data_provider=data)
+    return cls(cfg=SAETrainerConfig(**kwargs), sae=sae, data_provider=data)
 
 
 def batches(

@@ -86,7 +86,7 @@ def sums(training: Training) -> dict[str, int]:
         "gradients of the scaffold and b_dec": FLOAT * (n * r + r * d + d),
         "counts for the cut": COUNT * of_cut,
         "bound and least of the cut, norm of the gradients": 3 * COUNT,
-        "dead latents of each level": COUNT * training.n_levels,
+        "number of dead latents": COUNT,
     }
 
 
@@ -133,15 +133,16 @@ def step_seconds(training: Training, cluster: Cluster) -> float:
 
 def memory(training: Training) -> int:
     """
-    Bytes of a process at the peak of a step: weights, gradients and Adam's state; what is
-    kept per token and per active latent; and the block of pre-activations in work.
+    Bytes of a process at the peak of a step: weights, gradients, Adam's two moments and the
+    square roots of one; and what is kept per token and per active latent. Without the
+    language model and the store of activations.
     """
     part, n, d = training.part(), training.batch_size, training.d_in
     weights = 2 * d * part.d_sae + part.d_sae + d
     per_token = n * d * (2 + 4 * training.n_levels)
     # twice as many candidates as active latents, with places, values and what sorts them
     per_entry = 8 * 2 * math.ceil(n * part.k)
-    return FLOAT * (4 * weights + per_token + per_entry)
+    return FLOAT * (5 * weights + per_token + per_entry)
 
 
 def largest_d_sae(training: Training, cluster: Cluster) -> int:

@@ -12,7 +12,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from bench_train_step import state_of, trainer
 from measure import Machine, added_memory, bytes_of, measure_machine, seconds
-from scaling import Cluster, Training, memory, step_seconds, sums, table, training_of
+from scaling import (
+    Cluster,
+    Training,
+    communicating,
+    computing,
+    memory,
+    sums,
+    table,
+    training_of,
+)
 
 from saelens_scaffold import (
     ScaffoldBatchTopKTrainingSAEConfig,
@@ -36,22 +45,29 @@ def print_measured(o: argparse.Namespace) -> None:
         f"{o.rank}, batch {o.batch_size:,}, levels {o.levels}, {o.steps} steps\n"
     )
     rows: list[tuple[str, ...]] = []
+    reached = None
     for n in o.processes:
         found, training = measure(o, n), training_of(o, n)
-        cluster = Cluster(
-            Machine(*found["machine"]), 0, found["link"], found["latency"]
-        )
-        predicted = step_seconds(training, cluster)
+        machine = Machine(*found["machine"])
+        cluster = Cluster(machine, 0, found["link"], found["latency"])
+        computes = computing(training, cluster)
+        communicates = communicating(training, cluster)
+        reached = reached or computes / (found["step"] - communicates)
+        seconds_of = computes + communicates, computes / reached + communicates
         rows.append(
             (
                 str(n),
-                *(f"{1e3 * of:.1f}" for of in (predicted, found["step"])),
-                f"{found['step'] / predicted:.2f}",
-                *(f"{sum(sums(training).values()):,}", f"{found['bytes']:,}"),
+                *(f"{1e3 * of:.1f}" for of in (*seconds_of, found["step"])),
+                f"{sum(sums(training).values()):,}",
+                f"{found['bytes']:,}",
                 *(f"{of / 2**20:.0f}" for of in (memory(training), found["memory"])),
             )
         )
-    heads = ("processes", "ms at least", "ms measured", "ratio")
+    print(
+        f"The first computes at {reached:.0%} of the roofline, which is taken to be so for "
+        "all.\n"
+    )
+    heads = ("processes", "ms at least", "ms predicted", "measured")
     heads = (*heads, "bytes summed, predicted", "measured")
     table((*heads, "MiB of each, predicted", "measured"), iter(rows))
 

@@ -1,11 +1,13 @@
 """What benchmarks/scaling.py predicts, against short sums and against two processes."""
 
-import argparse
 import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+import test_sharding
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -21,9 +23,7 @@ def test_what_is_sent_does_not_depend_on_d_sae(scaling: Any):
     n, d, r, levels = 4, 8, 2, 3
     numbers = n * d * levels + n * r + r * d + d
     counts = (2**10 - 1) + 2 * (2**11 - 1) + 1 + 2
-    assert sum(scaling.sums(training).values()) == 4 * numbers + 8 * (
-        counts + 3 + levels
-    )
+    assert sum(scaling.sums(training).values()) == 4 * numbers + 8 * (counts + 4)
     assert scaling.sums(training) == scaling.sums(training._replace(d_sae=800))
     # a ring: of all but its own part, each process sends sums twice, and activations once
     summed = sum(scaling.sums(training._replace(n_processes=4)).values())
@@ -47,8 +47,8 @@ def test_a_process_computes_and_holds_its_part(scaling: Any):
     communicates = scaling.communicating(four, cluster)
     assert communicates == pytest.approx(scaling.sent(four) / 1e9 + 10e-5)
     assert scaling.step_seconds(four, cluster) == computes + communicates
-    # weights, gradients and two moments of 4 bytes
-    state = 16 * 2 * 64 * 65_536
+    # weights, gradients, two moments and square roots of 4 bytes
+    state = 20 * 2 * 64 * 65_536
     assert state < scaling.memory(training) < 1.1 * state
     assert state / 4 < scaling.memory(four) < 1.1 * state / 4
 
@@ -80,12 +80,12 @@ def test_the_command_prints_the_experiment(
     assert experiment.count("| 8 |") == 3
 
 
-def test_two_processes_sum_what_is_predicted(scaling: Any):
-    measured = importlib.import_module("scaling_measured")
-    sizes = {"d_in": 32, "d_sae": 256, "k": 4, "rank": 3, "batch_size": 64}
-    o = argparse.Namespace(**sizes, levels=3, steps=2)
-    found = measured.measure(o, 2)
-    training = scaling.training_of(o, 2)
-    assert found["bytes"] == sum(scaling.sums(training).values())
-    for name in ("step", "link", "latency", "memory"):
-        assert found[name] > 0
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_sums_are_those_of_the_sharded_step(scaling: Any, world_size: int):
+    # which test_sharding measures
+    expected = test_sharding.bytes_of_a_step(
+        world_size, test_sharding.D_SAE, 0, False, torch.float32
+    )
+    sizes = (test_sharding.D_IN, test_sharding.D_SAE, 4, test_sharding.RANK)
+    training = scaling.Training(*sizes, test_sharding.N_TOKENS, 1, world_size)
+    assert sum(scaling.sums(training).values()) == expected

@@ -76,21 +76,14 @@ class Assembly:
         """
         sums, n_tokens = self._sums, self._sums.moments.n
         sides = enumerate(sums.sides, start=1)
+        of_saes = self._saes, sums.directions, sums.latents, self._is_dense
         return output.Inspection(
             n_tokens=n_tokens,
             n_removal_tokens=self._removals.n_predictions,
             cross_entropy=self._removals.cross_entropy,
             variance_shares=(self._variances / self._variances.sum()).tolist(),
             predictors=[*PREDICTORS],
-            saes=[
-                *map(
-                    self._sae,
-                    self._saes,
-                    sums.directions,
-                    sums.latents,
-                    self._is_dense,
-                )
-            ],
+            saes=[*map(self._sae, *of_saes)],
             pairs=[side.result(n_tokens, (0, i)) for i, side in sides],
             **about,
         )

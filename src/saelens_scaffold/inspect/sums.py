@@ -61,8 +61,8 @@ class Sums:
     measured on the rest, which had no say in them. Which of those latents are dense, the
     rest decides. R² are held out by sums over two halves, not by a second pass. Only the
     loss without a direction needs more runs of the language model, and takes a few sequences
-    for that. Memory depends on the
-    latents, the vocabulary and the contexts kept, and not on the tokens.
+    for that. Memory depends on the latents, the vocabulary and the contexts kept, and not on
+    the tokens.
 
     Attributes:
         latents: Of each SAE.

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors.torch import load_file
 
 from helpers import activations, scaffold_config, scaffold_sae, trainer_for
 from saelens_scaffold.kernels.lazy import SparseActivations
-from saelens_scaffold.sharding.sae import shard_sae
+from saelens_scaffold.sharding.sae import ShardedBatchTopKTrainingSAE, shard_sae
 from saelens_scaffold.sharding.shard import Shard
 from saelens_scaffold.sharding.trainer import ShardedSAETrainer
 
@@ -30,8 +29,8 @@ class Trained(NamedTuple):
     Attributes:
         steps: Losses and running threshold of each step.
         selected: For each step, token · d_sae + latent of the process's active latents.
-        weights: The saved training form, with the calibrated threshold; empty on processes
-            but the first.
+        weights: Of the saved training form, with the calibrated threshold, and of the saved
+            inference form, after a normalisation is folded in; the first process's.
         bytes_sent: In each step.
         logged: Logged in each 20th step, and the final metadata.
     """
@@ -43,22 +42,29 @@ class Trained(NamedTuple):
     logged: list[dict[str, float]]
 
 
-def train_whole(n_steps: int, **overrides: Any) -> Trained:
+def train_whole(n_steps: int, autocast: bool = False, **overrides: Any) -> Trained:
     """Train in one process with SAELens's trainer."""
     sae = scaffold_sae(**overrides)
-    trainer = trainer_for(sae, n_steps, iter(()), batch_size=N_TOKENS)
+    trainer = trainer_for(sae, n_steps, iter(()), N_TOKENS, autocast=autocast)
     return _train(trainer, n_steps, torch.arange(sae.cfg.d_sae), None)
 
 
-def train_sharded(group: Any, n_steps: int, **overrides: Any) -> Trained:
+def train_sharded(
+    group: Any, n_steps: int, autocast: bool = False, **overrides: Any
+) -> Trained:
     """Train this process's part of the same SAE."""
     shard = Shard(group)
-    whole = scaffold_sae(**overrides) if shard.is_first else None
-    sae = shard_sae(whole, scaffold_config(**overrides), shard)
+    sae = part_of_sae(shard, **overrides)
     trainer = trainer_for(
-        sae, n_steps, iter(()), batch_size=N_TOKENS, cls=ShardedSAETrainer
+        sae, n_steps, iter(()), N_TOKENS, ShardedSAETrainer, autocast=autocast
     )
     return _train(trainer, n_steps, sae.latents, shard)
+
+
+def part_of_sae(shard: Shard, **overrides: Any) -> ShardedBatchTopKTrainingSAE:
+    """A process's part of the SAE that `scaffold_sae` makes in one process."""
+    whole = scaffold_sae(**overrides) if shard.is_first else None
+    return shard_sae(whole, scaffold_config(**overrides), shard)
 
 
 def _train(
@@ -84,15 +90,18 @@ def _train(
     trainer.set_final_sae_metadata()
     metadata = sae.cfg.metadata
     logged.append({"l0": metadata.l0, "dead": metadata.num_dead_features})
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save_model(folder)
-        weights = load_file(f"{folder}/{SAE_WEIGHTS_FILENAME}") if _saves(shard) else {}
-    as_numpy = {name: weight.double().numpy() for name, weight in weights.items()}
+    as_numpy: dict[str, Any] = {}
+    for name in ("save_model", "save_inference_model"):
+        with tempfile.TemporaryDirectory() as folder:
+            path, _ = getattr(sae, name)(folder)
+            if shard is None or shard.is_first:
+                for key, weight in load_file(path).items():
+                    as_numpy[f"{name}.{key}"] = weight.double().numpy()
+        # and in the end as SAELens's trainer ends
+        sae.fold_activation_norm_scaling_factor(1.7)
+    for name, values in sae.log_histograms().items():
+        as_numpy[name] = values if shard is None or shard.is_first else None
     return Trained(steps, selected, as_numpy, bytes_sent, logged)
-
-
-def _saves(shard: Shard | None) -> bool:
-    return shard is None or shard.is_first
 
 
 class Pool:
@@ -118,9 +127,9 @@ class Pool:
 @contextmanager
 def pool() -> Iterator[Pool]:
     """Start the processes, and end them afterwards."""
-    # which imports torch once for all of them
+    # which imports these once for all of them
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sharding_helpers"])
+    context.set_forkserver_preload(["saelens_scaffold.sharding.trainer"])
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(4):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sae_lens.saes.sae import TrainStepInput
 
 import sharding_helpers
 from helpers import D_IN, RANK, scaffold_config
@@ -26,7 +27,15 @@ from saelens_scaffold.sharding.selection import (
     ShardedTopSelection,
 )
 from saelens_scaffold.sharding.shard import Shard
-from sharding_helpers import N_TOKENS, Pool, Trained, train_sharded, train_whole
+from saelens_scaffold.sharding.state import put, take
+from sharding_helpers import (
+    N_TOKENS,
+    Pool,
+    Trained,
+    part_of_sae,
+    train_sharded,
+    train_whole,
+)
 
 # not divisible by the number of processes
 D_SAE = 133
@@ -57,12 +66,15 @@ def assert_same(parts: list[Trained], whole: Trained, tolerance: float) -> None:
         assert sorted(selected) == sorted(expected), step
     assert first.weights.keys() == whole.weights.keys()
     for name, expected in whole.weights.items():
-        error = np.linalg.norm(first.weights[name] - expected)
-        assert error <= tolerance * np.linalg.norm(expected), name
+        ours, theirs = (w[np.isfinite(w)] for w in (first.weights[name], expected))
+        error = np.linalg.norm(ours - theirs)
+        assert error <= tolerance * np.linalg.norm(theirs), name
     for ours, theirs in zip(first.logged, whole.logged, strict=True):
         assert ours == pytest.approx(theirs, rel=max(tolerance, 1e-6))
 
 
+# In float32, rounding could decide which of two latents at a cut is selected, and then the
+# trainings part. It does not here; if it ever does on another machine, float64 tells.
 @pytest.mark.parametrize(
     ("world_size", "overrides", "dtype", "n_steps"),
     [
@@ -70,8 +82,8 @@ def assert_same(parts: list[Trained], whole: Trained, tolerance: float) -> None:
         (2, BATCHTOPK, "float64", 200),
         (2, MATRYOSHKA, "float64", 200),
         (2, REVIVED_BY_LEVEL, "float32", 200),
-        (4, REVIVED_BY_LEVEL, "float64", 200),
-        (4, BATCHTOPK, "float32", 50),
+        (4, BATCHTOPK, "float32", 200),
+        (4, REVIVED_BY_LEVEL, "float64", 50),
     ],
 )
 def test_training_is_that_of_one_process(
@@ -126,8 +138,17 @@ def test_other_configurations_are_those_of_one_process(pool: Pool):
         assert_same(parts, train_whole(20, **overrides), 1e-10)
 
 
+@pytest.mark.parametrize("overrides", [{"autocast": True}, {"dtype": "bfloat16"}])
+def test_half_precision(pool: Pool, overrides: dict[str, Any]):
+    overrides = {**REVIVED_BY_LEVEL, **overrides}
+    parts, whole = pool(2, train_sharded, 10, **overrides), train_whole(10, **overrides)
+    assert parts[0].steps == parts[1].steps
+    # bfloat16's rounding, after which other latents are selected
+    np.testing.assert_allclose(parts[0].steps, whole.steps, rtol=0.05, atol=0.01)
+
+
 def bytes_of_a_step(
-    world_size: int, d_sae: int, n_revived: int, has_chosen: bool, dtype: torch.dtype
+    world_size: int, n_revived: int, has_chosen: bool, dtype: torch.dtype
 ) -> int:
     """The formula of docs/scale.md, for one level and the residual input."""
     reconstructions = N_TOKENS * D_IN * (1 + n_revived)
@@ -141,22 +162,47 @@ def bytes_of_a_step(
     return dtype.itemsize * (reconstructions + gradients) + 8 * counts
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bytes_sent_do_not_depend_on_the_width(pool: Pool, dtype: torch.dtype):
-    widths = (D_SAE, 8 * D_SAE)
-    for world_size in (2, 4):
-        for d_sae in widths:
-            name = str(dtype).removeprefix("torch.")
-            overrides = {**BATCHTOPK, "d_sae": d_sae, "dtype": name}
-            parts = pool(world_size, train_sharded, 8, **overrides)
-            # without dead latents, and with many
-            for step, n_revived in ((3, 0), (7, 1)):
-                expected = bytes_of_a_step(
-                    world_size, d_sae, n_revived, n_revived > 0, dtype
-                )
-                assert [part.bytes_sent[step] for part in parts] == (
-                    [expected] * world_size
-                )
+@pytest.mark.parametrize(
+    ("world_size", "dtype"), [(2, torch.float32), (4, torch.float64)]
+)
+def test_bytes_sent_do_not_depend_on_the_width(
+    pool: Pool, world_size: int, dtype: torch.dtype
+):
+    without_dead, with_few, with_many = (
+        bytes_of_a_step(world_size, n_revived, has_chosen, dtype)
+        for n_revived, has_chosen in ((0, False), (1, False), (1, True))
+    )
+    for d_sae in (D_SAE, 8 * D_SAE):
+        overrides = {**BATCHTOPK, "d_sae": d_sae, "dtype": str(dtype).split(".")[1]}
+        for part in pool(world_size, train_sharded, 30, **overrides):
+            # the first step starts the scaffold and guesses from a sample, too
+            sent = {*part.bytes_sent[1:]}
+            assert {without_dead, with_many} <= sent
+            assert sent <= {without_dead, with_few, with_many}
+
+
+@pytest.mark.parametrize("d_in", [5, 6])  # as many as latents of a part
+def test_parts_of_a_state_make_the_whole(d_in: int):
+    names = ["b_dec", "W_enc"]
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.rand(d_in, 13)}
+    whole = {
+        "W_enc": torch.rand(d_in, 13),
+        "W_dec": torch.rand(13, d_in),
+        "optimizer": {"state": {0: {"exp_avg": torch.rand(d_in)}, 1: moments}},
+        "n_training_steps": 7,
+    }
+    shards = [ThreadShard(i, threading.Barrier(3), []) for i in range(3)]
+    latents = [shard.latents(13, 2) for shard in shards]
+    assert [each.tolist() for each in latents] == [
+        [0, 1, 2, 5, 8, 11],
+        [0, 1, 3, 6, 9, 12],
+        [0, 1, 4, 7, 10],
+    ]
+    parts = [take(whole, of_part, names) for of_part in latents]
+    assert torch.equal(parts[1]["W_dec"], whole["W_dec"][latents[1]])
+    taken = parts[1]["optimizer"]["state"][1]["exp_avg"]
+    assert torch.equal(taken, moments["exp_avg"][:, latents[1]])
+    torch.testing.assert_close(put(parts, latents, names), whole, rtol=0, atol=0)
 
 
 # ---- the selection, among threads in place of processes
@@ -329,3 +375,14 @@ def test_what_several_processes_cannot_train_is_named(
     )
     with pytest.raises(UserError, match=message):
         check_shardable(scaffold_config(**{"d_sae": D_SAE, **overrides}), 4)
+
+
+def test_a_part_refuses_what_only_the_whole_sae_can_do():
+    part = part_of_sae(Shard(), **BATCHTOPK)
+    for refused in (lambda: part(torch.zeros(1, D_IN)), part.sparse_sae):
+        with pytest.raises(UserError, match="whole_sae"):
+            refused()
+    part.add_hook("hook_sae_acts_post", lambda tensor, hook: tensor)
+    step_input = TrainStepInput(torch.ones(9, D_IN), {}, None, 0, False)
+    with pytest.raises(UserError, match="without hooks at its hook points"):
+        part.training_forward_pass(step_input)

@@ -138,15 +138,7 @@ class SparseForward(torch.autograd.Function):
         ops.row_sums(
             entries.latent_offsets, tokens, weights, read, grad_W_enc[:, rank:].T
         )
-        # at least in single precision, since the sums may be long; and not by index_add_,
-        # which on a GPU adds in a different order each time
-        precise = torch.promote_types(W_enc.dtype, torch.float32)
-        one = W_enc.new_ones(1, 1, dtype=precise)
-        of_bias = one.new_empty(S.shape[1], 1)
-        ops.row_sums(
-            entries.latent_offsets, torch.zeros_like(tokens), weights, one, of_bias
-        )
-        grad_b_enc[rank:] = of_bias[:, 0]
+        grad_b_enc[rank:] = _sums_of_latents(entries, weights, ops)
 
         # its input without z B, and b_dec: sums over all latents, as wide as x
         of_z, of_B = z.new_empty(0), z.new_empty(0)
@@ -175,6 +167,20 @@ class SparseForward(torch.autograd.Function):
         if ctx.has_b_dec:
             grad_b_dec = -(A @ grad_z.sum(0) + of_b_dec)
         return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, *[None] * 6
+
+
+def _sums_of_latents(
+    entries: Entries, weights: torch.Tensor, ops: ModuleType
+) -> torch.Tensor:
+    """Sums of the entries' weights, in the order `by_latent`, shape (n_latents,)."""
+    # at least in single precision, since the sums may be long; and not by index_add_,
+    # which on a GPU adds in a different order each time
+    precise = torch.promote_types(weights.dtype, torch.float32)
+    one = weights.new_ones(1, 1, dtype=precise)
+    sums = one.new_empty(entries.n_latents, 1)
+    of_one = torch.zeros_like(entries.rows)
+    ops.row_sums(entries.latent_offsets, of_one, weights, one, sums)
+    return sums[:, 0]
 
 
 def _refuse_second_derivatives() -> None:

@@ -223,7 +223,7 @@ def plugins_of(sae: "ScaffoldSAE") -> pluggy.PluginManager:
 def share(sae: "ScaffoldSAE", other: "ScaffoldSAE") -> None:
     """Give an SAE the plugins of another, as they are."""
     if sae.has_plugins:
-        _PLUGINS[other] = plugins_of(sae)
+        _PLUGINS[other], other.has_plugins = plugins_of(sae), True
 
 
 # ---- called by the architecture

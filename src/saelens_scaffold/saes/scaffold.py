@@ -2,6 +2,7 @@
 
 import copy
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -222,7 +223,7 @@ def check_scaffold_config(cfg: Any, *choices: str) -> None:
 
 @torch.no_grad()
 def build_sae(
-    sae_class: type[SAE[Any]],
+    sae_class: Callable[[Any], SAE[Any]],
     cfg: Any,
     state_dict: dict[str, torch.Tensor],
     copies: bool = True,

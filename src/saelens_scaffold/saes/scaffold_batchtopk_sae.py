@@ -294,7 +294,8 @@ class ScaffoldBatchTopKTrainingSAE(
         Here one process holds all of it.
 
         Args:
-            tensors: Sums over this process's latents, all of one dtype.
+            tensors: Sums over this process's latents, of one dtype; without gradients, and
+                possibly changed in place.
         """
         return tensors
 

@@ -9,6 +9,7 @@ BatchTopK: nothing whose size depends on d_sae.
 - `shard`: this process's part, and sums over all processes
 - `state`: cuts weights and training state into parts, and joins them
 - `largest`: the n largest values over all processes
+- `selection`: BatchTopK, and the revival of dead latents, over all processes
 - `sae`: the SAEs
 - `trainer`: SAELens's trainer for them
 """

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,16 +43,16 @@ class ShardedBatchTopKTrainingSAE(ScaffoldBatchTopKTrainingSAE):
 
     All processes call its methods together.
 
-    Attributes:
+    Args:
+        cfg: Configuration of the part, see `part_config`.
         shard: The part.
         whole_cfg: Configuration of the whole SAE.
     """
 
-    shard: Shard
     whole_cfg: WholeConfig
 
-    def attach(self, shard: Shard, whole_cfg: WholeConfig) -> None:
-        """Say which part this is."""
+    def __init__(self, cfg: WholeConfig, shard: Shard, whole_cfg: WholeConfig):
+        super().__init__(cfg)
         self.shard, self.whole_cfg = shard, whole_cfg
         self.selection = ShardedTopSelection(shard)
 
@@ -71,6 +72,20 @@ class ShardedBatchTopKTrainingSAE(ScaffoldBatchTopKTrainingSAE):
         return [
             total.view_as(tensor) for total, tensor in zip(sums, tensors, strict=True)
         ]
+
+    def of_all_latents(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the latents of all parts, shape (d_sae of the whole,), from this part's."""
+        whole = values.new_zeros(self.whole_cfg.d_sae)
+        whole[self.latents] = values
+        if not self.shard.is_first:  # what all have counts once
+            whole[: self.cfg.scaffold_rank] = 0.0
+        return self.shard.sum_(whole)
+
+    @override
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, Any]:
+        norms = self.of_all_latents(self.W_dec.float().norm(dim=1))
+        return {"weights/W_dec_norms": norms.cpu().numpy()}
 
     @override
     def _training_step(
@@ -212,11 +227,8 @@ def shard_sae(
     sae_class = (
         ShardedMatryoshkaTrainingSAE if is_matryoshka else ShardedBatchTopKTrainingSAE
     )
-    part: ShardedBatchTopKTrainingSAE = build_sae(
-        sae_class, part_config(cfg, shard), shard.scatter(parts)
-    )
-    part.attach(shard, cfg)
-    return part
+    make = partial(sae_class, shard=shard, whole_cfg=cfg)
+    return build_sae(make, part_config(cfg, shard), shard.scatter(parts))
 
 
 def whole_sae(sae: ShardedBatchTopKTrainingSAE) -> ScaffoldBatchTopKTrainingSAE | None:

@@ -95,8 +95,9 @@ class Shard:
         """
         if states is None:
             return self._receive(0)
-        own, *others = states
-        for to, state in enumerate(others, start=1):
+        states = iter(states)  # one at a time, for they may be large
+        own = next(states)
+        for to, state in enumerate(states, start=1):
             self._send(state, to)
         return own
 

@@ -15,7 +15,6 @@ LATENT_AXES = {
     "W_dec": 0,
     "act_freq_scores": 0,
     "n_forward_passes_since_fired": 0,
-    "sparsity": 0,
 }
 """The axis of latents, by the name of a tensor. The rest is the same in all parts."""
 

@@ -30,12 +30,7 @@ class ShardedSAETrainer(SAETrainer[ShardedBatchTopKTrainingSAE, Any]):
     @override
     def feature_sparsity(self) -> torch.Tensor:
         """Firing frequencies of the whole SAE, shape (d_sae,), on all processes."""
-        part = super().feature_sparsity
-        whole = part.new_zeros(self.sae.whole_cfg.d_sae)
-        whole[self.sae.latents] = part
-        if not self.sae.shard.is_first:
-            whole[: self.sae.cfg.scaffold_rank] = 0.0
-        return self.sae.shard.sum_(whole)
+        return self.sae.of_all_latents(super().feature_sparsity)
 
     @override
     @torch.no_grad()
@@ -85,7 +80,8 @@ class _ClippedAsOne:
         parameters = list(self._sae.parameters())
         if self._sae.shard.world_size == 1:
             return parameters
-        norm = self._gradient_norm().to(self._sae.dtype)
+        precise = torch.promote_types(self._sae.dtype, torch.float32)
+        norm = self._gradient_norm().to(precise)
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         return []
 

@@ -67,7 +67,7 @@ def enlarge(inspection: dict[str, Any], n: int) -> dict[str, Any]:
                 latents[name] = [column[row] for row in rows]
         latents["index"] = list(range(rank, n))
         latents["contexts"] = [of[:n_contexts] for of in latents["contexts"]]
-        sae["dense"] = []
+        sae["n_dense"], sae["dense"] = 0, []
     for pair in large["pairs"]:
         for name in ("nearest", "cosine", "correlation", "matched"):
             pair[name] = [pair[name][row] for row in rows_of[pair["first"]]]

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from measure import (
     Machine,
-    Phase,
     Step,
     add_sizes,
     added_memory,
@@ -34,6 +33,7 @@ from measure import (
     measure_machine,
     paired_seconds,
     ratio_of_medians,
+    roofline,
     seconds,
 )
 from sae_lens import (
@@ -83,9 +83,13 @@ class Contender(NamedTuple):
 
 
 def trainer(
-    sae: TrainingSAE[Any], batch_size: int, device: str, autocast: bool = False
+    sae: TrainingSAE[Any],
+    batch_size: int,
+    device: str,
+    autocast: bool = False,
+    trainer_class: type[SAETrainer[Any, Any]] = SAETrainer,
 ) -> SAETrainer[Any, Any]:
-    return SAETrainer(
+    return trainer_class(
         SAETrainerConfig(
             n_checkpoints=0,
             checkpoint_path=None,
@@ -192,30 +196,6 @@ def make(name: str, configs: dict[str, Any], o: argparse.Namespace) -> Contender
     if package == "sparsify":
         return sparsify_contender(o)
     return dictionary_learning_contender("Matryoshka" in name, o)
-
-
-def roofline(o: argparse.Namespace, n_levels: int) -> list[Phase]:
-    """
-    The least that a scaffold SAE's step has to do, in SAELens's trainer.
-
-    Weights are counted as read from memory once in each phase that needs all of them,
-    rows of them that an entry needs once in each phase, and what belongs to a token as
-    staying in the cache.
-    """
-    n, d, f, r = o.batch_size, o.d_in, o.d_sae, o.rank
-    weights = 4 * d * f  # bytes of W_enc, or of W_dec
-    entries = n * o.k
-    rows = 4 * d * min(f, entries)  # of them that are active
-    return [
-        Phase("encoder's product", 2 * n * d * f, weights),
-        Phase("decoder's norms", 2 * d * f, weights),
-        Phase("reconstructions", 2 * entries * d + 2 * n * d * n_levels, rows),
-        Phase("gradient of activations", 2 * entries * d, rows),
-        Phase("gradients of weights", 4 * entries * d, 2 * weights),
-        Phase("rank-r products, b_dec", (4 * r + 2) * d * f, 3 * weights),
-        Phase("SAELens's clipping", 4 * d * f, 2 * 3 * weights),
-        Phase("Adam", 24 * d * f, 2 * 7 * weights),
-    ]
 
 
 def run(o: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -136,3 +136,27 @@ class Phase(NamedTuple):
 
     def seconds(self, machine: Machine) -> float:
         return max(self.operations / machine.rate, self.traffic / machine.bandwidth)
+
+
+def roofline(o: Any, n_levels: int) -> list[Phase]:
+    """
+    The least that a scaffold SAE's step has to do, in SAELens's trainer.
+
+    Weights are counted as read from memory once in each phase that needs all of them,
+    rows of them that an entry needs once in each phase, and what belongs to a token as
+    staying in the cache.
+    """
+    n, d, f, r = o.batch_size, o.d_in, o.d_sae, o.rank
+    weights = 4 * d * f  # bytes of W_enc, or of W_dec
+    entries = n * o.k
+    rows = 4 * d * min(f, entries)  # of them that are active
+    return [
+        Phase("encoder's product", 2 * n * d * f, weights),
+        Phase("decoder's norms", 2 * d * f, weights),
+        Phase("reconstructions", 2 * entries * d + 2 * n * d * n_levels, rows),
+        Phase("gradient of activations", 2 * entries * d, rows),
+        Phase("gradients of weights", 4 * entries * d, 2 * weights),
+        Phase("rank-r products, b_dec", (4 * r + 2) * d * f, 3 * weights),
+        Phase("SAELens's clipping", 4 * d * f, 2 * 3 * weights),
+        Phase("Adam", 24 * d * f, 2 * 7 * weights),
+    ]

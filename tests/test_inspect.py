@@ -21,6 +21,7 @@ from saelens_scaffold.inspect.axes import AxesFit
 from saelens_scaffold.inspect.contexts import StrongestContexts
 from saelens_scaffold.inspect.explanations import Explanations, Tokens, label_of
 from saelens_scaffold.inspect.logit_lens import promoted_tokens
+from saelens_scaffold.inspect.removal import WrittenByLatents
 from saelens_scaffold.inspect.sides import SideBySide
 from saelens_scaffold.inspect.statistics import LatentStatistics
 from saelens_scaffold.models import (
@@ -350,16 +351,31 @@ def test_the_scaffold_equals_an_independent_computation(found: Any):
 
 
 @torch.no_grad()
-def test_the_loss_without_a_direction(found: Any):
+@pytest.mark.parametrize("what", ["direction", "dense latent"])
+def test_the_loss_without(found: Any, what: str):
     inspection, saes, tokens, x = found
-    text, sae = _Text(inspection, tokens, x), saes["scaffold"]
+    text = _Text(inspection, tokens, x)
     model: Any = AutoModelForCausalLM.from_pretrained(embedded_model_path()).float()
+    if what == "direction":
+        (of, *_), sae = inspection.saes[1].scaffold.directions, saes["scaffold"]
 
-    def s_of(x: torch.Tensor) -> torch.Tensor:
-        return (x - sae.b_dec) @ sae.W_enc[:, :3] @ sae.W_dec[:3]
+        def s_of(x: torch.Tensor) -> torch.Tensor:
+            return (x - sae.b_dec) @ sae.W_enc[:, :3] @ sae.W_dec[:3]
 
-    of_sample = s_of(text.sample)
-    axis = torch.linalg.eigh(torch.cov(of_sample.double().T))[1][:, -1].float()
+        of_sample = s_of(text.sample)
+        axis = torch.linalg.eigh(torch.cov(of_sample.double().T))[1][:, -1].float()
+    else:
+        (of,), sae = (
+            (o for o in inspection.saes[0].dense if o.latent == 4),
+            saes["plain"],
+        )
+
+        def s_of(x: torch.Tensor) -> torch.Tensor:
+            pre = (x - sae.b_dec) @ sae.W_enc[:, 4] + sae.b_enc[4]
+            return (pre * (pre > sae.threshold[4])).relu()[..., None] * axis
+
+        axis = sae.W_dec[4]
+        of_sample = s_of(text.x[text.counts])
 
     def losses() -> torch.Tensor:
         logits = model(text.tokens).logits[:, :-1]
@@ -380,13 +396,11 @@ def test_the_loss_without_a_direction(found: Any):
     handle = model.gpt_neox.layers[0].register_forward_hook(remove)
     more = (losses() - clean)[predicts]
     handle.remove()
-    scaffold = inspection.saes[1].scaffold
-    assert scaffold is not None
     assert inspection.n_removal_tokens == int(predicts.sum())
     assert inspection.cross_entropy == pytest.approx(
         float(clean[predicts].mean()), rel=1e-4
     )
-    removal = scaffold.directions[0].removal
+    removal = of.removal
     assert removal.increase == pytest.approx(float(more.mean()), rel=1e-2)
     assert removal.kl > 0
     totals = torch.zeros(4096).index_add(0, text.tokens[:, 1:][predicts], more)
@@ -395,6 +409,24 @@ def test_the_loss_without_a_direction(found: Any):
     assert token == most
     assert n == int((text.tokens[:, 1:][predicts] == most).sum())
     assert mean * n == pytest.approx(float(totals.max()), rel=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", [0, 1])
+def test_dense_latents_are_those_of_all_tokens(found: Any, index: int):
+    inspection, saes, tokens, x = found
+    text, sae, of = _Text(inspection, tokens, x), [*saes.values()][index], inspection
+    rank, of = 3 * index, inspection.saes[index]
+    first = (sae.encode(text.sample)[:, rank:] > 0).float().mean(0)
+    frequency = (sae.encode(text.x[text.counts])[:, rank:] > 0).float().mean(0)
+    is_dense, may_be_dense = (
+        frequency > 0.1,
+        (first > 0.05) & (first >= first.sort()[0][-32]),
+    )
+    assert not torch.equal(is_dense, first > 0.1)  # else nothing is tested
+    assert of.n_dense == int(is_dense.sum())
+    expected = (is_dense & may_be_dense).nonzero()[:, 0].tolist()
+    assert sorted(dense.latent for dense in of.dense) == [i + rank for i in expected]
 
 
 def test_antipodes_and_successors_of_dense_latents(found: Any):
@@ -453,6 +485,21 @@ def test_in_half_precision(found: Any):
 
 
 # ---- parts of it
+
+
+@pytest.mark.parametrize("normalised", ["none", "layer_norm", "constant_norm_rescale"])
+@torch.no_grad()
+def test_what_latents_write_is_what_decoding_them_changes(normalised: str):
+    sae = eval_sae(normalize_activations=normalised)
+    x, latents = 3 + 2 * torch.randn(50, D_MODEL), torch.tensor([3, 8])
+    means = torch.tensor([0.5, 0.25])
+    written = WrittenByLatents(sae, latents, means)
+    decoded = sae.decode(sae.encode(x))
+    for i, (latent, mean) in enumerate(zip(latents, means, strict=True)):
+        change = written.coordinates(x)[:, i, None] * written.rows[i]
+        ablated = sae.encode(x)
+        ablated[:, latent] = mean
+        assert torch.allclose(change, decoded - sae.decode(ablated), atol=1e-4)
 
 
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)

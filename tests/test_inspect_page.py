@@ -52,7 +52,7 @@ def make_inspection() -> dict[str, Any]:
     rng = np.random.default_rng(0)
     plain, scaffold = _sae(rng, PLAIN, 0), _sae(rng, SCAFFOLD, RANK)
     scaffold["scaffold"] = _scaffold(rng)
-    plain["dense"] = [_dense(rng, 7), _dense(rng, 9)]
+    plain["n_dense"], plain["dense"] = 3, [_dense(rng, 7), _dense(rng, 9)]
     plain["dense"][1].update(antipode=None, successor=None, label="unexplained")
     alive = [np.array(sae["latents"]["frequency"]) > 0 for sae in (plain, scaffold)]
     nearest = rng.permutation(D_SAE - RANK)[: D_SAE - RANK].tolist() + [0] * RANK
@@ -131,6 +131,7 @@ def _sae(rng: np.random.Generator, name: str, rank: int) -> dict[str, Any]:
         "d_sae": D_SAE,
         "l0_sparse": 12.4,
         "scaffold": None,
+        "n_dense": 0,
         "dense": [],
         "latents": {
             "index": list(range(rank, D_SAE)),
@@ -159,12 +160,7 @@ def _scaffold(rng: np.random.Generator) -> dict[str, Any]:
             "share_of_variance": 0.3 - 0.1 * i,
             "label": "mostly identity of the token (R² 0.62)" if i else "unexplained",
             "r_squared": shares,
-            "removal": {
-                "cross_entropy": 2.5,
-                "increase": 0.15 * i,
-                "kl": 0.1,
-                "tokens": [(0, 12, 0.5), (5, 3, 0.25)],
-            },
+            "removal": _removal(0.15 * i),
             "principal_component": i,
             "cosine": 0.9,
             "dimensions": [(3, 0.5), (1, -0.25)],
@@ -195,11 +191,18 @@ def _scaffold(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
+def _removal(increase: float) -> dict[str, Any]:
+    tokens = [(0, 12, 0.5), (5, 3, 0.25)]
+    entropy = 2.35 + increase
+    return {"cross_entropy": entropy, "increase": increase, "kl": 0.1, "tokens": tokens}
+
+
 def _dense(rng: np.random.Generator, latent: int) -> dict[str, Any]:
     return {
         "latent": latent,
         "label": "mostly position in the sequence (R² 0.58)",
         "r_squared": {"position": 0.58, "topic": 0.1, "token": 0.02},
+        "removal": _removal(0.123),
         "antipode": {
             "latent": 1,
             "cosine_encoder": -0.5,
@@ -481,11 +484,16 @@ def test_dense_latents_stand_beside_partner_and_successor(
     go(page, "dense")
     row = page.locator("#view tbody tr").first
     text = row.inner_text()
-    for part in ("latent 7", "mostly position", "latent 1", "−0.60", "direction 2"):
+    for part in ("latent 7", "mostly position", "+0.123", "latent 1", "−0.60"):
         assert part in text
+    assert "direction 2" in text
+    assert page.get_by_text("2 of them are explained").count() == 1
     page.get_by_role("link", name="latent 7").click()
     bars = page.locator(".bars .number").all_text_contents()
     assert bars == ["0.58", "0.10", "0.02"]
+    costs = page.locator("section", has=page.get_by_text("Tokens that become harder"))
+    assert costs.locator("tbody tr").count() == 2
+    assert "+0.123 nats" in page.locator(".facts").inner_text()
     # a negative correlation is shown with the direction's negative end
     follower = page.locator("section", has=page.get_by_text("Scaffold direction that"))
     values = follower.locator(".contexts b").all_text_contents()

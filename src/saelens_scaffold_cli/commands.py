@@ -532,7 +532,7 @@ class Inspect(Command):
     n_tokens: Count = 200_000
     """Number of tokens to inspect."""
     n_removal_tokens: Count = 8_192
-    """Number of these on which each direction is removed."""
+    """Number of these on which each direction and dense latent is removed."""
     context_size: Count | None = None
     """Tokens per context (default: the SAEs', else 128)."""
     llm_batch_size: Count = 32

@@ -2,7 +2,12 @@
 
 from saelens_scaffold.inspect.axes import AxesFit, ScaffoldAxes
 from saelens_scaffold.inspect.logit_lens import logit_lens
-from saelens_scaffold.inspect.main import InspectConfig, inspect_saes, run
+from saelens_scaffold.inspect.main import (
+    InspectConfig,
+    inspect_saes,
+    read_inspection,
+    run,
+)
 from saelens_scaffold.inspect.output import Inspection
 from saelens_scaffold.inspect.steering import steering
 
@@ -13,6 +18,7 @@ __all__ = [
     "ScaffoldAxes",
     "inspect_saes",
     "logit_lens",
+    "read_inspection",
     "run",
     "steering",
 ]

@@ -10,9 +10,10 @@ from torch.nn.functional import cosine_similarity
 from saelens_scaffold.evals.rank.analysis import outlier_dimensions
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.inspect import output
+from saelens_scaffold.inspect.axes import ScaffoldAxes
 from saelens_scaffold.inspect.explanations import PREDICTORS, label_of
 from saelens_scaffold.inspect.logit_lens import promoted_tokens
-from saelens_scaffold.inspect.removal import Removals
+from saelens_scaffold.inspect.removal import Removals, WrittenByLatents
 from saelens_scaffold.inspect.statistics import (
     FIRST_BIN,
     DirectionStatistics,
@@ -20,6 +21,7 @@ from saelens_scaffold.inspect.statistics import (
 )
 from saelens_scaffold.inspect.sums import Sums
 from saelens_scaffold.models.language_models import LanguageModel
+from saelens_scaffold.saes.facts import DENSE_THRESHOLD
 from saelens_scaffold.saes.subspaces import share_in_subspace, subspace_overlap
 
 N_DIMENSIONS = 10
@@ -55,7 +57,17 @@ class Assembly:
         self._covariances = sums.targets.covariance.cpu()
         # in the order of the targets
         self._r_squared = enumerate(sums.explanations.r_squared())
-        self._removal = iter(removals.result())
+        self._is_dense = [
+            of.fired > DENSE_THRESHOLD * sums.moments.n for of in sums.latents
+        ]
+        removed: list[ScaffoldAxes | WrittenByLatents] = []
+        for directions, latents, is_dense in zip(
+            sums.directions, sums.latents, self._is_dense, strict=True
+        ):
+            removed += [directions.axes] if directions else []
+            dense = latents.candidates[is_dense[latents.candidates]]
+            removed.append(latents.written_by(dense, sums.moments.n))
+        self._removal = iter(removals.measure(removed))
 
     def result(self, **about: Any) -> output.Inspection:
         """
@@ -64,13 +76,14 @@ class Assembly:
         """
         sums, n_tokens = self._sums, self._sums.moments.n
         sides = enumerate(sums.sides, start=1)
+        of_saes = self._saes, sums.directions, sums.latents, self._is_dense
         return output.Inspection(
             n_tokens=n_tokens,
             n_removal_tokens=self._removals.n_predictions,
             cross_entropy=self._removals.cross_entropy,
             variance_shares=(self._variances / self._variances.sum()).tolist(),
             predictors=[*PREDICTORS],
-            saes=[*map(self._sae, self._saes, sums.directions, sums.latents)],
+            saes=[*map(self._sae, *of_saes)],
             pairs=[side.result(n_tokens, (0, i)) for i, side in sides],
             **about,
         )
@@ -80,15 +93,18 @@ class Assembly:
         sae: SelectedSAE,
         directions: DirectionStatistics | None,
         latents: LatentStatistics,
+        is_dense: torch.Tensor,
     ) -> output.InspectedSAE:
         scaffold = directions and self._scaffold(directions)
-        dense, columns = [*self._dense(latents)], self._latents(latents, directions)
+        dense = [*self._dense(latents, is_dense.tolist())]
+        columns = self._latents(latents, directions)
         return output.InspectedSAE(
             name=sae.label,
             architecture=sae.sae.cfg.architecture(),
             d_sae=sae.sae.cfg.d_sae,
             l0_sparse=float(latents.fired.sum()) / self._sums.moments.n,
             scaffold=scaffold,
+            n_dense=int(is_dense.sum()),
             dense=sorted(
                 dense, key=lambda of: -columns.frequency[of.latent - sae.rank]
             ),
@@ -147,13 +163,18 @@ class Assembly:
             low=of.contexts.windows(ends[1], -scale),
         )
 
-    def _dense(self, of: LatentStatistics) -> Iterator[output.DenseLatent]:
-        for place, latent in enumerate(of.dense.tolist()):
+    def _dense(
+        self, of: LatentStatistics, is_dense: list[bool]
+    ) -> Iterator[output.DenseLatent]:
+        for place, latent in enumerate(of.candidates.tolist()):
             target, r_squared = next(self._r_squared)
+            if not is_dense[latent]:
+                continue
             yield output.DenseLatent(
                 latent=latent + of.rank,
                 label=label_of(r_squared),
                 r_squared=r_squared,
+                removal=next(self._removal),
                 antipode=of.antipode(place, self._sums.moments.n),
                 successor=self._successor(target, of.decoder[latent].cpu()),
             )
@@ -171,7 +192,7 @@ class Assembly:
                 correlation = float(self._covariances[target, j]) / spread
                 cosine = float(cosine_similarity(row, decoder, dim=0))
                 found.append(output.Successor(i, j - start, cosine, correlation))
-            start += len(rows) + len(latents.dense)
+            start += len(rows) + len(latents.candidates)
         return max(found, key=lambda of: abs(of.correlation), default=None)
 
     def _latents(

@@ -44,9 +44,10 @@ class InspectConfig(TextEvalConfig):
     n_tokens: PositiveInt = 200_000
     """Tokens to inspect."""
     n_sample_tokens: PositiveInt = 16_384
-    """Tokens before these, which fix the axes and which latents are dense."""
+    """Tokens before these, which fix the axes and which latents may be dense."""
     n_removal_tokens: PositiveInt = 8_192
-    """Tokens among these on which each direction is removed, in whole sequences."""
+    """Tokens among these on which each direction and dense latent is removed, in whole
+    sequences."""
     label_column: str = "label"
     """Column of the dataset with the topic of each text, if it has one."""
 
@@ -147,10 +148,32 @@ def _checked(
     return config, saes
 
 
+def read_inspection(path: str | Path) -> Inspection:
+    """
+    What `saelens-scaffold inspect` found.
+
+    Args:
+        path: Its inspect.json, or the folder with it.
+
+    Raises:
+        UserError: It cannot be read, or another version wrote it.
+    """
+    file = Path(path)
+    file = file / FILE_NAME if file.is_dir() else file
+    try:
+        return TypeAdapter(Inspection).validate_json(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise UserError(
+            f"{file} does not hold what this version's inspect writes; run it again"
+        ) from error
+
+
 def _earlier(file: Path, key: Key) -> Inspection | None:
     """What an earlier run found, if it was of the same."""
-    with suppress(OSError, ValidationError):
-        found = TypeAdapter(Inspection).validate_json(file.read_bytes())
+    with suppress(UserError):
+        found = read_inspection(file)
         return None if differences(found.key, key) else found
     return None
 
@@ -168,9 +191,8 @@ def _inspect(config: InspectConfig, saes: list[SelectedSAE]) -> Inspection:
         lm.check_finite(x, hooked.hook_name)
         sample.update(x)
     sums = Sums(saes, stream, sample, texts)
-    axes = [of.axes for of in sums.directions if of is not None]
     share = min(1.0, config.n_removal_tokens / config.n_tokens)
-    removals = Removals(hooked, axes, stream.tokenizer, share)
+    removals = Removals(hooked, stream.tokenizer, share)
     n = 0
     for tokens, counts, topics in stream.labelled_batches(
         config.n_tokens, "Inspecting"
@@ -178,7 +200,7 @@ def _inspect(config: InspectConfig, saes: list[SelectedSAE]) -> Inspection:
         run = lm.HookedBatch(hooked, tokens, counts)
         clean = CleanPredictions(run.above(run.full), tokens, counts)
         sums.update(Tokens(tokens, counts, topics, run.full, clean.entropy, n))
-        removals.update(tokens, counts, n)
+        removals.keep(tokens, counts, n)
         n += len(tokens)
     return Assembly(model, saes, sums, removals).result(
         model_name=config.model_name,
@@ -215,7 +237,7 @@ def _rounded(value: Any) -> Any:
 def _said(found: Inspection, file: Path) -> str:
     lines: list[str] = []
     for sae in found.saes:
-        lines.append(f"{sae.name}: {len(sae.dense)} dense latents")
+        lines.append(f"{sae.name}: {sae.n_dense} dense latents")
         for i, of in enumerate(sae.scaffold.directions if sae.scaffold else ()):
             lines.append(
                 f"  direction {i}: {of.label}; {of.share_of_scaffold:.1%} of the scaffold's "

@@ -32,7 +32,7 @@ class Context:
 @documented
 class Removal:
     cross_entropy: float
-    """Cross-entropy of the next token without the direction, in nats"""
+    """Cross-entropy of the next token without the direction or latent, in nats"""
     increase: float
     """By how much that is more than with it"""
     kl: float
@@ -147,6 +147,8 @@ class DenseLatent:
     """What explains its activation, in one line"""
     r_squared: dict[str, float]
     """Held-out R² of its activation, by predictor"""
+    removal: Removal
+    """What the language model loses without it"""
     antipode: Antipode | None
     """Its antipodal partner, if a latent is opposite at all"""
     successor: Successor | None
@@ -193,8 +195,11 @@ class InspectedSAE:
     """Sparse latents that fire per token"""
     scaffold: Scaffold | None
     """The scaffold; None for a plain SAE"""
+    n_dense: int
+    """Number of dense latents"""
     dense: list[DenseLatent]
-    """Dense latents, most frequent first"""
+    """Those of them that are explained, most frequent first: the `MAX_DENSE` that fired most
+    often on the first tokens, if on more than `MAY_BE_DENSE` of these"""
     latents: Latents
     """The dictionary"""
 
@@ -242,9 +247,9 @@ class Inspection:
     n_sequences: int
     """Their sequences"""
     n_sample_tokens: int
-    """Tokens before these, from which axes and dense latents come"""
+    """Tokens before these, which fix the axes and which latents may be dense"""
     n_removal_tokens: int
-    """Predictions that the loss without a direction is of"""
+    """Predictions that the loss without a direction or latent is of"""
     cross_entropy: float
     """Clean cross-entropy of these, in nats"""
     variance_shares: list[float]

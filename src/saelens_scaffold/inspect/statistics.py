@@ -9,6 +9,7 @@ from saelens_scaffold.inspect.axes import ScaffoldAxes
 from saelens_scaffold.inspect.contexts import StrongestContexts
 from saelens_scaffold.inspect.explanations import Tokens
 from saelens_scaffold.inspect.output import Antipode, Positions
+from saelens_scaffold.inspect.removal import WrittenByLatents
 from saelens_scaffold.saes.facts import antipodality, scaffold_rank
 
 FIRST_BIN, N_BINS = -20, 40
@@ -24,11 +25,12 @@ class LatentStatistics:
 
     Args:
         sae: The SAE.
-        dense: Dense latents, indices among the sparse ones, shape (n_dense,).
+        candidates: Latents that may be dense, indices among the sparse ones, shape
+            (n_candidates,).
         n_contexts: Contexts kept of each latent.
 
     Attributes:
-        dense: The same.
+        candidates: The same.
         rank: Number of linear latents.
         decoder: Decoder directions, shape (n_sparse, d_in).
         fired: Number of tokens on which each fired, shape (n_sparse,).
@@ -38,8 +40,8 @@ class LatentStatistics:
         contexts: Strongest contexts.
     """
 
-    def __init__(self, sae: Any, dense: torch.Tensor, n_contexts: int):
-        self._sae, self.dense = sae, dense
+    def __init__(self, sae: Any, candidates: torch.Tensor, n_contexts: int):
+        self._sae, self.candidates = sae, candidates
         self.rank = scaffold_rank(sae)
         self._encoder = sae.W_enc[:, self.rank :].T.detach().float()
         self.decoder = sae.W_dec[self.rank :].detach().float()
@@ -50,8 +52,8 @@ class LatentStatistics:
         self.sums, self.squares = torch.zeros(2, n, dtype=double, device=device)
         self.histogram = torch.zeros(n, N_BINS, dtype=torch.int64, device=device)
         self.contexts = StrongestContexts(n, n_contexts, device)
-        self._antipode = antipodality(self._encoder, self.decoder, dense)[1]
-        self._both_fired = torch.zeros_like(dense)
+        self._antipode = antipodality(self._encoder, self.decoder, candidates)[1]
+        self._both_fired = torch.zeros_like(candidates)
 
     @torch.no_grad()
     def update(self, batch: Tokens) -> torch.Tensor:
@@ -71,13 +73,18 @@ class LatentStatistics:
         self.fired += torch.bincount(latent, minlength=len(self.fired))
         self.sums += acts.float().sum(dim=0)
         self.squares += acts.float().pow(2).sum(dim=0)
-        both = (acts[:, self.dense] > 0) & (acts[:, self._antipode] > 0)
+        both = (acts[:, self.candidates] > 0) & (acts[:, self._antipode] > 0)
         self._both_fired += both.sum(dim=0)
         return acts
 
+    def written_by(self, latents: torch.Tensor, n_tokens: int) -> WrittenByLatents:
+        """What some of the latents write."""
+        means = (self.sums[latents] / n_tokens).float()
+        return WrittenByLatents(self._sae, latents, means)
+
     def antipode(self, place: int, n_tokens: int) -> Antipode | None:
-        """The antipodal partner of a dense latent, if a latent is opposite at all."""
-        latent, other = int(self.dense[place]), int(self._antipode[place])
+        """The antipodal partner of a candidate, if a latent is opposite at all."""
+        latent, other = int(self.candidates[place]), int(self._antipode[place])
         encoder, decoder = (
             float(cosine_similarity(of[latent], of[other], dim=0))
             for of in (self._encoder, self.decoder)

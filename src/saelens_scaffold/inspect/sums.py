@@ -18,7 +18,10 @@ from saelens_scaffold.saes.facts import (
 from saelens_scaffold.saes.subspaces import ActivationMoments
 
 MAX_DENSE = 32
-"""Dense latents of an SAE that are explained: those that fire most often."""
+"""Dense latents of an SAE that are explained, at most."""
+
+MAY_BE_DENSE = DENSE_THRESHOLD / 2
+"""Share of the first tokens above which a latent may be dense on all of them."""
 
 N_CONTEXTS = 10
 CONTEXT_BYTES, ALL_CONTEXTS_BYTES = 180, 20_000_000
@@ -26,7 +29,7 @@ CONTEXT_BYTES, ALL_CONTEXTS_BYTES = 180, 20_000_000
 
 
 class Sample:
-    """What the first tokens fix: the axes, and which latents are dense."""
+    """What the first tokens fix: the axes, and which latents may be dense."""
 
     def __init__(self, saes: Sequence[SelectedSAE], device: str):
         self.moments = ActivationMoments(saes[0].sae.cfg.d_in, device)
@@ -41,29 +44,32 @@ class Sample:
         for fit in filter(None, self.axes):
             fit.update(x)
 
-    def dense(self, index: int) -> torch.Tensor:
-        """Dense latents of an SAE, most frequent first, shape (n_dense,)."""
+    def may_be_dense(self, index: int) -> torch.Tensor:
+        """Latents of an SAE that may be dense on all tokens, shape (n_latents,)."""
         frequencies = self.firing[index].fired / self.moments.n
         order = frequencies.argsort(descending=True, stable=True)[:MAX_DENSE]
-        return order[frequencies[order] > DENSE_THRESHOLD]
+        return order[frequencies[order] > MAY_BE_DENSE]
 
 
 class Sums:
     """
     Everything that is summed over the tokens, of all SAEs.
 
-    All is found in one pass of the language model. Axes and dense latents must be known
-    before contexts can be ranked along them, so they come from a small first sample of the
-    text; what follows is measured on the rest, which had no say in them. R² are held out by
-    sums over two halves, not by a second pass. Only the loss without a direction needs more
-    runs of the language model, and takes a few sequences for that. Memory depends on the
-    latents, the vocabulary and the contexts kept, and not on the tokens.
+    All is found in one pass of the language model. Axes must be known before contexts can be
+    ranked along them, and what is to be explained before R² are summed, so axes and the
+    latents that may be dense come from a small first sample of the text; what follows is
+    measured on the rest, which had no say in them. Which of those latents are dense, the
+    rest decides. R² are held out by sums over two halves, not by a second pass. Only the
+    loss without a direction needs more runs of the language model, and takes a few sequences
+    for that. Memory depends on the latents, the vocabulary and the contexts kept, and not on
+    the tokens.
 
     Attributes:
         latents: Of each SAE.
         directions: Of each SAE; None without a scaffold.
         sides: Each SAE but the first beside the first.
-        explanations: Of the targets: directions and dense latents of each SAE in turn.
+        explanations: Of the targets: directions, and latents that may be dense, of each SAE in
+            turn.
         moments: Of the activations.
         targets: Moments of the targets.
     """
@@ -81,7 +87,7 @@ class Sums:
         size, mean = stream.selection.context_size, sample.moments.mean.float()
         self._at_once = max(1, min(tokens_at_once(of.sae) for of in saes) // size)
         self.latents = [
-            LatentStatistics(of.sae, sample.dense(i), n_contexts)
+            LatentStatistics(of.sae, sample.may_be_dense(i), n_contexts)
             for i, of in enumerate(saes)
         ]
         self.directions = [
@@ -89,7 +95,7 @@ class Sums:
             for fit in sample.axes
         ]
         self.sides = [SideBySide(self.latents[0], of) for of in self.latents[1:]]
-        n_targets = sum(len(of.dense) for of in self.latents)
+        n_targets = sum(len(of.candidates) for of in self.latents)
         n_targets += sum(len(of.axes.rows) for of in filter(None, self.directions))
         special, device = special_ids(stream.tokenizer), mean.device
         self.explanations = Explanations(texts, special, size, n_targets, device)
@@ -105,7 +111,7 @@ class Sums:
             targets: list[torch.Tensor] = []
             for i, directions in enumerate(self.directions):
                 targets += [directions.update(part)] if directions else []
-                targets.append(acts[i][:, self.latents[i].dense])
+                targets.append(acts[i][:, self.latents[i].candidates])
             joined = torch.cat(targets, dim=1).float()
             self.explanations.update(part, joined)
             self.targets.update(joined)

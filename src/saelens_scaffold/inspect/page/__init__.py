@@ -64,9 +64,10 @@ def _shown(inspection: Mapping[str, Any]) -> dict[str, Any]:
         "bin_width": statistics.DIRECTION_BIN,
         "variance_shares": inspection["variance_shares"][:SHOWN_COMPONENTS],
         "dense": (
-            f"Sparse latents that fire on more than {DENSE_THRESHOLD:.0%} of the "
-            f"{inspection['n_sample_tokens']:,} tokens before those that are counted, at "
-            f"most {sums.MAX_DENSE} of each SAE"
+            f"Sparse latents that fire on more than {DENSE_THRESHOLD:.0%} of the tokens. "
+            f"Explained are those among the {sums.MAX_DENSE} of each SAE that fire most "
+            f"often, and on more than {sums.MAY_BE_DENSE:.0%}, of the "
+            f"{inspection['n_sample_tokens']:,} tokens before those that are counted"
         ),
         "predictors": {n: texts.get(n, n) for n in inspection["predictors"]},
         "saes": [_shown_sae(sae) for sae in inspection["saes"]],

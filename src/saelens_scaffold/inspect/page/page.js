@@ -21,7 +21,7 @@ function scaffoldView(name) {
       ["Overlap with the first principal components", ...overlap],
       ["Sparse latents", whole(latents.index.length), `${whole(alive)} alive`],
       ["Sparse latents per token", fixed(sae.l0_sparse, 1)],
-      ["Dense latents", sae.dense.length]),
+      ["Dense latents", whole(sae.n_dense)]),
     part("Directions", table(["direction", "explained by", ["share of the scaffold’s variance"],
       ["nats without it"], "nearest principal component"], rows)),
     columns(spectrum(directions), byPosition(positions)),
@@ -78,8 +78,6 @@ function directionView(name, index = "0") {
   const of = directions[Number(index)] ?? missing(`${sae.name} has no direction ${index}.`);
   const { removal } = of;
   const edge = (bin) => fixed((bin - of.histogram.length / 2) * inspection.bin_width, 0);
-  const costs = removal.tokens.map(([id, n, mean]) => [
-    loneToken(id), whole(n), signed(mean), fixed(n * mean, 1)]);
   const components = of.dimensions.map(([i, value]) => [String(i), fixed(value, 3)]);
   return [
     heading(`Direction ${index}`, of.label), saeChoice(scaffolds, "direction", sae),
@@ -88,7 +86,7 @@ function directionView(name, index = "0") {
     facts(
       ["Share of the scaffold’s variance", percent(of.share_of_scaffold)],
       ["Share of the activations’ variance", percent(of.share_of_variance)],
-      ["Loss without it", `${signed(removal.increase)} nats`, `KL ${fixed(removal.kl, 3)} nats`],
+      lossWithout(removal),
       ["Nearest principal component", of.principal_component, `cosine ${fixed(of.cosine)}`]),
     columns(explained(of.r_squared),
       histogram("Coordinate, in standard deviations from its mean", of.histogram, edge, 8)),
@@ -97,25 +95,36 @@ function directionView(name, index = "0") {
     columns(part("Promoted by the positive end", weightedChips(of.promoted)),
       part("Promoted by the negative end", weightedChips(of.suppressed))),
     columns(
-      part("Tokens that become harder to predict without it",
-        table(["next token", ["predictions"], ["mean, nats"], ["in total"]], costs)),
+      costs(removal),
       part("Dimensions it writes to most", table(["dimension", ["component"]], components))),
   ];
+}
+
+const lossWithout = ({ increase, kl }) =>
+  ["Loss without it", `${signed(increase)} nats`, `KL ${fixed(kl, 3)} nats`];
+
+function costs(removal) {
+  const rows = removal.tokens.map(([id, n, mean]) => [
+    loneToken(id), whole(n), signed(mean), fixed(n * mean, 1)]);
+  return part("Tokens that become harder to predict without it",
+    table(["next token", ["predictions"], ["mean, nats"], ["in total"]], rows));
 }
 
 // ---- dense latents
 
 function denseView() {
-  const heads = ["latent", ["fires on"], "explained by", "strongest on", "antipodal partner",
-    "scaffold direction that follows it most"];
+  const heads = ["latent", ["fires on"], "explained by", ["nats without it"], "strongest on",
+    "antipodal partner", "scaffold direction that follows it most"];
   const shown = saes.map((sae) => {
     const rows = sae.dense.map((of) => {
       const row = rowOf(sae, of.latent);
       return [latentLink(sae, of.latent), percent(sae.latents.frequency[row]), of.label,
-        strongest(sae, row, 3), antipode(sae, of), successor(of)];
+        signed(of.removal.increase), strongest(sae, row, 3), antipode(sae, of), successor(of)];
     });
-    const shown = rows.length ? table(heads, rows) : quiet("There is none.");
-    return part(`${sae.name}: ${rows.length}`, shown);
+    const isAll = sae.n_dense === rows.length;
+    return part(`${sae.name}: ${whole(sae.n_dense)}`,
+      sae.n_dense ? !isAll && quiet(`${rows.length} of them are explained.`) : quiet("There is none."),
+      rows.length > 0 && table(heads, rows));
   });
   return [heading("Dense latents", inspection.dense), shown];
 }
@@ -251,11 +260,12 @@ function latentView(name, latent) {
       frequency && ["Mean where it fires", number(latents.mean[row]),
         `at most ${number(latents.scale[row])}`],
       latents.share_in_scaffold && ["Share in the scaffold", percent(latents.share_in_scaffold[row])],
+      dense && lossWithout(dense.removal),
       ...pairs.map((pair) => counterpart(pair, sae, row))),
     columns(dense && explained(dense.r_squared), activation, dense ? [] : h("div", {}, logits)),
     frequency > 0 &&
       part("Strongest contexts", contextList(contextsOf(sae, row), latents.scale[row])),
-    dense && [columns(logits), columns(besideDense(sae, dense))],
+    dense && [columns(logits, costs(dense.removal)), columns(besideDense(sae, dense))],
   ];
 }
 

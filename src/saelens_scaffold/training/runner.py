@@ -37,9 +37,11 @@ from saelens_scaffold._util.interruption import (
     release_interruptions,
 )
 from saelens_scaffold._util.untrusted import read_json
+from saelens_scaffold.kernels.choice import Kernels
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.facts import l0_warning
+from saelens_scaffold.saes.plain_on_kernels import on_kernels
 from saelens_scaffold.training import fine_tuning
 from saelens_scaffold.training.activation_stream import ActivationStream
 from saelens_scaffold.training.cached_activations import (
@@ -425,10 +427,20 @@ def _cfg_last(file: Path) -> tuple[bool, str]:
     return file.name == SAE_CFG_FILENAME, file.name
 
 
-def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
-    """An untrained SAE; equal seeds and shapes give equal initial weights."""
+def initial_sae(
+    cfg: TrainingSAEConfig, seed: int, kernels: Kernels = "auto"
+) -> TrainingSAE[Any]:
+    """
+    An untrained SAE; equal seeds and shapes give equal initial weights.
+
+    Args:
+        cfg: Its configuration.
+        seed: Seed of the weights.
+        kernels: What a plain BatchTopK or Matryoshka SAE is trained in; a scaffold SAE has
+            a field for that.
+    """
     torch.manual_seed(seed)
-    return TrainingSAE.from_dict(cfg.to_dict())
+    return on_kernels(TrainingSAE.from_dict(cfg.to_dict()), kernels)
 
 
 def _update_progress(

@@ -150,9 +150,9 @@ def test_saelens_s_own_code_can_be_asked_for(monkeypatch: pytest.MonkeyPatch):
     sae = plain_sae("batchtopk", "reference")
     assert type(sae) is get_sae_training_class("batchtopk")[0]
     sae = plain_sae("batchtopk", "auto")
-    assert is_sparse(sae, batch)
-    monkeypatch.setenv("SAELENS_SCAFFOLD_KERNELS", "reference")
-    assert not is_sparse(sae, batch)
+    for asked in ("auto", "reference"):
+        monkeypatch.setenv("SAELENS_SCAFFOLD_KERNELS", asked)
+        assert is_sparse(sae, batch) == (asked == "auto")
 
 
 @pytest.mark.parametrize("point", ["hook_sae_acts_pre", "hook_sae_acts_post"])

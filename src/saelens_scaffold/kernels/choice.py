@@ -51,7 +51,7 @@ def choose_kernels(
                 f"got {asked!r}."
             )
     if asked == "auto":
-        asked = sparse_kernels(device) if worthwhile else "reference"
+        asked = _automatic(device) if worthwhile else "reference"
     if asked == "reference":
         return None
     if asked == "torch":
@@ -76,8 +76,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def sparse_kernels(device: torch.device) -> str:
-    """The fastest kernels for a device: "reference" where the sparse ones gain nothing."""
+def _automatic(device: torch.device) -> str:
     if device.type == "cpu":
         return "torch"
     if device.type != "cuda":

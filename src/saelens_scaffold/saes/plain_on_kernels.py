@@ -8,7 +8,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from saelens_scaffold.kernels.choice import Kernels, sparse_kernels
+from saelens_scaffold.kernels.choice import Kernels
 from saelens_scaffold.saes import scaffold_batchtopk_sae as scaffold_batchtopk
 from saelens_scaffold.saes import scaffold_matryoshka_sae as scaffold_matryoshka
 from saelens_scaffold.saes.scaffold import build_sae, is_hooked
@@ -42,9 +42,6 @@ def on_kernels(sae: TrainingSAE[Any], kernels: Kernels = "auto") -> TrainingSAE[
     )
     if at_run_time or not is_worthwhile(sae.cfg.k, sae.cfg.d_sae):
         return sae
-    if kernels == "auto":
-        # asked for, since "auto" leaves rank 0 to SAELens's code
-        kernels = sparse_kernels(sae.W_dec.device)  # type: ignore[assignment]
     on_kernels: BatchTopKOnKernels = build_sae(
         plain, sae.cfg, sae.state_dict(), copies=False
     )
@@ -71,6 +68,7 @@ class BatchTopKOnKernels(BatchTopKTrainingSAE):
         }
         values |= {"device": "meta", "scaffold_rank": 0, "scaffold_init": "random"}
         twin = self._twin_class(self._twin_config(**values, kernels=kernels))
+        twin.trains_plain_sae = True
         # the parameters that this SAE has, also after some are replaced
         twin._parameters = self._parameters
         # a plain attribute: as a submodule it would be part of the state that is saved

@@ -37,7 +37,9 @@ def kernels_for(sae: "ScaffoldSAE", sae_in: torch.Tensor) -> ModuleType | None:
         return None
     rank = sae.cfg.scaffold_rank
     # rank 0 is SAELens's architecture to the last bit
-    worthwhile = rank > 0 and is_worthwhile(sae.cfg.k, sae.cfg.d_sae - rank)
+    worthwhile = (rank > 0 or sae.trains_plain_sae) and is_worthwhile(
+        sae.cfg.k, sae.cfg.d_sae - rank
+    )
     return choose_kernels(sae.cfg.kernels, sae.W_enc.device, worthwhile=worthwhile)
 
 

@@ -66,7 +66,7 @@ class SharedRuns:
     def run_with_hooks(
         self,
         tokens: torch.Tensor,
-        fwd_hooks: Sequence[tuple[str, Callable[..., torch.Tensor]]],
+        fwd_hooks: list[tuple[Any, Callable[..., torch.Tensor]]],
         **options: Any,
     ) -> Any:
         """The model's, with one hook."""

@@ -21,7 +21,7 @@ from typing import Any
 KERNELS = ("reference", "auto")
 
 Seconds = dict[str, float]
-"""Of all steps of the SAEs of a class and width, and of the whole "demo"."""
+"""Of all steps of the SAEs of an architecture and width, and of the whole "demo"."""
 
 
 def measure(demo_args: list[str], report: Path) -> None:
@@ -36,8 +36,7 @@ def measure(demo_args: list[str], report: Path) -> None:
     def timed(self: Any, sae: Any, sae_in: Any) -> Any:
         start = time.perf_counter()
         output = train_step(self, sae=sae, sae_in=sae_in)
-        name = type(sae).__name__.removesuffix("TrainingSAE")
-        key = f"{name}, {sae.cfg.d_sae:,} latents"
+        key = f"{sae.cfg.architecture()}, {sae.cfg.d_sae:,} latents"
         taken[key] = taken.get(key, 0.0) + time.perf_counter() - start
         return output
 
@@ -91,10 +90,10 @@ def main() -> None:
             f"| {name} | {dense[key]:.1f} | {sparse[key]:.1f} | "
             f"{dense[key] / sparse[key]:.2f} |"
         )
-        if key.startswith("Scaffold"):
+        if key != "demo":
             saved += dense[key] - sparse[key]
     print(
-        f"\nThe scaffold SAEs' steps saved {saved:.1f} s, which predicts "
+        f"\nThe SAEs' steps saved {saved:.1f} s, which predicts "
         f"{dense['demo'] - saved:.1f} s for the demo; it took {sparse['demo']:.1f} s."
     )
 

@@ -91,6 +91,15 @@ def test_same_seed_same_weights() -> None:
     assert not torch.equal(plain.W_dec, other.W_dec)
 
 
+def test_kernels_of_plain_saes_are_a_field_of_all() -> None:
+    sae = {"d_in": 256, "d_sae": 64}
+    plain = {"architecture": ["batchtopk"], "k": [4]}
+    (run,) = runs_of(config(sae={**sae, "kernels": "reference"}, grid=plain))
+    assert not hasattr(run.config, "kernels")
+    with pytest.raises(UserError, match="kernels must be one of 'auto', .*got 'dense'"):
+        runs_of(config(sae={**sae, "kernels": "dense"}, grid=plain))
+
+
 def test_fields_of_the_runner_and_hook_points_are_axes_too(tmp_path: Path) -> None:
     hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
     runs = runs_of(

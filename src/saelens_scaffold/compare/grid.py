@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, get_args
 
 from sae_lens import LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
@@ -19,6 +19,7 @@ from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 from saelens_scaffold._util.errors import UserError, one_line, shown
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.config import AXIS_FIELDS, CompareConfig
+from saelens_scaffold.kernels.choice import Kernels
 from saelens_scaffold.models.language_models import known_model_name
 from saelens_scaffold.saes.validation import ESTIMATED_SCALES
 from saelens_scaffold.training.cached_activations import (
@@ -262,7 +263,12 @@ def _check_fields(config: CompareConfig) -> None:
     of_saes = set().union(*map(_fields_of, config.grid["architecture"]))
     of_saes -= {"device", "metadata"}
     for name in config.sae:
-        configs.check_known("field of these architectures", name, of_saes)
+        # plain SAEs have no field for the kernels that they, too, are trained in
+        known = of_saes | {"kernels"}
+        configs.check_known("field of these architectures", name, known)
+    if (kernels := config.sae.get("kernels", "auto")) not in get_args(Kernels):
+        known = ", ".join(map(repr, get_args(Kernels)))
+        raise UserError(f"kernels must be one of {known}, got {shown(kernels)}")
     axes = {"architecture", "seed", "hook_name", "b_dec_init", *AXIS_FIELDS, *of_saes}
     for name in config.grid:
         configs.check_known("axis of the grid", name, axes)

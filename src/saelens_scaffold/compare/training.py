@@ -368,7 +368,8 @@ class WaveTrainer:
             cfg.resume_from_checkpoint = str(checkpoint)
             _note(f"resuming from {checkpoint}")
         hook_names = {run.hook_name for run in wave}
-        saes = {run.name: runner.initial_sae(run.config, run.seed) for run in wave}
+        kernels = self.config.sae.get("kernels", "auto")
+        saes = {r.name: runner.initial_sae(r.config, r.seed, kernels) for r in wave}
         # a model may be loaded only up to its hook points
         model = self._model if hook_names == self._hook_names else None
         if not (model or cfg.use_cached_activations):

@@ -149,6 +149,8 @@ class ScaffoldBatchTopKTrainingSAE(
     """Threshold calibrated for the weights of a checkpoint; -1 during training."""
     calibrates: bool
     """Whether it calibrates its own threshold; a runner may take that over."""
+    trains_plain_sae: bool = False
+    """Whether its parameters, with rank 0, are a plain SAE's, to be trained in the kernels."""
 
     def __init__(
         self, cfg: ScaffoldBatchTopKTrainingSAEConfig, use_error_term: bool = False

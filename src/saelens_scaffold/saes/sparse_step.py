@@ -37,8 +37,15 @@ def kernels_for(sae: "ScaffoldSAE", sae_in: torch.Tensor) -> ModuleType | None:
         return None
     rank = sae.cfg.scaffold_rank
     # rank 0 is SAELens's architecture to the last bit
-    worthwhile = rank > 0 and 8 * sae.cfg.k <= sae.cfg.d_sae - rank
+    worthwhile = (rank > 0 or sae.trains_plain_sae) and is_worthwhile(
+        sae.cfg.k, sae.cfg.d_sae - rank
+    )
     return choose_kernels(sae.cfg.kernels, sae.W_enc.device, worthwhile=worthwhile)
+
+
+def is_worthwhile(k: float, n_latents: int) -> bool:
+    """Whether sparse kernels gain anything: k latents of n are active per token."""
+    return 8 * k <= n_latents
 
 
 class Revival(NamedTuple):

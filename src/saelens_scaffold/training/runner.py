@@ -37,11 +37,14 @@ from saelens_scaffold._util.interruption import (
     release_interruptions,
 )
 from saelens_scaffold._util.untrusted import read_json
+from saelens_scaffold.kernels.choice import Kernels
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.facts import l0_warning
+from saelens_scaffold.saes.plain_on_kernels import on_kernels
 from saelens_scaffold.training import fine_tuning
 from saelens_scaffold.training.activation_stream import ActivationStream
+from saelens_scaffold.training.attention import fused_attention
 from saelens_scaffold.training.cached_activations import (
     CachedActivationsStore,
     without_language_model,
@@ -136,7 +139,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         if not self.cfg.use_cached_activations:
             store = self.activations_store
             self._first_epoch = getattr(store, "iterable_sequences", None)
-        with interruptible():
+        with interruptible(), fused_attention(self.model):
             return super().run()
 
     @override
@@ -371,7 +374,8 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         # SAELens would wind its own store forward, to an inexact position.
         self._resume_from = self.cfg.resume_from_checkpoint
         self.cfg.resume_from_checkpoint = None
-        return super().run()
+        with fused_attention(self.model):
+            return super().run()
 
     @override
     def _run_with_interruption_handling(
@@ -449,10 +453,20 @@ def _cfg_last(file: Path) -> tuple[bool, str]:
     return file.name == SAE_CFG_FILENAME, file.name
 
 
-def initial_sae(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
-    """An untrained SAE; equal seeds and shapes give equal initial weights."""
+def initial_sae(
+    cfg: TrainingSAEConfig, seed: int, kernels: Kernels = "auto"
+) -> TrainingSAE[Any]:
+    """
+    An untrained SAE; equal seeds and shapes give equal initial weights.
+
+    Args:
+        cfg: Its configuration.
+        seed: Seed of the weights.
+        kernels: What a plain BatchTopK or Matryoshka SAE is trained in; a scaffold SAE has
+            a field for that.
+    """
     torch.manual_seed(seed)
-    return TrainingSAE.from_dict(cfg.to_dict())
+    return on_kernels(TrainingSAE.from_dict(cfg.to_dict()), kernels)
 
 
 def _update_progress(

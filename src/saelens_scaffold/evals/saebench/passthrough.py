@@ -285,8 +285,9 @@ def _core(request: _Request) -> None:
             "verbose",
         )
     }
-    with replacements.core_tokens(request.main, tokens):
-        request.main.multiple_evals(
+    main = request.main
+    with replacements.core_tokens(main, tokens), replacements.core_runs(main):
+        main.multiple_evals(
             request.saes,
             **of_config,
             eval_batch_size_prompts=config.batch_size_prompts,

@@ -19,8 +19,10 @@ from sae_bench.sae_bench_utils import dataset_info, dataset_utils, general_utils
 from sae_lens.training import activations_store
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from transformer_lens import HookedTransformer
 
 from saelens_scaffold.evals.labelled_data import LabelledText, TextsByLabel
+from saelens_scaffold.evals.saebench.shared_runs import SharedRuns
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
 from saelens_scaffold.evals.tokens import TokenSelection
 from saelens_scaffold.models.language_models import LanguageModel
@@ -281,6 +283,22 @@ def absorption_experiments(main: ModuleType, folder: Path, seed: int) -> Replace
         (vars(common), tokens),
         (vars(feature_absorption), tokens),
     )
+
+
+def core_runs(main: ModuleType) -> Replacement:
+    """
+    Core runs the language model once for all SAEs, as far as that does not depend on them.
+
+    It runs all of it anew for each SAE, with the SAE, without, and with zeros.
+    """
+    load = main.HookedTransformer.from_pretrained_no_processing
+
+    def load_shared(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        return SharedRuns(model) if isinstance(model, HookedTransformer) else model
+
+    loader = SimpleNamespace(from_pretrained_no_processing=load_shared)
+    return replaced((vars(main), {"HookedTransformer": loader}))
 
 
 def mdl_config(main: ModuleType, config: Any) -> Replacement:

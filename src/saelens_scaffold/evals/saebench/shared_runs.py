@@ -1,0 +1,132 @@
+"""Runs of a language model that all SAEs of a call share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer
+
+from saelens_scaffold.models.language_models import HookPoint
+
+MAX_BYTES = 2**30
+"""How much of them is kept."""
+
+
+class SharedRuns:
+    """
+    A language model for SAEBench's core, which takes SAE after SAE to the same text.
+
+    What does not depend on the SAE is computed once, with the same operations and so to the
+    last bit: the activations at the hook point, and what the model makes of them and of
+    zeros. The layers above it run once for each SAE, those below it not again. What
+    `max_bytes` do not hold is computed again.
+
+    This is so for the residual stream after a layer; else, and with padding on the left, whose
+    mask depends on the tokens, the model runs as ever.
+
+    Args:
+        model: The language model.
+        max_bytes: How much is kept, on the model's device.
+    """
+
+    def __init__(self, model: HookedTransformer, max_bytes: int = MAX_BYTES):
+        self._model = model
+        self._n_layers = model.cfg.n_layers
+        self._kept: dict[Any, Any] = {}
+        self._room = max_bytes
+        self._shares = getattr(model.tokenizer, "padding_side", None) == "right"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, tokens: torch.Tensor, **options: Any) -> Any:
+        """The model's output, of a clean run."""
+        if not self._shares:
+            return self._model(tokens, **options)
+        return self._output(
+            "clean",
+            tokens,
+            options,
+            lambda: self._model(tokens, stop_at_layer=self._n_layers),
+        )
+
+    def run_with_cache(
+        self, tokens: torch.Tensor, names_filter: Sequence[str], **options: Any
+    ) -> tuple[Any, Any]:
+        """The model's, of one hook point."""
+        (name,) = names_filter
+        layer = self._layer_after(name)
+        if layer is None or options.get("stop_at_layer") != layer:
+            return self._model.run_with_cache(
+                tokens, names_filter=names_filter, **options
+            )
+        x = self._below(tokens, layer)
+        return x, {name: x}
+
+    def run_with_hooks(
+        self,
+        tokens: torch.Tensor,
+        fwd_hooks: list[tuple[Any, Callable[..., torch.Tensor]]],
+        **options: Any,
+    ) -> Any:
+        """The model's, with one hook."""
+        ((name, hook),) = fwd_hooks
+        layer = self._layer_after(name)
+        if layer is None:
+            return self._model.run_with_hooks(tokens, fwd_hooks=fwd_hooks, **options)
+        x = hook(self._below(tokens, layer), hook=self._model.hook_dict[name])
+
+        def above() -> torch.Tensor:
+            layers: Any = {"start_at_layer": layer, "stop_at_layer": self._n_layers}
+            return self._model(x, **layers)
+
+        if x.any():
+            return self._from(above(), tokens, options)
+        return self._output(("zeros", layer), tokens, options, above)
+
+    def _layer_after(self, name: str) -> int | None:
+        """The layer whose input a hook point is, if what is behind it can be run alone."""
+        point = HookPoint(self._model, name)
+        return point.layer + 1 if self._shares and point.is_residual_post else None
+
+    def _below(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
+        """What layer `layer` gets, shape (batch, seq, d_model)."""
+        return self._keep(
+            ("below", layer), tokens, lambda: self._model(tokens, stop_at_layer=layer)
+        )
+
+    def _output(
+        self,
+        what: Any,
+        tokens: torch.Tensor,
+        options: dict[str, Any],
+        last: Callable[[], torch.Tensor],
+    ) -> Any:
+        """The output that belongs to a residual stream after the last layer."""
+
+        def make() -> Any:
+            # far smaller than logits
+            residual = self._keep((what, "last"), tokens, last)
+            return self._from(residual, tokens, options)
+
+        return self._keep((what, *sorted(options.items())), tokens, make)
+
+    def _from(
+        self, last: torch.Tensor, tokens: torch.Tensor, options: dict[str, Any]
+    ) -> Any:
+        return self._model(
+            last, start_at_layer=self._n_layers, tokens=tokens, **options
+        )
+
+    def _keep(self, what: Any, tokens: torch.Tensor, make: Callable[[], Any]) -> Any:
+        """What was kept for these tokens, or what is made now."""
+        key = what, tokens.shape, tokens.cpu().numpy().tobytes()
+        if key not in self._kept:
+            made = make()
+            parts = [made] if isinstance(made, torch.Tensor) else made
+            n_bytes = sum(part.numel() * part.element_size() for part in parts)
+            if n_bytes > self._room:
+                return made
+            self._room -= n_bytes
+            self._kept[key] = made
+        return self._kept[key]

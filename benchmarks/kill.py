@@ -316,8 +316,11 @@ class Trials:
         # Python restores the default handlers of signals when it is about to end
         allowed = {0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT}
         allowed |= {1, 2} if "full" in how or REFUSED in said else set()
-        checkpoint = re.findall("--resume_from_checkpoint=?[ ](\\S+)", said)
-        resumed = [f"--resume_from_checkpoint={checkpoint[-1]}"] if checkpoint else []
+        named = r"(?:--resume_from_checkpoint|To go on from) ([^\s,]+)"
+        checkpoint = re.findall(named, said)
+        resumed = []
+        if checkpoint and self.command == "train":
+            resumed = [f"--resume_from_checkpoint={checkpoint[-1]}"]
         again = max(self.wait(self.start(folder, *resumed)))
         found = self.what_is_there(folder)
         wrong = [

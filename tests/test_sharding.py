@@ -150,7 +150,7 @@ def test_half_precision(pool: Pool, overrides: dict[str, Any]):
 def bytes_of_a_step(
     world_size: int, n_revived: int, has_chosen: bool, dtype: torch.dtype
 ) -> int:
-    """The formula of docs/scale.md, for one level and the residual input."""
+    """What each process hands to sums, for one level and the residual input."""
     reconstructions = N_TOKENS * D_IN * (1 + n_revived)
     gradients = N_TOKENS * RANK + RANK * D_IN + D_IN
     counts = n_counts(dtype, BATCH_DIGIT, world_size)

@@ -101,7 +101,9 @@ def _train(args: Sequence[str], processes: Processes | None) -> str:
             return ""
         if goes_on:
             return f"To go on from {checkpoint}, repeat the command"
-        return f"To go on, repeat the command with --resume_from_checkpoint {checkpoint}"
+        return (
+            f"To go on, repeat the command with --resume_from_checkpoint {checkpoint}"
+        )
 
     if processes is not None:
         processes.hint = hint

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, rendezvous
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.interruption import hold_interruptions, is_interrupted
@@ -99,7 +100,7 @@ class Processes:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             backend = "nccl"
-        group = {"rank": self.rank, "world_size": self.world_size}
+        group: dict[str, Any] = {"rank": self.rank, "world_size": self.world_size}
         dist.init_process_group(backend, store=self._store, **group)
         # for waiting, which must not occupy a GPU
         self._on_cpu = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
@@ -167,12 +168,13 @@ class Processes:
             raise
         except BaseException as error:
             hold_interruptions()  # of torchrun, which ends all when one has ended
-            is_lost = not isinstance(error, KeyboardInterrupt) and _is_lost(error)
+            if not isinstance(error, KeyboardInterrupt) and _is_lost(error):
+                error = KeyboardInterrupt(LOST)
             if not self._is_first_to_speak():
-                raise SystemExit(getattr(error, "exit_status", 1)) from None
-            if is_lost:
-                raise KeyboardInterrupt(LOST) from None
-            raise
+                of_interruption = 130 if isinstance(error, KeyboardInterrupt) else 1
+                status = getattr(error, "exit_status", of_interruption)
+                raise SystemExit(status) from None
+            raise error
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -200,7 +202,9 @@ class Processes:
             if is_interrupted():
                 return
             if self._is_first_to_speak():
-                said = f"saelens-scaffold train: interrupted. {LOST} {self.hint()}".strip()
+                said = (
+                    f"saelens-scaffold train: interrupted. {LOST} {self.hint()}".strip()
+                )
                 print(f"\n{said}", file=sys.__stderr__, flush=True)
             os._exit(130)
 

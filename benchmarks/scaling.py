@@ -4,8 +4,9 @@ What it takes to train one SAE with several processes, each with a part of its d
 Of each step are predicted: its time at least, by the roofline of a process's part and by what
 goes over the links; the memory of each process; and the bytes that it sends. None of the sums
 over processes depends on d_sae. Below, how far that is from the limits of the devices, and what
-an experiment of several SAEs costs. Rates are those that a device reaches: defaults are of an
-H100 with TF32, NVLink within a node of 8 and 400 Gbit/s for each GPU between nodes.
+an experiment of several SAEs costs. Rates are those that devices and links reach; the defaults
+are assumptions, of H100s with TF32, NVLink within a node of 8, and 400 Gbit/s for each between
+nodes. bench_train_step.py measures a device's.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --d_sae 16777216 --processes 64 --n_saes 1
@@ -275,7 +276,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_sizes(parser)
     parser.set_defaults(d_in=2304, d_sae=65_536, k=80, rank=24, batch_size=4096)
     parser.add_argument("--levels", type=int, default=1, help="Matryoshka levels")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[1, 8, 64],
+        help="numbers of processes, each with a device",
+    )
     of_device = parser.add_argument_group("devices and links")
     for name, default, text in (
         ("rate", 400, "TFLOP/s that a product reaches"),

@@ -83,9 +83,7 @@ def test_the_command_prints_the_experiment(
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_sums_are_those_of_the_sharded_step(scaling: Any, world_size: int):
     # which test_sharding measures
-    expected = test_sharding.bytes_of_a_step(
-        world_size, test_sharding.D_SAE, 0, False, torch.float32
-    )
+    expected = test_sharding.bytes_of_a_step(world_size, 0, False, torch.float32)
     sizes = (test_sharding.D_IN, test_sharding.D_SAE, 4, test_sharding.RANK)
     training = scaling.Training(*sizes, test_sharding.N_TOKENS, 1, world_size)
     assert sum(scaling.sums(training).values()) == expected

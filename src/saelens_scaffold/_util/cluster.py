@@ -204,7 +204,7 @@ class Cluster(Workers):
         for node in ray.nodes():
             if node["Alive"] and (node["Resources"].get("GPU") or not self._n_gpus):
                 at = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                task = Task(None, "check", "", _versions)
+                task = Task("", "", "check", _versions)
                 name = node["NodeManagerHostname"]
                 more = {"scheduling_strategy": at, "num_cpus": 0, "num_gpus": 0}
                 found[name] = self._submit(task, **more)
@@ -257,7 +257,7 @@ class Cluster(Workers):
 
         environment = {"OMP_NUM_THREADS": str(self._n_cpus), "TQDM_DISABLE": "1"}
         options: dict[str, Any] = {
-            "name": f"{task.kind} {task.name}".strip(),
+            "name": f"{task.kind} {task.key}",  # also of the process
             "num_cpus": self._n_cpus,
             "num_gpus": self._n_gpus,
             "memory": task.n_bytes or None,
@@ -277,8 +277,7 @@ class Cluster(Workers):
         except ray.exceptions.OutOfMemoryError as lost:
             return None, MemoryError(one_line(lost))
         except ray.exceptions.RayError as lost:
-            reason = f"its workers died: {one_line(lost):.500}"
-            return None, TaskFailedError(reason)
+            return None, TaskFailedError(f"Ray: {one_line(lost):.500}")
         if error is None or isinstance(error, UserError):
             return value, error
         text, trace = error

@@ -65,15 +65,15 @@ class Progress:
         if bar is not None and sys.stderr.isatty():
             bar.set_description_str(text, refresh=False)
             return
-        now = self._clock()
-        least, most = _SECONDS_BETWEEN_LINES
-        pause = min(max((now - self._begun) / 20, least), most)
         if bar is not None:
+            now = self._clock()
+            least, most = _SECONDS_BETWEEN_LINES
+            pause = min(max((now - self._begun) / 20, least), most)
             bar.leave = False
             bar.close()
             if self._last_line is not None and now - self._last_line < pause:
                 return
-        self._last_line = now
+            self._last_line = now
         print(text, file=sys.stderr)
 
 

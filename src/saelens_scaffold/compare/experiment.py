@@ -4,11 +4,12 @@ import json
 import shlex
 import sys
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from saelens_scaffold._util.cluster import connected
 from saelens_scaffold._util.errors import UserError
@@ -181,7 +182,7 @@ def compare(
     return results
 
 
-def _alone(output_path: Path) -> AcquireReturnProxy:
+def _alone(output_path: Path) -> AbstractContextManager[Any]:
     """
     Keeps other processes out of the folder of an experiment.
 

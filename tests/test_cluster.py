@@ -17,20 +17,22 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
+import torch
 import yaml
 
+from helpers import scaffold_sae
 from saelens_scaffold._util import cluster as clusters
-from saelens_scaffold._util.cluster import TaskFailedError, connected
+from saelens_scaffold._util.cluster import TaskFailedError
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.tasks import Done, Reporter, Task, TaskQueue, Workers
-from saelens_scaffold.compare import compare, experiment, read_config
+from saelens_scaffold._util.workers import connected
+from saelens_scaffold.compare import compare, experiment, read_config, training
 from saelens_scaffold.compare.experiment import EvaluationsFailed
 from saelens_scaffold.compare.grid import runs_of
 from saelens_scaffold.compare.training import WaveFolder, plan_waves
 from saelens_scaffold_cli import main
 from test_compare import SMALL, findings
-
-ray = pytest.importorskip("ray")
 
 EXPERIMENT: dict[str, Any] = {
     **SMALL,
@@ -192,8 +194,6 @@ def _fail(error: Exception, _: Reporter) -> None:
 
 
 def _threads(_: Reporter) -> tuple[int, str]:
-    import torch
-
     return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
 
 
@@ -216,7 +216,7 @@ def test_tasks_of_a_cluster(
     tasks.append(Task("threads", "", "counts", _threads))
     with connected("local", cpus_per_task=2) as cluster, cluster.sharing(tmp_path):
         assert cluster.at_once == 1
-        queue = TaskQueue(tasks, "task", cluster.at_once)
+        queue = TaskQueue(tasks, "task", cluster)
         done = {of.task.key: of for of in cluster.run(queue)}
         assert [done[i].value for i in range(3)] == [0, 1, 2]
         assert isinstance(done["user"].error, UserError)
@@ -229,6 +229,7 @@ def test_tasks_of_a_cluster(
         assert said.count("UserWarning: a warning of several") == 1
         assert "raise error" in said  # the traceback of the defect
         assert "3%" not in said
+        assert "6 of 6 tasks done, 0 running" in said
     assert [*tmp_path.iterdir()] == []
 
 
@@ -281,10 +282,13 @@ def test_cores_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_no_cluster_there(
-    address: str, reason: str, file: Path, capsys: pytest.CaptureFixture[str]
+    address: str,
+    reason: str,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if ray.is_initialized():
-        ray.shutdown()
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     assert main(["compare", str(file), "--ray", address]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"--ray {address}: no Ray cluster there: .*{reason}", line)
@@ -353,3 +357,18 @@ def read_config_of(content: dict[str, Any], directory: Path) -> Any:
     file = directory / "experiment.yaml"
     file.write_text(yaml.safe_dump(content))
     return read_config(file)
+
+
+def test_a_wave_whose_moments_a_gpu_cannot_hold_is_halved_before_its_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sae = scaffold_sae()
+    weights = sum(4 * each.numel() for each in sae.parameters())
+    free = 3 * 2 * weights  # of two SAEs
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free - 1000, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 4000)
+    training._check_memory([sae] * 2, "cuda")
+    training._check_memory([sae] * 3, "cpu")
+    with pytest.raises(torch.OutOfMemoryError, match=f"needed, {free:,} are free"):
+        training._check_memory([sae] * 3, "cuda")

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -16,6 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import ray
+from ray import exceptions
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 from typing_extensions import override
 
@@ -44,36 +49,20 @@ class TaskFailedError(RuntimeError):
 
 @contextmanager
 def connected(
-    address: str | None, device: str | None = None, cpus_per_task: int | None = None
-) -> Iterator[Workers]:
+    address: str, device: str | None, cpus_per_task: int | None
+) -> Iterator["Cluster"]:
     """
-    Who does tasks: the machines of a cluster, or this process.
+    A cluster, which ends with the block if it is started here.
 
     Args:
-        address: Address of a Ray cluster as `ray.init` takes it; LOCAL for one that is
-            started here and ends with the block; None for this process. A cluster that
-            this process is connected to already is used as it is.
-        device: "cpu" or "cuda"; by default GPUs if the cluster has some.
-        cpus_per_task: CPU cores, and threads, of a task; by default $OMP_NUM_THREADS, else
-            one, or where there are GPUs, each GPU's share of its machine's.
+        address: As `ray.init` takes it. A cluster that this process is connected to
+            already is used as it is.
+        device: As for `Cluster`.
+        cpus_per_task: As for `Cluster`.
 
     Raises:
         UserError: There is no such cluster, or it has no such machines.
     """
-    if address is None:
-        if cpus_per_task is not None:
-            raise UserError("--cpus_per_task means nothing without --ray")
-        yield Workers()
-        return
-    # it asks for no consent, and reports to Ray's makers
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # a wave that memory does not hold is halved, not tried for ever
-    os.environ.setdefault("RAY_task_oom_retries", "0")
-    try:
-        import ray
-    except ImportError as error:
-        problem = "--ray needs Ray: pip install 'saelens-scaffold[cluster]'"
-        raise UserError(problem) from error
     is_ours = not ray.is_initialized()
     if is_ours:
         _connect(address)
@@ -96,8 +85,10 @@ def _connect(address: str) -> None:
     Raises:
         UserError: There is no such cluster.
     """
-    import ray
-
+    # Ray tells its makers otherwise
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # a wave that memory does not hold is halved, not tried for ever
+    os.environ.setdefault("RAY_task_oom_retries", "0")
     settings: dict[str, Any] = {}
     if address == LOCAL:
         settings["include_dashboard"] = False
@@ -137,16 +128,14 @@ class Cluster(Workers):
 
     Args:
         device: "cpu" or "cuda"; by default GPUs if the cluster has some.
-        cpus_per_task: CPU cores, and threads, of a task; by default as for `connected`.
+        cpus_per_task: CPU cores, and threads, of a task; by default $OMP_NUM_THREADS, else
+            one, or where there are GPUs, each GPU's share of its machine's.
 
     Raises:
         UserError: No machine is large enough.
     """
 
     def __init__(self, device: str | None = None, cpus_per_task: int | None = None):
-        import ray
-        from ray.util.queue import Queue
-
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         with_gpus = [node for node in nodes if node.get("GPU")]
         self.device = device or ("cuda" if with_gpus else "cpu")
@@ -162,10 +151,12 @@ class Cluster(Workers):
             most = max(int(node.get("CPU", 0)) for node in usable)
             problem = f"--cpus_per_task {self._n_cpus}: no machine of the cluster has"
             raise UserError(f"{problem} so many cores; the largest has {most}")
+        # a task that needs more gets a machine of its own
+        self._most_bytes = min(int(node.get("memory", 0)) for node in usable)
         self._messages = Queue(actor_options={"num_cpus": 0, "max_restarts": -1})
         self._running: dict[Any, Task] = {}
         self._said: set[str] = set()
-        self._setting: _Setting | None = None
+        self._setting: _Setting
 
     def _n_tasks(self, node: dict[str, float]) -> int:
         """Number of tasks that a machine does at once."""
@@ -196,9 +187,6 @@ class Cluster(Workers):
             yield
 
     def _check_machines(self) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         here = versions()
         found = {}
         for node in ray.nodes():
@@ -221,8 +209,6 @@ class Cluster(Workers):
 
     @override
     def run(self, queue: TaskQueue) -> Iterator[Done]:
-        import ray
-
         try:
             while queue.waiting or self._running:
                 while queue.waiting:
@@ -240,10 +226,8 @@ class Cluster(Workers):
 
     def stop(self) -> None:
         """End what is running, as Ctrl-C would; what does not end soon is killed."""
-        import ray
-
         refs, self._running = [*self._running], {}
-        with suppress(ray.exceptions.RayError):
+        with suppress(exceptions.RayError):
             for ref in refs:
                 ray.cancel(ref)
             if refs:
@@ -253,30 +237,27 @@ class Cluster(Workers):
             self._messages.shutdown()
 
     def _submit(self, task: Task, **more: Any) -> Any:
-        import ray
-
         environment = {"OMP_NUM_THREADS": str(self._n_cpus), "TQDM_DISABLE": "1"}
         options: dict[str, Any] = {
             "name": f"{task.kind} {task.key}",  # also of the process
             "num_cpus": self._n_cpus,
             "num_gpus": self._n_gpus,
-            "memory": task.n_bytes or None,
+            "memory": min(task.n_bytes, self._most_bytes) or None,
             "max_retries": MAX_RETRIES,
             "runtime_env": {"env_vars": environment},
             **more,
         }
         work = ray.remote(_work).options(**options)
-        return work.remote(task.call, id(task), self._setting, self._messages)
+        about = (id(task), task.amount)
+        return work.remote(task.call, about, self._setting, self._messages)
 
     def _outcome(self, ref: Any) -> tuple[Any, Exception | None]:
         """What a task returned, and what it raised."""
-        import ray
-
         try:
             value, error = ray.get(ref)
-        except ray.exceptions.OutOfMemoryError as lost:
+        except exceptions.OutOfMemoryError as lost:
             return None, MemoryError(one_line(lost))
-        except ray.exceptions.RayError as lost:
+        except exceptions.RayError as lost:
             return None, TaskFailedError(f"Ray: {one_line(lost):.500}")
         if error is None or isinstance(error, UserError):
             return value, error
@@ -286,9 +267,7 @@ class Cluster(Workers):
 
     def _hear(self, queue: TaskQueue) -> None:
         """Show what workers say."""
-        import ray
-
-        with suppress(ray.exceptions.RayError):
+        with suppress(exceptions.RayError):
             found = self._messages.get_nowait_batch(self._messages.size())
             tasks = {id(task): task for task in self._running.values()}
             for key, what, *about in found:
@@ -327,13 +306,17 @@ class _Lines(io.TextIOBase):
     def write(self, text: str, /) -> int:
         *lines, self._text = (self._text + text).split("\n")
         for line in lines:
-            if line.strip() and "\r" not in line:
+            line = line.rpartition("\r")[2]
+            if line.strip() and not re.search(r"\d%\|", line):
                 self._send(line)
         return len(text)
 
 
 def _work(
-    call: Callable[[Reporter], Any], key: int, setting: _Setting, messages: Any
+    call: Callable[[Reporter], Any],
+    about: tuple[int, int],
+    setting: _Setting,
+    messages: Any,
 ) -> tuple[Any, Any]:
     """Do a task in a worker; return its value, and its error as far as it can be sent."""
     if not setting.marker.is_dir():
@@ -347,9 +330,11 @@ def _work(
     for name, level in setting.log_levels.items():
         logging.getLogger(name).setLevel(level)
 
-    def tell(what: str, *about: Any) -> None:
+    key, amount = about
+
+    def tell(what: str, *said: Any) -> None:
         with suppress(Exception):  # a display is not worth a task
-            messages.put_nowait((key, what, *about))
+            messages.put_nowait((key, what, *said))
 
     tell("begin")
     report = Reporter(
@@ -360,6 +345,7 @@ def _work(
     with redirect_stdout(lines), redirect_stderr(lines):
         try:
             value = call(report)
+            report.end(amount)
         except UserError as error:
             return None, UserError(one_line(error))
         except Exception as error:

@@ -25,7 +25,7 @@ class Task:
         kind: Kind of work, of which the pace is measured.
         call: Does it; is given a `Reporter`.
         amount: How much work it is, in steps of any size.
-        n_bytes: Memory that it is known to need.
+        n_bytes: Memory that it needs at least, of the machine or else of its GPU.
     """
 
     key: Any
@@ -86,21 +86,23 @@ class TaskQueue:
     Args:
         tasks: The tasks.
         noun: What each of them is.
-        at_once: Number of tasks that are done at the same time.
+        workers: Who does them.
         left: Words for the time that is left.
     """
 
     def __init__(
-        self, tasks: Iterable[Task], noun: str, at_once: int = 1, left: str = "left"
+        self, tasks: Iterable[Task], noun: str, workers: "Workers", left: str = "left"
     ):
         self.tasks = [*tasks]
         self.waiting = deque(self.tasks)
         self.running: set[Task] = set()
         self._ended: set[Task] = set()
         self._at: Counter[Task] = Counter()
-        self._noun, self._at_once, self._left = noun, at_once, left
+        self._noun, self._left = noun, left
+        self._at_once, self._is_elsewhere = workers.at_once, workers.device is not None
         self._progress = Progress()
-        self._bar = None
+        self._bar: Any = None
+        self._text = ""
 
     def replace(self, task: Task, *others: Task) -> None:
         """Do others next, in place of a task that could not be done."""
@@ -120,7 +122,7 @@ class TaskQueue:
         """A report of a task."""
         self._at[task] = at
         self._progress.done(task.kind, amount, seconds)
-        if bar is not None or self._at_once > 1:
+        if bar is not None or self._is_elsewhere:
             self._show(task, bar)
 
     def end(self, task: Task) -> None:
@@ -128,7 +130,7 @@ class TaskQueue:
         self.running.discard(task)
         self._ended.add(task)
         self._at[task] = task.amount
-        if self._at_once > 1:
+        if self._is_elsewhere:
             self._show(task)
 
     def _show(self, task: Task, bar: Any = None) -> None:
@@ -138,29 +140,29 @@ class TaskQueue:
         n_ended, n = len(self._ended), len(self.tasks)
         of = [task]
         text = f"{self._noun} {n_ended + 1} of {n} {task.name}"
-        if self._at_once > 1:
+        if self._is_elsewhere:
             of = self.tasks
             text = f"{n_ended} of {n} {self._noun}s done, {len(self.running)} running"
             # no bar in a log
             self._bar = bar = self._bar or tqdm(total=1, disable=None)
-        at, amount = (
-            sum(each)
-            for each in zip(*((self._at[t], t.amount) for t in of), strict=True)
-        )
+        at, amount = sum(self._at[t] for t in of), sum(t.amount for t in of)
         if at and max(each.amount for each in of) > 1:
             text += f" · {100 * at / amount:.0f} %"
         at_once = min(self._at_once, max(n - n_ended, 1))
         if time_left := self._progress.time_left(left, at_once):
             text += f" · {time_left} {self._left}"
+        self._text = text
         self._progress.show(text, bar)
         if self._bar is not None:
             self._bar.n, self._bar.total = at, amount
             self._bar.refresh()
 
     def close(self) -> None:
-        """Take the display away."""
+        """End the display."""
         if self._bar is not None:
             self._bar.close()
+            if self._bar.disable:  # in a log, which has not said all
+                self._progress.show(self._text)
 
 
 class Workers:

@@ -23,7 +23,7 @@ from saelens_scaffold._util.progress import n_saes
 from saelens_scaffold._util.provenance import hardware
 from saelens_scaffold._util.tasks import Done, Reporter, Task, TaskQueue, Workers
 from saelens_scaffold.compare.config import CompareConfig
-from saelens_scaffold.compare.grid import Run, runner_config
+from saelens_scaffold.compare.grid import Run, runner_config, weight_bytes
 from saelens_scaffold.compare.training import is_trained
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.eval_configs import TwinsEvalConfig
@@ -131,12 +131,13 @@ class Evaluator:
             group = self.groups[i]
             about = f"{name} of {n_saes(len(group))} of seed {group[0].seed}"
             about = f"· {about} at {group[0].hook_name}"
-            task = Task((i, name), about, name, call)
+            # as they are stored, and as an evaluation changes them
+            task = Task((i, name), about, name, call, n_bytes=2 * weight_bytes(group))
             if name in self.missing[i]:
                 tasks.append(task)
             else:
                 measured[task.key] = Done(task, call())
-        queue = TaskQueue(tasks, "evaluation", workers.at_once)
+        queue = TaskQueue(tasks, "evaluation", workers)
         measured |= {done.task.key: done for done in workers.run(queue)}
         first = SelectedSAE("the SAEs", CUSTOM_SAE_ID, self.stand_ins[0][1])
         warnings = other_tokens([job.evaluation for job in self.jobs], [first])

@@ -11,11 +11,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from saelens_scaffold._util.cluster import connected
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable, new_file
 from saelens_scaffold._util.tasks import Workers
 from saelens_scaffold._util.untrusted import read_json
+from saelens_scaffold._util.workers import connected
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.evaluating import SAES, Evaluator
 from saelens_scaffold.compare.grid import (

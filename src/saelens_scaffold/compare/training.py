@@ -8,14 +8,14 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import constants
+from sae_lens import TrainingSAE, constants
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 from wandb.errors import UsageError
@@ -36,6 +36,7 @@ from saelens_scaffold.compare.grid import (
     WaveConfig,
     estimates_scale,
     runner_config,
+    weight_bytes,
 )
 from saelens_scaffold.saes.runner_config import read_runner_config
 from saelens_scaffold.saes.scaffold_start import principal_subspace
@@ -280,7 +281,7 @@ class WaveTrainer:
             for number, (folder, wave) in enumerate(zip(folders, waves, strict=True))
             if wave and not folder.about.is_file()
         ]
-        queue = TaskQueue(tasks, "wave", workers.at_once, "of training left")
+        queue = TaskQueue(tasks, "wave", workers, "of training left")
         failed: dict[str, str] = {}
         errors: list[Exception] = []
         for task, has_trained, error in workers.run(queue):
@@ -304,9 +305,16 @@ class WaveTrainer:
         return [*map(read_json, about)], failed
 
     def _task(self, number: int, wave: Wave) -> Task:
-        amount = len(wave) * runner_config(self.config, wave[:1]).training_tokens
-        name, call = f"({n_saes(len(wave))})", partial(self.train_wave, number, wave)
-        return Task(number, name, "training", call, amount)
+        cfg = runner_config(self.config, wave[:1])
+        return Task(
+            key=number,
+            name=f"({n_saes(len(wave))})",
+            kind="training",
+            call=partial(self.train_wave, number, wave),
+            amount=len(wave) * cfg.training_tokens,
+            # weights, gradients and Adam's moments
+            n_bytes=4 * weight_bytes(wave),
+        )
 
     def train_wave(self, number: int, wave: Wave, report: Reporter) -> bool:
         """Train a wave; False if memory runs out."""
@@ -390,9 +398,28 @@ class WaveTrainer:
                     f"the cache has {n_tokens:,} tokens, of which some are read again"
                 )
             return made
+        _check_memory(saes.values(), self.device)
         for hook_name in hook_names - set(made.model.hook_dict):
             raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")
         return made
+
+
+def _check_memory(saes: Iterable[TrainingSAE[Any]], device: str) -> None:
+    """
+    Check that a GPU has room for training, once the language model and the SAEs are there.
+
+    Raises:
+        OutOfMemoryError: It has not; without this check, the steps would find out.
+    """
+    if torch.device(device).type != "cuda":
+        return
+    parameters = [weights for sae in saes for weights in sae.parameters()]
+    # gradients and Adam's two moments; activations come on top
+    needed = 3 * sum(each.numel() * each.element_size() for each in parameters)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if needed > free:
+        raise torch.OutOfMemoryError(f"{needed:,} bytes are needed, {free:,} are free")
 
 
 def _note(text: str) -> None:

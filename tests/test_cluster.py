@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -307,24 +307,27 @@ def test_without_the_extra(
 
 
 class FailingOnce(Workers):
-    """Workers of whom the first dies."""
+    """Two workers, of which one fails at a wave."""
 
     at_once = 2
 
+    def __init__(self, error: Exception):
+        self.error = error
+
     def run(self, queue: TaskQueue) -> Iterator[Done]:
         if queue.waiting[0].kind == "training":
-            yield Done(queue.waiting.popleft(), None, TaskFailedError("it\nwas lost"))
+            yield Done(queue.waiting.popleft(), None, self.error)
         yield from super().run(queue)
+
+
+def connect_to(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "connected", lambda *_: nullcontext(workers))
 
 
 def test_a_wave_that_fails_does_not_stop_the_others(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @contextmanager
-    def connected(*_: Any) -> Iterator[Workers]:
-        yield FailingOnce()
-
-    monkeypatch.setattr(experiment, "connected", connected)
+    connect_to(FailingOnce(TaskFailedError("it\nwas lost")), monkeypatch)
     with pytest.raises(EvaluationsFailed) as failed:
         compare(read_config(file), tmp_path / "out")
     lost = ("batchtopk-k_4-seed_0", "scaffold_batchtopk-k_4-scaffold_rank_2-seed_0")
@@ -332,6 +335,16 @@ def test_a_wave_that_fails_does_not_stop_the_others(
     assert "; ".join(f"{name}: {reason}" for name in lost) in str(failed.value)
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert {sae["seed"] for sae in results["saes"]} == {1}
+
+
+def test_a_wave_whose_worker_ran_out_of_memory_is_halved(
+    file: Path, of_one_process: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect_to(FailingOnce(MemoryError("the machine's is used up")), monkeypatch)
+    compare(read_config(file), tmp_path / "out")
+    waves = json.loads((tmp_path / "out/training/waves.json").read_text())
+    assert [len(wave) for wave in waves] == [1, 2, 1]
+    assert_same(tmp_path / "out", of_one_process)
 
 
 def test_waves_keep_their_numbers(tmp_path: Path) -> None:

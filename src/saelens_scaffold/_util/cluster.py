@@ -70,9 +70,6 @@ def connected(
         cluster = Cluster(device, cpus_per_task)
         try:
             yield cluster
-        except KeyboardInterrupt:
-            hold_interruptions()  # one more would leave workers behind
-            raise
         finally:
             cluster.stop()
     finally:
@@ -221,10 +218,14 @@ class Cluster(Workers):
                     task = self._running.pop(ref)
                     queue.end(task)
                     yield Done(task, *self._outcome(ref))
+        except KeyboardInterrupt:
+            hold_interruptions()  # one more would leave workers behind
+            raise
         finally:
             queue.close()
+            self._cancel()
 
-    def stop(self) -> None:
+    def _cancel(self) -> None:
         """End what is running, as Ctrl-C would; what does not end soon is killed."""
         refs, self._running = [*self._running], {}
         with suppress(exceptions.RayError):
@@ -234,6 +235,11 @@ class Cluster(Workers):
                 ray.wait(refs, num_returns=len(refs), timeout=_SECONDS_TO_STOP)
             for ref in refs:
                 ray.cancel(ref, force=True)
+
+    def stop(self) -> None:
+        """End all that runs."""
+        self._cancel()
+        with suppress(exceptions.RayError):
             self._messages.shutdown()
 
     def _submit(self, task: Task, **more: Any) -> Any:

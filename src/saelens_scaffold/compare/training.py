@@ -286,7 +286,8 @@ class WaveTrainer:
         errors: list[Exception] = []
         for task, has_trained, error in workers.run(queue):
             number, wave = task.key, waves[task.key]
-            if has_trained is False:
+            is_lost = isinstance(error, MemoryError) and len(wave) > 1
+            if has_trained is False or is_lost:
                 middle = (len(wave) + 1) // 2
                 waves[number] = wave[:middle]
                 waves.append(wave[middle:])

@@ -141,11 +141,12 @@ class Cluster(Workers):
         self._n_gpus = int(self.device == "cuda")
         if self._n_gpus and not with_gpus:
             raise UserError("--device cuda: the cluster has no GPU")
-        usable = with_gpus if self._n_gpus else nodes
-        self._n_cpus = cpus_per_task or _default_cpus(usable, bool(self._n_gpus))
-        self.at_once = sum(self._n_tasks(node) for node in usable)
-        if not self.at_once:
-            most = max(int(node.get("CPU", 0)) for node in usable)
+        nodes = with_gpus if self._n_gpus else nodes
+        self._n_cpus = cpus_per_task or _default_cpus(nodes, bool(self._n_gpus))
+        usable = [node for node in nodes if self._n_tasks(node)]
+        self.at_once = sum(map(self._n_tasks, usable))
+        if not usable:
+            most = max(int(node.get("CPU", 0)) for node in nodes)
             problem = f"--cpus_per_task {self._n_cpus}: no machine of the cluster has"
             raise UserError(f"{problem} so many cores; the largest has {most}")
         # a task that needs more gets a machine of its own
@@ -158,7 +159,7 @@ class Cluster(Workers):
     def _n_tasks(self, node: dict[str, float]) -> int:
         """Number of tasks that a machine does at once."""
         by_cpus = int(node.get("CPU", 0)) // self._n_cpus
-        return min(by_cpus, int(node["GPU"])) if self._n_gpus else by_cpus
+        return min(by_cpus, int(node.get("GPU", 0))) if self._n_gpus else by_cpus
 
     @override
     @contextmanager
@@ -187,7 +188,7 @@ class Cluster(Workers):
         here = versions()
         found = {}
         for node in ray.nodes():
-            if node["Alive"] and (node["Resources"].get("GPU") or not self._n_gpus):
+            if node["Alive"] and self._n_tasks(node["Resources"]):
                 at = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 task = Task("", "", "check", _versions)
                 name = node["NodeManagerHostname"]
@@ -244,6 +245,8 @@ class Cluster(Workers):
 
     def _submit(self, task: Task, **more: Any) -> Any:
         environment = {"OMP_NUM_THREADS": str(self._n_cpus), "TQDM_DISABLE": "1"}
+        if self._n_gpus:  # as in one process
+            environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         options: dict[str, Any] = {
             "name": f"{task.kind} {task.key}",  # also of the process
             "num_cpus": self._n_cpus,
@@ -253,7 +256,8 @@ class Cluster(Workers):
             "runtime_env": {"env_vars": environment},
             **more,
         }
-        work = ray.remote(_work).options(**options)
+        # a process that has looked for GPUs finds no others later, and keeps their memory
+        work = ray.remote(max_calls=self._n_gpus)(_work).options(**options)
         about = (id(task), task.amount)
         return work.remote(task.call, about, self._setting, self._messages)
 

@@ -291,7 +291,7 @@ def test_no_cluster_there(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     assert main(["compare", str(file), "--ray", address]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"--ray {address}: no Ray cluster there: .*{reason}", line)
+    assert re.search(f"--ray {address}: no Ray cluster there, .*{reason}", line)
 
 
 def test_without_the_extra(

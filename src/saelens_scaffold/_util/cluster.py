@@ -99,7 +99,8 @@ def _connect(address: str) -> None:
             socket.create_connection(where, _SECONDS_TO_CONNECT).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **settings)
     except (OSError, RuntimeError, ValueError) as error:
-        problem = f"--ray {address}: no Ray cluster there: {one_line(error)}"
+        problem = f"--ray {address}: no Ray cluster there, or one with a token, which "
+        problem += f"RAY_AUTH_MODE=token sends: {one_line(error):.500}"
         raise UserError(problem) from error
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -148,8 +148,8 @@ class TaskQueue:
         at, amount = sum(self._at[t] for t in of), sum(t.amount for t in of)
         if at and max(each.amount for each in of) > 1:
             text += f" · {100 * at / amount:.0f} %"
-        at_once = min(self._at_once, max(n - n_ended, 1))
-        if time_left := self._progress.time_left(left, at_once):
+        at_once = min(self._at_once, n - n_ended)
+        if at_once and (time_left := self._progress.time_left(left, at_once)):
             text += f" · {time_left} {self._left}"
         self._text = text
         self._progress.show(text, bar)

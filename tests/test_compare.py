@@ -26,6 +26,7 @@ from wandb.errors import UsageError
 from chromium import launch, visit
 from saelens_scaffold import hookimpl
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.tasks import Workers
 from saelens_scaffold.compare import CompareConfig, compare, read_config
 from saelens_scaffold.compare.comparisons import SAME_L0_WITHIN
 from saelens_scaffold.compare.config import ConfigChanged
@@ -393,7 +394,8 @@ def test_a_wave_that_memory_does_not_hold_is_split(
     config = read_config(write(tmp_path))
     runs = runs_of(config)
     training = tmp_path / "training"
-    WaveTrainer(config, runs, "cpu", tmp_path / "saes", training).train([runs])
+    trainer = WaveTrainer(config, runs, "cpu", tmp_path / "saes", training)
+    trainer.train([runs], Workers())
     assert memory.sizes == [8, 4, 2, 2, 4, 2, 2]
     assert n_waves(tmp_path) == 4
     names = json.loads((training / "waves.json").read_text())
@@ -515,7 +517,7 @@ def test_results_without_a_key_are_not_shown(
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)
     evaluator = make_plan(read_config(write(tmp_path)), out).evaluator
-    before, _, _ = evaluator.evaluate()
+    before = evaluator.evaluate(Workers(), {}).results
     for key in out.glob("eval_results/dense_latents/*.key"):
         key.unlink()
     measured: list[str] = []
@@ -525,7 +527,7 @@ def test_results_without_a_key_are_not_shown(
         raise RuntimeError("no number but the old ones")
 
     monkeypatch.setattr("saelens_scaffold.evals.runner._measure", note)
-    after, failures, _ = evaluator.evaluate()
+    after, failures, *_ = evaluator.evaluate(Workers(), {})
     assert len(measured) == len(before)
     assert len(failures) == 2  # one for the SAEs of each seed
     assert all(name.startswith("dense_latents ") for name in measured)

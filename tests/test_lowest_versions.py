@@ -20,6 +20,7 @@ LIBRARIES = (
     "plotly",
     "pluggy",
     "pydantic",
+    "ray",
     "sae-bench",
 )
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from eval_helpers import HOOK, eval_sae
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.tasks import Workers
 from saelens_scaffold.evals import data as text_data
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.dense_latents import DenseLatentsEvalConfig
@@ -317,7 +318,7 @@ def test_compare_trains_on_the_rows_and_plans_with_them(
         assert f"at most {most}" in said
 
     plan = make_plan(CompareConfig(**compare_config(folder)), tmp_path / "out", "cpu")
-    plan.trainer.train(plan.waves)
+    plan.trainer.train(plan.waves, Workers())
     tokens = torch.cat(read)
     assert len(tokens) > 2048 / ROW
     assert torch.equal(tokens, rows_of(folder)[: len(tokens)])

@@ -39,19 +39,14 @@ def test_durations(seconds: float, said: str):
 
 
 def test_the_time_left_is_what_is_left_of_each_kind_at_its_own_pace():
-    clock = Clock()
-    progress = Progress(clock)
+    progress = Progress()
     assert progress.time_left({"slow": 3, "fast": 50}) == ""
-    clock.now += 500  # loading
-    progress.begin()
-    clock.now += 120
-    progress.done("slow", 1)
+    progress.done("slow", 1, 120)
     assert progress.time_left({"slow": 3, "fast": 50}) == "at least 6 min"
-    clock.now += 10
-    progress.done("fast", 10)
+    progress.done("fast", 10, 10)
     assert progress.time_left({"slow": 3, "fast": 60}) == duration(3 * 120 + 60)
-    clock.now += 240
-    progress.done("slow", 1)  # 180 s each, so far
+    assert progress.time_left({"slow": 3, "fast": 60}, 2) == duration(180 + 30)
+    progress.done("slow", 1, 240)  # 180 s each, so far
     assert progress.time_left({"slow": 2, "fast": 0}) == "6 min"
     assert progress.time_left({"slow": 0}) == "0 s"
 

@@ -317,6 +317,12 @@ class Compare(Command):
     """Number of SAEs that are trained together (default: as many as memory holds)."""
     device: str | None = None
     """Device to compute on (default: a GPU if there is one)."""
+    ray: str | None = option(None, metavar="ADDRESS", nargs="?", const="local")
+    """Share the work among the machines of a Ray cluster (auto, HOST:PORT or
+    ray://HOST:PORT), or, without an address, among this machine's GPUs or cores."""
+    cpus_per_task: Count | None = None
+    """With --ray, CPU cores of each training or evaluation (default: $OMP_NUM_THREADS,
+    else 1, or a GPU's share)."""
 
     def __post_init__(self):
         if self.output_path is None:

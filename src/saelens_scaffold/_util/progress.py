@@ -23,29 +23,24 @@ class Progress:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._begun = self._since = clock()
+        self._begun = clock()
         self._last_line: float | None = None
         self._done: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
 
-    def begin(self) -> None:
-        """Measure from now on; what has passed was work of no kind."""
-        self._since = self._clock()
-
-    def done(self, kind: str, amount: int) -> None:
-        """Work that was done since the last."""
-        now = self._clock()
-        self._seconds[kind] = self._seconds.get(kind, 0.0) + now - self._since
-        self._since = now
+    def done(self, kind: str, amount: int, seconds: float) -> None:
+        """Work that was done, and how long it took."""
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
         self._done[kind] += amount
 
-    def time_left(self, amounts: Mapping[str, int]) -> str:
+    def time_left(self, amounts: Mapping[str, int], at_once: int = 1) -> str:
         """
         As in "3 h 12 min", "at least 20 min" if a kind of work has not been measured yet,
         or "" if none has.
 
         Args:
             amounts: What is left, by kind.
+            at_once: Number of those who work at the same time.
         """
         left = {kind: amount for kind, amount in amounts.items() if amount}
         known = {kind: amount for kind, amount in left.items() if self._done[kind]}
@@ -55,7 +50,8 @@ class Progress:
         )
         if left and not known:
             return ""
-        return ("" if len(known) == len(left) else "at least ") + duration(seconds)
+        least = "" if len(known) == len(left) else "at least "
+        return least + duration(seconds / at_once)
 
     def show(self, text: str, bar: Any = None) -> None:
         """
@@ -69,15 +65,15 @@ class Progress:
         if bar is not None and sys.stderr.isatty():
             bar.set_description_str(text, refresh=False)
             return
-        now = self._clock()
-        least, most = _SECONDS_BETWEEN_LINES
-        pause = min(max((now - self._begun) / 20, least), most)
         if bar is not None:
+            now = self._clock()
+            least, most = _SECONDS_BETWEEN_LINES
+            pause = min(max((now - self._begun) / 20, least), most)
             bar.leave = False
             bar.close()
             if self._last_line is not None and now - self._last_line < pause:
                 return
-        self._last_line = now
+            self._last_line = now
         print(text, file=sys.stderr)
 
 

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from glob import has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
@@ -19,10 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from saelens_scaffold._util.configs import config_fields, validating
-from saelens_scaffold._util.errors import UserError
-from saelens_scaffold._util.progress import Progress, n_saes
+from saelens_scaffold._util.errors import UserError, one_line
+from saelens_scaffold._util.progress import n_saes
+from saelens_scaffold._util.provenance import hardware
+from saelens_scaffold._util.tasks import Done, Reporter, Task, TaskQueue, Workers
 from saelens_scaffold.compare.config import CompareConfig
-from saelens_scaffold.compare.grid import Run, runner_config
+from saelens_scaffold.compare.grid import Run, runner_config, weight_bytes
 from saelens_scaffold.compare.training import is_trained
 from saelens_scaffold.evals import runner
 from saelens_scaffold.evals.eval_configs import TwinsEvalConfig
@@ -47,14 +48,23 @@ class Evaluator:
         runs: Its SAEs.
         device: Where to evaluate.
         output_path: Folder of the experiment.
+        elsewhere: Whether copies of this evaluator, in other processes, do the work.
 
     Raises:
         UserError: There is no such evaluation, field, dataset or model.
     """
 
     def __init__(
-        self, config: CompareConfig, runs: Sequence[Run], device: str, output_path: Path
+        self,
+        config: CompareConfig,
+        runs: Sequence[Run],
+        device: str,
+        output_path: Path,
+        elsewhere: bool = False,
     ):
+        self._copied = (config, runs, device, output_path)
+        # this machine need not have the device of the others
+        self.device = device = "cpu" if elsewhere else device
         groups: dict[tuple[int, str], list[Run]] = {}
         for run in runs:
             groups.setdefault((run.seed, run.hook_name), []).append(run)
@@ -80,6 +90,10 @@ class Evaluator:
         )
         # names of the evaluations to be run on each group
         self.missing = [[job.evaluation.name for job in self.jobs] for _ in self.groups]
+        self._loaded: tuple[list[Run], list[tuple[str, SAE[Any]]]] = ([], [])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Evaluator, self._copied
 
     def check(self) -> None:
         """
@@ -92,60 +106,97 @@ class Evaluator:
         if has_magic(path):  # to the datasets library, a pattern
             raise UserError(f"--output_path must have none of [ * ?, but it is {path}")
         self.missing = [*map(self._unfinished, self.groups)]
+        self._loaded = ([], [])  # room for the training
         unfinished = set().union(*self.missing)
         saes = [SelectedSAE(name, CUSTOM_SAE_ID, sae) for name, sae in self.stand_ins]
         for job in self.jobs:
             if job.evaluation.name in unfinished:
                 job.check(saes)
 
-    def evaluate(self) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+    def evaluate(self, workers: Workers, failed: Mapping[str, str]) -> "Evaluated":
         """
         Evaluate all SAEs, as far as they have no current results.
 
-        Returns:
-            Results of each SAE by evaluation, as far as there are any; a line for each SAE
-            that diverged, and each evaluation of a group that failed; a line for each
-            result that the user should not overlook.
+        Args:
+            workers: Who does it.
+            failed: Why an SAE could not be trained, by its name.
         """
         results: dict[str, dict[str, Any]] = {run.name: {} for run in self.runs}
-        diverged: list[str] = []
-        failures: list[str] = []
+        measured: dict[tuple[int, str], Done] = {}
+        tasks: list[Task] = []
+        names = [job.evaluation.name for job in self.jobs]
+        order = [(i, name) for i in range(len(self.groups)) for name in names]
+        for i, name in order:
+            call = partial(self.measure, i, name)
+            group = self.groups[i]
+            about = f"{name} of {n_saes(len(group))} of seed {group[0].seed}"
+            about = f"· {about} at {group[0].hook_name}"
+            # as they are stored, and as an evaluation changes them
+            task = Task((i, name), about, name, call, n_bytes=2 * weight_bytes(group))
+            if name in self.missing[i]:
+                tasks.append(task)
+            else:
+                measured[task.key] = Done(task, call())
+        queue = TaskQueue(tasks, "evaluation", workers)
+        measured |= {done.task.key: done for done in workers.run(queue)}
         first = SelectedSAE("the SAEs", CUSTOM_SAE_ID, self.stand_ins[0][1])
         warnings = other_tokens([job.evaluation for job in self.jobs], [first])
-        progress = _EvaluationProgress(self.missing)
-        for i, group in enumerate(self.groups):
-            usable = self._usable(group)
-            names = [name for name, _ in usable]
-            diverged += [run.name for run in group if run.name not in names]
-            for job in self._jobs(names) if usable else []:
-                evaluation = job.evaluation.name
-                with progress.of(i, evaluation, group):
-                    outcome = runner.run(job, usable, together=True)
-                if outcome.error is not None:
-                    failure = f"{evaluation} failed: {runner.reason(outcome)}"
-                    failures.append(f"{failure} (repeat the command to try again)")
-                    continue
-                for name in names:
-                    result = outcome.results[f"{name}_{CUSTOM_SAE_ID}"]
-                    if warning := job.implementation.warning(result):
-                        warnings.append(warning)
-                    # plain JSON, which has no NaN
-                    text = json.dumps(result, default=str)
-                    results[name][evaluation] = json.loads(
-                        text, parse_constant=lambda _: None
-                    )
+        failures: list[str] = []
+        unusable = dict(failed)
+        places: list[str] = []
+        for i, name in order:
+            _, found, error = measured[i, name]
+            failure = one_line(error) if error else found.failure
+            if failure is not None:
+                failure = f"{name} failed: {failure}"
+                failures.append(f"{failure} (repeat the command to try again)")
+            if found is None:
+                continue
+            places.append(found.hardware)
+            warnings += found.warnings
+            for sae in {run.name for run in self.groups[i]}.difference(found.names):
+                unusable.setdefault(sae, _DIVERGED)
+            for sae, result in found.results.items():
+                results[sae][name] = result
         if not failures:  # which may go on from what is stored there
             shutil.rmtree(self.artifacts_path, ignore_errors=True)
-        reason = "its weights are not finite, since its training diverged"
-        failures += [f"{name}: {reason}" for name in diverged]
-        return results, failures, warnings
+        failures += [
+            f"{run.name}: {unusable[run.name]}"
+            for run in self.runs
+            if run.name in unusable
+        ]
+        where = "; ".join(dict.fromkeys(places))
+        return Evaluated(results, failures, warnings, where)
 
-    def _usable(self, group: Sequence[Run]) -> list[tuple[str, SAE[Any]]]:
-        """The SAEs of a group whose weights are finite."""
-        directories = [self.saes_path / run.name for run in group]
-        return load_saes([path for path in directories if _has_finite_weights(path)])
+    def measure(self, i: int, name: str, report: Reporter | None = None) -> "Measured":
+        """Run an evaluation on the SAEs of group i, unless they have current results."""
+        usable = self._usable(self.groups[i])
+        names = [sae for sae, _ in usable]
+        found = Measured(names, {}, [], None, hardware(self.device))
+        if not usable:
+            return found
+        (job,) = (job for job in self._jobs(names) if job.evaluation.name == name)
+        outcome = runner.run(job, usable, together=True)
+        if outcome.error is not None:
+            return found._replace(failure=runner.reason(outcome))
+        for sae in names:
+            result = outcome.results[f"{sae}_{CUSTOM_SAE_ID}"]
+            if warning := job.implementation.warning(result):
+                found.warnings.append(warning)
+            # plain JSON, which has no NaN
+            text = json.dumps(result, default=str)
+            found.results[sae] = json.loads(text, parse_constant=lambda _: None)
+        return found
 
-    def _unfinished(self, group: Sequence[Run]) -> list[str]:
+    def _usable(self, group: list[Run]) -> list[tuple[str, SAE[Any]]]:
+        """The SAEs of a group that were trained, and whose weights are finite."""
+        if self._loaded[0] != group:
+            paths = [self.saes_path / run.name for run in group]
+            usable = [p for p in paths if is_trained(p) and _has_finite_weights(p)]
+            self._loaded = (group, load_saes(usable))
+        return self._loaded[1]
+
+    def _unfinished(self, group: list[Run]) -> list[str]:
         """Names of the evaluations of which a group lacks current results."""
         if not all(is_trained(self.saes_path / run.name) for run in group):
             return [job.evaluation.name for job in self.jobs]
@@ -175,36 +226,44 @@ class Evaluator:
         ]
 
 
-class _EvaluationProgress:
+_DIVERGED = "its weights are not finite, since its training diverged"
+
+
+class Measured(NamedTuple):
     """
-    Shows which evaluation is run, and how long it and the rest will take.
+    What became of an evaluation of a group.
 
-    Args:
-        missing: Names of the evaluations to be run on each group.
+    Attributes:
+        names: Names of its SAEs, but for those that diverged.
+        results: Results of each SAE.
+        warnings: A line for each result that the user should not overlook.
+        failure: Why there are none.
+        hardware: Where it was done.
     """
 
-    def __init__(self, missing: Sequence[Sequence[str]]):
-        self._missing = missing
-        self._n_begun, self._n = 0, sum(map(len, missing))
-        self._left = Counter(name for names in missing for name in names)
-        self._progress = Progress()
+    names: list[str]
+    results: dict[str, Any]
+    warnings: list[str]
+    failure: str | None
+    hardware: str
 
-    @contextmanager
-    def of(self, i: int, name: str, group: Sequence[Run]) -> Iterator[None]:
-        """An evaluation of group i."""
-        if name not in self._missing[i]:
-            yield
-            return
-        self._n_begun += 1
-        about = f"{name} of {n_saes(len(group))} of seed {group[0].seed}"
-        text = f"evaluation {self._n_begun} of {self._n} · {about}"
-        text += f" at {group[0].hook_name}"
-        left = self._progress.time_left(self._left)
-        self._progress.show(f"{text} · {left} left" if left else text)
-        self._progress.begin()
-        yield
-        self._progress.done(name, 1)
-        self._left[name] -= 1
+
+class Evaluated(NamedTuple):
+    """
+    What became of all evaluations.
+
+    Attributes:
+        results: Results of each SAE by evaluation, as far as there are any.
+        failures: A line for each SAE that diverged or could not be trained, and each
+            evaluation of a group that failed.
+        warnings: A line for each result that the user should not overlook.
+        hardware: Where it was done.
+    """
+
+    results: dict[str, dict[str, Any]]
+    failures: list[str]
+    warnings: list[str]
+    hardware: str
 
 
 def _stand_in(run: Run, config: CompareConfig) -> StandardSAE:

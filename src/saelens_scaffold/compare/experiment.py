@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from filelock import FileLock, Timeout
 
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.files import make_writable, new_file
-from saelens_scaffold._util.provenance import hardware
+from saelens_scaffold._util.tasks import Workers
 from saelens_scaffold._util.untrusted import read_json
+from saelens_scaffold._util.workers import connected
 from saelens_scaffold.compare import config as configs
 from saelens_scaffold.compare.evaluating import SAES, Evaluator
 from saelens_scaffold.compare.grid import (
@@ -77,6 +79,7 @@ def make_plan(
     output_path: str | Path,
     device: str | None = None,
     saes_per_wave: int | None = None,
+    workers: Workers | None = None,
 ) -> Plan:
     """
     Check everything that an experiment needs, and divide its SAEs into waves.
@@ -87,6 +90,7 @@ def make_plan(
         device: Where it is run; by default a GPU where there is one.
         saes_per_wave: Most SAEs that are trained together; by default that of the
             configuration.
+        workers: Who trains and evaluates; by default this process.
 
     Raises:
         UserError: Something does not exist or makes no sense, or the folder holds SAEs
@@ -99,16 +103,18 @@ def make_plan(
     if config_file.exists() and has_begun:
         # before anything else is said of the changed one
         configs.check_unchanged(config, config_file)
-    device = choose_device(device)
+    workers = workers or Workers()
+    device = workers.device or choose_device(device)
     runs = runs_of(config, device)
     check_training(config, runs)
     check_trained(config, runs, saes_path, training_path)
     per_wave = saes_per_wave or config.saes_per_wave
-    waves = plan_waves(training_path, saes_path, runs, per_wave)
+    waves = plan_waves(training_path, saes_path, runs, per_wave, workers.at_once)
     for wave in waves:
         if not all(is_trained(saes_path / run.name) for run in wave):
             check_data(runner_config(config, wave))
-    evaluator = Evaluator(config, runs, device, output_path)
+    elsewhere = workers.device is not None
+    evaluator = Evaluator(config, runs, device, output_path, elsewhere)
     evaluator.check()
     trainer = WaveTrainer(config, runs, device, saes_path, training_path)
     return Plan(waves, trainer, evaluator)
@@ -120,6 +126,8 @@ def compare(
     device: str | None = None,
     saes_per_wave: int | None = None,
     command: str | None = None,
+    ray: str | None = None,
+    cpus_per_task: int | None = None,
 ) -> dict[str, Any]:
     """
     Train the SAEs of an experiment, evaluate them, and compare them.
@@ -136,6 +144,9 @@ def compare(
         saes_per_wave: Most SAEs that are trained together, whatever the configuration
             says; results do not depend on it.
         command: Command to state in the report; by default that of the process.
+        ray: Address of a Ray cluster whose machines share the work, or "local" for one on
+            this machine; by default this process does it all.
+        cpus_per_task: CPU cores, and threads, of each training and evaluation there.
 
     Returns:
         The content of results.json.
@@ -146,31 +157,43 @@ def compare(
         EvaluationsFailed: The training of an SAE diverged, or an evaluation failed.
     """
     output_path = Path(output_path)
-    plan = make_plan(config, output_path, device, saes_per_wave)
-    metrics = metrics_of([job.evaluation for job in plan.evaluator.jobs])
-    make_writable(output_path)
-    try:
-        alone = FileLock(output_path / "training.lock").acquire(timeout=0)
-    except Timeout as error:
-        problem = f"another process is at work in {output_path}; wait for it"
-        raise UserError(problem) from error
-    with alone:
-        configs.keep_config(config, output_path / CONFIG_FILENAME)
-        training = plan.trainer.train(plan.waves)
-        measured, failures, said = plan.evaluator.evaluate()
-        about = {"command": command or shlex.join(sys.argv), "training": training}
-        about["hardware"] = hardware(plan.trainer.device)
-        runs = plan.trainer.runs
-        results = collect(config, runs, metrics, measured, output_path, **about)
-        results["warnings"] = said
-        with new_file(output_path / RESULTS_FILENAME) as file:
-            file.write_text(json.dumps(results, indent=1, allow_nan=False))
-        with new_file(output_path / "results.csv") as file:
-            file.write_text(results_csv(results), encoding="utf-8")
-        write_page(results, output_path / "report.html")
+    with connected(ray, device, cpus_per_task) as workers:
+        plan = make_plan(config, output_path, device, saes_per_wave, workers)
+        metrics = metrics_of([job.evaluation for job in plan.evaluator.jobs])
+        make_writable(output_path)
+        with _alone(output_path), workers.sharing(output_path):
+            configs.keep_config(config, output_path / CONFIG_FILENAME)
+            training, failed = plan.trainer.train(plan.waves, workers)
+            evaluated = plan.evaluator.evaluate(workers, failed)
+            about = {"command": command or shlex.join(sys.argv), "training": training}
+            about["hardware"] = evaluated.hardware
+            runs = [run for run in plan.trainer.runs if run.name not in failed]
+            found = evaluated.results
+            results = collect(config, runs, metrics, found, output_path, **about)
+            results["warnings"] = evaluated.warnings
+            with new_file(output_path / RESULTS_FILENAME) as file:
+                file.write_text(json.dumps(results, indent=1, allow_nan=False))
+            with new_file(output_path / "results.csv") as file:
+                file.write_text(results_csv(results), encoding="utf-8")
+            write_page(results, output_path / "report.html")
+    failures = evaluated.failures
     if failures:
         raise EvaluationsFailed(failures, results, output_path)
     return results
+
+
+def _alone(output_path: Path) -> AbstractContextManager[Any]:
+    """
+    Keeps other processes out of the folder of an experiment.
+
+    Raises:
+        UserError: One is at work in it.
+    """
+    try:
+        return FileLock(output_path / "training.lock").acquire(timeout=0)
+    except Timeout as error:
+        problem = f"another process is at work in {output_path}; wait for it"
+        raise UserError(problem) from error
 
 
 def run(
@@ -182,6 +205,8 @@ def run(
     saes_per_wave: int | None = None,
     device: str | None = None,
     command: str | None = None,
+    ray: str | None = None,
+    cpus_per_task: int | None = None,
 ) -> str:
     """
     Everything that `saelens-scaffold compare` does.
@@ -194,6 +219,8 @@ def run(
         saes_per_wave: Most SAEs that are trained together.
         device: Where to run; by default a GPU where there is one.
         command: Command to state in the report.
+        ray: Address of a Ray cluster, or "local".
+        cpus_per_task: CPU cores of each training and evaluation there.
 
     Returns:
         The text to print.
@@ -206,10 +233,13 @@ def run(
     if reference:
         return _reference_alone(experiment, Path(output_path))
     if plan:
-        planned = make_plan(experiment, output_path, device, saes_per_wave)
+        with connected(ray, device, cpus_per_task) as workers:
+            planned = make_plan(experiment, output_path, device, saes_per_wave, workers)
         return plan_text(experiment, planned.trainer.runs, planned.waves)
     warnings.filterwarnings("ignore", message="All samples in the training dataset")
-    results = compare(experiment, output_path, device, saes_per_wave, command)
+    results = compare(
+        experiment, output_path, device, saes_per_wave, command, ray, cpus_per_task
+    )
     written = "report.html, results.json, results.csv, saes/"
     return f"{comparison_text(results)}\nWritten to {output_path}: {written}."
 

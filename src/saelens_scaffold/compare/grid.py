@@ -14,6 +14,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.util import str_to_dtype
 from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
 from saelens_scaffold._util.errors import UserError, one_line, shown
@@ -150,6 +151,14 @@ class WaveConfig(CachedMultiSAETrainingRunnerConfig):
     b_dec_init: dict[str, str] = field(default_factory=dict)
     scales: bool = False
     cached_activations: str | None = None
+
+
+def weight_bytes(runs: Sequence[Run]) -> int:
+    """Memory that the encoders and decoders of these SAEs take."""
+    return sum(
+        2 * cfg.d_in * cfg.d_sae * str_to_dtype(cfg.dtype).itemsize
+        for cfg in (run.config for run in runs)
+    )
 
 
 def estimates_scale(runs: Sequence[Run]) -> bool:

@@ -74,7 +74,12 @@ def plan_text(
         seeds.setdefault(run.arm, []).append(run.seed)
     by_k = [MeasuredSAE(run, {}, run.nominal_l0_total) for run in runs]
     pairs = pairs_of(by_k, config.baselines, config.max_bracket)
-    about = {"n_saes": len(runs), "seeds": seeds, "waves": waves, "pairs": pairs}
+    about = {
+        "n_saes": len(runs),
+        "seeds": seeds,
+        "waves": [*filter(len, waves)],
+        "pairs": pairs,
+    }
     return _text("plan.txt", **about, baselines=config.baselines)
 
 

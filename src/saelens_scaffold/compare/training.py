@@ -2,26 +2,29 @@
 
 import gc
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import constants
+from sae_lens import TrainingSAE, constants
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 from wandb.errors import UsageError
 
 from saelens_scaffold._util.errors import UserError, loading, one_line, shown
 from saelens_scaffold._util.files import new_file
-from saelens_scaffold._util.progress import Progress, n_saes
+from saelens_scaffold._util.progress import n_saes
 from saelens_scaffold._util.provenance import hardware, versions
+from saelens_scaffold._util.tasks import Reporter, Task, TaskQueue, Workers
 from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.compare.config import (
     TRAINING_FIELDS,
@@ -33,6 +36,7 @@ from saelens_scaffold.compare.grid import (
     WaveConfig,
     estimates_scale,
     runner_config,
+    weight_bytes,
 )
 from saelens_scaffold.saes.runner_config import read_runner_config
 from saelens_scaffold.saes.scaffold_start import principal_subspace
@@ -70,9 +74,12 @@ def plan_waves(
     saes_path: Path,
     runs: Sequence[Run],
     saes_per_wave: int | None = None,
+    at_once: int = 1,
 ) -> list[Wave]:
     """
     Divide the SAEs of an experiment into waves.
+
+    A wave's number is its place. One without SAEs is no more.
 
     Args:
         training_path: Folder of the waves. Those that are trained stay, and so do those
@@ -80,6 +87,8 @@ def plan_waves(
         saes_path: Folder of the trained SAEs, which are left out of new waves.
         runs: The SAEs.
         saes_per_wave: Most SAEs of a wave; None for all that can share a runner.
+        at_once: Number of waves that are trained at the same time, for which new ones
+            are made small enough.
     """
     by_name = {run.name: run for run in runs}
     waves: list[Wave] = []
@@ -92,17 +101,25 @@ def plan_waves(
             saes_per_wave and len(names) > saes_per_wave
         ):
             busy.update(names)
-        else:  # waves are trained in order
-            break
+        else:
+            names = []
         waves.append([by_name[name] for name in names])
     by_runner: dict[str, Wave] = {}
     for run in runs:
         if run.name not in busy and not is_trained(saes_path / run.name):
             settings = repr(sorted(run.training.items()))
             by_runner.setdefault(settings, []).append(run)
+    share = math.ceil(sum(map(len, by_runner.values())) / at_once)
+    new: list[Wave] = []
     for same in by_runner.values():
-        size = saes_per_wave or len(same)
-        waves += [same[i : i + size] for i in range(0, len(same), size)]
+        size = min(saes_per_wave or share, share)
+        new += [same[i : i + size] for i in range(0, len(same), size)]
+    for number, wave in enumerate(waves):
+        if new and not wave:
+            waves[number] = new.pop(0)
+    waves += new
+    while waves and not waves[-1]:
+        waves.pop()
     return waves
 
 
@@ -219,38 +236,6 @@ class _WaveRunner(runner.RepeatableMultiSAETrainingRunner):
 
 
 @dataclass
-class _WaveProgress:
-    """
-    Shows how far a wave has got, and when that and the later ones will have ended.
-
-    Attributes:
-        progress: Measures the pace of all waves.
-        name: The wave in words.
-        later: Tokens of the later waves, once for each SAE.
-    """
-
-    progress: Progress
-    name: str
-    later: int
-    _n_tokens: int | None = None
-
-    def __call__(self, trainer: MultiSAETrainer, bar: Any) -> None:
-        """Show it after a step."""
-        n_tokens, total = trainer.n_training_samples, trainer.cfg.total_training_samples
-        n_trained = len(trainer.trainers)
-        if self._n_tokens is None:  # the model has been loaded, text skipped
-            self.progress.begin()
-        else:
-            self.progress.done("training", n_trained * (n_tokens - self._n_tokens))
-        self._n_tokens = n_tokens
-        amount = n_trained * max(total - n_tokens, 0) + self.later
-        left = self.progress.time_left({"training": amount})
-        text = f"{self.name} · {100 * n_tokens / total:.0f} %"
-        text += f" · {left} of training left" if left else ""
-        self.progress.show(text, bar)
-
-
-@dataclass
 class WaveTrainer:
     """
     Trains waves of SAEs, and keeps what is finished.
@@ -268,85 +253,113 @@ class WaveTrainer:
     device: str
     saes_path: Path
     training_path: Path
-    progress: Progress = field(default_factory=Progress)
     _model: Any = None
     _hook_names: Set[str] = frozenset()
 
-    def train(self, waves: Sequence[Wave]) -> list[dict[str, Any]]:
+    def train(
+        self, waves: Sequence[Wave], workers: Workers
+    ) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """
         Train waves, each from its last checkpoint if it has one; where memory runs out,
         a wave is split in halves.
 
         Returns:
-            The facts of each wave.
+            The facts of each wave; why an SAE could not be trained, by its name.
 
         Raises:
-            UserError: Memory does not suffice for a single SAE.
+            UserError: Memory does not suffice for a single SAE, or none could be trained.
             KeyboardInterrupt: Ctrl-C. The last checkpoint stays.
         """
         waves = [*waves]
-        number = 0
-        while number < len(waves):
-            wave = waves[number]
-            keep_waves(self.training_path, waves)
-            name = f"wave {number + 1} of {len(waves)} ({n_saes(len(wave))})"
-            _note(name)
-            later = sum(map(self._amount, waves[number + 1 :]))
-            if self.train_wave(number, wave, _WaveProgress(self.progress, name, later)):
-                number += 1
-            elif len(wave) == 1:
-                raise UserError(
-                    f"there is not enough memory to train {wave[0].name}; make d_sae, "
-                    "train_batch_size_tokens, n_batches_in_buffer or "
-                    "store_batch_size_prompts smaller"
-                )
-            else:
-                middle = (len(wave) + 1) // 2
-                waves[number : number + 1] = [wave[:middle], wave[middle:]]
-                _note(f"not enough memory to train {len(wave)} SAEs together: halving")
+        keep_waves(self.training_path, waves)
         folders = [WaveFolder(self.training_path, n) for n in range(len(waves))]
-        return [read_json(folder.about) for folder in folders]
+        for folder, wave in zip(folders, waves, strict=True):
+            if folder.about.is_file():
+                self._move(wave, folder)
+        tasks = [
+            self._task(number, wave)
+            for number, (folder, wave) in enumerate(zip(folders, waves, strict=True))
+            if wave and not folder.about.is_file()
+        ]
+        queue = TaskQueue(tasks, "wave", workers, "of training left")
+        failed: dict[str, str] = {}
+        errors: list[Exception] = []
+        for task, has_trained, error in workers.run(queue):
+            number, wave = task.key, waves[task.key]
+            is_lost = isinstance(error, MemoryError) and len(wave) > 1
+            if has_trained is False or is_lost:
+                middle = (len(wave) + 1) // 2
+                waves[number] = wave[:middle]
+                waves.append(wave[middle:])
+                keep_waves(self.training_path, waves)
+                halves = (number, len(waves) - 1)
+                queue.replace(task, *(self._task(n, waves[n]) for n in halves))
+                _note(f"not enough memory to train {len(wave)} SAEs together: halving")
+            if error is not None:
+                errors.append(error)
+                reason = f"its training failed: {one_line(error)}"
+                failed |= dict.fromkeys([run.name for run in wave], reason)
+        if errors and len(failed) == len(self.runs):
+            raise errors[0]
+        folders = [WaveFolder(self.training_path, n) for n in range(len(waves))]
+        about = [folder.about for folder in folders if folder.about.is_file()]
+        return [*map(read_json, about)], failed
 
-    def _amount(self, wave: Wave) -> int:
-        """Tokens that a wave trains on, once for each of its SAEs."""
-        return len(wave) * runner_config(self.config, wave[:1]).training_tokens
+    def _task(self, number: int, wave: Wave) -> Task:
+        cfg = runner_config(self.config, wave[:1])
+        return Task(
+            key=number,
+            name=f"({n_saes(len(wave))})",
+            kind="training",
+            call=partial(self.train_wave, number, wave),
+            amount=len(wave) * cfg.training_tokens,
+            # weights, gradients and Adam's moments
+            n_bytes=4 * weight_bytes(wave),
+        )
 
-    def train_wave(
-        self,
-        number: int,
-        wave: Wave,
-        on_step: Callable[[MultiSAETrainer, Any], None] = lambda *_: None,
-    ) -> bool:
-        """Train a wave unless it is trained; False if memory runs out."""
+    def train_wave(self, number: int, wave: Wave, report: Reporter) -> bool:
+        """Train a wave; False if memory runs out."""
         folder = WaveFolder(self.training_path, number)
-        if not folder.about.is_file():
-            started = time.monotonic()
-            try:
-                wave_runner = self._runner(wave, folder)
-                wave_runner.on_step = on_step
-                wave_runner.run()
-            except UsageError as error:
-                raise UserError(
-                    f"{one_line(error)} (or leave wandb_project out)"
-                ) from error
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
+        started = time.monotonic()
+        try:
+            wave_runner = self._runner(wave, folder)
+            wave_runner.on_step = lambda trainer, bar: report(
+                len(wave) * trainer.n_training_samples, bar
+            )
+            wave_runner.run()
+        except UsageError as error:
+            raise UserError(
+                f"{one_line(error)} (or leave wandb_project out)"
+            ) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(wave) > 1:
                 return False
-            finally:
-                # runners are in reference cycles, which Python frees at some later time
-                gc.collect()
-                torch.cuda.empty_cache()
-            about = {
-                "wave": number,
-                "saes": [run.name for run in wave],
-                # of the last call, if it took several
-                "seconds": time.monotonic() - started,
-                "hardware": hardware(self.device),
-                "versions": versions(),
-            }
-            with new_file(folder.about) as file:
-                file.write_text(json.dumps(about, indent=1))
+            raise UserError(
+                f"there is not enough memory to train {wave[0].name}; make d_sae, "
+                "train_batch_size_tokens, n_batches_in_buffer or "
+                "store_batch_size_prompts smaller"
+            ) from error
+        finally:
+            # runners are in reference cycles, which Python frees at some later time
+            gc.collect()
+            torch.cuda.empty_cache()
+        about = {
+            "wave": number,
+            "saes": [run.name for run in wave],
+            # of the last call, if it took several
+            "seconds": time.monotonic() - started,
+            "hardware": hardware(self.device),
+            "versions": versions(),
+        }
+        with new_file(folder.about) as file:
+            file.write_text(json.dumps(about, indent=1))
+        self._move(wave, folder)
+        return True
+
+    def _move(self, wave: Wave, folder: WaveFolder) -> None:
+        """Move the SAEs of a finished wave to their places."""
         self.saes_path.mkdir(parents=True, exist_ok=True)
         for run in wave:
             trained, place = folder.saes / run.name, self.saes_path / run.name
@@ -356,7 +369,6 @@ class WaveTrainer:
                 os.replace(trained, place)
         for leftover in (folder.saes, folder.checkpoints):
             shutil.rmtree(leftover, ignore_errors=True)
-        return True
 
     def _runner(self, wave: Wave, folder: WaveFolder) -> _WaveRunner:
         cfg = runner_config(self.config, wave, self.device, estimates_scale(self.runs))
@@ -388,9 +400,28 @@ class WaveTrainer:
                     f"the cache has {n_tokens:,} tokens, of which some are read again"
                 )
             return made
+        _check_memory(saes.values(), self.device)
         for hook_name in hook_names - set(made.model.hook_dict):
             raise UserError(f"{cfg.model_name} has no hook point {hook_name!r}")
         return made
+
+
+def _check_memory(saes: Iterable[TrainingSAE[Any]], device: str) -> None:
+    """
+    Check that a GPU has room for training, once the language model and the SAEs are there.
+
+    Raises:
+        OutOfMemoryError: It has not; without this check, the steps would find out.
+    """
+    if torch.device(device).type != "cuda":
+        return
+    parameters = [weights for sae in saes for weights in sae.parameters()]
+    # gradients and Adam's two moments; activations come on top
+    needed = 3 * sum(each.numel() * each.element_size() for each in parameters)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if needed > free:
+        raise torch.OutOfMemoryError(f"{needed:,} bytes are needed, {free:,} are free")
 
 
 def _note(text: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from saelens_scaffold._util.files import new_file
@@ -17,12 +18,15 @@ class MetricsLog:
     """
     SAELens's metrics of every SAE, as it logs them to Weights & Biases.
 
+    Several processes may log to the same file.
+
     Args:
         file: CSV file with the columns step, sae, metric and value, which gets more rows.
     """
 
     def __init__(self, file: Path):
         self.file = file
+        self._lock = FileLock(file.with_name(f"{file.name}.lock"))
 
     @torch.no_grad()
     def add(self, trainer: MultiSAETrainer, outputs: Mapping[str, Any]) -> None:
@@ -37,19 +41,20 @@ class MetricsLog:
                 output=outputs[name], n_training_samples=trainer.n_training_samples
             ).items()
         ]
-        is_new = not self.file.exists()
-        with self.file.open("a", newline="", encoding="utf-8") as file:
+        with self._lock, self.file.open("a", newline="", encoding="utf-8") as file:
+            is_new = not self.file.stat().st_size
             csv.writer(file).writerows([_COLUMNS, *rows] if is_new else rows)
 
     def forget_after(self, step: int, saes: Collection[str]) -> None:
         """Remove rows of steps that a training of these SAEs, begun or resumed, repeats."""
-        if not self.file.exists():
-            return
-        with self.file.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        kept = [row for row in rows if row[1] not in saes or int(row[0]) <= step]
-        with (
-            new_file(self.file) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
-            csv.writer(file).writerows([header, *kept])
+        with self._lock:
+            if not self.file.exists():
+                return
+            with self.file.open(newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+            kept = [row for row in rows if row[1] not in saes or int(row[0]) <= step]
+            with (
+                new_file(self.file) as temporary,
+                temporary.open("w", newline="", encoding="utf-8") as file,
+            ):
+                csv.writer(file).writerows([header, *kept])

@@ -12,7 +12,7 @@ from saelens_scaffold.demo.report import COLUMNS, Half, Row, by_sae
 
 CONFIG_PATH = Path(__file__).with_name("language_model.yaml")
 # a fraction of the tokens, with as large a share of them for warm-up and decay
-QUICK = {"training_tokens": 30_720, "lr_warm_up_steps": 2, "lr_decay_steps": 6}
+QUICK = {"training_tokens": 61_440, "lr_warm_up_steps": 3, "lr_decay_steps": 12}
 QUICK_EVALUATIONS = {
     "dense_latents": {"n_tokens": 8192, "n_bootstrap": 20},
     "scaffold_ablation": {"n_tokens": 1024, "n_fit_tokens": 2048, "n_bootstrap": 20},

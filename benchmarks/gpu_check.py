@@ -104,9 +104,7 @@ def profile(o: argparse.Namespace) -> Records:
         batch = torch.randn(sizes.batch_size, sizes.d_in, device=o.device)
         for _ in range(5):
             of_sae.step(batch)
-        waits = (
-            _synchronisations(lambda step=of_sae.step: step(batch)) if on_gpu else {}
-        )
+        waits = _synchronisations(of_sae.step, batch) if on_gpu else {}
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [torch.profiler.ProfilerActivity.CUDA] * on_gpu
         n_steps = 5
@@ -139,7 +137,7 @@ def profile(o: argparse.Namespace) -> Records:
         }
 
 
-def _synchronisations(work: Callable[[], object]) -> dict[str, int]:
+def _synchronisations(step: Callable[..., object], batch: Any) -> dict[str, int]:
     """How often each line of the code makes the CPU wait for the GPU."""
     import warnings
 
@@ -149,7 +147,7 @@ def _synchronisations(work: Callable[[], object]) -> dict[str, int]:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            work()
+            step(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return dict(Counter(f"{w.filename}:{w.lineno}" for w in caught))

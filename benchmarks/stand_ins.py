@@ -59,7 +59,8 @@ class _Finder(DistributionFinder, MetaPathFinder, Loader):
         pass
 
     def find_distributions(
-        self, context: DistributionFinder.Context = DistributionFinder.Context()
+        self,
+        context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008
     ) -> Iterator[Distribution]:
         return iter([_Metadata(context.name)] if context.name in self.packages else [])
 

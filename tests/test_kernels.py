@@ -257,7 +257,8 @@ def check_operations(
     padded = torch.cat([table, table], dim=1)[:, :d]
     out = torch.empty(d, 40, dtype=dtype).T if transposed else left.new_empty(40, d)
     ops.row_sums(entries.row_offsets, entries.latents, weights, padded, out)
-    half, tolerances = HALF_TOLERANCES.get(dtype), dict[str, Any]()
+    half = HALF_TOLERANCES.get(dtype)
+    tolerances: dict[str, Any] = {}
     if half is not None:
         tolerances = {"rtol": half, "atol": half}
     expected = dense.view(40, 30) @ table.double()

@@ -101,8 +101,10 @@ def test_a_step_is_as_exact_as_that_of_dense_code(seed: int) -> None:
         if not all(value.isfinite().all() for value in theirs.values()):
             continue  # dense code overflows, as float16 does without a scaled loss
         eps = torch.finfo(dense.dtype).eps
-        # where the scaffold starts exact, gradients are the rounding of x̂ - x
-        largest = 2 * float(x.double().pow(2).sum()) / len(x)
+        # where the scaffold starts exact, the gradient of b_dec is the rounding of
+        # x̂ - x, and those of the weights are x times that
+        norms = x.double().norm(dim=1)
+        largest = 2 * float(max(norms.pow(2).mean(), norms.mean()))
         for name, _ in dense.named_parameters():
             largest = max(largest, float(truth[name].norm()))
         for name, value in truth.items():

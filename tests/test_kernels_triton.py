@@ -154,12 +154,13 @@ kernels = (triton_ops._above, triton_ops._row_sums, triton_ops._entry_dots)
 dtypes = ("fp16", "bf16", "fp32", "fp64")
 for kernel, dtype, capability in itertools.product(kernels, dtypes, (80, 90)):
     sum_type = triton.language.float64 if dtype == "fp64" else triton.language.float32
-    constants = {"BLOCK": 1024, "SUM_TYPE": sum_type}
     names = list(inspect.signature(kernel.fn).parameters)
+    constants = {"BLOCK": 1024, "SUM_TYPE": sum_type}
+    constants = {n: value for n, value in constants.items() if n in names}
     source = ASTSource(
         kernel,
         {n: f"*{dtype}" if n in of_dtype else fixed.get(n, "i32") for n in names},
-        {(i,): constants[n] for i, n in enumerate(names) if n in constants},
+        constants,
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert f".target sm_{capability}" in compiled.asm["ptx"]

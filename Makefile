@@ -15,7 +15,11 @@ RECORD ?= $(basename $(notdir $(wildcard benchmarks/recorded/*.txt)))
 # `make EXTRAS=bench,test` builds it there. Without it, the tests that need it are left out.
 EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("bench,test" if sys.version_info < (3, 13) else "test")')
 
-.PHONY: help demo test test-min lint docs docs-check record clean
+# The Python of the machine with the GPU, for which `make gpu-wheels` downloads
+GPU_PYTHON ?= 3.12
+GPU_WHEELS := .gpu-wheels
+
+.PHONY: help demo test test-min lint docs docs-check record gpu-wheels gpu-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' Makefile
@@ -46,8 +50,18 @@ docs-check: $(VENV)/.installed ## Find numbers in README and docs that no record
 record: $(VENV)/.installed ## Run recorded commands again, hours in all (RECORD="name ...")
 	for name in $(RECORD); do PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python benchmarks/record.py $$name || exit 1; done
 
+gpu-wheels: $(VENV)/.installed ## Download what `make gpu-check` needs beside PyTorch (GPU_PYTHON=3.12)
+	rm -rf $(GPU_WHEELS)
+	$(VENV)/bin/python -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+	  $(foreach glibc,2_28 2_27 2_17,--platform manylinux_$(glibc)_x86_64) --platform manylinux2014_x86_64 \
+	  -c constraints.txt -r benchmarks/gpu_wheels.txt -d $(GPU_WHEELS)
+	@du -sh $(GPU_WHEELS)
+
+gpu-check: ## Test and time the kernels on a CUDA GPU, with its python3 and no network, in 9 minutes (GPU_ARGS=...)
+	$(PYTHON) benchmarks/gpu_check.py --wheels $(GPU_WHEELS) $(GPU_ARGS)
+
 clean: ## Remove the environments and all that the tools leave behind
-	rm -rf $(VENV) $(VENV_MIN) $(VENV)-dashboard* $(VENV_MIN)-dashboard* build dist site .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_MIN) $(GPU_WHEELS) $(VENV)-dashboard* $(VENV_MIN)-dashboard* build dist site .cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -12,6 +12,7 @@ pairs), the memory that a call adds at its peak, and how much of a roofline is r
 import argparse
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,44 +72,45 @@ def compare(
     batches: Callable[[], Iterator[torch.Tensor]],
     machine: Machine,
     o: argparse.Namespace,
-) -> None:
+) -> dict[str, Any]:
+    """Print a table of the calls, and return what it says."""
     times = paired_seconds(calls, batches(), o.device, warm_up=3)
     print(f"| {what} | ms (quartiles) | {SAELENS} / it (95 %) | memory added, MiB |")
     print("|---|---|---|---|")
     argument = next(batches())
+    rows: dict[str, Any] = {}
     for name, call in calls.items():
         added = added_memory(call, argument, o.device)
         low, median, high = 1000 * np.quantile(times[name], [0.25, 0.5, 0.75])
         ratio, ratio_low, ratio_high = ratio_of_medians(times[SAELENS], times[name])
+        mib = "-" if added is None else f"{added / 2**20:.0f}"
         print(
             f"| {name} | {median:.1f} ({low:.1f} to {high:.1f}) | {ratio:.2f} "
-            f"({ratio_low:.2f} to {ratio_high:.2f}) | "
-            f"{'-' if added is None else f'{added / 2**20:.0f}'} |"
+            f"({ratio_low:.2f} to {ratio_high:.2f}) | {mib} |"
         )
+        rows[name] = {"ms": median, "as_fast_as_saelens": ratio, "added_mib": mib}
     least = sum(phase.seconds(machine) for phase in rooflines(o)[what])
     reached = least / np.median(times["scaffold, sparse kernels"])
     print(
         f"\nroofline: {1000 * least:.1f} ms, {reached:.0%} of it reached\n", flush=True
     )
+    return {
+        "call": what,
+        "calls": rows,
+        "roofline_ms": 1000 * least,
+        "roofline_reached": reached,
+    }
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_sizes(parser)
-    parser.add_argument("--calls", type=int, default=20)
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    o = parser.parse_args()
+def run(o: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare encoding, and decoding."""
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {o.device}, float32, d_in {o.d_in}, d_sae {o.d_sae}, "
         f"k {o.k:g}, rank {o.rank}, batch {o.batch_size}, {o.calls} paired calls\n"
     )
-    machine = measure_machine(o.device, autocast=False)
+    machine = measure_machine(o.device, "float32")
     by_name = saes(o)
     sparse = by_name["scaffold, sparse kernels"]
 
@@ -122,8 +124,22 @@ def main() -> None:
 
     encoders: dict[str, Step] = {name: sae.encode for name, sae in by_name.items()}
     decoders: dict[str, Step] = {name: sae.decode for name, sae in by_name.items()}
-    compare("encode", encoders, inputs, machine, o)
-    compare("decode", decoders, activations, machine, o)
+    return [
+        compare("encode", encoders, inputs, machine, o),
+        compare("decode", decoders, activations, machine, o),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_sizes(parser)
+    parser.add_argument("--calls", type=int, default=20)
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from measure import (
     ratio_of_medians,
     roofline,
     seconds,
+    tf32,
 )
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
@@ -198,8 +199,8 @@ def make(name: str, configs: dict[str, Any], o: argparse.Namespace) -> Contender
     return dictionary_learning_contender("Matryoshka" in name, o)
 
 
-def run(o: argparse.Namespace) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = o.precision == "tf32"
+def run(o: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare the families that are asked for."""
     device = torch.cuda.get_device_name() if o.device == "cuda" else "CPU"
     print(
         f"{device}, {platform.processor() or platform.machine()}, "
@@ -207,15 +208,18 @@ def run(o: argparse.Namespace) -> None:
         f"d_in {o.d_in}, d_sae {o.d_sae}, k {o.k:g}, rank {o.rank}, batch "
         f"{o.batch_size}, {o.steps} paired steps, Matryoshka widths {widths(o)}"
     )
-    machine = measure_machine(o.device, o.precision == "bf16")
+    machine = measure_machine(o.device, o.precision)
     print(
         f"copies {machine.bandwidth / 1e9:.0f} GB/s, multiplies "
         f"{machine.rate / 1e9:.0f} GFLOP/s\n"
     )
     configs = sae_configs(o)
-    for parent, others in FAMILIES.items():
-        if parent in o.families:
+    with tf32(o.precision == "tf32"):
+        return [
             run_family(parent, others, configs, machine, o)
+            for parent, others in FAMILIES.items()
+            if parent in o.families
+        ]
 
 
 def sae_configs(o: argparse.Namespace) -> dict[str, TrainingSAEConfig]:
@@ -242,7 +246,8 @@ def run_family(
     configs: dict[str, Any],
     machine: Machine,
     o: argparse.Namespace,
-) -> None:
+) -> dict[str, Any]:
+    """Print a table of the contenders, and return what it says."""
     contenders: dict[str, Contender] = {}
     for name in (parent, *others):
         contender = make(name, configs, o)
@@ -266,6 +271,7 @@ def run_family(
     )
     print("|---|---|---|---|---|")
     peaks: dict[str, float] = {}
+    rows: dict[str, dict[str, float]] = {}
     for name, contender in contenders.items():
         added = added_memory(contender.step, batch, o.device)
         peaks[name] = float("nan")
@@ -278,6 +284,13 @@ def run_family(
             f"({ratio_low:.2f} to {ratio_high:.2f}) | {peaks[name]:.0f} | "
             f"{peaks[name] / peaks[parent]:.2f} |"
         )
+        rows[name] = {
+            "ms": median,
+            "as_fast_as_parent": ratio,
+            "as_fast_as_parent_low": ratio_low,
+            "as_fast_as_parent_high": ratio_high,
+            "peak_mib": peaks[name],
+        }
     phases = roofline(o, 1 if parent == "BatchTopK" else 4)
     least = sum(phase.seconds(machine) for phase in phases)
     share = least / np.median(times[others[0]])
@@ -287,23 +300,32 @@ def run_family(
     for phase in phases:
         print(f"  {phase.name}: {1000 * phase.seconds(machine):.2f} ms")
     print(flush=True)
+    return {
+        **machine._asdict(),
+        "steps": rows,
+        "roofline_ms": 1000 * least,
+        "roofline_reached": share,
+    }
+
+
+def grid(device: str) -> Iterator[dict[str, Any]]:
+    """Options of every size and precision, the largest first."""
+    precisions = ["bf16", "tf32", "float32"] if device == "cuda" else ["float32"]
+    for d_in, d_sae, batch_size in reversed(GRID):
+        sizes = {"d_in": d_in, "d_sae": d_sae, "batch_size": batch_size}
+        for k in (80, 32):
+            for precision in precisions:
+                for family in FAMILIES:
+                    yield {**sizes, "k": k, "precision": precision, "families": family}
 
 
 def run_grid(o: argparse.Namespace) -> None:
     """Each size in a process of its own; one that does not fit is passed over."""
-    precisions = ["float32", "tf32", "bf16"] if o.device == "cuda" else ["float32"]
-    for d_in, d_sae, batch_size in GRID:
-        for k in (32, 80):
-            for precision in precisions:
-                sizes = {"d_in": d_in, "d_sae": d_sae, "batch_size": batch_size}
-                options = {**sizes, "k": k, "precision": precision, "steps": o.steps}
-                arguments = [f"--{name}={value}" for name, value in options.items()]
-                for family in FAMILIES:
-                    finished = subprocess.run(
-                        [sys.executable, __file__, *arguments, "--families", family]
-                    )
-                    if finished.returncode != 0:
-                        print(f"(failed: {' '.join(arguments)} {family})\n", flush=True)
+    for options in grid(o.device):
+        arguments = [f"--{n}={v}" for n, v in {**options, "steps": o.steps}.items()]
+        finished = subprocess.run([sys.executable, __file__, *arguments])
+        if finished.returncode != 0:
+            print(f"(failed: {' '.join(arguments)})\n", flush=True)
 
 
 def main() -> None:

@@ -132,11 +132,11 @@ def make_demo_small() -> None:
     config.sae.update(d_sae=128, matryoshka_widths=[32, 64, 128])
     config.grid["b_dec_init"] = ["mean"]
     config.training.update(TRAINING, n_batches_for_norm_estimate=4)
-    config.evaluations["dense_latents"].update(n_tokens=1000, n_bootstrap=20)
-    config.evaluations["scaffold_ablation"].update(
-        n_tokens=256, n_fit_tokens=512, n_bootstrap=20
-    )
     language_model.read_config = lambda _: config
+    language_model.QUICK_EVALUATIONS["dense_latents"]["n_tokens"] = 1000
+    language_model.QUICK_EVALUATIONS["scaffold_ablation"].update(
+        n_tokens=256, n_fit_tokens=512
+    )
     language_model.QUICK["training_tokens"] = TRAINING["training_tokens"] // 2
     settings = demo.planted_settings(quick=True)
     settings["training"]["training_samples"] = 10_240

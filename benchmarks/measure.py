@@ -4,7 +4,9 @@ import argparse
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +92,17 @@ def _kib(status: Path, field: str) -> int:
     return int(line.split()[1])
 
 
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether products of float32 are computed in TF32 on CUDA."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 class Machine(NamedTuple):
     """
     What a device can do, measured.
@@ -103,16 +116,23 @@ class Machine(NamedTuple):
     rate: float
 
 
-def measure_machine(device: str, autocast: bool) -> Machine:
+@cache
+def measure_machine(device: str, precision: str) -> Machine:
+    """
+    Args:
+        device: "cuda" or "cpu".
+        precision: "float32", "tf32" or "bf16".
+    """
     n = 2**28 if device == "cuda" else 2**25
     source = torch.randn(n, device=device)
     target = torch.empty_like(source)
     copying = _fastest(lambda _: target.copy_(source), source, device)
     side = 8192 if device == "cuda" else 2048
-    dtype = torch.bfloat16 if autocast else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.randn(side, side, device=device, dtype=dtype)
     product = torch.empty_like(a)
-    multiplying = _fastest(lambda _: torch.mm(a, a, out=product), a, device)
+    with tf32(precision == "tf32"):
+        multiplying = _fastest(lambda _: torch.mm(a, a, out=product), a, device)
     return Machine(2 * source.nbytes / copying, 2 * side**3 / multiplying)
 
 

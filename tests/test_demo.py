@@ -1,7 +1,9 @@
 """The demo: what it finds on planted data, what it measures, and what it writes."""
 
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,6 @@ from sae_lens import SAE
 from helpers import overlap
 from saelens_scaffold import demo
 from saelens_scaffold._util.errors import UserError
-from saelens_scaffold.compare import read_config
 from saelens_scaffold.compare.table import comparison_text
 from saelens_scaffold.demo import language_model, main
 from saelens_scaffold.demo.planted import (
@@ -23,6 +24,7 @@ from saelens_scaffold.demo.planted import (
     train_on_planted,
 )
 from saelens_scaffold.demo.report import Half, Row, half_text
+from wheels import build_wheel, install
 
 
 class Run(NamedTuple):
@@ -35,28 +37,25 @@ class Run(NamedTuple):
         return json.loads((self.output_path / path / "results.json").read_text())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fewer_tokens() -> Iterator[None]:
-    """Makes `demo --quick` train and evaluate the language model's SAEs on fewer tokens."""
-    config = read_config(language_model.CONFIG_PATH)
-    config.evaluations["dense_latents"].update(n_tokens=8000, n_bootstrap=20)
-    config.evaluations["scaffold_ablation"].update(
-        n_tokens=1024, n_fit_tokens=2048, n_bootstrap=20
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "read_config", lambda _: config)
-        patch.setitem(language_model.QUICK, "training_tokens", 30_720)
-        yield
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    output_path = tmp_path_factory.mktemp("demo") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        # for what the report states as the command that made it
-        patch.setattr("sys.argv", ["saelens-scaffold", "demo", "--quick"])
-        text = demo.run(output_path=output_path, quick=True)
-    return Run(output_path, text)
+    """Run by the wheel, installed beside the source: on what it finds in itself."""
+    folder = tmp_path_factory.mktemp("demo")
+    site = install(build_wheel(folder / "dist"), folder / "site")
+    output_path = folder / "out"
+    command = [sys.executable, "-m", "saelens_scaffold", "demo", "--quick"]
+    done = subprocess.run(
+        [*command, f"--output_path={output_path}"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # compiled when it was imported, so that nothing else was
+    for package in ("saelens_scaffold", "saelens_scaffold_cli"):
+        assert (site / package / "__pycache__").is_dir()
+    return Run(output_path, done.stdout.removesuffix("\n"))
 
 
 def test_scaffolds_find_the_planted_truth(quick: Run) -> None:
@@ -170,7 +169,8 @@ def test_the_demo_writes_what_it_prints(quick: Run) -> None:
 
     of_model = quick.results("language_model")
     table = quick.text[quick.text.index("A language model") :]
-    assert "saelens-scaffold demo --quick" in of_model["provenance"]["command"]
+    command = of_model["provenance"]["command"]
+    assert command.startswith("saelens-scaffold demo --quick ")
     assert len(of_model["saes"]) == 6
     for entry in of_model["saes"]:
         sae = SAE.load_from_disk(out / "language_model" / entry["path"])

@@ -23,6 +23,11 @@ from saelens_scaffold.kernels.sparse_forward import SparseForward
 VALUES = st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, 0.5, 1.0, 2.0, 3.0, torch.inf])
 
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+HALF_TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 1e-5), *HALF_TOLERANCES.items()]
+
+
 def encoder_of(
     pre_activations: torch.Tensor, scale: torch.Tensor | None = None
 ) -> Encoder:
@@ -231,7 +236,7 @@ def random_entries(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n", [0, 1, 300])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_row_sums_and_entry_dots_are_products(
     device: str, n: int, transposed: bool, dtype: torch.dtype
 ):
@@ -252,17 +257,18 @@ def check_operations(
     padded = torch.cat([table, table], dim=1)[:, :d]
     out = torch.empty(d, 40, dtype=dtype).T if transposed else left.new_empty(40, d)
     ops.row_sums(entries.row_offsets, entries.latents, weights, padded, out)
-    tolerances: dict[str, Any] = (
-        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-    )
+    half = HALF_TOLERANCES.get(dtype)
+    tolerances: dict[str, Any] = {}
+    if half is not None:
+        tolerances = {"rtol": half, "atol": half}
     expected = dense.view(40, 30) @ table.double()
     torch.testing.assert_close(out, expected.to(dtype), **tolerances)
     dots = ops.entry_dots(
         entries.row_offsets, entries.rows, entries.latents, left, table
     )
     expected = (left.double() @ table.double().T).flatten()[places]
-    if dtype == torch.bfloat16:
-        tolerances: dict[str, Any] = {"rtol": 2e-2, "atol": 2e-2 * d**0.5}
+    if half is not None:
+        tolerances = {"rtol": half, "atol": half * d**0.5}
     torch.testing.assert_close(dots, expected.to(dtype), **tolerances)
 
 
@@ -343,10 +349,7 @@ def check_gradients_numerically(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("rank", "n_parts"), [(0, 1), (3, 1), (2, 3)])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)],
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 def test_gradients_are_those_of_dense_code(
     device: str,
     rank: int,

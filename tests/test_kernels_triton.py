@@ -13,10 +13,7 @@ import torch
 
 from helpers import DEVICES, scaffold_sae, train
 from saelens_scaffold.kernels import choice, torch_ops
-from test_kernels import (
-    check_gradients,
-    check_operations,
-)
+from test_kernels import DTYPES, TOLERANCES, check_gradients, check_operations
 
 pytest.importorskip("triton", reason="Triton is made for Linux alone")
 
@@ -38,7 +35,7 @@ def test_the_tests_run_interpreted_kernels_where_there_is_no_gpu():
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("n", [0, 1, 100])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_row_sums_and_entry_dots_are_products(
     n: int, transposed: bool, dtype: torch.dtype
 ):
@@ -52,8 +49,9 @@ def test_rows_wider_than_a_block():
 
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.9])
-def test_above(share: float):
-    values = torch.rand(70, 90)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_above(share: float, dtype: torch.dtype):
+    values = torch.rand(70, 90).to(dtype)
     values[3, 4] = torch.nan
     cuts = 1 - share + torch.rand(90) / 100
     indices, found = triton_ops.above(values, cuts)
@@ -65,10 +63,7 @@ def test_above(share: float):
 
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(("rank", "n_parts"), [(0, 1), (2, 3)])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)],
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 def test_gradients(rank: int, n_parts: int, dtype: torch.dtype, tolerance: float):
     check_gradients(triton_ops, rank, n_parts, True, dtype, tolerance)
 
@@ -146,29 +141,30 @@ def test_they_are_asked_for_on_a_cpu(source: str, monkeypatch: pytest.MonkeyPatc
 
 
 COMPILE = """
-import inspect
+import inspect, itertools
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from saelens_scaffold.kernels import triton_ops
 
-types = {
-    "values": "*bf16", "cuts": "*fp32", "found": "*bf16", "count": "*i32",
-    "indices": "*i64", "offsets": "*i64", "columns": "*i64", "rows": "*i64",
-    "weights": "*fp32", "table": "*fp32", "out": "*fp32",
-    "left": "*fp32", "right": "*fp32", "dots": "*fp32",
-    "BLOCK": "constexpr", "SUM_TYPE": "constexpr",
-}
-constants = {"BLOCK": 1024, "SUM_TYPE": triton.language.float32}
-for kernel in (triton_ops._above, triton_ops._row_sums, triton_ops._entry_dots):
+fixed = {"count": "*i32", "cuts": "*fp32", "indices": "*i64", "offsets": "*i64",
+         "columns": "*i64", "rows": "*i64", "BLOCK": "constexpr", "SUM_TYPE": "constexpr"}
+of_dtype = {"values", "found", "weights", "table", "out", "left", "right", "dots"}
+kernels = (triton_ops._above, triton_ops._row_sums, triton_ops._entry_dots)
+dtypes = ("fp16", "bf16", "fp32", "fp64")
+for kernel, dtype, capability in itertools.product(kernels, dtypes, (80, 90)):
+    sum_type = triton.language.float64 if dtype == "fp64" else triton.language.float32
     names = list(inspect.signature(kernel.fn).parameters)
+    constants = {"BLOCK": 1024, "SUM_TYPE": sum_type}
+    constants = {n: value for n, value in constants.items() if n in names}
     source = ASTSource(
         kernel,
-        {name: types.get(name, "i32") for name in names},
-        {(i,): constants[name] for i, name in enumerate(names) if name in constants},
+        {n: f"*{dtype}" if n in of_dtype else fixed.get(n, "i32") for n in names},
+        constants,
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    print(kernel.fn.__name__, len(compiled.asm["cubin"]))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert f".target sm_{capability}" in compiled.asm["ptx"]
+    print(kernel.fn.__name__, dtype, capability, len(compiled.asm["cubin"]))
 """
 
 
@@ -179,6 +175,11 @@ def test_the_kernels_compile_for_a_gpu():
         [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    sizes = dict(line.split() for line in run.stdout.splitlines())
-    assert sizes.keys() == {"_above", "_row_sums", "_entry_dots"}
-    assert all(int(size) > 1000 for size in sizes.values())
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert {tuple(of) for *of, _ in lines} == {
+        (kernel, dtype, capability)
+        for kernel in ("_above", "_row_sums", "_entry_dots")
+        for dtype in ("fp16", "bf16", "fp32", "fp64")
+        for capability in ("80", "90")
+    }
+    assert all(int(size) > 1000 for *_, size in lines)

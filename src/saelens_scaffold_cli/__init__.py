@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if "_ARGCOMPLETE" in os.environ:
         _complete()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.argv[0] = "saelens-scaffold"  # as results state it, without a path
+        argv = sys.argv[1:]
+    argv = list(argv)
     if not sys.stderr.isatty():
         # progress bars in a log; tqdm reads these when it is imported
         for variable in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):

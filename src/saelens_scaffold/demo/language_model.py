@@ -13,6 +13,10 @@ from saelens_scaffold.demo.report import COLUMNS, Half, Row, by_sae
 CONFIG_PATH = Path(__file__).with_name("language_model.yaml")
 # a fraction of the tokens, with as large a share of them for warm-up and decay
 QUICK = {"training_tokens": 61_440, "lr_warm_up_steps": 3, "lr_decay_steps": 12}
+QUICK_EVALUATIONS = {
+    "dense_latents": {"n_tokens": 8192, "n_bootstrap": 20},
+    "scaffold_ablation": {"n_tokens": 1024, "n_fit_tokens": 2048, "n_bootstrap": 20},
+}
 
 
 def language_model_half(seeds: list[int], quick: bool, output_path: Path) -> Half:
@@ -21,7 +25,7 @@ def language_model_half(seeds: list[int], quick: bool, output_path: Path) -> Hal
 
     Args:
         seeds: Training seeds.
-        quick: Whether to train on a fraction of the tokens.
+        quick: Whether to train and evaluate on a fraction of the tokens.
         output_path: Folder of the comparison.
 
     Raises:
@@ -41,9 +45,15 @@ def language_model_half(seeds: list[int], quick: bool, output_path: Path) -> Hal
 def language_model_config(seeds: list[int], quick: bool = False) -> CompareConfig:
     """The packaged comparison with these training seeds."""
     config = read_config(CONFIG_PATH)
-    training = {**config.training, **(QUICK if quick else {})}
-    grid = {**config.grid, "seed": seeds}
-    return replace(config, training=training, grid=grid)
+    config = replace(config, grid={**config.grid, "seed": seeds})
+    if not quick:
+        return config
+    evaluations = {
+        name: {**options, **QUICK_EVALUATIONS[name]}
+        for name, options in config.evaluations.items()
+    }
+    training = {**config.training, **QUICK}
+    return replace(config, training=training, evaluations=evaluations)
 
 
 def _row(sae: dict[str, Any]) -> Row:

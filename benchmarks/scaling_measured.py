@@ -93,7 +93,7 @@ def _process(rank: int, o: argparse.Namespace, n_processes: int, folder: str) ->
     )
     shard, training = Shard(), training_of(o, n_processes)
     dist.barrier()
-    machine = measure_machine("cpu", autocast=False)
+    machine = measure_machine("cpu", "float32")
     link, latency = _measure_link(shard, training)
     part = trainer(
         _part(o, shard), o.batch_size, "cpu", trainer_class=ShardedSAETrainer

@@ -55,8 +55,8 @@ def test_training_is_that_of_saelens(
     trainers, losses = [], []
     for kernels in ("auto", "reference"):
         sae = plain_sae(architecture, kernels, dtype=dtype, **overrides)
-        window = {"dead_feature_window": dead_feature_window}
-        trainer = trainer_for(sae, 30, batches(dtype=sae.dtype), **window)
+        data = batches(dtype=sae.dtype)
+        trainer = trainer_for(sae, 30, data, dead_feature_window=dead_feature_window)
         outputs = [trainer.step(x) for x in itertools.islice(batches(), 30)]
         losses.append([{n: v.item() for n, v in o.losses.items()} for o in outputs])
         logs = trainer.build_train_step_log_dict(outputs[-1], 0)

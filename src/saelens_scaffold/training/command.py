@@ -82,15 +82,7 @@ def _train(args: Sequence[str], processes: Processes | None) -> str:
     if processes is not None:
         decided = (cfg.checkpoint_path, cfg.resume_from_checkpoint)
         cfg.checkpoint_path, cfg.resume_from_checkpoint = processes.first(decided)
-    # that what is handed over is not that of the configuration, which here it is
-    sae_lens.logger.addFilter(lambda said: "You just passed in a" not in said.msg)
-    dataset = override_dataset(cfg)
-    with loading(cfg.model_name):
-        overrides = (dataset, override_model(cfg))
-        if processes is None:
-            runner = ResumableTrainingRunner(cfg, *overrides)
-        else:
-            runner = ShardedTrainingRunner(cfg, processes, *overrides)
+    runner = _runner(cfg, processes)
     runner.checkpoints_until_saved = keep_last
     if goes_on and cfg.resume_from_checkpoint is not None:
         runner.last_checkpoint = Path(cfg.resume_from_checkpoint)
@@ -123,6 +115,19 @@ def _train(args: Sequence[str], processes: Processes | None) -> str:
     if runner.not_measured is not None:
         return f"{cfg.output_path}: nothing was measured; {runner.not_measured}."
     return ""
+
+
+def _runner(
+    cfg: LanguageModelSAERunnerConfig, processes: Processes | None
+) -> ResumableTrainingRunner:
+    # that what is handed over is not that of the configuration, which here it is
+    sae_lens.logger.addFilter(lambda said: "You just passed in a" not in said.msg)
+    dataset = override_dataset(cfg)
+    with loading(cfg.model_name):
+        overrides = (dataset, override_model(cfg))
+        if processes is None:
+            return ResumableTrainingRunner(cfg, *overrides)
+        return ShardedTrainingRunner(cfg, processes, *overrides)
 
 
 def _parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig:

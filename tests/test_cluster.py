@@ -64,14 +64,15 @@ def of_one_process(file: Path) -> Path:
 @pytest.fixture(scope="module")
 def two_workers() -> Iterator[None]:
     """A cluster of two workers with a core each, which this process is connected to."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # workers find this module, of whose functions they are told
     paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     settings: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init("local", num_cpus=2, include_dashboard=False, **settings)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        ray.init("local", num_cpus=2, include_dashboard=False, **settings)
+        yield
+        ray.shutdown()
 
 
 def assert_same(folder: Path, other: Path) -> None:

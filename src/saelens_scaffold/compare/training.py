@@ -295,7 +295,7 @@ class WaveTrainer:
                 halves = (number, len(waves) - 1)
                 queue.replace(task, *(self._task(n, waves[n]) for n in halves))
                 _note(f"not enough memory to train {len(wave)} SAEs together: halving")
-            if error is not None:
+            elif error is not None:
                 errors.append(error)
                 reason = f"its training failed: {one_line(error)}"
                 failed |= dict.fromkeys([run.name for run in wave], reason)

@@ -74,7 +74,7 @@ class RandomTokens:
     def __init__(self, d_vocab: int, context_size: int):
         self.d_vocab, self.context_size = d_vocab, context_size
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
         while True:
             tokens = torch.randint(self.d_vocab, (self.context_size,))
             yield {"tokens": tokens.tolist()}

@@ -25,6 +25,7 @@ from sae_lens import ActivationsStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_helpers import eval_sae, write_texts
+from helpers import HAS_BRIDGE
 from pickles import own_pickles_only
 from saelens_scaffold._util.configs import make_config, validating
 from saelens_scaffold._util.errors import UserError
@@ -102,6 +103,10 @@ def both_routes(
         sae.cfg.metadata.model_class_name = MODULES
         sae.cfg.metadata.hook_name = "gpt_neox.layers.0"
     kwargs["model_class_name"] = MODULES
+    if not HAS_BRIDGE:
+        with pytest.raises(UserError, match="needs transformer-lens >= 3"):
+            run(name, folder / MODULES, fields, saes, **kwargs)
+        return results, results
     return results, run(name, folder / MODULES, fields, saes, **kwargs)
 
 

@@ -44,6 +44,7 @@ from saelens_scaffold.saes.facts import l0_warning
 from saelens_scaffold.saes.plain_on_kernels import on_kernels
 from saelens_scaffold.training import fine_tuning
 from saelens_scaffold.training.activation_stream import ActivationStream
+from saelens_scaffold.training.attention import fused_attention
 from saelens_scaffold.training.cached_activations import (
     CachedActivationsStore,
     without_language_model,
@@ -135,7 +136,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         if not self.cfg.use_cached_activations:
             store = self.activations_store
             self._first_epoch = getattr(store, "iterable_sequences", None)
-        with interruptible():
+        with interruptible(), fused_attention(self.model):
             return super().run()
 
     @override
@@ -349,7 +350,8 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         # SAELens would wind its own store forward, to an inexact position.
         self._resume_from = self.cfg.resume_from_checkpoint
         self.cfg.resume_from_checkpoint = None
-        return super().run()
+        with fused_attention(self.model):
+            return super().run()
 
     @override
     def _run_with_interruption_handling(

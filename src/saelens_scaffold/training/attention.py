@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformer_lens import HookedTransformer
-from transformer_lens.components import Attention
+from transformer_lens.components.attention import Attention
 
 from saelens_scaffold.saes.scaffold import is_hooked
 
@@ -78,9 +78,9 @@ def _fuse(attention: Attention) -> None:
             return own_z(v, pattern)
         q, k = held
         held.clear()
-        by_head = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scale = 1 / float(attention.attn_scale)
-        z = scaled_dot_product_attention(*by_head, is_causal=True, scale=scale)
+        z = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return attention.hook_z(z.transpose(1, 2))
 
     vars(attention).update(zip(_REPLACED, (scores, z), strict=True))

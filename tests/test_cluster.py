@@ -31,6 +31,7 @@ from saelens_scaffold.compare import compare, experiment, read_config, training
 from saelens_scaffold.compare.experiment import EvaluationsFailed
 from saelens_scaffold.compare.grid import runs_of
 from saelens_scaffold.compare.training import WaveFolder, plan_waves
+from saelens_scaffold.demo.planted import planted_half, planted_settings
 from saelens_scaffold_cli import main
 from test_compare import SMALL, findings
 
@@ -386,3 +387,36 @@ def test_a_wave_whose_moments_a_gpu_cannot_hold_is_halved_before_its_first_step(
     training._check_memory([sae] * 3, "cpu")
     with pytest.raises(torch.OutOfMemoryError, match=f"needed, {free:,} are free"):
         training._check_memory([sae] * 3, "cuda")
+
+
+def test_evaluations_of_eval(
+    of_one_process: Path,
+    two_workers: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saes = [str(path) for path in sorted((of_one_process / "saes").glob("*"))]
+    settings = ["dense_latents.n_tokens=2000", "dark_matter.n_tokens=300"]
+    settings += ["dark_matter.n_fit_tokens=400"]
+    command = ["eval", "dense_latents,dark_matter", "--dataset", "python-stdlib"]
+    command += ["--device", "cpu", "--sae_path", *saes]
+    for setting in settings:
+        command += ["--set", setting]
+    found = []
+    for more in [], ["--ray"]:
+        out = tmp_path / f"out{len(more)}"
+        assert main([*command, "--output_path", str(out), *more]) == 0
+        results = [json.loads(f.read_text()) for f in sorted(out.glob("*/*.json"))]
+        assert len(results) == 2 * len(saes)
+        metrics = [result["eval_result_metrics"] for result in results]
+        found.append((metrics, capsys.readouterr().out))
+    assert found[0] == found[1]
+
+
+def test_seeds_of_the_demo(two_workers: None, tmp_path: Path) -> None:
+    settings = planted_settings(quick=True)
+    settings["training"]["training_samples"] = 10 * settings["training"]["batch_size"]
+    halves = [planted_half(settings, [0, 1], tmp_path / "one")]
+    with connected("local", "cpu") as cluster, cluster.sharing(tmp_path):
+        halves.append(planted_half(settings, [0, 1], tmp_path / "two", cluster))
+    assert halves[0] == halves[1]

@@ -68,6 +68,20 @@ class Command:
 
 
 @dataclass
+class Shareable(Command):
+    """What the machines of a cluster can share."""
+
+    ray: str | None = option(
+        None, metavar="ADDRESS", nargs="?", const="local", kw_only=True
+    )
+    """Share the work among the machines of a Ray cluster (auto, HOST:PORT or
+    ray://HOST:PORT), or, without an address, among this machine's GPUs or cores."""
+    cpus_per_task: Count | None = option(None, kw_only=True)
+    """With --ray, CPU cores of each training or evaluation (default: $OMP_NUM_THREADS,
+    else 1, or a GPU's share)."""
+
+
+@dataclass
 class Forwarding(Command):
     """What runs another command line, whose output is its own."""
 
@@ -131,7 +145,7 @@ class Run(Forwarding):
 
 
 @dataclass
-class Eval(Command):
+class Eval(Shareable):
     """
     Evaluate SAEs, with one table of the results.
 
@@ -272,7 +286,7 @@ class Rank(Command):
 
 
 @dataclass
-class Compare(Command):
+class Compare(Shareable):
     """
     Train and evaluate SAEs, and compare them at matched sparsity.
 
@@ -317,12 +331,6 @@ class Compare(Command):
     """Number of SAEs that are trained together (default: as many as memory holds)."""
     device: str | None = None
     """Device to compute on (default: a GPU if there is one)."""
-    ray: str | None = option(None, metavar="ADDRESS", nargs="?", const="local")
-    """Share the work among the machines of a Ray cluster (auto, HOST:PORT or
-    ray://HOST:PORT), or, without an address, among this machine's GPUs or cores."""
-    cpus_per_task: Count | None = None
-    """With --ray, CPU cores of each training or evaluation (default: $OMP_NUM_THREADS,
-    else 1, or a GPU's share)."""
 
     def __post_init__(self):
         if self.output_path is None:
@@ -557,7 +565,7 @@ class Inspect(Command):
 
 
 @dataclass
-class Demo(Command):
+class Demo(Shareable):
     """
     Train scaffold SAEs and their plain twins, and compare them.
 

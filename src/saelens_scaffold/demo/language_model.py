@@ -19,7 +19,13 @@ QUICK_EVALUATIONS = {
 }
 
 
-def language_model_half(seeds: list[int], quick: bool, output_path: Path) -> Half:
+def language_model_half(
+    seeds: list[int],
+    quick: bool,
+    output_path: Path,
+    ray: str | None = None,
+    cpus_per_task: int | None = None,
+) -> Half:
     """
     Run the comparison, as far as an earlier run has not finished it.
 
@@ -27,13 +33,17 @@ def language_model_half(seeds: list[int], quick: bool, output_path: Path) -> Hal
         seeds: Training seeds.
         quick: Whether to train and evaluate on a fraction of the tokens.
         output_path: Folder of the comparison.
+        ray: As for `compare`.
+        cpus_per_task: As for `compare`.
 
     Raises:
         UserError: The folder holds SAEs that were trained with another configuration, or
             an evaluation failed.
     """
     config = language_model_config(seeds, quick)
-    results = compare(config, output_path, device="cpu")
+    results = compare(
+        config, output_path, device="cpu", ray=ray, cpus_per_task=cpus_per_task
+    )
     comparisons = [comparison_text(results)] if len(seeds) > 1 else []
     return Half(
         f"A language model: {config.hook_name} of {config.model_name}",

@@ -1,9 +1,9 @@
 """Known truth: sparse features and a dense low-rank component, planted together."""
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from saelens_scaffold._util.files import new_directory
 from saelens_scaffold._util.provenance import versions
+from saelens_scaffold._util.tasks import Reporter, Task, TaskQueue, Workers
 from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.demo.report import DENSE, TWINS, Half, Row, by_sae
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
@@ -86,24 +87,48 @@ class PlantedActivations(Iterator[dict[str, torch.Tensor]]):
         return {HOOK_NAME: self.sample(self.batch_size)}
 
 
-def planted_half(settings: Settings, seeds: list[int], output_path: Path) -> Half:
+def planted_half(
+    settings: Settings,
+    seeds: list[int],
+    output_path: Path,
+    workers: Workers | None = None,
+) -> Half:
     """Train and measure SAEs with each seed, unless an earlier run has done so."""
-    provenance = {"settings": settings, "versions": versions()}
-    rows: list[Row] = []
-    for seed in seeds:
-        directory = output_path / f"seed-{seed}"
-        file = directory / "results.json"
-        content = read_json(file) if file.is_file() else {}
-        finished = [Row(**row) for row in content.pop("results", [])]
-        if content != provenance:
-            print(f"planted data, seed {seed}: training", file=sys.stderr)
-            with new_directory(directory, replace=True) as temporary:
-                finished = train_on_planted(settings, seed, temporary)
-                content = {**provenance, "results": [asdict(row) for row in finished]}
-                (temporary / file.name).write_text(json.dumps(content, indent=1))
-        rows += finished
+    workers = workers or Workers()
+    tasks = [
+        Task(
+            seed,
+            f"· planted data, seed {seed}",
+            "planted",
+            partial(_of_seed, settings, seed, output_path.resolve()),
+        )
+        for seed in seeds
+    ]
+    found: dict[int, list[Row]] = {}
+    for done in workers.run(TaskQueue(tasks, "training", workers)):
+        if done.error is not None:
+            raise done.error
+        found[done.task.key] = done.value
+    rows = [row for seed in seeds for row in found[seed]]
     title = "Known truth: sparse features and a dense component, planted"
     return Half(title, by_sae(rows), [row.l0_warning for row in rows if row.l0_warning])
+
+
+def _of_seed(
+    settings: Settings, seed: int, output_path: Path, _: Reporter
+) -> list[Row]:
+    """The SAEs of a seed, trained unless an earlier run has done so."""
+    provenance = {"settings": settings, "versions": versions()}
+    directory = output_path / f"seed-{seed}"
+    file = directory / "results.json"
+    content = read_json(file) if file.is_file() else {}
+    rows = [Row(**row) for row in content.pop("results", [])]
+    if content != provenance:
+        with new_directory(directory, replace=True) as temporary:
+            rows = train_on_planted(settings, seed, temporary)
+            content = {**provenance, "results": [asdict(row) for row in rows]}
+            (temporary / file.name).write_text(json.dumps(content, indent=1))
+    return rows
 
 
 def train_on_planted(settings: Settings, seed: int, output_path: Path) -> list[Row]:

@@ -5,10 +5,11 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -20,6 +21,8 @@ from saelens_scaffold._util.errors import UserError, one_line
 from saelens_scaffold._util.files import make_writable, workspace
 from saelens_scaffold._util.interruption import raise_if_interrupted
 from saelens_scaffold._util.progress import n_saes
+from saelens_scaffold._util.tasks import Reporter, Task, TaskQueue, Workers
+from saelens_scaffold._util.workers import connected
 from saelens_scaffold.evals.base import Call, Evaluation, EvaluationError, Result
 from saelens_scaffold.evals.jobs import Job, plan
 from saelens_scaffold.evals.registry import evaluations_named
@@ -141,6 +144,9 @@ def evaluate(
     sae_block_pattern: str | None = None,
     force_rerun: bool = False,
     debug: bool = False,
+    device: str | None = None,
+    ray: str | None = None,
+    cpus_per_task: int | None = None,
     **options: Any,
 ) -> Report:
     """
@@ -154,25 +160,28 @@ def evaluate(
         sae_block_pattern: Regular expression of the ids in these releases.
         force_rerun: Whether to measure SAEs again that have a current result.
         debug: Whether to print the tracebacks of failures to the standard error.
+        device: Where to compute; by default a GPU where there is one.
+        ray: Address of a Ray cluster whose machines share the evaluations, or "local" for
+            one on this machine; by default this process does it all.
+        cpus_per_task: CPU cores, and threads, of each evaluation there.
         options: As for `plan`.
 
     Raises:
         UserError: Something is missing, or makes no sense; nothing has been run.
     """
     evaluations = _parse_settings(settings, evaluations_named(names))
-    patterns = (sae_regex_pattern, sae_block_pattern)
-    selected = select_saes(sae_path, *patterns, options.get("model_name"))
-    jobs = plan(evaluations, selected, **options)
-    for job in jobs:
-        saes = job.resolve(copy.deepcopy(selected))
-        if force_rerun or len(job.current(saes)) < len(saes):
-            job.check(saes)
-            make_writable(job.output_path.parent)
-    outcomes: list[Outcome] = []
-    for i, job in enumerate(jobs, 1):
-        about = f"{job.evaluation.name} of {n_saes(len(selected))}"
-        print(f"evaluation {i} of {len(jobs)} · {about}", file=sys.stderr)
-        outcomes.append(run(job, selected, force_rerun))
+    which = (sae_path, sae_regex_pattern, sae_block_pattern, options.get("model_name"))
+    selected = select_saes(*which)
+    with connected(ray, device, cpus_per_task) as workers:
+        # this machine need not have the device of the others
+        here = device if workers.device is None else "cpu"
+        jobs = plan(evaluations, selected, device=here, **options)
+        for job in jobs:
+            saes = job.resolve(copy.deepcopy(selected))
+            if force_rerun or len(job.current(saes)) < len(saes):
+                job.check(saes)
+                make_writable(job.output_path.parent)
+        outcomes = _run_all(jobs, selected, which, workers, force_rerun, debug)
     saes = resolve_saes(copy.deepcopy(selected), "cpu", "float32")
     said = [
         *judged_views(outcomes),
@@ -180,10 +189,67 @@ def evaluate(
     ]
     text = "\n".join([results_table(saes, outcomes), *said])
     failures = [o for o in outcomes if o.error is not None]
-    if debug:
-        for outcome in failures:
-            traceback.print_exception(outcome.error, file=sys.stderr)
     return Report(text, [f"{o.evaluation.name} failed: {reason(o)}" for o in failures])
+
+
+def _run_all(
+    jobs: Sequence[Job],
+    selected: SelectedSAEs,
+    which: tuple[Any, ...],
+    workers: Workers,
+    force_rerun: bool,
+    debug: bool,
+) -> list[Outcome]:
+    """
+    Run jobs, each a task.
+
+    Args:
+        jobs: The jobs.
+        selected: The SAEs.
+        which: Arguments of `select_saes`, with which other machines find them.
+        workers: Who runs the jobs.
+        force_rerun: As for `run`.
+        debug: As for `evaluate`.
+    """
+    tasks: list[Task] = []
+    for i, job in enumerate(jobs):
+        if workers.device is None:
+            select = partial(list, selected)
+        else:
+            job = replace(job, device=workers.device)
+            select = partial(select_saes, *which)
+        name = job.evaluation.name
+        about = f"· {name} of {n_saes(len(selected))}"
+        call = partial(_run_selected, job, select, force_rerun, debug)
+        tasks.append(Task(i, about, name, call))
+    outcomes: dict[int, Outcome] = {}
+    with ExitStack() as stack:
+        if workers.device is not None:
+            folder = jobs[0].output_path.parent
+            make_writable(folder)
+            stack.enter_context(workers.sharing(folder))
+        for done in workers.run(TaskQueue(tasks, "evaluation", workers)):
+            i = done.task.key
+            outcomes[i] = done.value or Outcome(jobs[i].evaluation, {}, done.error)
+    return [outcomes[i] for i in range(len(jobs))]
+
+
+def _run_selected(
+    job: Job,
+    select: Callable[[], SelectedSAEs],
+    force_rerun: bool,
+    debug: bool,
+    _: Reporter,
+) -> Outcome:
+    """Run a job, perhaps in another process, which cannot be sent every error."""
+    outcome = run(job, select(), force_rerun)
+    error = outcome.error
+    if error is not None:
+        if debug:
+            traceback.print_exception(error, file=sys.stderr)
+        if not isinstance(error, UserError):
+            outcome = outcome._replace(error=EvaluationError(reason(outcome)))
+    return outcome
 
 
 def reason(outcome: Outcome) -> str:

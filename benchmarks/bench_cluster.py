@@ -31,6 +31,8 @@ EXPERIMENT: dict[str, Any] = {
         "scaffold_rank": [8],
         "seed": [0, 1],
     },
+    # as where memory holds no more: both then run the language model as often
+    "saes_per_wave": 4,
     "training": {"training_tokens": 400_000, "context_size": 256, "lr": 1e-3},
     "evaluations": {"dense_latents": {"n_tokens": 100_000}},
     "evaluation_data": {"dataset": "python-stdlib"},

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,27 @@ def test_a_wave_whose_moments_a_gpu_cannot_hold_is_halved_before_its_first_step(
     training._check_memory([sae] * 3, "cpu")
     with pytest.raises(torch.OutOfMemoryError, match=f"needed, {free:,} are free"):
         training._check_memory([sae] * 3, "cuda")
+
+
+def speak(folder: Path, report: Reporter) -> None:
+    """Say much, and see that no other task does meanwhile."""
+    folder.mkdir()  # fails if there is one
+    for at in range(20):
+        report(at)
+        print(f"{folder}: {at}")
+        time.sleep(0.05)
+    folder.rmdir()
+
+
+def test_tasks_keep_their_cores_while_they_report(
+    two_workers: None, tmp_path: Path
+) -> None:
+    call = partial(speak, tmp_path / "at work")
+    tasks = [Task(i, "", "speaking", call, 20) for i in range(3)]
+    with connected("local", "cpu", 2) as cluster, cluster.sharing(tmp_path):
+        assert cluster.at_once == 1
+        done = [*cluster.run(TaskQueue(tasks, "task", cluster))]
+    assert [each.error for each in done] == [None] * 3
 
 
 def test_evaluations_of_eval(

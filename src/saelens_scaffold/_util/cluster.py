@@ -343,9 +343,12 @@ def _work(
 
     key, amount = about
 
+    sent: list[Any] = []
+
     def tell(what: str, *said: Any) -> None:
         with suppress(Exception):  # a display is not worth a task
-            messages.put_nowait((key, what, *said))
+            # not waited for: a task that waits gives its cores to others
+            sent[:] = [messages.actor.put_nowait.remote((key, what, *said))]
 
     tell("begin")
     report = Reporter(
@@ -362,4 +365,7 @@ def _work(
         except Exception as error:
             text = f"{type(error).__name__}: {one_line(error)}"
             return None, (text, traceback.format_exc())
+        finally:
+            # before this process may end
+            ray.wait(sent, timeout=_SECONDS_TO_CONNECT)
     return value, None

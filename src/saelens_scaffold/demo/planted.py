@@ -30,6 +30,7 @@ Settings = dict[str, Any]
 
 # MultiSAETrainer routes activations by hook point; planted data has a single one.
 HOOK_NAME = "planted"
+RESULTS_FILENAME = "results.json"
 
 
 def planted_settings(quick: bool = False) -> Settings:
@@ -95,16 +96,18 @@ def planted_half(
 ) -> Half:
     """Train and measure SAEs with each seed, unless an earlier run has done so."""
     workers = workers or Workers()
-    tasks = [
-        Task(
-            seed,
-            f"· planted data, seed {seed}",
-            "planted",
-            partial(_of_seed, settings, seed, output_path.resolve()),
-        )
-        for seed in seeds
-    ]
+    provenance = {"settings": settings, "versions": versions()}
     found: dict[int, list[Row]] = {}
+    tasks: list[Task] = []
+    for seed in seeds:
+        directory = output_path.resolve() / f"seed-{seed}"
+        file = directory / RESULTS_FILENAME
+        content = read_json(file) if file.is_file() else {}
+        found[seed] = [Row(**row) for row in content.pop("results", [])]
+        if content != provenance:
+            about = f"· planted data, seed {seed}"
+            call = partial(_train_seed, provenance, seed, directory)
+            tasks.append(Task(seed, about, "planted", call))
     for done in workers.run(TaskQueue(tasks, "training", workers)):
         if done.error is not None:
             raise done.error
@@ -114,20 +117,14 @@ def planted_half(
     return Half(title, by_sae(rows), [row.l0_warning for row in rows if row.l0_warning])
 
 
-def _of_seed(
-    settings: Settings, seed: int, output_path: Path, _: Reporter
+def _train_seed(
+    provenance: dict[str, Any], seed: int, directory: Path, _: Reporter
 ) -> list[Row]:
-    """The SAEs of a seed, trained unless an earlier run has done so."""
-    provenance = {"settings": settings, "versions": versions()}
-    directory = output_path / f"seed-{seed}"
-    file = directory / "results.json"
-    content = read_json(file) if file.is_file() else {}
-    rows = [Row(**row) for row in content.pop("results", [])]
-    if content != provenance:
-        with new_directory(directory, replace=True) as temporary:
-            rows = train_on_planted(settings, seed, temporary)
-            content = {**provenance, "results": [asdict(row) for row in rows]}
-            (temporary / file.name).write_text(json.dumps(content, indent=1))
+    """Train and measure the SAEs of a seed, and keep what was measured."""
+    with new_directory(directory, replace=True) as temporary:
+        rows = train_on_planted(provenance["settings"], seed, temporary)
+        content = {**provenance, "results": [asdict(row) for row in rows]}
+        (temporary / RESULTS_FILENAME).write_text(json.dumps(content, indent=1))
     return rows
 
 

@@ -57,7 +57,7 @@ def test_training_is_that_of_saelens(
         sae = plain_sae(architecture, kernels, dtype=dtype, **overrides)
         data = batches(dtype=sae.dtype)
         trainer = trainer_for(sae, 30, data, dead_feature_window=dead_feature_window)
-        outputs = [trainer.step(x) for x in itertools.islice(batches(), 30)]
+        outputs = [trainer.step(x) for x in itertools.islice(data, 30)]
         losses.append([{n: v.item() for n, v in o.losses.items()} for o in outputs])
         logs = trainer.build_train_step_log_dict(outputs[-1], 0)
         trainers.append((trainer, outputs, logs))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from saelens_scaffold._util.errors import UserError, one_line
-from saelens_scaffold._util.files import workspace
+from saelens_scaffold._util.files import make_writable, workspace
 from saelens_scaffold._util.interruption import hold_interruptions
 from saelens_scaffold._util.provenance import versions
 from saelens_scaffold._util.tasks import Done, Reporter, Task, TaskQueue, Workers
@@ -169,8 +169,10 @@ class Cluster(Workers):
         Where tasks read and write a folder.
 
         Raises:
-            UserError: A machine does not see it, or has other versions of packages.
+            UserError: A machine does not see it, or has other versions of packages, or it
+                cannot be written.
         """
+        make_writable(folder)
         with workspace(folder / "cluster") as marker:
             self._setting = _Setting(
                 folder.resolve(),

@@ -223,11 +223,7 @@ def _run_all(
         call = partial(_run_selected, job, select, force_rerun, debug)
         tasks.append(Task(i, about, name, call))
     outcomes: dict[int, Outcome] = {}
-    with ExitStack() as stack:
-        if workers.device is not None:
-            folder = jobs[0].output_path.parent
-            make_writable(folder)
-            stack.enter_context(workers.sharing(folder))
+    with workers.sharing(jobs[0].output_path.parent):
         for done in workers.run(TaskQueue(tasks, "evaluation", workers)):
             i = done.task.key
             outcomes[i] = done.value or Outcome(jobs[i].evaluation, {}, done.error)

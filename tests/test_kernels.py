@@ -1,5 +1,8 @@
 """The kernels by themselves, against a few lines of plain torch."""
 
+import copy
+import weakref
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +15,7 @@ from helpers import DEVICES
 from saelens_scaffold.kernels import torch_ops
 from saelens_scaffold.kernels.entries import Entries, sorted_entries
 from saelens_scaffold.kernels.lazy import LazyTensor, SparseActivations
+from saelens_scaffold.kernels.memory import GradientMemory, gradient_memory
 from saelens_scaffold.kernels.selection import (
     Encoder,
     TopSelection,
@@ -302,7 +306,18 @@ def sparse_forward(
 
     x_bar = (x - b_dec).detach()
     return SparseForward.apply(  # type: ignore[return-value]
-        x_bar, W_enc, b_enc, W_dec, b_dec, rank, residual, select, ops, [], _alone
+        x_bar,
+        W_enc,
+        b_enc,
+        W_dec,
+        b_dec,
+        rank,
+        residual,
+        select,
+        ops,
+        [],
+        GradientMemory(),
+        _alone,
     )
 
 
@@ -387,6 +402,33 @@ def check_gradients(
 
 
 # ---- lazy tensors
+
+
+@pytest.mark.parametrize(
+    "hold", [torch.Tensor.detach, torch.Tensor.numpy, lambda t: t[0], lambda t: t]
+)
+def test_memory_of_a_gradient_that_somebody_holds_is_left_alone(
+    hold: Callable[[torch.Tensor], Any],
+):
+    memory = GradientMemory()
+    weights = torch.zeros(3, 5).T
+    first = memory.empty_like(weights).fill_(1.0)
+    assert first.stride() == weights.stride()
+    place, held = first.data_ptr(), hold(first)
+    del first
+    memory.empty_like(weights).fill_(2.0)
+    assert (held == 1).all()
+    del held
+    assert memory.empty_like(weights).data_ptr() == place
+
+
+def test_saes_of_one_size_share_the_memory_of_gradients():
+    assert gradient_memory(64) is not gradient_memory(128)  # and both are gone
+    memory = gradient_memory(64)
+    assert gradient_memory(64) is copy.deepcopy(memory) is memory
+    gone = weakref.ref(memory)
+    del memory
+    assert gone() is None
 
 
 def test_a_lazy_tensor_is_made_once_and_when_it_is_needed():

@@ -59,8 +59,10 @@ def sorted_entries(
 ) -> tuple[Entries, torch.Tensor]:
     """Entries and their values from places in any order."""
     order = (rows * n_latents + latents).argsort()
-    entries = Entries(rows[order], latents[order], n_tokens, n_rows, n_latents)
-    return entries, values[order]
+    rows, latents, values = (
+        of.index_select(0, order) for of in (rows, latents, values)
+    )
+    return Entries(rows, latents, n_tokens, n_rows, n_latents), values
 
 
 def _offsets(of: torch.Tensor, n: int) -> torch.Tensor:

@@ -46,12 +46,10 @@ class Encoder(NamedTuple):
         self, products: torch.Tensor, latents: torch.Tensor | slice = slice(None)
     ) -> torch.Tensor:
         """Pre-activations from products whose last dimension is that of `latents`."""
-        pre_activations = products + self.b[latents]
-        return (
-            pre_activations
-            if self.scale is None
-            else pre_activations * self.scale[latents]
-        )
+        pre_activations = products + _of(self.b, latents)
+        if self.scale is None:
+            return pre_activations
+        return pre_activations * _of(self.scale, latents)
 
     def among(self, latents: torch.Tensor) -> "Encoder":
         """The encoder of some latents only."""
@@ -120,7 +118,7 @@ class TopSelection:
         places, values = candidates
         if len(values) > n:
             values, indices = values.topk(n, sorted=False)
-            places = places[indices]
+            places = places.index_select(0, indices)
         cut = float(values.min()) if 0 < n == len(values) else 0.0
         return Selected(places, values), cut
 
@@ -199,11 +197,17 @@ def _above(encoder: Encoder, cut: float, ops: ModuleType) -> Selected:
     block = torch.arange(len(found), device=device).repeat_interleave(
         sizes, output_size=len(indices)
     )
-    width = widths[block]
+    width = widths.index_select(0, block)
     tokens = indices // width
     latents = indices - tokens * width + block * at_a_time
     values = encoder.pre_activations(torch.cat([of for _, of in found]), latents)
     return Selected(latents.add_(tokens, alpha=n_latents), values)
+
+
+def _of(values: torch.Tensor, latents: torch.Tensor | slice) -> torch.Tensor:
+    if isinstance(latents, slice):
+        return values[latents]
+    return values.index_select(0, latents)  # on a CPU much faster than values[latents]
 
 
 def _dtype_of_cuts(encoder: Encoder) -> torch.dtype:

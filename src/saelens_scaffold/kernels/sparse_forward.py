@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from saelens_scaffold.kernels.entries import Entries
+from saelens_scaffold.kernels.memory import GradientMemory
 from saelens_scaffold.kernels.selection import Encoder
 
 SumOverShards = Callable[..., Sequence[torch.Tensor]]
@@ -54,6 +55,7 @@ class SparseForward(torch.autograd.Function):
         ops: The kernels.
         found: List that receives the entries, with latents counted from the dictionary's
             first.
+        memory: Where the weights' gradients go.
         over_shards: Sums tensors over the processes that each hold a part of the
             dictionary.
 
@@ -76,6 +78,7 @@ class SparseForward(torch.autograd.Function):
         select: Select,
         ops: ModuleType,
         found: list[Entries],
+        memory: GradientMemory,
         over_shards: SumOverShards,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         residual = residual and rank > 0
@@ -95,6 +98,7 @@ class SparseForward(torch.autograd.Function):
             written[: len(x)].addmm_(z, B)
 
         ctx.entries, ctx.ops, ctx.over_shards = entries, ops, over_shards
+        ctx.memory = memory
         ctx.rank, ctx.residual, ctx.has_b_dec = rank, residual, b_dec is not None
         ctx.save_for_backward(x, read, z, values, W_enc, W_dec)
         ctx.set_materialize_grads(False)
@@ -111,7 +115,7 @@ class SparseForward(torch.autograd.Function):
         by_latent = entries.by_latent
 
         # each gradient in one piece, since adding parts would be passes over all of it
-        grad_W_dec, grad_W_enc = torch.empty_like(W_dec), torch.empty_like(W_enc)
+        grad_W_dec, grad_W_enc = map(ctx.memory.empty_like, (W_dec, W_enc))
         grad_b_enc = torch.zeros_like(W_enc[0])
 
         # the decoder
@@ -127,14 +131,15 @@ class SparseForward(torch.autograd.Function):
         grad_W_dec[:rank] = z.T @ of_scaffold
         ops.row_sums(
             entries.latent_offsets,
-            entries.rows[by_latent],
-            values[by_latent],
+            entries.rows.index_select(0, by_latent),
+            values.index_select(0, by_latent),
             grad_written,
             grad_W_dec[rank:],
         )
 
         # the dictionary's encoder
-        tokens, weights = entries.tokens[by_latent], grad_values[by_latent]
+        tokens = entries.tokens.index_select(0, by_latent)
+        weights = grad_values.index_select(0, by_latent)
         ops.row_sums(
             entries.latent_offsets, tokens, weights, read, grad_W_enc[:, rank:].T
         )
@@ -166,7 +171,7 @@ class SparseForward(torch.autograd.Function):
         grad_b_dec = None
         if ctx.has_b_dec:
             grad_b_dec = -(A @ grad_z.sum(0) + of_b_dec)
-        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, *[None] * 6
+        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, *[None] * 7
 
 
 def _sums_of_latents(

@@ -12,6 +12,9 @@ BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 """Pre-activations per block: few enough for a CPU's cache, many enough to keep a GPU
 busy."""
 
+_ALL_TRUE = 0x0101010101010101
+"""Eight true values as a word."""
+
 
 def block_elements(device: torch.device) -> int:
     return BLOCK_ELEMENTS.get(device.type, 2**24)
@@ -31,8 +34,17 @@ def above(
         Their flat indices and the values themselves, both of shape (n,).
     """
     # not values > cuts, since torch.topk treats NaN as the largest
-    indices = (values <= cuts).logical_not_().view(-1).nonzero().view(-1)
-    return indices, values.view(-1)[indices]
+    n = values.numel()
+    below = torch.ones(-(-n // 8) * 8, dtype=torch.bool, device=values.device)
+    torch.le(values, cuts, out=below[:n].view_as(values))
+    # Few are above, so that most words of eight bytes are all ones, and need no look at
+    # each byte.
+    words = below.view(torch.int64)
+    found = (words != _ALL_TRUE).nonzero().view(-1)
+    among = words.index_select(0, found).bitwise_xor_(_ALL_TRUE).view(torch.bool)
+    places = among.nonzero().view(-1)
+    indices = found.index_select(0, places >> 3).mul_(8).add_(places & 7)
+    return indices, values.view(-1).index_select(0, indices)
 
 
 def row_sums(

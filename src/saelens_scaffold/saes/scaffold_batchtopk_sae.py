@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from saelens_scaffold.kernels.choice import Kernels
 from saelens_scaffold.kernels.lazy import SparseActivations
+from saelens_scaffold.kernels.memory import gradient_memory
 from saelens_scaffold.kernels.selection import TopSelection
 from saelens_scaffold.plugins import manager as plugins
 from saelens_scaffold.saes import calibration, scaffold, sparse_step
@@ -161,6 +162,7 @@ class ScaffoldBatchTopKTrainingSAE(
         # a plain attribute costs a step nothing and does not break torch.compile's graph
         self.has_plugins = bool(cfg.scaffold_plugins)
         self.selection = TopSelection()
+        self.gradient_memory = gradient_memory(self.W_dec.nbytes)
         self._sparse_step: SparseStep | None = None
         self.sampled_activations = calibration.ActivationSample()
         self.calibrates = cfg.calibrate_threshold and cfg.scaffold_rank > 0

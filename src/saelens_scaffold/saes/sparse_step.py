@@ -139,7 +139,7 @@ class SparseStep:
         of_residual = cfg.sparse_encoder_input == "residual"
         z, values, written = SparseForward.apply(  # type: ignore[misc]
             x.detach(), *weights, rank, of_residual, select, self._ops, found,
-            sae.sum_over_shards,
+            sae.gradient_memory, sae.sum_over_shards,
         )  # fmt: skip
         (entries,) = found
         n_levels = len(self._widths)
@@ -152,7 +152,7 @@ class SparseStep:
         tokens, latents = entries.tokens[:n_active], entries.latents[:n_active]
         active = values[:n_active]
         if norms is not None:
-            z, active = z * norms[:rank], active * norms[rank + latents]
+            z, active = z * norms[:rank], active * norms.index_select(0, rank + latents)
         n_latents = entries.n_latents
         self.feature_acts = SparseActivations(z, active, tokens, latents, n_latents)
         return self.feature_acts, self._hidden_pre(x)
@@ -170,7 +170,7 @@ class SparseStep:
         tokens = places // n_latents
         latents = places - tokens * n_latents
         if encoder.scale is not None:
-            values = values / encoder.scale[latents]
+            values = values / encoder.scale.index_select(0, latents)
 
         ends = torch.tensor(self._widths[:-1], device=places.device)
         n_levels, n_active = len(self._widths), len(active.values)

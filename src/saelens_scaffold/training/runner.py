@@ -44,7 +44,7 @@ from saelens_scaffold.saes.facts import l0_warning
 from saelens_scaffold.saes.plain_on_kernels import on_kernels
 from saelens_scaffold.training import fine_tuning
 from saelens_scaffold.training.activation_stream import ActivationStream
-from saelens_scaffold.training.attention import fused_attention
+from saelens_scaffold.models.attention import fused_attention
 from saelens_scaffold.training.cached_activations import (
     CachedActivationsStore,
     without_language_model,

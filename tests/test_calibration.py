@@ -160,7 +160,9 @@ def test_saelens_running_average_where_it_is_asked_for(overrides: dict[str, Any]
     }
 
 
-@pytest.mark.parametrize("sae", [plain_sae(), scaffold_sae()], ids=["plain", "scaffold"])
+@pytest.mark.parametrize(
+    "sae", [plain_sae(), scaffold_sae()], ids=["plain", "scaffold"]
+)
 def test_a_calibration_selects_no_latents(sae: BatchTopKTrainingSAE):
     own = sae.activation_fn
     n_calls = 0

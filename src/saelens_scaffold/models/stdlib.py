@@ -38,9 +38,7 @@ CHUNK_CHARS = 512
 """Default length of a chunk: about 150 tokens, a little over SAEBench's context of 128."""
 
 _CHECKSUM_BITS = 24
-_NUMBER_OF_CODE = np.random.default_rng(0).integers(
-    2**64, size=2**12, dtype=np.uint64
-)
+_NUMBER_OF_CODE = np.random.default_rng(0).integers(2**64, size=2**12, dtype=np.uint64)
 """A number for each character, in whose sums a block's characters are recognised."""
 
 MIN_FILE_CHARS = 500

@@ -36,7 +36,7 @@ def test_what_there_is_no_room_for_is_made_again():
 
 
 def test_calls_of_a_plan_run_the_layers_below_once(tmp_path: Path, monkeypatch: Any):
-    stops: list[int] = []
+    stops: list[int | None] = []
     own = HookedTransformer.forward
 
     def forward(self: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:

@@ -203,7 +203,7 @@ def plan(
         folder = Path(output_path, file_name(evaluation.name))
         where = (device, folder, Path(artifacts_path))
         of_job = (evaluation, implementation, config, *where, *text, api_key)
-        of_config = getattr(config, "model_class_name", model_class)
+        of_config: Any = getattr(config, "model_class_name", model_class)
         jobs.append(Job(*of_job, of_config, kept))
     unused = [name for name in options if name not in used | {"model_name"}]
     if api_key_file is not None and api_key is None:

@@ -160,6 +160,23 @@ def test_saelens_running_average_where_it_is_asked_for(overrides: dict[str, Any]
     }
 
 
+@pytest.mark.parametrize(
+    "sae", [plain_sae(), scaffold_sae()], ids=["plain", "scaffold"]
+)
+def test_a_calibration_selects_no_latents(sae: BatchTopKTrainingSAE):
+    own = sae.activation_fn
+    n_calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal n_calls
+        n_calls += 1
+
+    own.register_forward_hook(count)
+    calibrate_threshold(sae, sample(activations(500, seed=3)))
+    assert n_calls == 0
+    assert sae.activation_fn is own
+
+
 def test_rank_0_is_calibrated_as_its_parent():
     ours, theirs = scaffold_sae(scaffold_rank=0), plain_sae()
     x = sample(activations(500, seed=3))

@@ -1,4 +1,4 @@
-"""PyTorch's fused attention in TransformerLens's models, while SAEs are trained."""
+"""PyTorch's fused attention in TransformerLens's models."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from saelens_scaffold.models import load_embedded_model
-from saelens_scaffold.training.attention import fused_attention
+from saelens_scaffold.models.attention import fused_attention
+from saelens_scaffold.models.language_models import load_language_model
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -98,6 +99,24 @@ def test_other_attention_is_left_as_it_is(changes: dict[str, Any]):
     with fused_attention(model):
         assert n_fused(model) == 0
         assert torch.equal(activations(model, tokens), expected)
+
+
+@torch.no_grad()
+def test_a_mask_of_padding_counts():
+    model, tokens = random_model(), torch.randint(0, 50, (2, 20))
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    expected = model(tokens, attention_mask=mask)
+    with fused_attention(model):
+        assert torch.equal(model(tokens, attention_mask=mask), expected)
+
+
+def test_evaluations_have_it():
+    model: Any = load_language_model("py-neox", "cpu")
+    assert n_fused(model) == 4
+    with fused_attention(model):  # as in a training
+        assert n_fused(model) == 4
+    assert n_fused(model) == 4
 
 
 def test_padding_on_the_left_and_other_models_are_left_as_they_are():

@@ -1,5 +1,10 @@
 """Repetitions between texts, against a search by brute force."""
 
+import random
+import sys
+from types import FrameType
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,3 +45,40 @@ def test_nothing_is_normalised():
     assert passages.new_pieces("new; def function(): pass") != [
         "new; def function(): pass"
     ]
+
+
+def test_a_search_finds_the_first_of_overlapping_blocks():
+    # by brute force, in text that repeats itself
+    rng = random.Random(0)
+    words = ["".join(rng.choices("ab \u00e9\U0001f600", k=7)) for _ in range(30)]
+    known, text = (" ".join(rng.choices(words, k=2000)) for _ in range(2))
+    passages = Passages(16)
+    passages.add(known)
+    blocks = {known[i : i + 8] for i in range(0, len(known) - 7, 8)}
+    expected, start = [], 0
+    while start + 8 <= len(text):
+        is_known = text[start : start + 8] in blocks
+        expected += [(start, start + 8)] if is_known else []
+        start += 8 if is_known else 1
+    assert len(expected) > 100
+    assert list(passages.repetitions(text)) == expected
+
+
+def test_a_search_calls_nothing_for_each_character():
+    rng = random.Random(0)
+    known, text = ("".join(rng.choices("abcdefgh ", k=100_000)) for _ in range(2))
+    passages = Passages(512)
+    passages.add(known)
+    calls = 0
+
+    def count(_frame: FrameType, _event: str, _arg: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        found = list(passages.repetitions(text + known))
+    finally:
+        sys.setprofile(None)
+    assert found[0] == (100_000, 100_256)
+    assert calls < len(text) / 20

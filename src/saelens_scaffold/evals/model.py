@@ -11,6 +11,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold.evals.kept import Kept
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models.language_models import (
     HookPoint,
@@ -46,6 +47,7 @@ class HookedModel:
     Args:
         model: The language model.
         hook_name: The hook point, as in "blocks.12.hook_resid_post".
+        kept: Keeps what it computes below; by default nothing is kept.
 
     Attributes:
         point: The hook point in this model.
@@ -54,8 +56,9 @@ class HookedModel:
         UserError: The model has no such hook point, or it is in no layer.
     """
 
-    def __init__(self, model: LanguageModel, hook_name: str):
+    def __init__(self, model: LanguageModel, hook_name: str, kept: Kept | None = None):
         self.model = model
+        self._kept = Kept(max_bytes=0) if kept is None else kept
         self.hook_name = hook_name
         self.point = HookPoint(model, hook_name)
         self.point.check(model)
@@ -76,6 +79,10 @@ class HookedModel:
             Activations at the hook point, shape (batch, seq, d_in), heads flattened; and
             what `above` goes on from.
         """
+        what = ("below", self.hook_name, *_identity(self.model))
+        return self._kept(what, tokens, lambda: self._below(tokens))
+
+    def _below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Any]:
         if isinstance(self.model, HookedTransformer):
             if self.point.is_residual_post:
                 x = self.model(tokens, stop_at_layer=self._layer)
@@ -123,7 +130,7 @@ class HookedModel:
             return self.model.run_with_hooks(start, fwd_hooks=hooks, **layers)
         tokens, residual = start
         if self._in_tuples is None:
-            self.below(tokens[:1])  # which notes the form of outputs
+            self._below(tokens[:1])  # which notes the form of outputs
         skipped = list(self.model.blocks)[: self._layer]
         outputs = _skipping(skipped, residual, bool(self._in_tuples))
         with outputs, self.model.hooks(fwd_hooks=hooks):
@@ -209,6 +216,27 @@ class HookedBatch:
         return self._hooked.above(self._start, full, final_residual)
 
 
+def _identity(model: LanguageModel) -> tuple[str, ...]:
+    """What tells it from other models of a process."""
+    cfg = model.cfg
+    dtype = next(iter(model.parameters())).dtype
+    return (str(cfg.model_name), str(cfg.device), str(dtype), type(model).__name__)
+
+
+@torch.no_grad()
+def kept_activations_at(
+    model: LanguageModel,
+    tokens: torch.Tensor,
+    hook_names: Sequence[str],
+    kept: Kept | None,
+) -> dict[str, torch.Tensor]:
+    """As `activations_at`, unless they are kept."""
+    if kept is None:
+        return activations_at(model, tokens, hook_names)
+    what = ("activations", *hook_names, *_identity(model))
+    return kept(what, tokens, lambda: activations_at(model, tokens, hook_names))
+
+
 @torch.no_grad()
 def activations_at(
     model: LanguageModel, tokens: torch.Tensor, hook_names: Sequence[str]
@@ -235,7 +263,7 @@ def activations_at(
 
 
 def by_hook_point(
-    model: LanguageModel, saes: Sequence[SelectedSAE]
+    model: LanguageModel, saes: Sequence[SelectedSAE], kept: Kept | None = None
 ) -> list[tuple[HookedModel, list[SelectedSAE]]]:
     """
     Group SAEs by hook point, and see that each fits the model there.
@@ -250,7 +278,7 @@ def by_hook_point(
     hooked: list[tuple[HookedModel, list[SelectedSAE]]] = []
     for hook_name, group in groups.items():
         try:
-            at = HookedModel(model, hook_name)
+            at = HookedModel(model, hook_name, kept)
         except ValueError as error:
             raise UserError(f"SAE {group[0].label!r}: {error}") from error
         # any token does: this is about shapes

@@ -296,7 +296,13 @@ def _measure(
         text = (job.dataset_split, job.text_column)
         folders = (artifacts, job.store_path)
         call = Call(
-            job.device, *folders, *text, job.api_key, companions, job.model_class_name
+            job.device,
+            *folders,
+            *text,
+            job.api_key,
+            companions,
+            job.model_class_name,
+            job.kept,
         )
         for sae, result in job.implementation.measure(job.config, missing, call):
             if output_class is not None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from saelens_scaffold._util.compat import release
 from saelens_scaffold._util.errors import UserError, loading, one_line
+from saelens_scaffold.models.attention import fuse_attention
 from saelens_scaffold.models.local import (
     EMBEDDED_MODEL_NAME,
     OFFICIAL_MODEL_NAMES,
@@ -81,7 +82,7 @@ def load_language_model(
     **keywords: Any,
 ) -> LanguageModel:
     """
-    Load a language model, its weights unprocessed.
+    Load a language model, its weights unprocessed and its attention fused where it can be.
 
     Args:
         model_name: Of TransformerLens or, for another class, of the Hub; "py-neox" for the
@@ -99,7 +100,9 @@ def load_language_model(
     with loading(model_name):
         if model_class_name == "HookedTransformer":
             load = HookedTransformer.from_pretrained_no_processing
-            return load(name, device=device, dtype=torch_dtype, **keywords)
+            model: Any = load(name, device=device, dtype=torch_dtype, **keywords)
+            fuse_attention(model)
+            return model
         path = transformers_name(model_name)
         if model_class_name == "TransformerBridge":
             from transformer_lens.model_bridge import TransformerBridge
@@ -109,7 +112,7 @@ def load_language_model(
             bridge.cfg.model_name = name
             return bridge
         keywords[_DTYPE] = torch_dtype
-        model: Any = AutoModelForCausalLM.from_pretrained(path, **keywords)
+        model = AutoModelForCausalLM.from_pretrained(path, **keywords)
         tokenizer = AutoTokenizer.from_pretrained(path)
         return TransformersModel(model.to(device).eval(), tokenizer, name)
 

@@ -17,6 +17,7 @@ from hashlib import sha3_256
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 from datasets import Dataset
 
 from saelens_scaffold._util.errors import UserError
@@ -36,6 +37,10 @@ Probes are scored per label, and most packages have too few files for the smalle
 CHUNK_CHARS = 512
 """Default length of a chunk: about 150 tokens, a little over SAEBench's context of 128."""
 
+_CHECKSUM_BITS = 24
+_NUMBER_OF_CODE = np.random.default_rng(0).integers(2**64, size=2**12, dtype=np.uint64)
+"""A number for each character, in whose sums a block's characters are recognised."""
+
 MIN_FILE_CHARS = 500
 MIN_FILES = 200
 MIN_CHARS = 3_000_000
@@ -50,6 +55,9 @@ class Passages:
     wherever it starts. Of shorter repetitions, down to half of that, some are found.
     Nothing is normalised: a changed space makes another passage.
 
+    As in rsync, a checksum that is cheap at every character, of which characters a block
+    has in whatever order, says where a hash is worth its while.
+
     Args:
         chars: Length of a passage, at least 1.
 
@@ -61,26 +69,34 @@ class Passages:
         self.block_chars = (chars + 1) // 2
         # hashes, not text, which would keep all that was ever read in memory
         self._blocks: set[int] = set()
+        self._has_checksum = np.zeros(1 << _CHECKSUM_BITS, dtype=bool)
 
     def add(self, text: str) -> None:
         """Add a known text."""
         size = self.block_chars
-        self._blocks.update(
-            hash(text[start : start + size])
-            for start in range(0, len(text) - size + 1, size)
-        )
+        starts = np.arange(0, len(text) - size + 1, size)
+        self._has_checksum[self._checksums(text, starts)] = True
+        self._blocks.update(hash(text[start : start + size]) for start in starts)
 
     def repetitions(self, text: str) -> Iterator[tuple[int, int]]:
         """
         Start and end of each known block in a text, in order and without overlaps.
         """
-        size, start = self.block_chars, 0
-        while start + size <= len(text):
-            if hash(text[start : start + size]) in self._blocks:
-                yield start, start + size
-                start += size
-            else:
-                start += 1
+        size, end = self.block_chars, 0
+        starts = np.arange(len(text) - size + 1)
+        known = self._has_checksum[self._checksums(text, starts)]
+        for start in starts[known].tolist():
+            if start >= end and hash(text[start : start + size]) in self._blocks:
+                end = start + size
+                yield start, end
+
+    def _checksums(self, text: str, starts: np.ndarray) -> np.ndarray:
+        """Checksums of the blocks that start at these characters."""
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        sums = np.zeros(len(codes) + 1, dtype=np.uint64)
+        np.cumsum(_NUMBER_OF_CODE[codes % len(_NUMBER_OF_CODE)], out=sums[1:])
+        of_blocks = sums[starts + self.block_chars] - sums[starts]
+        return of_blocks >> np.uint64(64 - _CHECKSUM_BITS)
 
     def new_pieces(self, text: str) -> list[str]:
         """The pieces of a text between its known blocks, in order."""

@@ -17,12 +17,10 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from safetensors.torch import load_file, save_file
 
 from saelens_scaffold.kernels.selection import TopSelection
+from saelens_scaffold.saes.facts import scaffold_rank, tokens_at_once
 
 N_SAMPLED_TOKENS = 8192
 """Number of tokens that a threshold is calibrated on: up to twice this, if there are."""
-
-# Pre-activations held at once.
-_BLOCK_ELEMENTS = 2**24
 
 
 class ActivationSample:
@@ -155,14 +153,17 @@ def calibrated_threshold(
         sae: A BatchTopK or Matryoshka BatchTopK SAE, plain or with a scaffold.
         activations: Batches of shape (n_tokens, ...), at the scale that the SAE takes.
     """
-    rank = getattr(sae.cfg, "scaffold_rank", 0)
     # at once: a long training is sampled in thousands of batches of few tokens
     tokens = torch.cat([*activations])
-    blocks = tokens.split(max(1, _BLOCK_ELEMENTS // sae.cfg.d_sae))
-    encoded = (sae.encode_with_hidden_pre(x.to(sae.W_enc))[1] for x in blocks)
-    of_dictionary = (h[..., rank:] for h in encoded)
-    selection = getattr(sae, "selection", None)
-    return threshold_at_l0(sae.cfg.k, of_dictionary, len(tokens), selection)
+    blocks = tokens.split(tokens_at_once(sae))
+    own, sae.activation_fn = sae.activation_fn, torch.nn.Identity()  # selects nothing
+    try:
+        encoded = (sae.encode_with_hidden_pre(x.to(sae.W_enc))[1] for x in blocks)
+        of_dictionary = (h[..., scaffold_rank(sae) :] for h in encoded)
+        selection = getattr(sae, "selection", None)
+        return threshold_at_l0(sae.cfg.k, of_dictionary, len(tokens), selection)
+    finally:
+        sae.activation_fn = own
 
 
 @torch.no_grad()

@@ -38,13 +38,13 @@ from saelens_scaffold._util.interruption import (
 )
 from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.kernels.choice import Kernels
+from saelens_scaffold.models.attention import fused_attention
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.facts import l0_warning
 from saelens_scaffold.saes.plain_on_kernels import on_kernels
 from saelens_scaffold.training import fine_tuning
 from saelens_scaffold.training.activation_stream import ActivationStream
-from saelens_scaffold.training.attention import fused_attention
 from saelens_scaffold.training.cached_activations import (
     CachedActivationsStore,
     without_language_model,

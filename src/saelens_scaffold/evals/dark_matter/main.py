@@ -50,7 +50,7 @@ def measure(
     )
     text = (config.dataset, config.dataset_split, config.text_column)
     seen = text_seen_in_training(saes, *text)
-    for hooked, at_hook in by_hook_point(model, known):
+    for hooked, at_hook in by_hook_point(model, known, call.kept):
         group = [sae for sae in at_hook if sae.key in seen]
         if not group:
             continue

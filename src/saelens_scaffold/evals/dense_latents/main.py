@@ -44,7 +44,7 @@ def measure(
     seen = text_seen_in_training(
         saes, config.dataset, config.dataset_split, config.text_column
     )
-    sums = _sums_over_tokens(config, [*saes, *baselines], call.device)
+    sums = _sums_over_tokens(config, [*saes, *baselines], call)
     counts: dict[str | None, torch.Tensor] = {
         of.sae.label: _dense_counts(config.thresholds, of) for of in sums
     }
@@ -79,8 +79,9 @@ def l0_warning_of(result: Mapping[str, Any]) -> str | None:
 
 
 def _sums_over_tokens(
-    config: DenseLatentsEvalConfig, saes: list[SelectedSAE], device: str
+    config: DenseLatentsEvalConfig, saes: list[SelectedSAE], call: Call
 ) -> list[_Sums]:
+    device, kept = call.device, call.kept
     model = load_language_model(
         config.model_name, device, config.llm_dtype, config.model_class_name
     )
@@ -95,7 +96,7 @@ def _sums_over_tokens(
     for tokens, counts in stream.batches(config.n_tokens, "Counting dense latents"):
         weights = bootstrap.draw(len(tokens))
         sequence = counts.nonzero()[:, 0]
-        activations = lm.activations_at(model, tokens, list(groups))
+        activations = lm.kept_activations_at(model, tokens, list(groups), kept)
         for hook_name, group in groups.items():
             x = activations[hook_name][counts]
             lm.check_finite(x, hook_name)

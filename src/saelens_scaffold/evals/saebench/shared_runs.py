@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
+from saelens_scaffold.evals.kept import MAX_BYTES, Kept
 from saelens_scaffold.models.language_models import HookPoint
-
-MAX_BYTES = 2**30
-"""How much of them is kept."""
 
 
 class SharedRuns:
@@ -32,8 +30,7 @@ class SharedRuns:
     def __init__(self, model: HookedTransformer, max_bytes: int = MAX_BYTES):
         self._model = model
         self._n_layers = model.cfg.n_layers
-        self._kept: dict[Any, Any] = {}
-        self._room = max_bytes
+        self._keep = Kept(max_bytes)
         self._shares = getattr(model.tokenizer, "padding_side", None) == "right"
 
     def __getattr__(self, name: str) -> Any:
@@ -117,16 +114,3 @@ class SharedRuns:
         return self._model(
             last, start_at_layer=self._n_layers, tokens=tokens, **options
         )
-
-    def _keep(self, what: Any, tokens: torch.Tensor, make: Callable[[], Any]) -> Any:
-        """What was kept for these tokens, or what is made now."""
-        key = what, tokens.shape, tokens.cpu().numpy().tobytes()
-        if key not in self._kept:
-            made = make()
-            parts = [made] if isinstance(made, torch.Tensor) else made
-            n_bytes = sum(part.numel() * part.element_size() for part in parts)
-            if n_bytes > self._room:
-                return made
-            self._room -= n_bytes
-            self._kept[key] = made
-        return self._kept[key]

@@ -37,7 +37,7 @@ def measure(
     )
     text = (config.dataset, config.dataset_split, config.text_column)
     seen = text_seen_in_training(saes, *text)
-    for hooked, at_hook in by_hook_point(model, list(needed.values())):
+    for hooked, at_hook in by_hook_point(model, list(needed.values()), call.kept):
         stream = TokenStream(config, model, at_hook)
         # texts are read before the long work, so that errors in them are reported now
         probes = TopicProbes(config, hooked, stream) if config.topics else None

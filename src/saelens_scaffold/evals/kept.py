@@ -1,0 +1,56 @@
+"""What a language model computes of a text, kept for whoever asks for the same again."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+MAX_BYTES = 2**30
+"""How much is kept."""
+
+T = TypeVar("T")
+
+
+class Kept:
+    """
+    Results of runs of a language model on batches of tokens.
+
+    The first ones are kept, on their device; what `max_bytes` do not hold is computed again.
+    In another process it is empty.
+
+    Args:
+        max_bytes: How much is kept.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES):
+        self._max_bytes = self._room = max_bytes
+        self._found: dict[Any, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, (self._max_bytes,)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __call__(
+        self, what: Hashable, tokens: torch.Tensor, make: Callable[[], T]
+    ) -> T:
+        """
+        What was kept for these tokens, or what is made now.
+
+        Args:
+            what: Everything else that it depends on.
+            tokens: Of any shape.
+            make: Computes it: tensors, which nobody changes, in tuples, lists or dictionaries.
+        """
+        key = what, tokens.shape, tokens.cpu().numpy().tobytes()
+        if key not in self._found:
+            made = make()
+            parts = {id(part): part for part in tree_leaves(made)}.values()
+            n_bytes = sum(part.numel() * part.element_size() for part in parts)
+            if n_bytes > self._room:
+                return made
+            self._room -= n_bytes
+            self._found[key] = made
+        return self._found[key]

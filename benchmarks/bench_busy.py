@@ -29,12 +29,11 @@ def train(o: argparse.Namespace) -> None:
     of_sae = trainer(
         TrainingSAE.from_dict(sae_configs(o)[o.kind].to_dict()), o.batch_size, "cpu"
     )
-    times: list[float] = []
-    for i in range(WARM_UP):
+    for _ in range(WARM_UP):
         of_sae.step(torch.randn(o.batch_size, o.d_in))
-        if i == WARM_UP - 1:
-            print("ready", flush=True)
-            input()
+    print("ready", flush=True)
+    input()
+    times: list[float] = []
     end = time.monotonic() + o.seconds
     while time.monotonic() < end:
         times.append(seconds(of_sae.step, torch.randn(o.batch_size, o.d_in), "cpu"))
@@ -43,7 +42,8 @@ def train(o: argparse.Namespace) -> None:
 
 def side_by_side(n: int, kind: str, spin_count: str | None) -> list[float]:
     """Mean seconds of a step of each of n trainings that run at once."""
-    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    environment = dict(os.environ)
+    environment.pop("GOMP_SPINCOUNT", None)
     if spin_count is not None:
         environment["GOMP_SPINCOUNT"] = spin_count
     processes = [
@@ -57,15 +57,13 @@ def side_by_side(n: int, kind: str, spin_count: str | None) -> list[float]:
         for _ in range(n)
     ]
     for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    ended = []
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError("a training ended before it began")
     for process in processes:
         assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in processes:
-        ended.append(float(process.communicate()[0]))
-    return ended
+        print(file=process.stdin, flush=True)
+    return [float(process.communicate()[0]) for process in processes]
 
 
 def main() -> None:

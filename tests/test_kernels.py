@@ -306,19 +306,9 @@ def sparse_forward(
 
     x_bar = (x - b_dec).detach()
     return SparseForward.apply(  # type: ignore[return-value]
-        x_bar,
-        W_enc,
-        b_enc,
-        W_dec,
-        b_dec,
-        rank,
-        residual,
-        select,
-        ops,
-        [],
-        GradientMemory(),
-        _alone,
-    )
+        x_bar, W_enc, b_enc, W_dec, b_dec, rank, residual, select, ops, [],
+        GradientMemory(), _alone,
+    )  # fmt: skip
 
 
 def dense_forward(
@@ -401,7 +391,7 @@ def check_gradients(
         assert error <= tolerance * reference.grad.norm()
 
 
-# ---- lazy tensors
+# ---- memory of gradients
 
 
 @pytest.mark.parametrize(
@@ -419,16 +409,23 @@ def test_memory_of_a_gradient_that_somebody_holds_is_left_alone(
     memory.empty_like(weights).fill_(2.0)
     assert (held == 1).all()
     del held
-    assert memory.empty_like(weights).data_ptr() == place
+    again = memory.empty_like(weights)
+    assert again.data_ptr() == place and again.stride() == weights.stride()
+    del again
+    sliced = memory.empty_like(torch.zeros(5, 9)[:, :3])
+    assert sliced.data_ptr() == place and sliced.is_contiguous()
 
 
 def test_saes_of_one_size_share_the_memory_of_gradients():
-    assert gradient_memory(64) is not gradient_memory(128)  # and both are gone
-    memory = gradient_memory(64)
-    assert gradient_memory(64) is copy.deepcopy(memory) is memory
+    assert gradient_memory(-1) is not gradient_memory(-2)  # sizes of no SAE
+    memory = gradient_memory(-1)
+    assert gradient_memory(-1) is copy.deepcopy(memory) is memory
     gone = weakref.ref(memory)
     del memory
     assert gone() is None
+
+
+# ---- lazy tensors
 
 
 def test_a_lazy_tensor_is_made_once_and_when_it_is_needed():

@@ -64,8 +64,8 @@ def _wait_briefly() -> None:
     Have OpenMP's threads sleep soon, rather than spin, where they wait for each other.
 
     Beside other work, a spinning thread keeps the one that it waits for off the core: a
-    training step then takes four times as long instead of twice. libgomp, which PyTorch
-    brings on Linux, reads this when it is loaded.
+    training step then takes many times as long instead of twice (benchmarks/bench_busy.py).
+    libgomp, which PyTorch brings on Linux, reads this when it is loaded.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -25,15 +25,17 @@ class GradientMemory:
         self._kept: list[torch.UntypedStorage] = []
 
     def empty_like(self, weights: torch.Tensor) -> torch.Tensor:
-        """A tensor with the shape, strides, dtype and device of some weights."""
+        """As `torch.empty_like`."""
+        if weights.device.type != "cpu":
+            return torch.empty_like(weights)
         free = self._free(weights.nbytes)
-        if weights.device.type != "cpu" or free is None:
+        if free is None:
             new = torch.empty_like(weights)
-            if weights.device.type == "cpu":
-                self._kept = [*self._kept, new.untyped_storage()][-self.KEPT :]
+            self._kept = [*self._kept, new.untyped_storage()][-self.KEPT :]
             return new
-        reused = weights.new_empty(0)
-        return reused.set_(free, 0, weights.shape, weights.stride())  # type: ignore[call-overload]
+        # whose strides are dense even if those of the weights are not
+        like = torch.empty_like(weights, device="meta")
+        return weights.new_empty(0).set_(free, 0, like.shape, like.stride())  # type: ignore[call-overload]
 
     def _free(self, nbytes: int) -> torch.UntypedStorage | None:
         for storage in self._kept:

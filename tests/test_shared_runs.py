@@ -11,6 +11,7 @@ from transformer_lens import HookedTransformer
 
 from eval_helpers import HOOK, eval_sae
 from saelens_scaffold.evals.jobs import plan
+from saelens_scaffold.evals.kept import Kept
 from saelens_scaffold.evals.runner import run
 from saelens_scaffold.evals.saebench import replacements
 from saelens_scaffold.evals.saebench.shared_runs import SharedRuns
@@ -69,7 +70,7 @@ def core_calls(model: Any, hook_name: str, tokens: torch.Tensor, scale: float) -
 def test_results_are_the_model_s_to_the_last_bit(
     model: HookedTransformer, hook_name: str, max_bytes: int
 ):
-    shared = SharedRuns(model, max_bytes)
+    shared = SharedRuns(model, Kept(max_bytes))
     assert shared.W_E is model.W_E
     batches = torch.randint(0, model.cfg.d_vocab, (2, 3, 20)).unbind()
     for scale in (0.5, 2.0):

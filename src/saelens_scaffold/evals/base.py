@@ -11,6 +11,7 @@ from saelens_scaffold._util.errors import UserError
 
 # Names and metrics can be asked for without PyTorch.
 if TYPE_CHECKING:
+    from saelens_scaffold.evals.kept import Kept
     from saelens_scaffold.evals.saes import SelectedSAE
     from saelens_scaffold.models.language_models import ModelClass
 
@@ -122,6 +123,7 @@ class Call:
         companions: SAEs of the call that are not measured, since they have results.
         model_class_name: Class of the language model, for SAEBench, whose configurations
             have none.
+        kept: What the calls of one plan compute once.
     """
 
     device: str
@@ -132,6 +134,7 @@ class Call:
     api_key: str | None = None
     companions: Sequence["SelectedSAE"] = ()
     model_class_name: "ModelClass" = "HookedTransformer"
+    kept: "Kept | None" = None
 
 
 class EvaluationError(RuntimeError):

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from saelens_scaffold._util.untrusted import file_name
 from saelens_scaffold.evals.base import Evaluation, Implementation, Result
 from saelens_scaffold.evals.baselines import others_of
 from saelens_scaffold.evals.data import check_text
+from saelens_scaffold.evals.kept import Kept
 from saelens_scaffold.evals.model import choose_device
 from saelens_scaffold.evals.registry import evaluations_named
 from saelens_scaffold.evals.saes import (
@@ -61,6 +62,7 @@ class Job:
         text_column: Its column, likewise.
         api_key: Key of the OpenAI API.
         model_class_name: Class of the language model.
+        kept: What the jobs of one plan compute once, however often they are run.
     """
 
     evaluation: Evaluation
@@ -73,6 +75,7 @@ class Job:
     text_column: str = "text"
     api_key: str | None = None
     model_class_name: ModelClass = "HookedTransformer"
+    kept: Kept = field(default_factory=Kept, compare=False)
 
     @property
     def store_path(self) -> Path:
@@ -180,6 +183,7 @@ def plan(
     used = {"dataset_split", "text_column"} if reads_text else set()
     text = (_dataset_split(options) or "train", options.get("text_column", "text"))
     jobs: list[Job] = []
+    kept = Kept()
     for evaluation in named:
         implementation = evaluation.load()
         config_class = validating(implementation.config_class)
@@ -199,7 +203,8 @@ def plan(
         folder = Path(output_path, file_name(evaluation.name))
         where = (device, folder, Path(artifacts_path))
         of_job = (evaluation, implementation, config, *where, *text, api_key)
-        jobs.append(Job(*of_job, getattr(config, "model_class_name", model_class)))
+        of_config: ModelClass = getattr(config, "model_class_name", model_class)
+        jobs.append(Job(*of_job, of_config, kept))
     unused = [name for name in options if name not in used | {"model_name"}]
     if api_key_file is not None and api_key is None:
         unused.append("api_key_file")
@@ -244,10 +249,10 @@ def _check_fields(
     evaluation: Evaluation, config_class: type, values: Mapping[str, Any]
 ) -> None:
     known = config_fields(config_class)
-    for field in values:
-        if field not in known:
+    for name in values:
+        if name not in known:
             raise UserError(
-                f"{evaluation.name} has no field {field!r}; it has {', '.join(known)}"
+                f"{evaluation.name} has no field {name!r}; it has {', '.join(known)}"
             )
 
 

@@ -1,5 +1,6 @@
 """Runs of the language model that all SAEs of a call of SAEBench's core share."""
 
+import pickle
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from sae_bench.sae_bench_utils import activation_collection
+from sae_bench.sae_bench_utils.activation_collection import get_llm_activations
 from transformer_lens import HookedTransformer
+from transformer_lens.components.embed import Embed
 
 from eval_helpers import HOOK, eval_sae
 from saelens_scaffold.evals.jobs import plan
@@ -93,6 +97,65 @@ def test_a_further_sae_runs_the_layers_above_it_once(
     assert layer_runs == {1: 1, 2: 1, 3: 1}
 
 
+@pytest.mark.parametrize("hook_name", HOOKS)
+@torch.no_grad()
+def test_what_is_read_for_probes_is_run_once(
+    model: HookedTransformer, layer_runs: Counter[int], hook_name: str
+):
+    tokens = torch.randint(0, 4096, (5, 20))
+    layer = int(hook_name.split(".")[1])
+
+    def read(model: Any, key: Any, kept: Kept) -> torch.Tensor:
+        shared: Any = SharedRuns(model, kept, key)
+        args = (tokens, shared, 2, layer, hook_name)
+        return get_llm_activations(*args, mask_bos_pad_eos_tokens=True)
+
+    kept, args = Kept(), (tokens, model, 2, layer, hook_name)
+    expected = get_llm_activations(*args, mask_bos_pad_eos_tokens=True)
+    with replacements.lent_model(activation_collection, model):
+        assert torch.equal(read(model, "a", kept), expected)
+        layer_runs.clear()
+        assert torch.equal(read(model, "a", kept), expected)
+        assert not layer_runs
+        read(model, "another", kept)
+        read(model, "a", pickle.loads(pickle.dumps(kept)))
+    assert layer_runs[0] == 2 * 3  # batches
+
+
+@pytest.mark.parametrize("name", ["core", "sparse_probing"])
+def test_another_group_of_saes_runs_nothing_below_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fields: dict[str, Any] = {
+        "core": {
+            "n_eval_reconstruction_batches": 1,
+            "n_eval_sparsity_variance_batches": 1,
+            "batch_size_prompts": 2,
+        },
+        "sparse_probing": {"probe_train_set_size": 20, "probe_test_set_size": 20},
+    }
+    own, runs = Embed.forward, list[int]()
+
+    def forward(embed: Any, tokens: torch.Tensor) -> torch.Tensor:
+        runs.append(len(tokens))
+        return own(embed, tokens)
+
+    groups = [[("a", eval_sae())], [("b", eval_sae(seed=1))]]
+    (job,) = plan(
+        {name: fields[name]},
+        [sae for group in groups for sae in group],
+        output_path=tmp_path / "results",
+        artifacts_path=tmp_path / "artifacts",
+        device="cpu",
+        **{"dataset" if name == "core" else "labelled_dataset": "python-stdlib"},
+    )
+    monkeypatch.setattr(Embed, "forward", forward)
+    for group, is_run in zip(groups, (True, False), strict=True):
+        assert run(job, group).error is None
+        assert bool(runs) == is_run
+        runs.clear()
+
+
 @torch.no_grad()
 def test_padding_on_the_left_is_the_model_s_own(
     model: HookedTransformer, monkeypatch: pytest.MonkeyPatch
@@ -108,7 +171,7 @@ def test_padding_on_the_left_is_the_model_s_own(
             strict=True,
         ):
             assert torch.equal(ours, theirs)
-    assert not shared._kept
+    assert not len(shared._kept)
 
 
 def test_core_s_results_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -141,5 +204,5 @@ def test_core_s_results_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
         }
 
     ours = results("shared")
-    monkeypatch.setattr(replacements, "SharedRuns", lambda model: model)
+    monkeypatch.setattr(replacements, "SharedRuns", lambda model, *_: model)
     assert ours == results("own")

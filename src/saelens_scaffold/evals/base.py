@@ -136,6 +136,10 @@ class Call:
     model_class_name: "ModelClass" = "HookedTransformer"
     kept: "Kept | None" = None
 
+    def model_key(self, config: Any) -> tuple[str, ...]:
+        """What tells a configuration's language model from others in `kept`."""
+        return config.model_name, config.llm_dtype, self.model_class_name
+
 
 class EvaluationError(RuntimeError):
     """SAEs without a result, and why, in one line."""

@@ -19,10 +19,10 @@ class Kept:
 
     def __init__(self, max_bytes: int = MAX_BYTES):
         self._tensors: dict[Hashable, Any] = {}
-        self._max_bytes = self._room = max_bytes
+        self.max_bytes = self._room = max_bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Kept, (self._max_bytes,)  # another process computes them again
+        return Kept, (self.max_bytes,)  # another process computes them again
 
     def __len__(self) -> int:
         return len(self._tensors)

@@ -93,8 +93,7 @@ def _check_width(config: TppEvalConfig, sae: SelectedSAE) -> None:
 
 def _run(main: ModuleType, run: over_seeds.SeedRun, saes: over_seeds.NamedSAEs) -> None:
     texts, config, device = run.texts, run.config, run.call.device
-    key = (config.model_name, config.llm_dtype, run.call.model_class_name)
-    model: Any = SharedRuns(run.model, run.call.kept, key)
+    model: Any = SharedRuns(run.model, run.call.kept, run.call.model_key(config))
     if device == "cpu":
         config = replace(config, sae_batch_size=_cached_batch_size(config, saes))
     with replacements.labelled_texts(texts), replacements.lent_model(main, model):

@@ -1,6 +1,6 @@
 """Runs of a language model that SAEs share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ class SharedRuns:
 
     Args:
         model: The language model.
-        kept: What its runs have given so far, on its device; by default nothing.
+        kept: Activations of its runs so far, on its device; by default none. Outputs, which
+            are far larger, are kept as long as this lasts.
         key: What tells it from the other models whose runs are kept there.
     """
 
@@ -31,6 +32,7 @@ class SharedRuns:
         self._model: Any = model
         self._n_layers = model.cfg.n_layers
         self._kept = Kept() if kept is None else kept
+        self._outputs = Kept(self._kept.max_bytes)
         self._key = key
         self._shares = getattr(model.tokenizer, "padding_side", None) == "right"
 
@@ -95,7 +97,7 @@ class SharedRuns:
             self._model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
             return read[0]
 
-        return self._keep((name, *sorted(options.items())), tokens, make)
+        return self._kept.get((self._key, name, *_key_of(tokens, options)), make)
 
     def _layer_after(self, name: str) -> int | None:
         """The layer whose input a hook point is, if what is behind it can be run alone."""
@@ -118,11 +120,10 @@ class SharedRuns:
         """The output that belongs to a residual stream after the last layer."""
 
         def make() -> Any:
-            # far smaller than logits
             residual = self._keep((what, "last"), tokens, last)
             return self._from(residual, tokens, options)
 
-        return self._keep((what, *sorted(options.items())), tokens, make)
+        return self._outputs.get((what, *_key_of(tokens, options)), make)
 
     def _from(
         self, last: torch.Tensor, tokens: torch.Tensor, options: dict[str, Any]
@@ -131,7 +132,12 @@ class SharedRuns:
             last, start_at_layer=self._n_layers, tokens=tokens, **options
         )
 
-    def _keep(self, what: Any, tokens: torch.Tensor, make: Callable[[], Any]) -> Any:
-        """What was kept for these tokens, or what is made now."""
-        of_tokens = tokens.shape, tokens.cpu().numpy().tobytes()
-        return self._kept.get((self._key, what, of_tokens), make)
+    def _keep(
+        self, what: Any, tokens: torch.Tensor, make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """Activations that were kept for these tokens, or those made now."""
+        return self._kept.get((self._key, what, *_key_of(tokens)), make)
+
+
+def _key_of(tokens: torch.Tensor, options: Mapping[str, Any] = {}) -> Any:  # noqa: B006
+    return tokens.shape, tokens.cpu().numpy().tobytes(), *sorted(options.items())

@@ -152,7 +152,8 @@ def test_another_group_of_saes_runs_nothing_below_again(
     monkeypatch.setattr(Embed, "forward", forward)
     for group, is_run in zip(groups, (True, False), strict=True):
         assert run(job, group).error is None
-        assert bool(runs) == is_run
+        # a single row is the check that the SAEs fit the model
+        assert (max(runs, default=0) > 1) == is_run
         runs.clear()
 
 

@@ -24,7 +24,7 @@ from sae_bench.evals.sparse_probing_sae_probes import (
 )
 from sae_bench.evals.sparse_probing_sae_probes import main as sae_bench_sae_probes
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, graphing_utils
-from sae_lens import SAE
+from sae_lens import SAE, StandardSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_probes import utils_data
@@ -252,6 +252,23 @@ def test_an_sae_on_modules_of_transformers_has_the_same_results(
     by_modules = run(name, config, [("a", sae)], tmp_path / "b")
     values = [metric_values(each["a_custom_sae"]) for each in (first, by_modules)]
     assert values[1] == pytest.approx(values[0], abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["sparse_probing", "tpp"])
+def test_what_stands_in_for_the_first_is_narrow(
+    name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    widths: list[int] = []
+    for cls in (StandardSAE, JumpReLUSAE):
+        own = cls.encode
+
+        def encode(sae: Any, x: torch.Tensor, own: Any = own) -> torch.Tensor:
+            widths.append(sae.cfg.d_sae)
+            return own(sae, x)
+
+        monkeypatch.setattr(cls, "encode", encode)
+    run(name, CONFIGS[name](texts / "data.csv"), [("a", plain())], tmp_path)
+    assert set(widths) == {2, D_SAE}
 
 
 def check_equal_but_for_the_names(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Runs of the language model that all SAEs of a call of SAEBench's core share."""
 
+import pickle
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -7,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from sae_bench.sae_bench_utils import activation_collection
+from sae_bench.sae_bench_utils.activation_collection import get_llm_activations
 from transformer_lens import HookedTransformer
+from transformer_lens.components.embed import Embed
 
 from eval_helpers import HOOK, eval_sae
 from saelens_scaffold.evals.jobs import plan
+from saelens_scaffold.evals.kept import Kept
 from saelens_scaffold.evals.runner import run
 from saelens_scaffold.evals.saebench import replacements
 from saelens_scaffold.evals.saebench.shared_runs import SharedRuns
@@ -69,7 +74,7 @@ def core_calls(model: Any, hook_name: str, tokens: torch.Tensor, scale: float) -
 def test_results_are_the_model_s_to_the_last_bit(
     model: HookedTransformer, hook_name: str, max_bytes: int
 ):
-    shared = SharedRuns(model, max_bytes)
+    shared = SharedRuns(model, Kept(max_bytes))
     assert shared.W_E is model.W_E
     batches = torch.randint(0, model.cfg.d_vocab, (2, 3, 20)).unbind()
     for scale in (0.5, 2.0):
@@ -92,6 +97,70 @@ def test_a_further_sae_runs_the_layers_above_it_once(
     assert layer_runs == {1: 1, 2: 1, 3: 1}
 
 
+@pytest.mark.parametrize("hook_name", HOOKS)
+@torch.no_grad()
+def test_what_is_read_for_probes_is_run_once(
+    model: HookedTransformer,
+    layer_runs: Counter[int],
+    hook_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    tokens = torch.randint(0, 4096, (5, 20))
+    layer = int(hook_name.split(".")[1])
+
+    def read(kept: Kept) -> torch.Tensor:
+        shared: Any = SharedRuns(model, kept)
+        args = (tokens, shared, 2, layer, hook_name)
+        return get_llm_activations(*args, mask_bos_pad_eos_tokens=True)
+
+    kept, args = Kept(), (tokens, model, 2, layer, hook_name)
+    expected = get_llm_activations(*args, mask_bos_pad_eos_tokens=True)
+    with replacements.lent_model(activation_collection, model):
+        assert torch.equal(read(kept), expected)
+        layer_runs.clear()
+        assert torch.equal(read(kept), expected)
+        assert not layer_runs
+        read(pickle.loads(pickle.dumps(kept)))
+        monkeypatch.setattr(model.cfg, "model_name", "another")
+        read(kept)
+    assert layer_runs[0] == 2 * 3  # batches
+
+
+@pytest.mark.parametrize("name", ["core", "sparse_probing"])
+def test_another_group_of_saes_runs_nothing_below_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fields: dict[str, Any] = {
+        "core": {
+            "n_eval_reconstruction_batches": 1,
+            "n_eval_sparsity_variance_batches": 1,
+            "batch_size_prompts": 2,
+        },
+        "sparse_probing": {"probe_train_set_size": 20, "probe_test_set_size": 20},
+    }
+    own, runs = Embed.forward, list[int]()
+
+    def forward(embed: Any, tokens: torch.Tensor) -> torch.Tensor:
+        runs.append(len(tokens))
+        return own(embed, tokens)
+
+    groups = [[("a", eval_sae())], [("b", eval_sae(seed=1))]]
+    (job,) = plan(
+        {name: fields[name]},
+        [sae for group in groups for sae in group],
+        output_path=tmp_path / "results",
+        artifacts_path=tmp_path / "artifacts",
+        device="cpu",
+        **{"dataset" if name == "core" else "labelled_dataset": "python-stdlib"},
+    )
+    monkeypatch.setattr(Embed, "forward", forward)
+    for group, is_run in zip(groups, (True, False), strict=True):
+        assert run(job, group).error is None
+        # a single row is the check that the SAEs fit the model
+        assert (max(runs, default=0) > 1) == is_run
+        runs.clear()
+
+
 @torch.no_grad()
 def test_padding_on_the_left_is_the_model_s_own(
     model: HookedTransformer, monkeypatch: pytest.MonkeyPatch
@@ -107,7 +176,7 @@ def test_padding_on_the_left_is_the_model_s_own(
             strict=True,
         ):
             assert torch.equal(ours, theirs)
-    assert len(shared._keep) == 0
+    assert not len(shared._kept)
 
 
 def test_core_s_results_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -140,5 +209,5 @@ def test_core_s_results_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
         }
 
     ours = results("shared")
-    monkeypatch.setattr(replacements, "SharedRuns", lambda model: model)
+    monkeypatch.setattr(replacements, "SharedRuns", lambda model, *_: model)
     assert ours == results("own")

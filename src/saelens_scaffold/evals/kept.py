@@ -24,11 +24,11 @@ class Kept:
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES):
-        self._max_bytes = self._room = max_bytes
+        self.max_bytes = self._room = max_bytes
         self._found: dict[Any, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Kept, (self._max_bytes,)
+        return Kept, (self.max_bytes,)
 
     def __len__(self) -> int:
         return len(self._found)

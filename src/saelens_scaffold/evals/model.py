@@ -40,6 +40,13 @@ def choose_device(device: str | None) -> str:
     return device
 
 
+def model_key(model: LanguageModel) -> tuple[str, ...]:
+    """What tells a language model from the others of a process, for `Kept`."""
+    cfg = model.cfg
+    dtype = next(iter(model.parameters())).dtype
+    return (str(cfg.model_name), str(cfg.device), str(dtype), type(model).__name__)
+
+
 class HookedModel:
     """
     A language model at one hook point.
@@ -79,7 +86,7 @@ class HookedModel:
             Activations at the hook point, shape (batch, seq, d_in), heads flattened; and
             what `above` goes on from.
         """
-        what = ("below", self.hook_name, *_identity(self.model))
+        what = ("below", self.hook_name, *model_key(self.model))
         return self._kept(what, tokens, lambda: self._below(tokens))
 
     def _below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -216,13 +223,6 @@ class HookedBatch:
         return self._hooked.above(self._start, full, final_residual)
 
 
-def _identity(model: LanguageModel) -> tuple[str, ...]:
-    """What tells it from other models of a process."""
-    cfg = model.cfg
-    dtype = next(iter(model.parameters())).dtype
-    return (str(cfg.model_name), str(cfg.device), str(dtype), type(model).__name__)
-
-
 @torch.no_grad()
 def kept_activations_at(
     model: LanguageModel,
@@ -233,7 +233,7 @@ def kept_activations_at(
     """As `activations_at`, unless they are kept."""
     if kept is None:
         return activations_at(model, tokens, hook_names)
-    what = ("activations", *hook_names, *_identity(model))
+    what = ("activations", *hook_names, *model_key(model))
     return kept(what, tokens, lambda: activations_at(model, tokens, hook_names))
 
 

@@ -294,16 +294,9 @@ def _measure(
     output_class = job.implementation.output_class
     with _artifacts_in(job.artifacts_path) as artifacts:
         text = (job.dataset_split, job.text_column)
-        folders = (artifacts, job.store_path)
-        call = Call(
-            job.device,
-            *folders,
-            *text,
-            job.api_key,
-            companions,
-            job.model_class_name,
-            job.kept,
-        )
+        where = (job.device, artifacts, job.store_path)
+        model = (job.model_class_name, job.kept)
+        call = Call(*where, *text, job.api_key, companions, *model)
         for sae, result in job.implementation.measure(job.config, missing, call):
             if output_class is not None:
                 output = output_class(

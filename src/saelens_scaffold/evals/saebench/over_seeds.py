@@ -1,8 +1,8 @@
 """SAEBench's probing evaluations, run once for each of several seeds."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
+from sae_lens import SAEConfig, StandardSAE, StandardSAEConfig
 from tqdm import tqdm
 
 from saelens_scaffold._util.configs import documented
@@ -159,6 +160,7 @@ class ProbingEvaluation:
         probes_follow_activations: Whether the probes of the first SAE of a call are drawn
             after the text and the probes of the language model, from one stream of random
             numbers, and those of later SAEs are not.
+        of_stand_in: Fields of the configuration for the SAE that stands in for the first.
     """
 
     name: str
@@ -169,6 +171,7 @@ class ProbingEvaluation:
     bounds: Bounds = (0.0, 1.0)
     averaged: tuple[str, ...] = ("eval_result_metrics", "eval_result_details")
     probes_follow_activations: bool = True
+    of_stand_in: Mapping[str, Any] = field(default_factory=dict)
 
     def implementation(self, config_class: type, output_class: type) -> Implementation:
         """The evaluation with its configuration and the class of its results."""
@@ -268,14 +271,17 @@ class ProbingEvaluation:
 
         Storing activations, and probing them, uses up random numbers that the first SAE's
         probes are drawn from as well. Left to the first SAE of each hook point, it would
-        give this one other draws than those after it. So a stand-in does it first.
+        give this one other draws than those after it. So a stand-in does it first, which
+        has hardly any latents.
         """
         model_name = known_model_name(run.config.model_name, run.call.model_class_name)
         run = run._replace(config=replace(run.config, model_name=model_name))
         if self.probes_follow_activations:
-            first_of_hook = {sae.hook_name: sae.sae for sae in reversed(saes)}
-            named = enumerate(first_of_hook.values())
-            self.run(run, [(f"{_STAND_IN}-{i}", sae) for i, sae in named])
+            of_hook = {sae.hook_name: sae.sae.cfg for sae in saes}
+            named = enumerate(map(_stand_in, of_hook.values()))
+            config = replace(run.config, **self.of_stand_in)
+            stand_ins = [(f"{_STAND_IN}-{i}", sae) for i, sae in named]
+            self.run(run._replace(config=config), stand_ins)
         self.run(run, [(sae.key, sae.sae) for sae in saes])
 
     def _over_seeds(self, config: Any, sae: SelectedSAE, raw: list[Any]) -> Result:
@@ -293,6 +299,16 @@ class ProbingEvaluation:
             "trained_otherwise": tokens_of(sae).beyond_whole_texts(),
             "metrics_over_seeds": _over_seeds(by_seed, config.confidence, self.bounds),
         }
+
+
+def _stand_in(like: SAEConfig) -> StandardSAE:
+    """An SAE of two latents, of the same activations, as SAEBench takes it."""
+    own: Any = StandardSAEConfig(
+        like.d_in, 2, dtype=like.dtype, device=like.device, metadata=like.metadata
+    )
+    for name in ("hook_name", "hook_layer"):
+        setattr(own, name, getattr(like.metadata, name))
+    return StandardSAE(own)
 
 
 def _over_seeds(

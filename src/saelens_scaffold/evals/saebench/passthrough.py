@@ -285,8 +285,9 @@ def _core(request: _Request) -> None:
             "verbose",
         )
     }
-    main = request.main
-    with replacements.core_tokens(main, tokens), replacements.core_runs(main):
+    main, call = request.main, request.call
+    shared = replacements.core_runs(main, call.kept)
+    with replacements.core_tokens(main, tokens), shared:
         main.multiple_evals(
             request.saes,
             **of_config,
@@ -296,7 +297,7 @@ def _core(request: _Request) -> None:
             compute_featurewise_weight_based_metrics=True,
             output_folder=str(_RESULTS),
             dtype=config.llm_dtype,
-            device=request.call.device,
+            device=call.device,
         )
 
 

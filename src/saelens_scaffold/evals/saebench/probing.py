@@ -4,9 +4,10 @@ Sparse probing asks how well a probe on a few latents tells a concept; TPP, whet
 latents that matter to one class's probe matter to that one alone.
 """
 
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from sae_bench.evals.scr_and_tpp import main as tpp
@@ -21,7 +22,11 @@ from saelens_scaffold._util.configs import documented
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.eval_configs import LlmConfig
 from saelens_scaffold.evals.saebench import over_seeds, replacements
+from saelens_scaffold.evals.saebench.shared_runs import SharedRuns
 from saelens_scaffold.evals.saes import SelectedSAE
+
+_CACHED_LATENTS = 2**21
+"""Latents of a batch on a processor: 8 MiB of them."""
 
 CAVEAT = (
     "TPP is noisy: at its canonical settings it fails several of the reliability checks of "
@@ -87,11 +92,25 @@ def _check_width(config: TppEvalConfig, sae: SelectedSAE) -> None:
 
 
 def _run(main: ModuleType, run: over_seeds.SeedRun, saes: over_seeds.NamedSAEs) -> None:
-    texts, model = run.texts, run.model
+    texts, config, device = run.texts, run.config, run.call.device
+    model: Any = SharedRuns(run.model, run.call.kept)
+    if device == "cpu":
+        config = replace(config, sae_batch_size=_cached_batch_size(config, saes))
     with replacements.labelled_texts(texts), replacements.lent_model(main, model):
         results, artifacts = str(run.folder / "results"), str(run.folder)
-        device = run.call.device
-        main.run_eval(run.config, saes, device, results, artifacts_path=artifacts)
+        main.run_eval(config, saes, device, results, artifacts_path=artifacts)
+
+
+def _cached_batch_size(config: Any, saes: over_seeds.NamedSAEs) -> int:
+    """
+    Number of texts, at most the configured one, whose latents a processor can cache.
+
+    SAEBench's default makes tensors that the system has to hand out and to clear anew each
+    time, which takes as long as the SAE does.
+    """
+    width = max(sae.cfg.d_sae for _, sae in saes)
+    n_texts = _CACHED_LATENTS // (width * config.context_length)
+    return min(config.sae_batch_size, max(1, n_texts))
 
 
 SPARSE_PROBING = over_seeds.ProbingEvaluation(
@@ -107,5 +126,6 @@ TPP = over_seeds.ProbingEvaluation(
     partial(over_seeds.check_set_sizes, "train_set_size", "test_set_size"),
     partial(_run, tpp),
     _check_width,
+    of_stand_in={"n_values": [2]},
     bounds=(-2.0, 2.0),  # a drop of one accuracy, less the mean drop of others
 ).implementation(TppEvalConfig, TppEvalOutput)

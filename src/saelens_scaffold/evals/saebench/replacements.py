@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 
+from saelens_scaffold.evals.kept import Kept
 from saelens_scaffold.evals.labelled_data import LabelledText, TextsByLabel
 from saelens_scaffold.evals.saebench.shared_runs import SharedRuns
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
@@ -286,7 +287,7 @@ def absorption_experiments(main: ModuleType, folder: Path, seed: int) -> Replace
     )
 
 
-def core_runs(main: ModuleType) -> Replacement:
+def core_runs(main: ModuleType, kept: Kept | None) -> Replacement:
     """
     Core runs the language model once for all SAEs, as far as that does not depend on them.
 
@@ -297,7 +298,9 @@ def core_runs(main: ModuleType) -> Replacement:
     def load_shared(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
         fuse_attention(model)
-        return SharedRuns(model) if isinstance(model, HookedTransformer) else model
+        if not isinstance(model, HookedTransformer):
+            return model
+        return SharedRuns(model, kept)
 
     loader = SimpleNamespace(from_pretrained_no_processing=load_shared)
     return replaced((vars(main), {"HookedTransformer": loader}))

@@ -1,36 +1,39 @@
-"""Runs of a language model that all SAEs of a call share."""
+"""Runs of a language model that SAEs share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer
 
-from saelens_scaffold.evals.kept import MAX_BYTES, Kept
-from saelens_scaffold.models.language_models import HookPoint
+from saelens_scaffold.evals.kept import Kept
+from saelens_scaffold.evals.model import model_key
+from saelens_scaffold.models.language_models import HookPoint, LanguageModel
 
 
 class SharedRuns:
     """
-    A language model for SAEBench's core, which takes SAE after SAE to the same text.
+    A language model for SAEBench, which takes SAE after SAE to the same text.
 
     What does not depend on the SAE is computed once, with the same operations and so to the
-    last bit: the activations at the hook point, and what the model makes of them and of
-    zeros. The layers above it run once for each SAE, those below it not again. What
-    `max_bytes` do not hold is computed again.
+    last bit: the activations that the probing evaluations read; for core, what the model
+    makes of them and of zeros. The layers above the hook point run once for each of core's
+    SAEs, those below it not again.
 
-    This is so for the residual stream after a layer; else, and with padding on the left, whose
-    mask depends on the tokens, the model runs as ever.
+    For core this is so for the residual stream after a layer; else, and with padding on the
+    left, whose mask depends on the tokens, the model runs as ever.
 
     Args:
         model: The language model.
-        max_bytes: How much is kept, on the model's device.
+        kept: Activations of its runs so far, on its device; by default none. Outputs, which
+            are far larger, are kept as long as this lasts.
     """
 
-    def __init__(self, model: HookedTransformer, max_bytes: int = MAX_BYTES):
-        self._model = model
+    def __init__(self, model: LanguageModel, kept: Kept | None = None):
+        self._model: Any = model
         self._n_layers = model.cfg.n_layers
-        self._keep = Kept(max_bytes)
+        self._kept = Kept() if kept is None else kept
+        self._outputs = Kept(self._kept.max_bytes)
+        self._key = model_key(model)
         self._shares = getattr(model.tokenizer, "padding_side", None) == "right"
 
     def __getattr__(self, name: str) -> Any:
@@ -66,8 +69,10 @@ class SharedRuns:
         fwd_hooks: list[tuple[Any, Callable[..., torch.Tensor]]],
         **options: Any,
     ) -> Any:
-        """The model's, with one hook."""
+        """The model's, with one hook, which changes nothing if the model stops at a layer."""
         ((name, hook),) = fwd_hooks
+        if "stop_at_layer" in options:
+            return hook(self._read(tokens, name, options), hook=None)
         layer = self._layer_after(name)
         if layer is None:
             return self._model.run_with_hooks(tokens, fwd_hooks=fwd_hooks, **options)
@@ -80,6 +85,20 @@ class SharedRuns:
         if x.any():
             return self._from(above(), tokens, options)
         return self._output(("zeros", layer), tokens, options, above)
+
+    def _read(
+        self, tokens: torch.Tensor, name: str, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """Activations at a hook point, of a run that has these options."""
+
+        def make() -> torch.Tensor:
+            read: list[torch.Tensor] = []
+            hooks = [(name, lambda x, hook: read.append(x))]  # noqa: ARG005
+            self._model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
+            return read[0]
+
+        what = (name, *sorted(options.items()), self._key)
+        return self._kept(what, tokens, make)
 
     def _layer_after(self, name: str) -> int | None:
         """The layer whose input a hook point is, if what is behind it can be run alone."""
@@ -102,11 +121,10 @@ class SharedRuns:
         """The output that belongs to a residual stream after the last layer."""
 
         def make() -> Any:
-            # far smaller than logits
             residual = self._keep((what, "last"), tokens, last)
             return self._from(residual, tokens, options)
 
-        return self._keep((what, *sorted(options.items())), tokens, make)
+        return self._outputs((what, *sorted(options.items())), tokens, make)
 
     def _from(
         self, last: torch.Tensor, tokens: torch.Tensor, options: dict[str, Any]
@@ -114,3 +132,9 @@ class SharedRuns:
         return self._model(
             last, start_at_layer=self._n_layers, tokens=tokens, **options
         )
+
+    def _keep(
+        self, what: Any, tokens: torch.Tensor, make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """Activations that were kept for these tokens, or those made now."""
+        return self._kept((what, self._key), tokens, make)

@@ -16,6 +16,14 @@ from saelens_scaffold._util.interruption import interruptible, raise_if_interrup
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
+@pytest.fixture(autouse=True)
+def sigint_is_not_ignored() -> Iterator[None]:
+    """As it is, and inherited, where a shell runs the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.01)  # Python looks for signals between instructions

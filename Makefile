@@ -7,7 +7,8 @@ VENV_MIN := .venv-min
 
 # Passed on to the demo and to pytest: make demo DEMO_ARGS="--quick"
 DEMO_ARGS ?=
-TEST_ARGS ?= -n 2
+# A file's tests share what its fixtures train; conftest.py has the order of the files
+TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # For `make record`: names in benchmarks/recorded
 RECORD ?= $(basename $(notdir $(wildcard benchmarks/recorded/*.txt)))
 

@@ -29,10 +29,21 @@ HAS_SAE_BENCH = find_spec("sae_bench") is not None
 if not HAS_SAE_BENCH:
     collect_ignore = ["test_probing_evals.py", "test_sae_bench.py", "test_sae_forms.py"]
 
+# Files that take longest, in this order, begin first, so that with `--dist loadfile
+# --no-loadscope-reorder` the workers end at about the same time.
+LONGEST = ("cluster", "sharded_training", "demo", "readme", "compare", "probing_evals")
+LONGEST += ("tutorials", "gpu_check", "sae_bench", "scaffold_ablation", "sharding")
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.stem.removeprefix("test_")
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
 
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
+    items.sort(key=_place)
     if HAS_SAE_BENCH:
         return
     left_out = [item for item in items if item.get_closest_marker("sae_bench")]

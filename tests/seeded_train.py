@@ -28,8 +28,12 @@ def end_at(rank: str, step: str, signal: str) -> None:
     ScaffoldBatchTopKTrainingSAE.training_forward_pass = ending  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def train(*args: str) -> None:
     if "END" in os.environ:
         end_at(*os.environ["END"].split(":"))
     torch.manual_seed(0)
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main(["train", *args]))
+
+
+if __name__ == "__main__":
+    train(*sys.argv[1:])

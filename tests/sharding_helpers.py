@@ -1,6 +1,5 @@
 """A pool of processes for the tests of sharded training, started once."""
 
-import multiprocessing
 import tempfile
 import traceback
 import warnings
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from forked import forking
 from helpers import activations, scaffold_config, scaffold_sae, trainer_for
 from saelens_scaffold.kernels.lazy import SparseActivations
 from saelens_scaffold.sharding.sae import ShardedBatchTopKTrainingSAE, shard_sae
@@ -127,9 +127,7 @@ class Pool:
 @contextmanager
 def pool() -> Iterator[Pool]:
     """Start the processes, and end them afterwards."""
-    # which imports these once for all of them
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["saelens_scaffold.sharding.trainer"])
+    context = forking()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(4):

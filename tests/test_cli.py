@@ -20,6 +20,7 @@ from sae_lens.registry import get_sae_class, get_sae_training_class
 from safetensors.torch import load_file
 
 import saelens_scaffold
+from forked import forked_command
 from helpers import scaffold_sae
 from saelens_scaffold import ScaffoldJumpReLUSAE
 from saelens_scaffold._util.errors import UserError
@@ -211,20 +212,28 @@ def test_errors_of_the_module_are_its_own(workdir: Path) -> None:
         main(["run", "-m", "scaffold_test_broken.module"])
 
 
-def test_run_registers_architectures_and_models(
+def test_run_registers_architectures_and_starts_processes(
     command: RunCommand, tmp_path: Path
 ) -> None:
+    # A spawned process imports the main module once more, by its name.
     source = """if True:
-        import json, sys
+        import json, multiprocessing, sys
         from transformer_lens.loading_from_pretrained import get_official_model_name
         from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-        seen = {
-            "training": [*SAE_TRAINING_CLASS_REGISTRY],
-            "inference": [*SAE_CLASS_REGISTRY],
-            "models": [get_official_model_name(name) for name in sys.argv[1:]],
-        }
-        print(json.dumps(seen))
-        sys.exit(7)
+
+        def square(x):
+            return x * x
+
+        if __name__ == "__main__":
+            seen = {
+                "training": [*SAE_TRAINING_CLASS_REGISTRY],
+                "inference": [*SAE_CLASS_REGISTRY],
+                "models": [get_official_model_name(name) for name in sys.argv[1:]],
+            }
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                seen["squares"] = pool.map(square, [2, 3])
+            print(json.dumps(seen))
+            sys.exit(7)
     """
     module = write_module(tmp_path, source)
     path = str(embedded_model_path())
@@ -234,48 +243,29 @@ def test_run_registers_architectures_and_models(
     assert {"scaffold_batchtopk", "scaffold_matryoshka"} <= set(seen["training"])
     assert "scaffold_jumprelu" in seen["inference"]
     assert len(seen["models"]) == 2
+    assert seen["squares"] == [4, 9]
 
 
-def test_run_starts_processes(command: RunCommand, tmp_path: Path) -> None:
-    # A spawned process imports the main module once more, by its name.
-    source = """if True:
-        import multiprocessing
-        import sae_lens.registry
-
-        def square(x):
-            return x * x
-
-        if __name__ == "__main__":
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                print(pool.map(square, [2, 3]))
-    """
-    module = write_module(tmp_path, source)
-    done = command("run", "-m", module)
-    assert (done.returncode, done.stdout) == (0, "[4, 9]\n"), done.stderr
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11")
-def test_run_honours_safe_path(command: RunCommand, tmp_path: Path) -> None:
-    module = write_module(tmp_path, "")
-    done = command("run", "-m", module, PYTHONSAFEPATH="1")
-    assert done.returncode == 2
-    assert "No module named" in done.stderr
-
-
-def test_python_m(tmp_path: Path) -> None:
+def test_python_m_honours_safe_path(tmp_path: Path) -> None:
+    module = write_module(tmp_path, "print('found')")
     done = subprocess.run(
-        [sys.executable, "-m", "saelens_scaffold", "--version"],
+        [sys.executable, "-m", "saelens_scaffold", "run", "-m", module],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.stdout == f"saelens-scaffold {version('saelens-scaffold')}\n"
+    if sys.version_info < (3, 11):  # in which it is new
+        assert (done.returncode, done.stdout) == (0, "found\n")
+    else:
+        assert done.returncode == 2
+        assert "No module named" in done.stderr
 
 
 @pytest.mark.parametrize("architecture", ["scaffold_batchtopk", "scaffold_matryoshka"])
-def test_train_help(architecture: str, command: RunCommand) -> None:
-    done = command("train", "--architecture", architecture, "--help")
-    assert done.returncode == 0, done.stderr
+def test_train_help(architecture: str) -> None:
+    done = forked_command("train", "--architecture", architecture, "--help")
+    assert done.wait() == 0, done.stderr
     for option in "--scaffold_rank", "--sparse_encoder_input", "--scaffold_init":
         assert option in done.stdout
     # a module that SAELens imports and that then runs is no cause for a warning
@@ -312,10 +302,9 @@ def training_options(folder: Path, **changes: object) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items()]
 
 
-def test_train_end_to_end(command: RunCommand, tmp_path: Path) -> None:
-    # one thread: with tensors this small, more get in each other's way
-    done = command("train", *training_options(tmp_path), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+def test_train_end_to_end(tmp_path: Path) -> None:
+    done = forked_command("train", *training_options(tmp_path), cwd=tmp_path)
+    assert done.wait() == 0, done.stderr
 
     sae = SAE.load_from_disk(tmp_path / "sae")
     assert isinstance(sae, ScaffoldJumpReLUSAE)
@@ -323,46 +312,30 @@ def test_train_end_to_end(command: RunCommand, tmp_path: Path) -> None:
     assert sae.cfg.metadata.model_name == "py-neox"
 
 
-def test_interrupted_training_says_how_to_resume_and_resumes(
-    command: RunCommand, tmp_path: Path
-) -> None:
+def test_interrupted_training_says_how_to_resume_and_resumes(tmp_path: Path) -> None:
     options = training_options(tmp_path, training_tokens=10**8, d_sae=64)
-    with subprocess.Popen(
-        [str(Path(sys.executable).with_name("saelens-scaffold")), "train", *options],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    ) as process:
-        assert process.stderr is not None
-        errors = b""
-        while b"100|" not in errors:  # the progress bar at step 100
-            chunk = process.stderr.read1(4096)  # type: ignore[attr-defined]
-            assert chunk, errors.decode()
-            errors += chunk
-        for _ in range(3):  # some schedulers repeat it
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.1)
-        errors = process.stderr.read()
+    process = forked_command("train", *options, cwd=tmp_path)
+    # the progress bar at step 100
+    process.wait_until(lambda: "100|" in process.stderr)
+    for _ in range(3):  # some schedulers repeat it
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
     # the last may come when all has been said, while Python ends
-    assert process.returncode in (130, -signal.SIGTERM)
-    hint = re.search(r"--resume_from_checkpoint (\S+)", errors.decode())
-    assert hint is not None, errors.decode()
+    assert process.wait() in (130, -signal.SIGTERM)
+    hint = re.search(r"--resume_from_checkpoint (\S+)", process.stderr)
+    assert hint is not None, process.stderr
     checkpoint = tmp_path / hint[1]
     state = torch.load(checkpoint / "trainer_state.pt")
     assert state["n_training_steps"] >= 100
 
-    done = command(
-        "train",
-        *training_options(
-            tmp_path,
-            training_tokens=state["n_training_samples"] + 256,
-            d_sae=64,
-            resume_from_checkpoint=checkpoint,
-        ),
-        OMP_NUM_THREADS="1",
+    options = training_options(
+        tmp_path,
+        training_tokens=state["n_training_samples"] + 256,
+        d_sae=64,
+        resume_from_checkpoint=checkpoint,
     )
-    assert done.returncode == 0, done.stderr
+    done = forked_command("train", *options, cwd=tmp_path)
+    assert done.wait() == 0, done.stderr
     weights = load_file(checkpoint / "sae_weights.safetensors")
     sae = SAE.load_from_disk(tmp_path / "sae")
     # one more step moves the scaffold a little; a new start would move it a lot

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ import ray
 import torch
 import yaml
 
+from forked import PATIENCE, Forked, main_of
 from helpers import scaffold_sae
 from saelens_scaffold._util import cluster as clusters
 from saelens_scaffold._util.cluster import TaskFailedError
@@ -72,6 +72,10 @@ def two_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        # processes take seconds to begin, and serve one test after the other
+        keeping = {"idle_worker_killing_time_threshold_ms": 3_600_000}
+        keeping |= {"num_workers_soft_limit": 8, "enable_worker_prestart": False}
+        settings["_system_config"] = keeping
         ray.init("local", num_cpus=2, include_dashboard=False, **settings)
         yield
         ray.shutdown()
@@ -155,32 +159,30 @@ def test_a_worker_killed_in_training_and_one_in_an_evaluation(
     assert len([*(out / "training").glob("wave-*")]) == 2
 
 
+def _in_a_session(command: list[str]) -> int:
+    """As a shell starts a command, whose processes get a terminal's signals with it."""
+    os.setsid()
+    return main_of(command)
+
+
 def test_ctrl_c_and_the_same_again(
     file: Path, of_one_process: Path, two_workers: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     command = ["compare", str(file), "--output_path", str(out), "--ray"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "saelens_scaffold", *command],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    began = time.monotonic()
-    while not any(out.glob("training/wave-*/checkpoints/*/activation_stream.json")):
-        assert started.poll() is None, started.communicate()
-        assert time.monotonic() - began < 300
-        time.sleep(0.01)
+    started = Forked(_in_a_session, command)
+    checkpoints = "training/wave-*/checkpoints/*/activation_stream.json"
+    started.wait_until(lambda: any(out.glob(checkpoints)))
     started_by_ray = psutil.Process(started.pid).children(recursive=True)
     assert started_by_ray
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does
-    _, said = started.communicate(timeout=120)
-    assert started.returncode == 130, said
+    status, said = started.wait(), started.stderr
+    assert status == 130, said
     assert "repeat the command to go on" in said
     assert "Traceback" not in said
-    _, alive = psutil.wait_procs(started_by_ray, timeout=10)
+    _, alive = psutil.wait_procs(started_by_ray, timeout=PATIENCE)
     assert not alive
-    assert any(out.glob("training/wave-*/checkpoints/*/activation_stream.json"))
+    assert any(out.glob(checkpoints))
     assert main(command) == 0
     assert_same(out, of_one_process)
 

@@ -2,11 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import threading
+import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from wandb.errors import UsageError
 
 from chromium import launch, visit
+from forked import Forked
 from saelens_scaffold import hookimpl
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.tasks import Workers
@@ -259,21 +261,14 @@ def test_centred_saes_start_at_the_mean(tmp_path: Path) -> None:
             assert (started_at - scaffold).norm() < 0.3 * scaffold.norm(), name
 
 
-BROKEN_OFF = """
-import os, signal, sys, threading, time
-from pathlib import Path
-from saelens_scaffold_cli import main
+def _compare_until(file: Path, out: Path, pattern: str, number: int) -> int:
+    def watch() -> None:
+        while not any(out.glob(pattern)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
 
-file, out, pattern, number = sys.argv[1:]
-
-def watch():
-    while not any(Path(out).glob(pattern)):
-        time.sleep(0.01)
-    os.kill(os.getpid(), int(number))
-
-threading.Thread(target=watch, daemon=True).start()
-sys.exit(main(["compare", file, "--output_path", out]))
-"""
+    threading.Thread(target=watch, daemon=True).start()
+    return main(["compare", str(file), "--output_path", str(out)])
 
 
 def break_off(file: Path, out: Path, pattern: str, number: int) -> tuple[int, str]:
@@ -284,14 +279,8 @@ def break_off(file: Path, out: Path, pattern: str, number: int) -> tuple[int, st
         Its exit status, and the end of what it wrote to stderr.
     """
     # the process sends it itself: on a busy machine another might come too late
-    finished = subprocess.run(
-        [sys.executable, "-c", BROKEN_OFF, *map(str, (file, out, pattern, number))],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    )
-    return finished.returncode, finished.stderr[-3000:]
+    process = Forked(_compare_until, file, out, pattern, number)
+    return process.wait(), process.stderr[-3000:]
 
 
 @pytest.mark.sae_bench

@@ -1,12 +1,12 @@
 """Every measured number in README and docs is one that a recorded command printed."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from docs_check import unrecorded
+from forked import forked_code
 
 RECORD = Path(__file__).parents[1] / "benchmarks/record.py"
 HEADER = """\
@@ -127,8 +127,9 @@ def test_record_keeps_what_a_command_prints(tmp_path: Path) -> None:
     counter.write_text("1")
 
     def record(*arguments: str) -> int:
-        command = [sys.executable, str(RECORD), "run", "--folder", str(folder)]
-        return subprocess.run([*command, *arguments], capture_output=True).returncode
+        argv = ["run", "--folder", str(folder), *arguments]
+        code = f"import runpy; runpy.run_path({str(RECORD)!r}, run_name='__main__')"
+        return forked_code(code, *argv).wait()
 
     program = "import sys; print('score 0.' + open(sys.argv[1]).read())"
     command = (sys.executable, "-c", program, str(counter))

@@ -1,10 +1,7 @@
 """SAELens, TransformerLens and SAEBench see the whole SAE, on a real language model."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 
+from forked import Forked
 from helpers import scaffold_config
 from saelens_scaffold import (
     ScaffoldBatchTopKTrainingSAE,
@@ -306,25 +304,6 @@ def test_the_language_model_runner_trains_resumes_and_fine_tunes(
     assert len(starts) == 1
 
 
-INTERRUPTED_RUN = """
-import sys
-from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
-from saelens_scaffold import ScaffoldBatchTopKTrainingSAE
-from saelens_scaffold.models import load_embedded_model, load_stdlib_text
-import test_ecosystem as t
-
-forward = ScaffoldBatchTopKTrainingSAE.training_forward_pass
-
-def announce(self, step_input):
-    if step_input.n_training_steps == 12:
-        print("STEP 12", flush=True)
-    return forward(self, step_input)
-
-ScaffoldBatchTopKTrainingSAE.training_forward_pass = announce
-t.interruptible_runner(sys.argv[1], training_tokens=10**7).run()
-"""
-
-
 def interruptible_runner(directory: str, **overrides: Any) -> MultiSAETrainingRunner:
     return MultiSAETrainingRunner(
         MultiSAETrainingRunnerConfig(
@@ -340,21 +319,23 @@ def interruptible_runner(directory: str, **overrides: Any) -> MultiSAETrainingRu
     )
 
 
+def _train_and_say_when(directory: str) -> None:
+    forward = ScaffoldBatchTopKTrainingSAE.training_forward_pass
+
+    def announce(self: Any, step_input: Any) -> Any:
+        if step_input.n_training_steps == 12:
+            print("STEP 12", flush=True)
+        return forward(self, step_input)
+
+    ScaffoldBatchTopKTrainingSAE.training_forward_pass = announce  # type: ignore[method-assign]
+    interruptible_runner(directory, training_tokens=10**7).run()
+
+
 def test_sigterm_then_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    with subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED_RUN, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "STEP 12" in line:
-                process.send_signal(signal.SIGTERM)
-                break
-        assert process.wait(timeout=120) != 0
+    process = Forked(_train_and_say_when, str(tmp_path))
+    process.wait_until(lambda: "STEP 12" in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
     (checkpoint,) = tmp_path.glob("*/*")
     saved = torch.load(checkpoint / "sae" / "trainer_state.pt")
     assert saved["n_training_steps"] >= 12

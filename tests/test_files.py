@@ -1,14 +1,12 @@
 """Files and directories appear whole or not at all, and nothing is left behind."""
 
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from forked import forked_code
 from saelens_scaffold._util.files import new_directory, new_file
 
 
@@ -25,11 +23,10 @@ def names(folder: Path) -> list[str]:
 def killed(code: str, ready: Path) -> None:
     """Run Python code until a file is there, then kill it."""
     code = f"from saelens_scaffold._util.files import *\n{code}"
-    with subprocess.Popen([sys.executable, "-c", code]) as process:
-        while not ready.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    process = forked_code(code)
+    process.wait_until(ready.exists)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
 WAIT = "import time; time.sleep(600)"
@@ -132,7 +129,7 @@ def test_a_stale_name_of_an_older_version_does_not_block(tmp_path: Path) -> None
 
 def run_together(codes: Sequence[str]) -> list[int]:
     """Exit statuses of processes that run at the same time."""
-    processes = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+    processes = [forked_code(code) for code in codes]
     return [process.wait() for process in processes]
 
 

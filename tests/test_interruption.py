@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,9 +10,18 @@ from pathlib import Path
 import pytest
 from sae_lens.training._interruption import interrupt_callback
 
+from forked import forked_command
 from saelens_scaffold._util.interruption import interruptible, raise_if_interrupted
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture(autouse=True)
+def sigint_is_not_ignored() -> Iterator[None]:
+    """As it is, and inherited, where a shell runs the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def send(number: signal.Signals) -> None:
@@ -88,18 +96,11 @@ def test_ignored_signals_are_ignored(number: signal.Signals) -> None:
 def test_demo(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
     command = ["demo", "--quick", "--output_path", str(out)]
-    code = (
-        f"import sys; from saelens_scaffold_cli import main; sys.exit(main({command}))"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True
-    ) as process:
-        while not list(out.glob("*/*")):  # work has begun
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, written = process.communicate(timeout=120)
-    assert process.returncode == 130, written
+    process = forked_command(*command)
+    process.wait_until(lambda: list(out.glob("*/*")))  # work has begun
+    process.send_signal(number)
+    assert process.wait() == 130, process.stderr
+    written = process.stderr
     assert "repeat the command" in written
     assert "Traceback" not in written
     assert not list(out.rglob("results.json"))

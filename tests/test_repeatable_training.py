@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,10 @@ from sae_lens import (
 )
 from safetensors.torch import load_file
 
+from forked import Forked
 from saelens_scaffold import (
     RepeatableMultiSAETrainingRunner,
+    ScaffoldBatchTopKTrainingSAE,
     ScaffoldBatchTopKTrainingSAEConfig,
 )
 from saelens_scaffold.models import load_embedded_model, load_stdlib_text
@@ -68,39 +68,24 @@ def runner(directory: Path, **overrides: Any) -> RepeatableMultiSAETrainingRunne
     )
 
 
-BROKEN = """
-import os, signal, sys
-from pathlib import Path
-from saelens_scaffold import ScaffoldBatchTopKTrainingSAE
-from test_repeatable_training import runner
+def _die_in(directory: Path, step: int, name: str) -> None:
+    last = sorted((directory / "checkpoints").glob("*")) or None
+    forward = ScaffoldBatchTopKTrainingSAE.training_forward_pass
 
-directory, step, name = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-last = sorted((directory / "checkpoints").glob("*")) or None
-forward = ScaffoldBatchTopKTrainingSAE.training_forward_pass
+    def forward_or_die(self: Any, step_input: Any) -> Any:
+        if step_input.n_training_steps == step:
+            os.kill(os.getpid(), getattr(signal, name))
+        return forward(self, step_input)
 
-def forward_or_die(self, step_input):
-    if step_input.n_training_steps == step:
-        os.kill(os.getpid(), getattr(signal, name))
-    return forward(self, step_input)
-
-ScaffoldBatchTopKTrainingSAE.training_forward_pass = forward_or_die
-runner(directory, resume_from_checkpoint=last and str(last[-1])).run()
-"""
+    ScaffoldBatchTopKTrainingSAE.training_forward_pass = forward_or_die  # type: ignore[method-assign]
+    runner(directory, resume_from_checkpoint=last and str(last[-1])).run()
 
 
 def break_off(directory: Path, step: int, signal_name: str) -> None:
     """Train until a step, in another process, and end it there with a signal."""
-    search_path = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", BROKEN, str(directory), str(step), signal_name],
-        env=environment,
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    expected = {"SIGKILL": -signal.SIGKILL, "SIGINT": -signal.SIGINT}
-    assert done.returncode in (expected[signal_name], 1), done.stderr
+    process = Forked(_die_in, directory, step, signal_name)
+    expected = {"SIGKILL": -signal.SIGKILL, "SIGINT": 1}
+    assert process.wait() == expected[signal_name], process.stderr
 
 
 def test_broken_twice_is_the_same_as_unbroken(tmp_path: Path) -> None:

@@ -1,26 +1,31 @@
 """One SAE trained by several processes, as torchrun starts them."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
 from sae_lens import ActivationsStore
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import seeded_train
+from forked import Forked
 from saelens_scaffold._util.errors import UserError
+from saelens_scaffold._util.interruption import interruptible
 from saelens_scaffold.models import load_embedded_model
 from saelens_scaffold.training.command import _parse
+from saelens_scaffold.training.processes import Processes
 from saelens_scaffold.training.sharded_runner import check_sharded
 from saelens_scaffold.training.shared_activations import SharedActivationsStore
 from saelens_scaffold_cli import main
@@ -47,26 +52,29 @@ def options(folder: Path, **changes: object) -> list[str]:
     )
 
 
-def torchrun(
+def forked(
     n: int, args: list[str], cwd: Path, max_restarts: int = 0, **environment: str
-) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={n}", f"--max-restarts={max_restarts}"]
-    return subprocess.Popen(
-        [*command, str(SCRIPT), *args],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+) -> Forked:
+    """What torchrun starts, but that the processes are forks of one."""
+    setting: Any = {"cwd": cwd, "environment": environment}
+    return Forked(_launch, n, args, max_restarts, **setting)
+
+
+def _launch(n: int, args: list[str], max_restarts: int) -> None:
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        run_id=str(uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        start_method="fork",
     )
-
-
-def said_by(process: subprocess.Popen[str]) -> str:
-    """What a command has printed, and what our command said at the end."""
-    with process:
-        said, _ = process.communicate(timeout=240)
-    return said
+    try:
+        elastic_launch(config, seeded_train.train)(*args)
+    except ChildFailedError as error:
+        sys.exit(str(error))
 
 
 def lines_of(said: str) -> list[str]:
@@ -115,7 +123,12 @@ LOGGED = {
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder in which two processes have trained an SAE."""
     folder = tmp_path_factory.mktemp("of_two")
-    said = said_by(torchrun(2, options(folder, **LOGGED), folder))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(SCRIPT), *options(folder, **LOGGED)]
+    done = subprocess.run(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    said = done.stdout
     assert (folder / "sae" / "cfg.json").exists(), said
     # of one process only
     assert len([*folder.glob("wandb/offline-run-*")]) == 1
@@ -168,8 +181,9 @@ def test_any_number_of_processes_goes_on(
     changes = {"resume_from_checkpoint": checkpoint, "n_checkpoints": 0}
     of_four = tmp_path / "of_four"
     of_four.mkdir()
-    said = said_by(torchrun(4, options(of_four, **changes), of_four))
-    assert (of_four / "sae" / "cfg.json").exists(), said
+    process = forked(4, options(of_four, **changes), of_four)
+    assert process.wait() == 0, process.stderr
+    assert (of_four / "sae" / "cfg.json").exists()
     train_here(monkeypatch, tmp_path, **changes)
     assert_same_sae(of_four / "sae", tmp_path / "sae")
     assert state(checkpoint)["n_training_samples"] == 2304
@@ -179,7 +193,9 @@ def test_a_process_that_is_killed_ends_all_and_auto_goes_on(tmp_path: Path) -> N
     args = options(tmp_path, resume_from_checkpoint="auto", training_tokens=8192)
     args.remove("--n_checkpoints=3")
     end = f"1:19:{signal.SIGKILL}"
-    said = said_by(torchrun(2, args, tmp_path, max_restarts=1, END=end))
+    process = forked(2, args, tmp_path, max_restarts=1, END=end)
+    assert process.wait() == 0, process.stderr
+    said = process.stderr
     (line,) = lines_of(said)
     ended = "saelens-scaffold train: interrupted. Another process of the training has ended."
     assert line.startswith(f"{ended} To go on from checkpoints/"), said
@@ -193,13 +209,12 @@ def test_a_process_that_is_killed_ends_all_and_auto_goes_on(tmp_path: Path) -> N
 def test_ctrl_c_leaves_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = torchrun(2, options(tmp_path, training_tokens=10**8), tmp_path)
-    assert process.stdout is not None
-    said = ""
-    while "100|" not in said:  # the progress bar at step 100
-        said += process.stdout.read(1)
+    process = forked(2, options(tmp_path, training_tokens=10**8), tmp_path)
+    # the progress bar at step 100
+    process.wait_until(lambda: "100|" in process.stderr)
     process.send_signal(signal.SIGINT)
-    (line,) = lines_of(said_by(process))
+    assert process.wait() != 0
+    (line,) = lines_of(process.stderr)
     found = re.search(r"interrupted. To go on, .* --resume_from_checkpoint (\S+)", line)
     assert found is not None, line
     checkpoint = tmp_path / found[1]
@@ -214,40 +229,39 @@ def test_ctrl_c_leaves_a_checkpoint(
 
 
 def test_what_cannot_be_sharded_is_said_once(tmp_path: Path) -> None:
-    started = time.monotonic()
-    said = said_by(torchrun(2, options(tmp_path, kernels="reference"), tmp_path))
+    process = forked(2, options(tmp_path, kernels="reference"), tmp_path)
+    assert process.wait() == 1
+    said = process.stderr
     (line,) = lines_of(said)
     assert line.startswith("saelens-scaffold train: error: kernels is 'reference'")
     assert re.findall(r"exitcode +: (-?\d+)", said).count("2") >= 1
-    assert said.count("Traceback (most recent call last)") == 1  # torchrun's own
+    # of our own; torchrun's begin with where they are from
+    assert not re.search("^Traceback", said, re.MULTILINE)
     assert "Loading weights" not in said
-    assert time.monotonic() - started < 60
+
+
+def _wait_in_vain() -> None:
+    Processes.patience = 0.1
+    with interruptible():
+        Processes()
 
 
 def test_a_process_that_waits_for_one_that_has_ended_ends() -> None:
-    waiting = """
-import os, signal, threading
-from saelens_scaffold._util.interruption import interruptible
-from saelens_scaffold.training.processes import Processes
-
-Processes.patience = 0.5
-with interruptible():
-    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    Processes()  # the other does not come
-"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(
-        [sys.executable, "-c", waiting],
-        env={**os.environ, **group, "MASTER_PORT": port},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert done.returncode == 130
+    process = Forked(_wait_in_vain, environment={**group, "MASTER_PORT": "0"})
+
+    def is_waiting() -> bool:
+        """Where PyTorch listens for the other process, and none of Python runs."""
+        found = (
+            each for each in psutil.net_connections("tcp") if each.pid == process.pid
+        )
+        return any(each.status == psutil.CONN_LISTEN for each in found)
+
+    process.wait_until(is_waiting)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 130, process.stderr
     said = "saelens-scaffold train: interrupted. Another process of the training has ended."
-    assert lines_of(done.stderr) == [said]
+    assert lines_of(process.stderr) == [said]
 
 
 class OneOf:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.sae import TrainStepInput
 
 import sharding_helpers
+from forked import PATIENCE
 from helpers import D_IN, RANK, scaffold_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.kernels import torch_ops
@@ -78,11 +79,11 @@ def assert_same(parts: list[Trained], whole: Trained, tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("world_size", "overrides", "dtype", "n_steps"),
     [
-        (2, BATCHTOPK, "float32", 200),
-        (2, BATCHTOPK, "float64", 200),
-        (2, MATRYOSHKA, "float64", 200),
-        (2, REVIVED_BY_LEVEL, "float32", 200),
-        (4, BATCHTOPK, "float32", 200),
+        (2, BATCHTOPK, "float32", 60),
+        (2, BATCHTOPK, "float64", 60),
+        (2, MATRYOSHKA, "float64", 60),
+        (2, REVIVED_BY_LEVEL, "float32", 60),
+        (4, BATCHTOPK, "float32", 60),
         (4, REVIVED_BY_LEVEL, "float64", 50),
     ],
 )
@@ -218,9 +219,9 @@ class ThreadShard(Shard):
 
     def _reduce_(self, tensor: torch.Tensor, operation: Any) -> torch.Tensor:
         self._tensors[self.rank] = tensor.clone()
-        self._barrier.wait(10)
+        self._barrier.wait(PATIENCE)
         every = torch.stack(self._tensors)
-        self._barrier.wait(10)
+        self._barrier.wait(PATIENCE)
         is_sum = operation == dist.ReduceOp.SUM
         return tensor.copy_(every.sum(0) if is_sum else every.amax(0))
 

@@ -1,6 +1,7 @@
 """What a language model computes of a text, kept for whoever asks for the same again."""
 
 from collections.abc import Callable, Hashable
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import torch
@@ -34,17 +35,17 @@ class Kept:
         return len(self._found)
 
     def __call__(
-        self, what: Hashable, tokens: torch.Tensor, make: Callable[[], T]
+        self, what: Hashable, make: Callable[[], T], *given: torch.Tensor
     ) -> T:
         """
-        What was kept for these tokens, or what is made now.
+        What was kept for these tensors, or what is made now.
 
         Args:
             what: Everything else that it depends on.
-            tokens: Of any shape.
             make: Computes it: tensors, which nobody changes, in tuples, lists or dictionaries.
+            given: Tokens, say.
         """
-        key = what, tokens.shape, tokens.cpu().numpy().tobytes()
+        key = what, *map(_fingerprint, given)
         if key not in self._found:
             made = make()
             parts = {id(part): part for part in tree_leaves(made)}.values()
@@ -54,3 +55,9 @@ class Kept:
             self._room -= n_bytes
             self._found[key] = made
         return self._found[key]
+
+
+def _fingerprint(tensor: torch.Tensor) -> Hashable:
+    content = tensor.detach().contiguous().flatten().view(torch.uint8)
+    digest = blake2b(content.cpu().numpy().tobytes()).digest()
+    return tensor.dtype, tensor.shape, digest

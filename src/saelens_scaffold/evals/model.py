@@ -1,11 +1,11 @@
 """The language model of an evaluation, cut in two at the SAEs' hook point."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformer_lens import HookedTransformer
@@ -18,6 +18,8 @@ from saelens_scaffold.models.language_models import (
     LanguageModel,
     residual_post,
 )
+
+T = TypeVar("T")
 
 
 def choose_device(device: str | None) -> str:
@@ -86,8 +88,12 @@ class HookedModel:
             Activations at the hook point, shape (batch, seq, d_in), heads flattened; and
             what `above` goes on from.
         """
-        what = ("below", self.hook_name, *model_key(self.model))
-        return self._kept(what, tokens, lambda: self._below(tokens))
+        return self.once("below", lambda: self._below(tokens), tokens)
+
+    def once(self, what: Hashable, make: Callable[[], T], *given: torch.Tensor) -> T:
+        """What is the same for all SAEs: as `Kept`, for this model and hook point."""
+        key = (what, self.hook_name, *model_key(self.model))
+        return self._kept(key, make, *given)
 
     def _below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Any]:
         if isinstance(self.model, HookedTransformer):
@@ -192,7 +198,7 @@ class HookedBatch:
     """
 
     def __init__(self, hooked: HookedModel, tokens: torch.Tensor, counts: torch.Tensor):
-        self._hooked = hooked
+        self._hooked, self._tokens = hooked, tokens
         self.full, self._start = hooked.below(tokens)
         self._select(counts)
 
@@ -211,6 +217,19 @@ class HookedBatch:
         batch = copy(self)
         batch._select(counts)
         return batch
+
+    def among(self, others: "HookedBatch") -> torch.Tensor:
+        """
+        Mask of this one's `x` in that of others, which may change these tokens and more.
+
+        Args:
+            others: The same run.
+        """
+        return self._counts[others._counts]
+
+    def once(self, what: Hashable, make: Callable[[], T], *given: torch.Tensor) -> T:
+        """As `HookedModel.once`, for this batch and the tokens that may be changed."""
+        return self._hooked.once(what, make, self._tokens, self._counts, *given)
 
     def full_with(self, x: torch.Tensor) -> torch.Tensor:
         """`full`, with other activations of the tokens that count."""
@@ -234,7 +253,7 @@ def kept_activations_at(
     if kept is None:
         return activations_at(model, tokens, hook_names)
     what = ("activations", *hook_names, *model_key(model))
-    return kept(what, tokens, lambda: activations_at(model, tokens, hook_names))
+    return kept(what, lambda: activations_at(model, tokens, hook_names), tokens)
 
 
 @torch.no_grad()

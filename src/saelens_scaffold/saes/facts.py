@@ -117,9 +117,13 @@ class ActiveLatents:
     """
 
     def __init__(self, acts: torch.Tensor):
-        self._acts = acts
+        self._shape = acts.shape
         self.token, self.latent = acts.nonzero(as_tuple=True)
         self.values = acts[self.token, self.latent]
+        # sparse products do not exist on MPS, nor everywhere in half precision
+        may_be_sparse = acts.device.type != "mps" and acts.dtype in _SPARSE_DTYPES
+        is_sparse = may_be_sparse and len(self.values) < _SPARSE_BELOW * acts.numel()
+        self._dense = None if is_sparse else acts
 
     def decode(self, sae: SAE[Any], kept: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -132,19 +136,15 @@ class ActiveLatents:
         Returns:
             Shape (n_tokens, d_in).
         """
-        acts = self._acts
-        # sparse products do not exist on MPS, nor everywhere in half precision
-        may_be_sparse = acts.device.type != "mps" and acts.dtype in _SPARSE_DTYPES
-        if may_be_sparse and len(self.values) < _SPARSE_BELOW * acts.numel():
-            indices, values = torch.stack([self.token, self.latent]), self.values
-            if kept is not None:
-                of_kept = kept[self.latent]
-                indices, values = indices[:, of_kept], values[of_kept]
-            acts = torch.sparse_coo_tensor(
-                indices, values, acts.shape, is_coalesced=True, check_invariants=False
-            )
-        elif kept is not None:
-            acts = acts * kept
+        if self._dense is not None:
+            return sae.decode(self._dense if kept is None else self._dense * kept)
+        indices, values = torch.stack([self.token, self.latent]), self.values
+        if kept is not None:
+            of_kept = kept[self.latent]
+            indices, values = indices[:, of_kept], values[of_kept]
+        acts = torch.sparse_coo_tensor(
+            indices, values, self._shape, is_coalesced=True, check_invariants=False
+        )
         return sae.decode(acts)
 
 

@@ -98,7 +98,7 @@ class SharedRuns:
             return read[0]
 
         what = (name, *sorted(options.items()), self._key)
-        return self._kept(what, tokens, make)
+        return self._kept(what, make, tokens)
 
     def _layer_after(self, name: str) -> int | None:
         """The layer whose input a hook point is, if what is behind it can be run alone."""
@@ -124,7 +124,7 @@ class SharedRuns:
             residual = self._keep((what, "last"), tokens, last)
             return self._from(residual, tokens, options)
 
-        return self._outputs((what, *sorted(options.items())), tokens, make)
+        return self._outputs((what, *sorted(options.items())), make, tokens)
 
     def _from(
         self, last: torch.Tensor, tokens: torch.Tensor, options: dict[str, Any]
@@ -137,4 +137,4 @@ class SharedRuns:
         self, what: Any, tokens: torch.Tensor, make: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """Activations that were kept for these tokens, or those made now."""
-        return self._kept((what, self._key), tokens, make)
+        return self._kept((what, self._key), make, tokens)

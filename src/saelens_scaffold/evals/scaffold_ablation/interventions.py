@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -38,14 +38,23 @@ class Batch:
 
     Args:
         x: Activations of the tokens that count, shape (n_tokens, d_in).
+        whole: A batch that has these among others, for all of which SAEs are run.
+        among: Mask of these in it.
     """
 
-    def __init__(self, x: torch.Tensor):
-        self.x = x
+    def __init__(
+        self,
+        x: torch.Tensor,
+        whole: "Batch | None" = None,
+        among: torch.Tensor | None = None,
+    ):
+        self.x, self._whole, self._among = x, whole, among
         self._encoded: dict[SAE[Any], tuple[ActiveLatents, torch.Tensor]] = {}
 
     def reconstruction(self, sae: SAE[Any]) -> torch.Tensor:
         """x̂, shape (n_tokens, d_in)."""
+        if self._whole is not None:
+            return self._whole.reconstruction(sae)[self._among]
         return self._encode(sae)[0].decode(sae)
 
     def part_of(self, sae: SAE[Any], latents: torch.Tensor) -> torch.Tensor:
@@ -59,6 +68,8 @@ class Batch:
         Returns:
             Shape (n_tokens, d_in).
         """
+        if self._whole is not None:
+            return self._whole.part_of(sae, latents)[self._among]
         active, nothing = self._encode(sae)
         return active.decode(sae, latents) - nothing
 
@@ -71,6 +82,8 @@ class Batch:
             self._encoded[sae] = active, active.decode(sae, none)
         return self._encoded[sae]
 
+
+T = TypeVar("T")
 
 Change = Callable[[Batch], torch.Tensor]
 
@@ -87,7 +100,7 @@ class Intervention:
         changes: From the activations to the changed ones, one for each draw.
         kind: "reference", "scaffold", "geometry" or "dictionary".
         size: Number of dimensions or latents that are removed, if that says something.
-        of_model: Whether it is the same for all SAEs, given its name and size.
+        given: What defines it besides its name, if it is the same for all SAEs; else None.
         description: What it does, in words; by default that in `DESCRIPTIONS`.
         special_tokens: Whether it changes BOS, EOS and padding as well, and is fitted on
             them.
@@ -97,7 +110,7 @@ class Intervention:
     changes: list[Change]
     kind: str = "reference"
     size: int | None = None
-    of_model: bool = False
+    given: tuple[torch.Tensor, ...] | None = None
     description: str = ""
     special_tokens: bool = False
 
@@ -112,7 +125,7 @@ class Intervention:
 
     def identity(self, sae_key: str = "") -> Identity:
         """What tells it from others. SAEs share an intervention that is of the model."""
-        return (self.name, self.size, None if self.of_model else sae_key)
+        return (self.name, self.size, sae_key if self.given is None else None)
 
     def fields(self) -> dict[str, Any]:
         """What the evaluation's output says of it."""
@@ -124,7 +137,7 @@ class Intervention:
         }
 
 
-CLEAN = Intervention("clean", [lambda batch: batch.x], of_model=True)
+CLEAN = Intervention("clean", [lambda batch: batch.x], given=())
 
 
 def distinct(
@@ -145,13 +158,20 @@ def distinct(
         An intervention's identity, the intervention, and the activations it changes.
     """
     found: set[Identity] = set()
+    batches = _batches(runs)  # a baseline is encoded once for all
     for sae in group:
-        batches = {special: Batch(run.x) for special, run in runs.items()}
         for change in changes[sae.key]:
             identity = change.identity(sae.key)
             if identity not in found:
                 found.add(identity)
                 yield identity, change, batches[change.special_tokens]
+
+
+def _batches(runs: Mapping[bool, HookedBatch]) -> dict[bool, Batch]:
+    if True not in runs:
+        return {False: Batch(runs[False].x)}
+    whole, part = Batch(runs[True].x), runs[False]
+    return {True: whole, False: Batch(part.x, whole, part.among(runs[True]))}
 
 
 def interventions(
@@ -179,13 +199,11 @@ def _interventions(
     generator = torch.Generator().manual_seed(config.random_seed)
     mean = of.like_weights(fit.moments.mean)
     basis, rank, sae = of.scaffold_basis, of.pca_rank, of.sae.sae
-    references: dict[str, Change] = {
-        "sae_reconstruction": lambda batch: batch.reconstruction(sae),
-        "zero_ablation": lambda batch: torch.zeros_like(batch.x),
-        "mean_ablation": lambda batch: mean.expand_as(batch.x),
-    }
-    for name, change in references.items():
-        yield Intervention(name, [change], of_model=name != "sae_reconstruction")
+    yield Intervention("sae_reconstruction", [lambda batch: batch.reconstruction(sae)])
+    zero: Change = lambda batch: torch.zeros_like(batch.x)  # noqa: E731
+    yield Intervention("zero_ablation", [zero], given=())
+    as_mean: Change = lambda batch: mean.expand_as(batch.x)  # noqa: E731
+    yield Intervention("mean_ablation", [as_mean], given=(mean,))
     if basis is not None:
         yield from _of_scaffold(of, basis)
     bases = {
@@ -196,9 +214,9 @@ def _interventions(
         ],
         "outlier_dimensions": [torch.eye(len(mean))[fit.outliers[:rank].cpu()]],
     }
-    removal = partial(Intervention, kind="geometry", size=rank, of_model=True)
     for name, draws in bases.items():
         like = [of.like_weights(draw) for draw in draws]
+        removal = partial(Intervention, kind="geometry", size=rank, given=(mean, *like))
         yield removal(f"{name}_mean_ablated", [_projection(b, mean) for b in like])
         yield removal(f"{name}_projected_out", [_projection(b) for b in like])
     if basis is not None:
@@ -322,15 +340,42 @@ def measure_losses(
             runs[True] = run.changing(stream.counts(tokens, special=True))
         for identity, change, of in distinct(group, changes, runs):
             changed = runs[change.special_tokens]
-            draws = [
-                clean.compare(changed.above(changed.full_with(draw(of))))
-                for draw in change.changes
-            ]
-            batch[identity] = torch.stack(draws).mean(dim=0)
+            losses = partial(_mean_losses, change, of, changed, clean)
+            batch[identity] = once("losses", change, changed, losses, counts)
         for identity, losses in batch.items():
             sums[identity] += torch.stack([weights @ loss for loss in losses])
     means = {identity: of / n_predictions for identity, of in sums.items()}
     return means, int(n_predictions[0])
+
+
+def _mean_losses(
+    change: Intervention, of: Batch, run: HookedBatch, clean: CleanPredictions
+) -> torch.Tensor:
+    draws = (run.above(run.full_with(draw(of))) for draw in change.changes)
+    return torch.stack([clean.compare(logits) for logits in draws]).mean(dim=0)
+
+
+def once(
+    what: str,
+    change: Intervention,
+    run: HookedBatch,
+    make: Callable[[], T],
+    *given: torch.Tensor,
+) -> T:
+    """
+    What comes of an intervention on a batch; of one that is the same for all SAEs, what
+    came of it for others.
+
+    Args:
+        what: Comes of it.
+        change: The intervention.
+        run: The batch, of which it changes activations.
+        make: Computes it.
+        given: What it depends on besides.
+    """
+    if change.given is None:
+        return make()
+    return run.once((what, change.name), make, *change.given, *given)
 
 
 def result_details(

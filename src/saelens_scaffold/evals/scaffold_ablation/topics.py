@@ -234,8 +234,7 @@ class TopicProbes:
             texts = [self._tokens[i] for i in self._order[start : start + size]]
             batch = _TextBatch(self._config, self._hooked, texts, self._selection)
             for identity, change, of in ablations.distinct(group, changes, batch.runs):
-                x = change.changes[0](of)
-                parts[identity].append(batch.features(x, change.special_tokens))
+                parts[identity].append(batch.features(change, of))
         rank_of_text = torch.tensor(self._order).argsort()
         return {
             identity: {
@@ -278,15 +277,21 @@ class _TextBatch:
             self.runs[True] = run.changing(in_text.to(device))
         self._weights = _pooling_weights(counts, config.topic_pooling)[..., None]
 
-    def features(self, x: torch.Tensor, special_tokens: bool) -> _Features:
-        """What a probe reads of each text with other activations of those tokens."""
-        run = self.runs[special_tokens]
-        full = run.full_with(x)
-        last = run.above(full, final_residual=True)
-        return {
-            place: (acts.float() * self._weights).sum(dim=1).cpu()
-            for place, acts in zip(_PLACES, (full, last), strict=True)
-        }
+    def features(
+        self, change: ablations.Intervention, of: ablations.Batch
+    ) -> _Features:
+        """What a probe reads of each text with changed activations."""
+        run = self.runs[change.special_tokens]
+
+        def make() -> _Features:
+            full = run.full_with(change.changes[0](of))
+            last = run.above(full, final_residual=True)
+            return {
+                place: (acts.float() * self._weights).sum(dim=1).cpu()
+                for place, acts in zip(_PLACES, (full, last), strict=True)
+            }
+
+        return ablations.once("features", change, run, make, self._weights)
 
 
 def _pooling_weights(counts: torch.Tensor, pooling: str) -> torch.Tensor:

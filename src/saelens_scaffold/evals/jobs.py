@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class Job:
         text_column: Its column, likewise.
         api_key: Key of the OpenAI API.
         model_class_name: Class of the language model.
-        kept: What the language model computes, for all jobs of a plan.
+        kept: What the language model computes, for all jobs of a plan that have it.
     """
 
     evaluation: Evaluation
@@ -183,7 +184,7 @@ def plan(
     used = {"dataset_split", "text_column"} if reads_text else set()
     text = (_dataset_split(options) or "train", options.get("text_column", "text"))
     jobs: list[Job] = []
-    kept = Kept()
+    kept: defaultdict[tuple[str, ...], Kept] = defaultdict(Kept)
     for evaluation in named:
         implementation = evaluation.load()
         config_class = validating(implementation.config_class)
@@ -203,8 +204,10 @@ def plan(
         folder = Path(output_path, file_name(evaluation.name))
         where = (device, folder, Path(artifacts_path))
         of_job = (evaluation, implementation, config, *where, *text, api_key)
-        of_config: Any = getattr(config, "model_class_name", model_class)
-        jobs.append(Job(*of_job, of_config, kept))
+        of_config: ModelClass = getattr(config, "model_class_name", model_class)
+        dtype = getattr(config, "llm_dtype", "")
+        model = (config.model_name, dtype, of_config)
+        jobs.append(Job(*of_job, of_config, kept[model]))
     unused = [name for name in options if name not in used | {"model_name"}]
     if api_key_file is not None and api_key is None:
         unused.append("api_key_file")

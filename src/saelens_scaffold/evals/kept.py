@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 class Kept:
     """
-    Results of runs of a language model on batches of tokens.
+    Results of runs of one language model on batches of tokens.
 
     The first ones are kept, on their device; what `max_bytes` do not hold is computed again.
     In another process it is empty.

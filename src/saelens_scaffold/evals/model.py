@@ -42,13 +42,6 @@ def choose_device(device: str | None) -> str:
     return device
 
 
-def model_key(model: LanguageModel) -> tuple[str, ...]:
-    """What tells a language model from the others of a process, for `Kept`."""
-    cfg = model.cfg
-    dtype = next(iter(model.parameters())).dtype
-    return (str(cfg.model_name), str(cfg.device), str(dtype), type(model).__name__)
-
-
 class HookedModel:
     """
     A language model at one hook point.
@@ -91,9 +84,8 @@ class HookedModel:
         return self.once("below", lambda: self._below(tokens), tokens)
 
     def once(self, what: Hashable, make: Callable[[], T], *given: torch.Tensor) -> T:
-        """What is the same for all SAEs: as `Kept`, for this model and hook point."""
-        key = (what, self.hook_name, *model_key(self.model))
-        return self._kept(key, make, *given)
+        """What is the same for all SAEs: as `Kept`, for this hook point."""
+        return self._kept((what, self.hook_name), make, *given)
 
     def _below(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Any]:
         if isinstance(self.model, HookedTransformer):
@@ -252,7 +244,7 @@ def kept_activations_at(
     """As `activations_at`, unless they are kept."""
     if kept is None:
         return activations_at(model, tokens, hook_names)
-    what = ("activations", *hook_names, *model_key(model))
+    what = ("activations", *hook_names)
     return kept(what, lambda: activations_at(model, tokens, hook_names), tokens)
 
 

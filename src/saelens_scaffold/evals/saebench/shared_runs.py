@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from saelens_scaffold.evals.kept import Kept
-from saelens_scaffold.evals.model import model_key
 from saelens_scaffold.models.language_models import HookPoint, LanguageModel
 
 
@@ -33,7 +32,6 @@ class SharedRuns:
         self._n_layers = model.cfg.n_layers
         self._kept = Kept() if kept is None else kept
         self._outputs = Kept(self._kept.max_bytes)
-        self._key = model_key(model)
         self._shares = getattr(model.tokenizer, "padding_side", None) == "right"
 
     def __getattr__(self, name: str) -> Any:
@@ -97,8 +95,7 @@ class SharedRuns:
             self._model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
             return read[0]
 
-        what = (name, *sorted(options.items()), self._key)
-        return self._kept(what, make, tokens)
+        return self._kept((name, *sorted(options.items())), make, tokens)
 
     def _layer_after(self, name: str) -> int | None:
         """The layer whose input a hook point is, if what is behind it can be run alone."""
@@ -107,8 +104,8 @@ class SharedRuns:
 
     def _below(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
         """What layer `layer` gets, shape (batch, seq, d_model)."""
-        return self._keep(
-            ("below", layer), tokens, lambda: self._model(tokens, stop_at_layer=layer)
+        return self._kept(
+            ("below", layer), lambda: self._model(tokens, stop_at_layer=layer), tokens
         )
 
     def _output(
@@ -121,7 +118,7 @@ class SharedRuns:
         """The output that belongs to a residual stream after the last layer."""
 
         def make() -> Any:
-            residual = self._keep((what, "last"), tokens, last)
+            residual = self._kept((what, "last"), last, tokens)
             return self._from(residual, tokens, options)
 
         return self._outputs((what, *sorted(options.items())), make, tokens)
@@ -132,9 +129,3 @@ class SharedRuns:
         return self._model(
             last, start_at_layer=self._n_layers, tokens=tokens, **options
         )
-
-    def _keep(
-        self, what: Any, tokens: torch.Tensor, make: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
-        """Activations that were kept for these tokens, or those made now."""
-        return self._kept((what, self._key), make, tokens)

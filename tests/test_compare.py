@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from filelock import FileLock
 from playwright.sync_api import sync_playwright
@@ -162,6 +163,7 @@ def test_a_training_is_logged_where_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb.teardown()  # the session of another test, which has read its environment
     grid = {**SMALL["grid"], "k": [4], "seed": [0]}
     dense = {"dense_latents": SMALL["evaluations"]["dense_latents"]}
     changes = {"grid": grid, "evaluations": dense, "wandb_project": "experiments"}

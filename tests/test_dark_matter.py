@@ -23,7 +23,7 @@ from saelens_scaffold.evals.registry import EVALUATIONS
 from saelens_scaffold.evals.runner import run_eval
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.models import load_embedded_model, load_stdlib_text
-from saelens_scaffold.models.attention import fuse_attention
+from saelens_scaffold.models.fused import fuse
 from saelens_scaffold_cli import main
 
 CONTEXT, N_FIT, N_TEST = 64, 3_000, 1_500
@@ -57,7 +57,7 @@ def evaluate(path: Path, saes: dict[str, Any], **overrides: Any) -> dict[str, An
 @pytest.fixture(scope="module")
 def model() -> HookedTransformer:
     model = load_embedded_model()
-    fuse_attention(model)  # as evaluations do: near-equal singular values feel rounding
+    fuse(model)  # as evaluations do: near-equal singular values feel rounding
     return model
 
 

@@ -205,9 +205,8 @@ def plan(
         where = (device, folder, Path(artifacts_path))
         of_job = (evaluation, implementation, config, *where, *text, api_key)
         of_config: ModelClass = getattr(config, "model_class_name", model_class)
-        dtype = getattr(config, "llm_dtype", "")
-        model = (config.model_name, dtype, of_config)
-        jobs.append(Job(*of_job, of_config, kept[model]))
+        model = tuple(getattr(config, name, "") for name in ("model_name", "llm_dtype"))
+        jobs.append(Job(*of_job, of_config, kept[(*model, of_config)]))
     unused = [name for name in options if name not in used | {"model_name"}]
     if api_key_file is not None and api_key is None:
         unused.append("api_key_file")

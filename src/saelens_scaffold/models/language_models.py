@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from saelens_scaffold._util.compat import release
 from saelens_scaffold._util.errors import UserError, loading, one_line
-from saelens_scaffold.models.attention import fuse_attention
+from saelens_scaffold.models.fused import fuse
 from saelens_scaffold.models.local import (
     EMBEDDED_MODEL_NAME,
     OFFICIAL_MODEL_NAMES,
@@ -101,7 +101,7 @@ def load_language_model(
         if model_class_name == "HookedTransformer":
             load = HookedTransformer.from_pretrained_no_processing
             model: Any = load(name, device=device, dtype=torch_dtype, **keywords)
-            fuse_attention(model)
+            fuse(model)
             return model
         path = transformers_name(model_name)
         if model_class_name == "TransformerBridge":

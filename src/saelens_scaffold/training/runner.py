@@ -38,7 +38,7 @@ from saelens_scaffold._util.interruption import (
 )
 from saelens_scaffold._util.untrusted import read_json
 from saelens_scaffold.kernels.choice import Kernels
-from saelens_scaffold.models.attention import fused_attention
+from saelens_scaffold.models.fused import fused
 from saelens_scaffold.saes import ScaffoldBatchTopKTrainingSAE
 from saelens_scaffold.saes.calibration import SampledBatches, calibrate_threshold
 from saelens_scaffold.saes.facts import l0_warning
@@ -139,7 +139,7 @@ class ResumableTrainingRunner(LanguageModelSAETrainingRunner):
         if not self.cfg.use_cached_activations:
             store = self.activations_store
             self._first_epoch = getattr(store, "iterable_sequences", None)
-        with interruptible(), fused_attention(self.model):
+        with interruptible(), fused(self.model):
             return super().run()
 
     @override
@@ -374,7 +374,7 @@ class RepeatableMultiSAETrainingRunner(MultiSAETrainingRunner):
         # SAELens would wind its own store forward, to an inexact position.
         self._resume_from = self.cfg.resume_from_checkpoint
         self.cfg.resume_from_checkpoint = None
-        with fused_attention(self.model):
+        with fused(self.model):
             return super().run()
 
     @override

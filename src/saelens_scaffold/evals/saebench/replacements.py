@@ -26,7 +26,7 @@ from saelens_scaffold.evals.labelled_data import LabelledText, TextsByLabel
 from saelens_scaffold.evals.saebench.shared_runs import SharedRuns
 from saelens_scaffold.evals.saes import CUSTOM_SAE_ID, SelectedSAE
 from saelens_scaffold.evals.tokens import TokenSelection
-from saelens_scaffold.models.attention import fuse_attention
+from saelens_scaffold.models.fused import fuse
 from saelens_scaffold.models.language_models import LanguageModel
 
 Tasks = Mapping[str, pd.DataFrame]
@@ -297,7 +297,7 @@ def core_runs(main: ModuleType, kept: Kept | None) -> Replacement:
 
     def load_shared(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
-        fuse_attention(model)
+        fuse(model)
         if not isinstance(model, HookedTransformer):
             return model
         return SharedRuns(model, kept)

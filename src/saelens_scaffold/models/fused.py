@@ -1,60 +1,67 @@
-"""A language model's attention in one pass, where nothing but activations is read."""
+"""A language model's attention and GELU, each in one pass."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformer_lens import HookedTransformer
 from transformer_lens.components.attention import Attention
+from transformer_lens.utilities.activation_functions import gelu_fast, gelu_new
 
 from saelens_scaffold.saes.scaffold import is_hooked
 
 _REPLACED = ("calculate_attention_scores", "apply_causal_mask", "calculate_z_scores")
 
 
-def fuse_attention(model: Any) -> list[Attention]:
+Undo = Callable[[], None]
+
+
+def fuse(model: Any) -> list[Undo]:
     """
-    Give a HookedTransformer PyTorch's fused attention.
+    Give a HookedTransformer PyTorch's fused attention and GELU.
 
     TransformerLens computes scores and patterns, of shape (batch, head, query, key), in a
     dozen passes, so that hooks can read them. As long as none does, the result is the same
     up to rounding. Layers with soft caps, sinks, local or grouped-query attention stay as they
-    are, and so do models of other classes.
+    are, and so do models of other classes. The GELU of GPT-2 ("gelu_new"), a dozen passes
+    as well, is PyTorch's approximation by tanh.
 
     Args:
         model: The language model.
 
     Returns:
-        The layers that have it now, and had not before.
+        What undoes it, layer by layer.
     """
-    layers = [block.attn for block in model.blocks] if _may_be_fused(model) else []
-    fused = [attention for attention in layers if _can_be_fused(attention)]
-    for attention in fused:
-        _fuse(attention)
-    return fused
+    if not isinstance(model, HookedTransformer):
+        return []
+    blocks: list[Any] = [*model.blocks]
+    layers = [block.attn for block in blocks] if _has_plain_attention(model) else []
+    undo = [_fuse(attention) for attention in layers if _can_be_fused(attention)]
+    mlps: list[Any] = [block.mlp for block in blocks if hasattr(block, "mlp")]
+    tanh = partial(gelu, approximate="tanh")
+    of_gpt2 = [mlp for mlp in mlps if mlp.act_fn in (gelu_new, gelu_fast)]
+    return undo + [_replace(mlp, act_fn=tanh) for mlp in of_gpt2]
 
 
 @contextmanager
-def fused_attention(model: Any) -> Iterator[None]:
-    """`fuse_attention`, for as long as this lasts."""
-    fused = fuse_attention(model)
+def fused(model: Any) -> Iterator[None]:
+    """`fuse`, for as long as this lasts."""
+    undo = fuse(model)
     try:
         yield
     finally:
-        for attention in fused:
-            for name in _REPLACED:
-                del vars(attention)[name]
+        for each in undo:
+            each()
 
 
-def _may_be_fused(model: Any) -> bool:
-    # padding on the left has a mask of its own
-    return (
-        isinstance(model, HookedTransformer)
-        and getattr(model.tokenizer, "padding_side", None) == "right"
-        and model.cfg.positional_embedding_type in ("rotary", "standard")
-    )
+def _has_plain_attention(model: HookedTransformer) -> bool:
+    # padding on the left has a mask of its own; random weights may have no tokenizer
+    return getattr(
+        model.tokenizer, "padding_side", "right"
+    ) == "right" and model.cfg.positional_embedding_type in ("rotary", "standard")
 
 
 def _can_be_fused(attention: Any) -> bool:
@@ -69,7 +76,7 @@ def _can_be_fused(attention: Any) -> bool:
     )
 
 
-def _fuse(attention: Attention) -> None:
+def _fuse(attention: Attention) -> Undo:
     own_scores, own_mask, own_z = (getattr(attention, name) for name in _REPLACED)
     held: list[torch.Tensor] = []
 
@@ -99,4 +106,17 @@ def _fuse(attention: Attention) -> None:
         z = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return attention.hook_z(z.transpose(1, 2))
 
-    vars(attention).update(zip(_REPLACED, (scores, mask, z), strict=True))
+    return _replace(attention, **dict(zip(_REPLACED, (scores, mask, z), strict=True)))
+
+
+def _replace(module: torch.nn.Module, **attributes: Any) -> Undo:
+    """Replace attributes of a module, or methods of its class, until that is undone."""
+    own = {name: of for name, of in vars(module).items() if name in attributes}
+    vars(module).update(attributes)
+
+    def undo() -> None:
+        for name in attributes:
+            del vars(module)[name]
+        vars(module).update(own)
+
+    return undo

@@ -2,7 +2,8 @@
 
 Each SAE is trained by its own runner (SAELens's, and that of `saelens-scaffold train`) on the
 same random-weight language model and random tokens, which cost what trained ones do. The
-language model alone, read through the store, is what no SAE can be faster than.
+language model alone is read through the store as SAELens runs it; our runner fuses its
+attention and GELU.
 
     python benchmarks/bench_training.py
     python benchmarks/bench_training.py --model gemma-2-2b --d_sae 65536 --k 80 --batch_size 4096

@@ -15,7 +15,6 @@ from saelens_scaffold.saes.scaffold import is_hooked
 
 _REPLACED = ("calculate_attention_scores", "apply_causal_mask", "calculate_z_scores")
 
-
 Undo = Callable[[], None]
 
 
@@ -59,9 +58,9 @@ def fused(model: Any) -> Iterator[None]:
 
 def _has_plain_attention(model: HookedTransformer) -> bool:
     # padding on the left has a mask of its own; random weights may have no tokenizer
-    return getattr(
-        model.tokenizer, "padding_side", "right"
-    ) == "right" and model.cfg.positional_embedding_type in ("rotary", "standard")
+    padding_side = getattr(model.tokenizer, "padding_side", "right")
+    positions = model.cfg.positional_embedding_type
+    return padding_side == "right" and positions in ("rotary", "standard")
 
 
 def _can_be_fused(attention: Any) -> bool:

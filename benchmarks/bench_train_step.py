@@ -4,7 +4,8 @@ All are trained in one process, by their own trainers, taking turns on the same 
 after a warm-up. Printed are medians with their quartiles, the ratio of the parent's to each
 (with an interval by bootstrap over the pairs), and memory: what the weights, the optimizer's
 state and the step at its peak take. The roofline says what the device, as measured
-here, would need at least for the scaffold SAE's step.
+here, would need at least for the scaffold SAE's step; beside it stands what PyTorch takes for
+the encoder's product alone, the one that stays dense.
 
     python benchmarks/bench_train_step.py
     python benchmarks/bench_train_step.py --d_in 768 --d_sae 24576 --batch_size 1024
@@ -199,6 +200,14 @@ def make(name: str, configs: dict[str, Any], o: argparse.Namespace) -> Contender
     return dictionary_learning_contender("Matryoshka" in name, o)
 
 
+def encoders_product(o: argparse.Namespace) -> Step:
+    """Pre-activations of a batch without their biases, and nothing else."""
+    dtype = torch.bfloat16 if o.precision == "bf16" else torch.float32
+    W = torch.randn(o.d_in, o.d_sae, device=o.device, dtype=dtype)
+    out = W.new_empty(o.batch_size, o.d_sae)
+    return lambda batch: torch.mm(batch.to(dtype), W, out=out)
+
+
 def run(o: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare the families that are asked for."""
     device = torch.cuda.get_device_name() if o.device == "cuda" else "CPU"
@@ -264,7 +273,9 @@ def run_family(
             yield torch.randn(o.batch_size, o.d_in, device=o.device) @ basis
 
     steps = {name: contender.step for name, contender in contenders.items()}
+    steps["product"] = encoders_product(o)
     times = paired_seconds(steps, batches(), o.device, warm_up)
+    del steps  # and the product's memory
     batch = next(batches())
     print(
         f"| SAE | step, ms (quartiles) | {parent} / it (95 %) | peak memory, MiB | of {parent}'s |"
@@ -294,8 +305,10 @@ def run_family(
     phases = roofline(o, 1 if parent == "BatchTopK" else 4)
     least = sum(phase.seconds(machine) for phase in phases)
     share = least / np.median(times[others[0]])
+    product = 1000 * np.median(times["product"])
     print(
-        f"\nroofline of {others[0]}: {1000 * least:.1f} ms, {share:.0%} of it reached"
+        f"\nroofline of {others[0]}: {1000 * least:.1f} ms, {share:.0%} of it reached; "
+        f"the encoder's product alone takes PyTorch {product:.1f} ms"
     )
     for phase in phases:
         print(f"  {phase.name}: {1000 * phase.seconds(machine):.2f} ms")
@@ -305,6 +318,7 @@ def run_family(
         "steps": rows,
         "roofline_ms": 1000 * least,
         "roofline_reached": share,
+        "product_ms": product,
     }
 
 

@@ -100,6 +100,18 @@ def test_threads_wait_briefly_unless_the_environment_says_how(
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_pages_are_large_unless_the_environment_says_otherwise(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")  # restored afterwards
+    if given is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
+
+
 def test_version_is_the_packages() -> None:
     assert saelens_scaffold.__version__ == version("saelens-scaffold")
 

@@ -76,9 +76,9 @@ def _use_large_pages() -> None:
     """
     Have PyTorch ask Linux for pages of 2 MiB.
 
-    What a large tensor gets from the system is cleared page by page, which in pages of 4 KiB
-    takes a third of the time of SAELens's core evaluation (benchmarks/README.md). PyTorch
-    reads this when it first needs memory.
+    What a large tensor gets from the system is cleared page by page. In pages of 4 KiB,
+    SAELens's core evaluation takes a fifth longer (benchmarks/README.md). PyTorch reads this
+    when it first needs memory.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

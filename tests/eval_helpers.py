@@ -1,5 +1,6 @@
 """Small SAEs of the embedded model, for tests of evaluations."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,25 @@ def eval_sae(
         sae.threshold.copy_(torch.linspace(0.05, 1.5, d_sae))
         sae.threshold[:rank] = -torch.inf
     return sae
+
+
+@torch.no_grad()
+def assert_fired(fired: Sequence[int], sae: Any, x: torch.Tensor) -> None:
+    """The latents' counts of firing on `x`, which come of another forward pass.
+
+    The two passes differ by rounding, so that a token whose pre-activation is that
+    close to the threshold may or may not count.
+    """
+    bounds = []
+    for rounding in (-1e-5, 1e-5):
+        moved = copy.deepcopy(sae)
+        moved.threshold += rounding
+        bounds.append((moved.encode(x) != 0).sum(dim=0)[-len(fired) :])
+    assert len(fired) == sae.cfg.d_sae - getattr(sae.cfg, "scaffold_rank", 0)
+    found, (most, fewest) = torch.tensor(fired), bounds
+    assert (found <= most).all(), (found - most).max()
+    assert (found >= fewest).all(), (fewest - found).max()
+    assert (most - fewest).sum() < 1e-3 * most.sum()  # else it proves little
 
 
 def write_texts(

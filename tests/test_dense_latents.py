@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval_helpers import D_MODEL, HOOK, eval_sae, write_texts
+from eval_helpers import D_MODEL, HOOK, assert_fired, eval_sae, write_texts
 from saelens_scaffold.evals.dense_latents import (
     DenseLatentsEvalConfig,
     DenseLatentsEvalOutput,
@@ -84,7 +84,7 @@ def test_counts_equal_an_independent_count_over_200_k_tokens(tmp_path: Path) -> 
 
     model = load_embedded_model()
     tokens = sequences(3300, "train")
-    fired = {name: torch.zeros(96, dtype=torch.long) for name in saes}
+    parts: list[torch.Tensor] = []
     n = 0
     for batch in tokens.split(100):
         for sequence in batch:
@@ -94,17 +94,17 @@ def test_counts_equal_an_independent_count_over_200_k_tokens(tmp_path: Path) -> 
                 sequence.zero_()
         with torch.no_grad():
             _, cache = model.run_with_cache(batch, names_filter=HOOK, stop_at_layer=1)
-            x = cache[HOOK][batch != 0]
-            for name, sae in saes.items():
-                fired[name] += (sae.encode(x) != 0).sum(dim=0)
+            parts.append(cache[HOOK][batch != 0])
+    x = torch.cat(parts)
 
     for name, sae in saes.items():
         rank = getattr(sae.cfg, "scaffold_rank", 0)
-        expected = fired[name][rank:]
         result = results[name]
         metrics = result["eval_result_metrics"]
+        fired = result["eval_result_unstructured"]["fired"]
+        assert_fired(fired, sae, x)
+        expected = torch.tensor(fired)
         assert metrics["token_stats"]["n_tokens"] == n
-        assert result["eval_result_unstructured"]["fired"] == expected.tolist()
         for detail in result["eval_result_details"]:
             threshold = detail["threshold"]
             assert detail["count"] == int((expected / n > threshold).sum())

@@ -15,7 +15,7 @@ from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
 from sae_lens.training.activations_store import ActivationsStore
 from transformers import AutoTokenizer
 
-from eval_helpers import HOOK, eval_sae
+from eval_helpers import HOOK, assert_fired, eval_sae
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold._util.tasks import Workers
 from saelens_scaffold.evals import data as text_data
@@ -443,7 +443,7 @@ def test_the_dense_latents_and_the_rank_are_of_the_rows(
         _, cache = load_embedded_model().run_with_cache(tokens, names_filter=HOOK)
     x = cache[HOOK][tokens != 0]
     fired = results["sae_custom_sae"]["eval_result_unstructured"]["fired"]
-    assert fired == (sae.encode(x) != 0).sum(dim=0).tolist()
+    assert_fired(fired, sae, x)
     assert analysis.n_tokens == len(x)
 
 

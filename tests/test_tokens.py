@@ -15,7 +15,7 @@ from sae_lens import LanguageModelSAERunnerConfig, StandardTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 from transformer_lens import HookedTransformer
 
-from eval_helpers import D_MODEL, HOOK, eval_sae, write_texts
+from eval_helpers import D_MODEL, HOOK, assert_fired, eval_sae, write_texts
 from saelens_scaffold._util.configs import make_config
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.dense_latents import DenseLatentsEvalConfig
@@ -146,8 +146,7 @@ def test_dense_latents(
     x = run_model(model, tokens.sequences)[1][tokens.counts]
     stats = result["eval_result_metrics"]["token_stats"]
     assert stats == {"n_tokens": len(x), "n_sequences": len(tokens.sequences)}
-    fired = (sae.encode(x) != 0).sum(dim=0)
-    assert result["eval_result_unstructured"]["fired"] == fired.tolist()
+    assert_fired(result["eval_result_unstructured"]["fired"], sae, x)
     assert result["tokens"]["context_size"] == setting["context_size"]
 
 

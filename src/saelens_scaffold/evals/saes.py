@@ -29,6 +29,7 @@ from saelens_scaffold.saes import (
 from saelens_scaffold.saes.directories import sae_directories
 from saelens_scaffold.saes.facts import scaffold_rank, weights_sha256
 from saelens_scaffold.saes.forms import fold_decoder_norms
+from saelens_scaffold.saes.jumprelu_on_kernels import inference_on_kernels
 from saelens_scaffold.saes.metadata import check_metadata
 from saelens_scaffold.saes.runner_config import complete_metadata
 from saelens_scaffold.saes.scaffold import ScaffoldMixin, build_sae
@@ -296,7 +297,7 @@ def _formatted(release: str, sae: SAE[Any], view: View) -> SAE[Any]:
     if view == "sparse" and isinstance(judged, ScaffoldMixin):
         judged = judged.sparse_sae()
     _complete_layer(judged.cfg.metadata)
-    return judged
+    return inference_on_kernels(judged)
 
 
 def _complete_layer(metadata: SAEMetadata) -> None:

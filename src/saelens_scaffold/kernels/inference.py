@@ -1,5 +1,6 @@
 """Encoding and decoding without gradients, with few active latents."""
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -8,6 +9,10 @@ from saelens_scaffold.kernels.entries import Entries
 
 MAX_DENSITY = 1 / 16
 """Share of active latents up to which a sum over them beats a dense product."""
+
+
+_MIN_TOKENS = 1024
+"""Fewer tokens in a block would read the weights too often."""
 
 
 def jumprelu_encode(
@@ -20,7 +25,7 @@ def jumprelu_encode(
     """
     x W + b where it exceeds its latent's cut or is NaN, and 0 elsewhere.
 
-    Computed one block of latents at a time, so that each block stays in the cache.
+    Computed one block of tokens and latents at a time, so that each stays in the cache.
 
     Args:
         x: Shape (n_tokens, d_in).
@@ -32,15 +37,24 @@ def jumprelu_encode(
     Returns:
         Shape (n_tokens, n_latents).
     """
-    acts = x.new_empty(len(x), W.shape[1])
-    at_a_time = max(1, max_elements // max(1, len(x)))
-    for start in range(0, W.shape[1], at_a_time):
-        block = slice(start, start + at_a_time)
-        of_block = acts[:, block]
-        torch.mm(x, W[:, block], out=of_block)
-        of_block += b[block]
-        of_block.masked_fill_(of_block <= cuts[block], 0)
+    n_tokens, n_latents = len(x), W.shape[1]
+    acts, zero = x.new_empty(n_tokens, n_latents), x.new_zeros(())
+    wide = max(1, max_elements // max(1, min(n_tokens, _MIN_TOKENS)))
+    wide = min(wide, n_latents)
+    high = max(1, max_elements // wide)
+    for tokens in _slices(n_tokens, high):
+        for latents in _slices(n_latents, wide):
+            of_block = acts[tokens, latents]
+            torch.mm(x[tokens], W[:, latents], out=of_block)
+            of_block += b[latents]
+            # on a CPU twice as fast as masked_fill_
+            torch.where(of_block <= cuts[latents], zero, of_block, out=of_block)
     return acts
+
+
+def _slices(n: int, at_a_time: int) -> Iterator[slice]:
+    for start in range(0, n, at_a_time):
+        yield slice(start, start + at_a_time)
 
 
 def decode_few(

@@ -138,12 +138,6 @@ class ScaffoldMixin(_SAE):
         cfg = self.cfg
         return f"d_in={cfg.d_in}, d_sae={cfg.d_sae}, scaffold_rank={cfg.scaffold_rank}"
 
-    def _finish_decode(self, written: torch.Tensor) -> torch.Tensor:
-        """The reconstruction from the sum of the latents' contributions, shape (..., d_in)."""
-        sae_out_pre = self.hook_sae_recons(written + self.b_dec)
-        sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
-        return self.reshape_fn_out(sae_out_pre, self.d_head)
-
     def sparse_sae(self) -> JumpReLUSAE:
         """
         The sparse dictionary alone, as a plain SAELens `jumprelu` SAE.
@@ -187,6 +181,13 @@ class ScaffoldMixin(_SAE):
             threshold=torch.cat([threshold.new_zeros(2 * rank), threshold]),
             W_dec=with_opposites(sae.W_dec),
         )
+
+
+def finish_decode(sae: SAE[Any], written: torch.Tensor) -> torch.Tensor:
+    """The reconstruction from the sum of the latents' contributions, shape (..., d_in)."""
+    sae_out_pre = sae.hook_sae_recons(written + sae.b_dec)
+    sae_out_pre = sae.run_time_activation_norm_fn_out(sae_out_pre)
+    return sae.reshape_fn_out(sae_out_pre, sae.d_head)
 
 
 def is_hooked(point: HookPoint) -> bool:

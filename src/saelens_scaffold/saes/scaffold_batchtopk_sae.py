@@ -308,7 +308,7 @@ class ScaffoldBatchTopKTrainingSAE(
         step = self._sparse_step
         if step is None or feature_acts is not step.feature_acts:
             return super().decode(feature_acts)
-        return self._finish_decode(step.levels[-1])
+        return scaffold.finish_decode(self, step.levels[-1])
 
     @override
     def calculate_aux_loss(

@@ -21,7 +21,11 @@ from saelens_scaffold.evals.eval_configs import ModelConfig
 from saelens_scaffold.evals.intervals import student_interval
 from saelens_scaffold.evals.saebench import read_result
 from saelens_scaffold.evals.saebench.language_model import lent_language_model
-from saelens_scaffold.evals.saebench.replacements import judged_saes, rows_per_class
+from saelens_scaffold.evals.saebench.replacements import (
+    judged_saes,
+    quick_collections,
+    rows_per_class,
+)
 from saelens_scaffold.evals.saes import SelectedSAE, result_file_name
 from saelens_scaffold.evals.store import Key, ResultStore, result_key
 from saelens_scaffold.evals.tokens import tokens_of
@@ -237,7 +241,7 @@ class ProbingEvaluation:
             return results
         run.folder.mkdir()
         try:
-            with torch.enable_grad(), judged_saes(missing):
+            with torch.enable_grad(), judged_saes(missing), quick_collections():
                 self._run(run, missing)
         finally:  # an interrupted call goes on with the SAEs that are missing
             for sae in missing:

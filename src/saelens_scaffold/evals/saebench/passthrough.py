@@ -140,6 +140,7 @@ class _Passthrough:
                 errors.of("sae_bench"),
                 replacements.judged_saes(saes),
                 replacements.nan_stays(),
+                replacements.quick_collections(),
                 lent,
             ):
                 _RESULTS.mkdir()

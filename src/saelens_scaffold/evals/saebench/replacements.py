@@ -4,6 +4,7 @@ Read in sae-bench 0.6.0, sae-probes 0.4 and sae-lens 6.54. Each function makes t
 purpose, for as long as a `with` block lasts.
 """
 
+import gc
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -77,6 +78,22 @@ def judged_saes(saes: Sequence[SelectedSAE]) -> Replacement:
         return CUSTOM_SAE_ID, sae_or_id, None
 
     return replaced((vars(general_utils), {"load_and_format_sae": load_and_format_sae}))
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """
+    Python's garbage collector looks only at what is new.
+
+    SAEBench calls it after each SAE, and with all that is imported that takes most of a
+    second.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def nan_stays() -> Replacement:

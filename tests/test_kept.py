@@ -37,8 +37,8 @@ def test_what_there_is_no_room_for_is_made_again():
 
 
 ABLATION = {
-    "n_tokens": 2000,
-    "n_fit_tokens": 1000,
+    "n_tokens": 500,
+    "n_fit_tokens": 500,
     "n_bootstrap": 2,
     "topic_train_size": 10,
     "topic_test_size": 5,

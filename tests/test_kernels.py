@@ -53,16 +53,18 @@ def encoder_of(
     last_guess=st.none() | st.floats(1e-3, 5),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     block=st.integers(1, 200),
+    once=st.booleans(),
 )
-@example([[-1.0] * 3] * 2, 1.0, None, torch.float32, 8)  # nothing positive
-@example([[0.5] * 4] * 3, 0.5, None, torch.float32, 8)  # nothing but ties
-@example([[0.5] * 4] * 3, 0.5, 0.5, torch.float32, 8)  # and all at the guess
+@example([[-1.0] * 3] * 2, 1.0, None, torch.float32, 8, False)  # nothing positive
+@example([[0.5] * 4] * 3, 0.5, None, torch.float32, 8, False)  # nothing but ties
+@example([[0.5] * 4] * 3, 0.5, 0.5, torch.float32, 8, True)  # and all at the guess
 def test_the_selection_is_that_of_topk(
     values: list[list[float]],
     share: float,
     last_guess: float | None,
     dtype: torch.dtype,
     block: int,
+    once: bool,
 ):
     # an identity times infinity is not a number
     h = torch.tensor(values).clamp(max=1e6).to(dtype)
@@ -72,7 +74,8 @@ def test_the_selection_is_that_of_topk(
     ops = ModuleType("blocks of any size")
     ops.above, ops.block_elements = torch_ops.above, lambda _: block  # type: ignore[attr-defined]
     for _ in range(2):  # the second time with the guess of the first
-        places, selected = select(encoder_of(h), n, ops)
+        encoder = encoder_of(h).multiply() if once else encoder_of(h)
+        places, selected = select(encoder, n, ops)
         assert len(places.unique()) == len(places)
         assert torch.equal(h.flatten()[places], selected)
         expected = h.relu().flatten().topk(n).values
@@ -201,11 +204,13 @@ def test_not_a_number_is_the_largest_as_for_topk():
     assert len(passes) == 1
 
 
+@pytest.mark.parametrize("once", [True, False])
 @pytest.mark.parametrize("max_elements", [1, 100, 10**6])
-def test_the_largest_of_each_token_among_some_latents(max_elements: int):
+def test_the_largest_of_each_token_among_some_latents(max_elements: int, once: bool):
     h = torch.randn(17, 40, dtype=torch.float64)
     latents = torch.tensor([3, 5, 8, 13, 21, 34])
-    selected = largest_of_each_token(encoder_of(h), latents, 4, max_elements)
+    encoder = encoder_of(h).multiply() if once else encoder_of(h)
+    selected = largest_of_each_token(encoder, latents, 4, max_elements)
     dense = torch.zeros_like(h).flatten()
     dense[selected.places] = selected.values
     expected = torch.full_like(h, -torch.inf)

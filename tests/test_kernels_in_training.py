@@ -140,9 +140,14 @@ def test_half_precision_is_about_as_precise_as_dense_code(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dead_feature_window", [2, 1000])
+@pytest.mark.parametrize("elements", [10**6, 500])  # in one block, and in many
 def test_the_first_20_steps_are_those_of_the_reference(
-    architecture: str, dead_feature_window: int
+    architecture: str,
+    dead_feature_window: int,
+    elements: int,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setitem(torch_ops.BLOCK_ELEMENTS, "cpu", elements)
     losses, trainers = [], []
     for kernels in ("torch", "reference"):
         sae = scaffold_sae(architecture, kernels=kernels)

@@ -771,7 +771,7 @@ def test_half_precision(tmp_path: Path) -> None:
     saes = {"scaffold": eval_sae(rank=RANK)}
     kwargs = {"n_random_draws": 1, "n_aligned_latents": [5]}
     # few, since a CPU without instructions for it takes fifty times as long
-    kwargs |= {"n_fit_tokens": 600, "n_tokens": 200}
+    kwargs |= {"n_fit_tokens": 400, "n_tokens": 60}
     full = by_name(evaluate(tmp_path / "full", saes, **kwargs)["scaffold"])
     half = by_name(
         evaluate(tmp_path / "half", saes, llm_dtype="bfloat16", **kwargs)["scaffold"]

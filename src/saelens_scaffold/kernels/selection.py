@@ -29,18 +29,26 @@ class Encoder(NamedTuple):
         W: Shape (d_in, n_latents).
         b: Shape (n_latents,).
         scale: Positive factor of each latent, shape (n_latents,), or None for 1.
+        multiplied: x W, shape (n_tokens, n_latents), if it is at hand.
     """
 
     x: torch.Tensor
     W: torch.Tensor
     b: torch.Tensor
     scale: torch.Tensor | None
+    multiplied: torch.Tensor | None = None
 
     def products(
         self, tokens: slice = slice(None), latents: slice = slice(None)
     ) -> torch.Tensor:
         """x W of some tokens and latents, contiguous, in autocast's dtype if it is on."""
+        if self.multiplied is not None:
+            return self.multiplied[tokens, latents].contiguous()
         return self.x[tokens] @ self.W[:, latents]
+
+    def multiply(self) -> "Encoder":
+        """The same encoder, which multiplies now, once for all that is asked of it."""
+        return self._replace(multiplied=self.products())
 
     def pre_activations(
         self, products: torch.Tensor, latents: torch.Tensor | slice = slice(None)
@@ -55,8 +63,10 @@ class Encoder(NamedTuple):
         """The encoder of some latents only."""
         scale = None if self.scale is None else _of(self.scale, latents)
         # on a CPU much faster than W[:, latents]
-        W = self.W.index_select(1, latents)
-        return Encoder(self.x, W, _of(self.b, latents), scale)
+        W, multiplied = self.W.index_select(1, latents), self.multiplied
+        if multiplied is not None:
+            multiplied = multiplied.index_select(1, latents)
+        return Encoder(self.x, W, _of(self.b, latents), scale, multiplied)
 
 
 class TopSelection:

@@ -51,6 +51,7 @@ from saelens_scaffold.evals.saebench.sae_probes import (
 )
 from saelens_scaffold.evals.saes import View, resolve_saes
 from saelens_scaffold.models import load_embedded_model, register_embedded_model
+from saelens_scaffold.saes.jumprelu_on_kernels import JumpReLUOnKernels
 
 HOOK, D_IN, D_SAE = "blocks.2.hook_resid_post", 256, 48
 WORDS = {
@@ -259,7 +260,7 @@ def test_what_stands_in_for_the_first_is_narrow(
     name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     widths: list[int] = []
-    for cls in (StandardSAE, JumpReLUSAE):
+    for cls in (StandardSAE, JumpReLUOnKernels):
         own = cls.encode
 
         def encode(sae: Any, x: torch.Tensor, own: Any = own) -> torch.Tensor:

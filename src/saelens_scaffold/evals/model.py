@@ -18,6 +18,7 @@ from saelens_scaffold.models.language_models import (
     LanguageModel,
     residual_post,
 )
+from saelens_scaffold.models.pooling import NamedHook, pooling_hooks
 
 T = TypeVar("T")
 
@@ -109,7 +110,11 @@ class HookedModel:
 
     @torch.no_grad()
     def above(
-        self, start: Any, x: torch.Tensor, final_residual: bool = False
+        self,
+        start: Any,
+        x: torch.Tensor,
+        final_residual: bool = False,
+        further_hooks: Sequence[NamedHook] = (),
     ) -> torch.Tensor:
         """
         Run the layers above the hook point from other activations there.
@@ -118,6 +123,7 @@ class HookedModel:
             start: What `below` returned second.
             x: The activations to go on with, shape (batch, seq, d_in).
             final_residual: Whether to stop after the last layer.
+            further_hooks: Hooks of a HookedTransformer above the hook point.
 
         Returns:
             Logits, shape (batch, seq, d_vocab), or the residual stream after the last layer.
@@ -132,6 +138,7 @@ class HookedModel:
         if isinstance(self.model, HookedTransformer):
             stop = n_layers if final_residual else None
             layers: Any = {"start_at_layer": self._layer, "stop_at_layer": stop}
+            hooks += further_hooks
             return self.model.run_with_hooks(start, fwd_hooks=hooks, **layers)
         tokens, residual = start
         if self._in_tuples is None:
@@ -143,6 +150,33 @@ class HookedModel:
                 return self.model(tokens)
             last = residual_post(self.model, n_layers - 1)
             return activations_at(self.model, tokens, [last])[last]
+
+    def pooled_above(
+        self, start: Any, x: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The mean over tokens of the residual stream after the last layer.
+
+        Args:
+            start: As for `above`.
+            x: As for `above`.
+            weights: Weight of each token, of sum 1 in each sequence, or 0 where no token
+                counts, shape (batch, seq).
+
+        Returns:
+            Shape (batch, d_model), float32.
+        """
+        hooks: list[NamedHook] = []
+        is_below_last = self.point.layer < self.model.cfg.n_layers - 1
+        if isinstance(self.model, HookedTransformer) and is_below_last:
+            hooks = pooling_hooks(self.model, weights)
+        last = self.above(start, x, final_residual=True, further_hooks=hooks)
+        return pooled(last, weights)
+
+
+def pooled(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens, shape (batch, d), float32, with weights of shape (batch, seq)."""
+    return (x.float() * weights[..., None]).sum(dim=1)
 
 
 @contextmanager
@@ -229,9 +263,13 @@ class HookedBatch:
         full[self._counts] = x.to(full.dtype)
         return full
 
-    def above(self, full: torch.Tensor, final_residual: bool = False) -> torch.Tensor:
-        """As `HookedModel.above`, from these activations."""
-        return self._hooked.above(self._start, full, final_residual)
+    def above(self, full: torch.Tensor) -> torch.Tensor:
+        """The logits of `HookedModel.above`, from these activations."""
+        return self._hooked.above(self._start, full)
+
+    def pooled_above(self, full: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As `HookedModel.pooled_above`, from these activations."""
+        return self._hooked.pooled_above(self._start, full, weights)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from saelens_scaffold._util.errors import UserError
 from saelens_scaffold.evals.intervals import SequenceBootstrap, estimates
 from saelens_scaffold.evals.labelled_data import TextsByLabel, read_labelled_text
-from saelens_scaffold.evals.model import HookedBatch, HookedModel
+from saelens_scaffold.evals.model import HookedBatch, HookedModel, pooled
 from saelens_scaffold.evals.saes import SelectedSAE
 from saelens_scaffold.evals.scaffold_ablation import ScaffoldAblationEvalConfig
 from saelens_scaffold.evals.scaffold_ablation import interventions as ablations
@@ -275,7 +275,7 @@ class _TextBatch:
             in_text = torch.arange(tokens.shape[1]) < lengths[:, None]
             in_text &= selection.counts(tokens, tokenizer, special=True)
             self.runs[True] = run.changing(in_text.to(device))
-        self._weights = _pooling_weights(counts, config.topic_pooling)[..., None]
+        self._weights = _pooling_weights(counts, config.topic_pooling)
 
     def features(
         self, change: ablations.Intervention, of: ablations.Batch
@@ -285,11 +285,9 @@ class _TextBatch:
 
         def make() -> _Features:
             full = run.full_with(change.changes[0](of))
-            last = run.above(full, final_residual=True)
-            return {
-                place: (acts.float() * self._weights).sum(dim=1).cpu()
-                for place, acts in zip(_PLACES, (full, last), strict=True)
-            }
+            at_hook_point = pooled(full, self._weights).cpu()
+            last = run.pooled_above(full, self._weights).cpu()
+            return {"hook_point": at_hook_point, "last_layer": last}
 
         return ablations.once("features", change, run, make, self._weights)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import JumpReLUSAE
-from sae_lens.registry import get_sae_class
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from eval_helpers import eval_sae
 from saelens_scaffold.evals.saes import resolve_saes
@@ -36,7 +36,7 @@ def sae_with(**values: Any) -> JumpReLUSAE:
 def test_the_same_as_saelens_s(x: torch.Tensor, shape: tuple[int, ...], rare: bool):
     sae = sae_with()
     if rare:  # few enough for a sum over active latents
-        sae.threshold += 2
+        sae.threshold.data += 2
     x = x[: torch.Size(shape).numel()].view(*shape, D_IN)
     x.view(-1)[5:7] = torch.nan
     acts = sae.encode(x)
@@ -79,10 +79,10 @@ def test_weights_and_hooks_are_shared(x: torch.Tensor):
     ours = inference_on_kernels(sae)
     assert type(sae) is JumpReLUSAE
     sae.fold_W_dec_norm()
-    sae.b_dec += 1
+    sae.b_dec.data += 1
     torch.testing.assert_close(ours(x), sae(x))
-    zero = [("hook_sae_acts_post", lambda acts, hook: 0 * acts)]  # noqa: ARG005
-    with sae.hooks(fwd_hooks=zero):
+    zero = lambda acts, hook: 0 * acts  # noqa: ARG005, E731
+    with sae.hooks(fwd_hooks=[("hook_sae_acts_post", zero)]):
         assert (ours.encode(x) == 0).all()
 
 
@@ -94,7 +94,7 @@ def test_other_saes_stay_what_they_are():
     for other in (
         Own(sae.cfg),
         eval_sae(rank=4),
-        get_sae_class("topk")[0](get_sae_class("topk")[1](d_in=8, d_sae=16, k=2)),
+        TopKSAE(TopKSAEConfig(d_in=8, d_sae=16, k=2)),
     ):
         assert inference_on_kernels(other) is other
     sae.activation_fn = torch.nn.Identity()

@@ -10,7 +10,6 @@ from saelens_scaffold.kernels.entries import Entries
 MAX_DENSITY = 1 / 16
 """Share of active latents up to which a sum over them beats a dense product."""
 
-
 _MIN_TOKENS = 1024
 """Fewer tokens in a block would read the weights too often."""
 

@@ -160,9 +160,9 @@ class SparseStep:
     def _select(self, encoder: Encoder, n_active: int) -> tuple[Entries, torch.Tensor]:
         n_tokens, n_latents = len(encoder.x), encoder.W.shape[1]
         selection = self._sae.selection
-        n_products, block = n_tokens * n_latents, self._ops.block_elements
-        if self._revivals and n_products <= block(encoder.x.device):
-            encoder = encoder.multiply()  # those of dead latents are among them
+        at_once = self._ops.block_elements(encoder.x.device)
+        if self._revivals and n_tokens * n_latents <= at_once:
+            encoder = encoder.multiply()  # dead latents' products are among them
         active = selection(encoder, n_active, self._ops)
         dead = [
             selection.of_each_token(encoder, each.latents, each.k, self._ops)
